@@ -1,0 +1,39 @@
+"""Tensors that every rank must share in the synchronous phase: broadcast and averaged over the default group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["average_buffers", "broadcast_tensors"]
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors with rank 0's, in place; a collective call."""
+    with torch.no_grad():
+        for tensor in tensors:
+            shared = tensor.detach().contiguous()
+            dist.broadcast(shared, src=0)
+            tensor.copy_(shared)
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Averages floating-point buffers over the ranks and takes the others from rank 0; a collective call.
+
+    Each rank's BatchNorm has seen other batches; the mean of their running statistics describes all of them.
+    """
+    floating = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    others = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
+    with torch.no_grad():
+        for dtype in sorted({buffer.dtype for buffer in floating}, key=str):
+            group = [buffer for buffer in floating if buffer.dtype is dtype]
+            # One collective for all of them, in at least float32: a sum of halves could overflow.
+            flat = torch.cat([buffer.reshape(-1) for buffer in group]).to(torch.promote_types(dtype, torch.float32))
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for buffer, mean in zip(group, flat.split([buffer.numel() for buffer in group]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+    broadcast_tensors(others)

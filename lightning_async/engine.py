@@ -1,0 +1,115 @@
+"""This rank's part of the exchange, put together: a worker on every rank; holder, ledger and server on rank 0.
+
+Above `server.py` and `worker.py`; below `strategy.py`, which builds it for each fit. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_async.failure import FailureLatch
+from lightning_async.frontdoor import Address, FrontDoor
+from lightning_async.holder import Holder, Update
+from lightning_async.layout import FlatLayout
+from lightning_async.monitor import RunStats
+from lightning_async.server import Server, dial
+from lightning_async.staleness import Barrier, resolve_max_staleness
+from lightning_async.tickets import Ledger
+from lightning_async.worker import Worker
+
+__all__ = ["Engine", "ExchangeOptions", "UpdateObserver"]
+
+UpdateObserver = Callable[[Update, tuple[int, ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeOptions:
+    """How gradients are exchanged; validated by the strategy.
+
+    Args:
+        max_staleness: the bound τ; "auto" is 4 per rank, None no bound.
+        on_stale: "wait" holds pushes back so that none exceeds the bound, "drop" discards those that do.
+        batches: "shared" hands batches to whoever asks, "sharded" gives every rank an equal share.
+    """
+
+    max_staleness: int | Literal["auto"] | None = "auto"
+    on_stale: Literal["wait", "drop"] = "wait"
+    batches: Literal["shared", "sharded"] = "shared"
+
+
+class Engine:
+    """One rank's worker and, on rank 0, what serves all workers.
+
+    Args:
+        rank: this rank.
+        world_size: number of ranks.
+        optimizers: the module's optimizers; their parameters on rank 0 are the initial ones.
+        options: how gradients are exchanged.
+        latch: the run's failure latch.
+        address: of rank 0's front door; None if rank 0 is alone.
+        door: rank 0's front door; None elsewhere or if rank 0 is alone.
+        stats: collects what happens, on rank 0.
+        observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
+        version: the version to start from.
+        meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        optimizers: Sequence[torch.optim.Optimizer],
+        options: ExchangeOptions,
+        latch: FailureLatch,
+        address: Address | None,
+        door: FrontDoor | None,
+        stats: RunStats,
+        observers: Sequence[UpdateObserver],
+        version: int,
+        meet: Callable[[], None],
+    ) -> None:
+        owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+        layout = FlatLayout(owned)
+        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        self.layout = layout
+        self.holder: Holder | None = None
+        self.ledger: Ledger | None = None
+        self._server: Server | None = None
+        self._stats = stats
+        self._observers = observers
+        if rank == 0:
+            self.ledger = Ledger(world_size, options.batches)
+            initial = layout.buffer()
+            for index, parameters in enumerate(owned):
+                for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
+                    view.copy_(parameter.detach())
+            barrier = Barrier(
+                resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
+            )
+            self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
+            self._server = Server(
+                self.holder, self.ledger, layout, groups, latch, door, on_refused=stats.refuse
+            )
+            channel = self._server.local_channel()
+        meet()
+        if rank != 0:
+            assert address is not None
+            channel = dial(address, rank, layout, groups)
+        self.worker = Worker(rank, channel, layout, optimizers, latch)
+
+    def close(self) -> None:
+        """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""
+        self.worker.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _observe(self, update: Update) -> None:
+        assert self.ledger is not None
+        tickets = self.ledger.complete(update.push.worker, update.push.tickets)
+        self._stats.record(update)
+        for observer in self._observers:
+            observer(update, tickets)

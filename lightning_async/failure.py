@@ -1,0 +1,148 @@
+"""How one rank's failure becomes every rank's end: a latch that keeps the first failure, and a guard on exit.
+
+Below `lifeline.py` and `server.py`, which trip the latch; above nothing. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """The first thing that went wrong in a run.
+
+    Args:
+        rank: the rank at fault.
+        reason: what happened to it, in words that stand behind "rank 2 failed: ".
+        announced: True if another process already tells the user, so that this one ends quietly.
+    """
+
+    rank: int
+    reason: str
+    announced: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed: {self.reason}"
+
+
+class WorkerFailedError(RuntimeError):
+    """Another rank of the run failed; the message names it and the reason."""
+
+    def __init__(self, failure: RunFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+    def __reduce__(self) -> tuple[type[WorkerFailedError], tuple[RunFailure]]:
+        return type(self), (self.failure,)
+
+
+class FailureLatch:
+    """Keeps the first failure of a run and tells everyone who waits.
+
+    Listeners are called once, in the thread that trips the latch, or at once if it has already tripped.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tripped = threading.Event()
+        self._failure: RunFailure | None = None
+        self._listeners: list[Callable[[RunFailure], None]] = []
+
+    @property
+    def failure(self) -> RunFailure | None:
+        """The first failure, or None."""
+        return self._failure
+
+    def trip(self, failure: RunFailure) -> bool:
+        """Records ``failure`` if it is the first; returns whether it was."""
+        with self._lock:
+            if self._failure is not None:
+                return False
+            self._failure = failure
+            listeners = list(self._listeners)
+            self._tripped.set()
+        for listener in listeners:
+            listener(failure)
+        return True
+
+    def subscribe(self, listener: Callable[[RunFailure], None]) -> None:
+        """Calls ``listener`` with the first failure, now or later."""
+        with self._lock:
+            if self._failure is None:
+                self._listeners.append(listener)
+                return
+            failure = self._failure
+        listener(failure)
+
+    def wait(self, timeout_s: float) -> RunFailure | None:
+        """Waits up to ``timeout_s`` seconds for a failure; returns it, or None."""
+        self._tripped.wait(timeout_s)
+        return self._failure
+
+    def check(self) -> None:
+        """Raises if the run has failed.
+
+        Raises:
+            WorkerFailedError: with the first failure.
+        """
+        if self._failure is not None:
+            raise WorkerFailedError(self._failure)
+
+
+class ExitGuard:
+    """Ends this process some seconds after a failure, whatever its main thread is stuck in.
+
+    A main thread inside a collective whose peer is gone does not come back: no signal handler and no exception
+    reaches it, and Gloo's own time-out is half an hour. The guard gives the main thread ``grace_s`` to raise the
+    error itself (so that callbacks and loggers see it), then prints the one line that says why and ends the process.
+
+    Args:
+        rank: this process's rank, for the message.
+        latch: the run's failure latch.
+        grace_s: seconds between the failure and the forced end.
+        exit_process: what ends the process; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        latch: FailureLatch,
+        grace_s: float = 5.0,
+        exit_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._rank = rank
+        self._latch = latch
+        self._grace_s = grace_s
+        self._exit_process = exit_process
+        self._disarmed = threading.Event()
+        latch.subscribe(self._on_failure)
+
+    def disarm(self) -> None:
+        """Leaves the end of this process to its main thread."""
+        self._disarmed.set()
+
+    def rearm(self) -> None:
+        """Guards the exit of a process whose run has failed: called as the interpreter begins to shut down."""
+        failure = self._latch.failure
+        if failure is not None:
+            self._disarmed.clear()
+            self._on_failure(failure)
+
+    def _on_failure(self, failure: RunFailure) -> None:
+        threading.Thread(target=self._end, args=(failure,), name="exit-guard", daemon=True).start()
+
+    def _end(self, failure: RunFailure) -> None:
+        if self._disarmed.wait(self._grace_s):
+            return
+        if not failure.announced:
+            print(f"[rank {self._rank}] lightning_async: {failure}; ending this process.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._exit_process(1)

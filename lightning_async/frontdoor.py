@@ -1,0 +1,175 @@
+"""Rank 0's front door: one listening socket; lets the run's own ranks in and refuses everyone else by name.
+
+A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `lifeline.py`) or a
+doorbell (served by `server.py`). Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_async.lifeline import Lifelines
+from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.control import ControlConnection, connect
+from lightning_async.wire import Kind, Message, WireError
+
+__all__ = ["Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
+
+log = logging.getLogger(__name__)
+
+LIFELINE, DOORBELL = "lifeline", "doorbell"
+_HANDSHAKE_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 30.0
+
+
+class HandshakeError(RuntimeError):
+    """A connection was refused; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the workers find rank 0, and the secret that proves they belong to this run."""
+
+    host: str
+    port: int
+    token: str
+
+    def as_json(self) -> str:
+        """For the broadcast to the workers."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Address:
+        """Inverse of `as_json`."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who stands at the door: a rank of this run, how often it has come, and what it says of itself."""
+
+    rank: int
+    incarnation: int
+    claims: dict[str, Any]
+
+
+class FrontDoor:
+    """Accepts connections until closed; a short-lived thread per visitor.
+
+    Args:
+        host: the address that the workers reach rank 0 at; the loopback address keeps the door shut to other hosts.
+        workers: number of ranks.
+        lifelines: takes the lifelines.
+    """
+
+    def __init__(self, host: str, workers: int, lifelines: Lifelines) -> None:
+        self._workers = workers
+        self._lifelines = lifelines
+        self._closing = False
+        # Served while training; before and after, a doorbell finds nobody.
+        self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
+        self.on_refused: Callable[[], None] = lambda: None
+        self._listener = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
+        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        threading.Thread(target=self._accept, name="front-door", daemon=True).start()
+
+    def close(self) -> None:
+        """Lets nobody in any more; idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        # A thread in accept() does not notice that its socket was closed; a connection wakes it.
+        try:
+            socket.create_connection(("127.0.0.1", self.address.port), timeout=1.0).close()
+        except OSError as error:
+            log.debug("the door was already shut: %s", error)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                log.debug("the door is shut: %s", error)
+                return
+            connection = ControlConnection(sock)
+            # A thread each: somebody who connects and says nothing must not keep the others out.
+            threading.Thread(target=self._welcome, args=(connection,), name="visitor", daemon=True).start()
+
+    def _welcome(self, connection: ControlConnection) -> None:
+        peer = connection.peer
+        try:
+            connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+            visitor, role = self._identify(connection.receive())
+            if role == LIFELINE:
+                connection.send(Message(Kind.WELCOME, worker=visitor.rank))
+                self._lifelines.add(visitor.rank, connection)
+            elif self.on_doorbell is None:
+                raise HandshakeError("no training is under way")
+            else:
+                self.on_doorbell(visitor, connection)
+        except (WireError, ChannelClosedError, HandshakeError) as error:
+            if self._closing:
+                connection.close()
+                return
+            log.warning("lightning_async refused a connection from %s: %s", peer, error)
+            self.on_refused()
+            self._turn_away(connection, str(error))
+
+    def _turn_away(self, connection: ControlConnection, reason: str) -> None:
+        try:
+            connection.send(Message(Kind.REFUSE, text=reason))
+        except ChannelClosedError as error:
+            log.debug("could not tell it: %s", error)
+        connection.close()
+
+    def _identify(self, hello: Message) -> tuple[Visitor, str]:
+        if hello.kind is not Kind.HELLO:
+            raise HandshakeError(f"it begins with {hello.kind.name} instead of HELLO")
+        try:
+            claims = json.loads(hello.text)
+            token, role = str(claims["token"]), str(claims["role"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
+        if not hmac.compare_digest(token.encode(), self.address.token.encode()):
+            raise HandshakeError("it does not know this run's token")
+        if role not in (LIFELINE, DOORBELL) or not 0 < hello.worker < self._workers:
+            raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
+        return Visitor(hello.worker, hello.incarnation, claims), role
+
+
+def introduce(address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any) -> tuple[ControlConnection, str]:
+    """Connects to rank 0's front door and says who is there.
+
+    Args:
+        address: from `FrontDoor.address`.
+        rank: this rank.
+        role: `LIFELINE` or `DOORBELL`.
+        incarnation: how many workers of this rank came before.
+        claims: what else rank 0 should know, JSON values.
+
+    Returns:
+        The connection and the text of the welcome.
+
+    Raises:
+        HandshakeError: if rank 0 refuses, with its reason.
+        ChannelClosedError: if rank 0 cannot be reached.
+    """
+    connection = connect(address.host, address.port, _CONNECT_TIMEOUT_S)
+    connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+    text = json.dumps({"token": address.token, "role": role, **claims})
+    connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
+    reply = connection.receive()
+    if reply.kind is not Kind.WELCOME:
+        connection.close()
+        raise HandshakeError(f"rank 0 refused rank {rank}: {reply.text}")
+    connection.settimeout(None)
+    return connection, reply.text

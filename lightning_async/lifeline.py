@@ -1,0 +1,187 @@
+"""The lifeline: a connection of its own per worker for signs of life and the news of a failure.
+
+It is apart from the connection that carries requests, so that the training thread can wait for its reply directly,
+while this room's one thread watches over every peer: the holder's process has one lifeline per worker, a worker's
+process one to the holder. Above `transport/control.py` and `failure.py`; below `server.py` and `strategy.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightning_async.failure import FailureLatch, RunFailure
+from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.control import ControlConnection
+from lightning_async.wire import HEADER_BYTES, Kind, Message, WireError, decode, decode_header
+
+__all__ = ["Lifelines"]
+
+log = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 1.0
+
+
+@dataclass
+class _Peer:
+    rank: int
+    connection: ControlConnection
+    last_seen: float
+    received: bytearray = field(default_factory=bytearray)
+
+
+class Lifelines:
+    """Watches over peers and passes on the first failure; one thread.
+
+    A peer is lost when its connection ends without a goodbye (a killed process: milliseconds) or when nothing has
+    come from it for ``timeout_s`` (a stopped process, a cut link).
+
+    Args:
+        rank: this process's rank.
+        latch: the run's failure latch: tripped when a peer is lost or reports a failure, and listened to.
+        timeout_s: seconds without a sign of life after which a peer counts as lost.
+        describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        latch: FailureLatch,
+        timeout_s: float,
+        describe_end: Callable[[int], str | None] = lambda rank: None,
+    ) -> None:
+        self._rank = rank
+        self._latch = latch
+        self._timeout_s = timeout_s
+        self._beat_s = min(2.0, timeout_s / 4)
+        self._describe_end = describe_end
+        self._lock = threading.Lock()
+        self._peers: dict[int, _Peer] = {}
+        self._closing = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="lifelines", daemon=True)
+        self._thread.start()
+        latch.subscribe(self._pass_on)
+
+    def add(self, rank: int, connection: ControlConnection) -> None:
+        """Watches over another peer; its connection is owned from here on."""
+        connection.settimeout(_SEND_TIMEOUT_S)
+        peer = _Peer(rank, connection, time.monotonic())
+        with self._lock:
+            self._peers[rank] = peer
+            self._selector.register(connection.fileno(), selectors.EVENT_READ, peer)
+        self._wake()
+
+    def close(self) -> None:
+        """Says goodbye to every peer and stops; idempotent."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            peers = list(self._peers.values())
+        for peer in peers:
+            self._send(peer, Message(Kind.GOODBYE, worker=self._rank))
+        self._wake()
+        self._thread.join(timeout=5.0)
+        for peer in peers:
+            peer.connection.close()
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _wake(self) -> None:
+        self._wake_in.send(b"\0")
+
+    def _pass_on(self, failure: RunFailure) -> None:
+        with self._lock:
+            peers = [peer for peer in self._peers.values() if peer.rank != failure.rank]
+        for peer in peers:
+            self._send(peer, Message(Kind.ABORT, worker=failure.rank, text=failure.reason[:4000]))
+
+    def _send(self, peer: _Peer, message: Message) -> None:
+        try:
+            peer.connection.send(message)
+        except ChannelClosedError:
+            # The reading side learns of it too, and knows more: it sees the goodbye or abort that came before.
+            log.debug("no longer reaches rank %d", peer.rank)
+
+    def _run(self) -> None:
+        last_round = time.monotonic()
+        next_beat = last_round
+        while not self._closing:
+            events = self._selector.select(timeout=max(0.0, next_beat - time.monotonic()))
+            if self._closing:
+                return
+            for key, _ in events:
+                if key.data is None:
+                    self._wake_out.recv(64)
+                else:
+                    self._read(key.data)
+            now = time.monotonic()
+            with self._lock:
+                peers = list(self._peers.values())
+            if now - last_round > self._timeout_s / 2:
+                # This process itself was stopped: the silence was its own.
+                for peer in peers:
+                    peer.last_seen = now
+            last_round = now
+            if now >= next_beat:
+                next_beat = now + self._beat_s
+                for peer in peers:
+                    self._send(peer, Message(Kind.BEAT, worker=self._rank))
+            for peer in peers:
+                if now - peer.last_seen > self._timeout_s:
+                    self._lose(peer, f"gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
+
+    def _read(self, peer: _Peer) -> None:
+        data = peer.connection.read_some()
+        if not data:
+            reason = self._describe_end(peer.rank) or "its process is gone: the connection was closed"
+            self._lose(peer, reason)
+            return
+        peer.last_seen = time.monotonic()
+        peer.received += data
+        try:
+            for message in _take_messages(peer.received):
+                self._handle(peer, message)
+        except WireError as error:
+            self._lose(peer, f"its lifeline does not follow the protocol: {error}")
+
+    def _handle(self, peer: _Peer, message: Message) -> None:
+        if message.kind is Kind.GOODBYE:
+            self._forget(peer)
+        elif message.kind is Kind.ABORT:
+            if message.worker == peer.rank:
+                # Its end of the connection is about to vanish, which is then no news.
+                self._forget(peer)
+            self._latch.trip(RunFailure(message.worker, message.text, announced=self._rank != 0))
+        elif message.kind is not Kind.BEAT:
+            raise WireError(f"unexpected {message.kind.name} on a lifeline")
+
+    def _lose(self, peer: _Peer, reason: str) -> None:
+        self._forget(peer)
+        self._latch.trip(RunFailure(peer.rank, reason))
+
+    def _forget(self, peer: _Peer) -> None:
+        with self._lock:
+            if self._peers.pop(peer.rank, None) is not None:
+                self._selector.unregister(peer.connection.fileno())
+
+
+def _take_messages(received: bytearray) -> list[Message]:
+    messages = []
+    while len(received) >= HEADER_BYTES:
+        header = decode_header(bytes(received[:HEADER_BYTES]))
+        end = HEADER_BYTES + header.trailer_bytes
+        if len(received) < end:
+            break
+        messages.append(decode(bytes(received[:HEADER_BYTES]), bytes(received[HEADER_BYTES:end])))
+        del received[:end]
+    return messages

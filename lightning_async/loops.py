@@ -1,0 +1,453 @@
+"""Lightning's training loops, run in phases. The one place, with `results.py` and `launchers.py`, that touches
+Lightning's private API; `tests/unit/test_canary.py` fails when what is touched here changes.
+
+Lightning's own loops run a collective before every batch and end an epoch by counting local batches; either would put
+the ranks in lock step or leave one of them waiting. The subclasses below replace exactly that: a segment of batches
+lasts until no ticket is left, then all ranks meet, agree, and go on as Lightning does. Below `strategy.py`'s public
+methods, which they call; above `tickets.py` and `plan.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops import fit_loop as _fit_loop_module
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.loops.utilities import _select_data_fetcher
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_async.plan import EpochPlan, log_position
+from lightning_async.results import align_results
+from lightning_async.tickets import TicketSampler
+
+if TYPE_CHECKING:
+    from lightning_async.strategy import AsyncAMSGradStrategy
+
+__all__ = ["install", "uninstall"]
+
+
+class TicketFetcher(_DataFetcher):
+    """Fetches the batches whose tickets this rank draws.
+
+    Args:
+        on_batch: called with the number of samples of each batch, before the batch is used.
+    """
+
+    def __init__(self, on_batch: Callable[[int], None]) -> None:
+        super().__init__()
+        self._on_batch = on_batch
+        self._sampler: TicketSampler | None = None
+
+    @override
+    def setup(self, combined_loader: CombinedLoader) -> None:
+        super().setup(combined_loader)
+        self._sampler = ticket_sampler(combined_loader)
+
+    @property
+    def sampler(self) -> TicketSampler:
+        """The sampler that draws the tickets."""
+        assert self._sampler is not None
+        return self._sampler
+
+    @override
+    def __iter__(self) -> TicketFetcher:
+        # Lightning calls iter() during set-up, when there are no tickets yet; the loader's own iterator, with its
+        # worker processes, is made when a segment's first batch is fetched. Until then this one answers len().
+        loader = self.combined_loader
+        loader._iterator = _SUPPORTED_MODES[loader._mode]["iterator"](loader.flattened, loader._limits)
+        self.iterator = None
+        self.reset()
+        return self
+
+    @override
+    def reset(self) -> None:
+        # The length says nothing of how many batches this rank gets, so "done" never comes from it.
+        self.fetched, self.length, self.done = 0, None, False
+
+    def open(self, draw: Callable[[], range]) -> None:
+        """Starts a segment."""
+        self.iterator = None
+        self.sampler.open(draw)
+
+    def has_next(self) -> bool:
+        """Whether this rank gets another batch in this segment; draws a ticket if it must."""
+        return self.sampler.has_next()
+
+    @override
+    def __next__(self) -> Any:
+        if self.iterator is None:
+            self.iterator = iter(self.combined_loader)
+        self.sampler.allow_another()
+        batch = super().__next__()
+        self._on_batch(self.sampler.take_samples())
+        return batch
+
+
+def ticket_sampler(combined_loader: CombinedLoader) -> TicketSampler:
+    """The ticket sampler of a train loader.
+
+    Raises:
+        MisconfigurationException: if the loader is not one that batches can be handed out from.
+    """
+    loaders = combined_loader.flattened
+    if len(loaders) != 1:
+        raise MisconfigurationException(
+            f"async_amsgrad hands out the batches of one train DataLoader and was given {len(loaders)}. "
+            'Combine the data sets in one DataLoader, or use strategy="ddp".'
+        )
+    sampler = getattr(loaders[0], "batch_sampler", None) or getattr(loaders[0], "sampler", None)
+    if not isinstance(sampler, TicketSampler):
+        raise MisconfigurationException(
+            "async_amsgrad hands out the batches of a map-style torch DataLoader whose order is the same on every "
+            f"rank; it cannot take {type(loaders[0]).__name__} with this data set or sampler. Pass a DataLoader over "
+            "a map-style Dataset, without a DistributedSampler of your own and without "
+            'use_distributed_sampler=False, or use strategy="ddp".'
+        )
+    return sampler
+
+
+@dataclass
+class _Epoch:
+    """Where this rank stands in the epoch."""
+
+    plan: EpochPlan | None = None
+    tickets_done: int = 0
+    batches_before: int = 0
+    training: bool = False
+    agreed: bool = False
+    clock: int = 0
+    ticks: range = range(0)
+    scheduled_batch: int | None = None
+    validation_requested: bool = False
+
+
+class AsyncEpochLoop(_TrainingEpochLoop):
+    """One epoch, in segments of asynchronous training between synchronous stops."""
+
+    _epoch: _Epoch
+
+    @property
+    def _strategy(self) -> AsyncAMSGradStrategy:
+        strategy: Any = self.trainer.strategy
+        return strategy
+
+    @property
+    def global_step(self) -> int:
+        """The global clock: updates per rank, k // N."""
+        return self._strategy.clock
+
+    @property
+    def batch_idx(self) -> int:
+        """This rank's count of batches, or the shared clock's while a scheduler is stepped."""
+        if self._epoch.scheduled_batch is not None:
+            return self._epoch.scheduled_batch
+        return super().batch_idx
+
+    @property
+    def done(self) -> bool:
+        """Whether to leave the epoch: decided by all ranks together, between segments."""
+        return self._epoch.agreed and bool(super().done)
+
+    @override
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        before = self.batch_progress.total.ready - self.batch_progress.current.ready
+        self._epoch = _Epoch(batches_before=before, clock=self.global_step)
+        super().on_run_start(data_fetcher)
+
+    @override
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        assert isinstance(data_fetcher, TicketFetcher)
+        if not self._epoch.training:
+            self._start_segment(data_fetcher)
+            if self._epoch.agreed:
+                return
+        if not data_fetcher.has_next():
+            self._finish_segment()
+            return
+        try:
+            super().advance(data_fetcher)
+        except StopIteration:
+            # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
+            self._strategy.worker.close_hand_out()
+            self._finish_segment(skip_rest=True)
+
+    @override
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        if not self._epoch.training:
+            return
+        super().on_advance_end(data_fetcher)
+        if self._wants_to_stop():
+            self._strategy.worker.close_hand_out()
+
+    @override
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        if interval != "step":
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
+            return
+        if not update_plateau_schedulers:
+            self._tick()
+        # One scheduler step for each step of the shared clock, however many of them this rank computed.
+        for step in self._epoch.ticks:
+            self._epoch.scheduled_batch = step * int(self.trainer.accumulate_grad_batches) - 1
+            try:
+                self._update_learning_rates("step", update_plateau_schedulers=update_plateau_schedulers)
+            finally:
+                self._epoch.scheduled_batch = None
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Runs no collective; a SIGTERM closes the hand-out and is agreed on at the next stop."""
+
+    @override
+    def _num_ready_batches_reached(self) -> bool:
+        return not self._epoch.training and bool(self.batch_progress.is_last_batch)
+
+    @override
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        """Never after a batch; `_finish_segment` decides."""
+        return False
+
+    def _tick(self) -> None:
+        epoch, clock = self._epoch, self.global_step
+        previous, epoch.clock = epoch.clock, clock
+        epoch.ticks = range(previous + 1, clock + 1)
+        every = self.trainer.log_every_n_steps
+        self._batches_that_stepped = log_position(previous, clock, every)
+        if every and clock // every > previous // every:
+            self._strategy.log_statistics(self._batches_that_stepped)
+
+    def _wants_to_stop(self) -> bool:
+        trainer = self.trainer
+        if self._strategy.sigterm_received:
+            return True
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            return True
+        if self.max_steps != -1 and self.global_step >= self.max_steps:
+            return True
+        interval = trainer._val_check_time_interval
+        if interval is not None and trainer.is_global_zero and time.monotonic() - trainer._last_val_time >= interval:
+            self._epoch.validation_requested = True
+            return True
+        return False
+
+    def _start_segment(self, fetcher: TicketFetcher) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        self._agree_on_stopping()
+        epoch.agreed = True
+        if super().done:
+            return
+        if epoch.plan is None:
+            epoch.plan = self._plan_epoch(fetcher.sampler)
+            fetcher.sampler.begin_epoch(trainer.current_epoch)
+            done = self.batch_progress.current.ready
+            epoch.tickets_done = epoch.plan.tickets if done >= epoch.plan.batches else done * trainer.world_size
+            strategy.begin_epoch(range(epoch.tickets_done, epoch.plan.tickets))
+        tickets = epoch.plan.until_stop(epoch.tickets_done)
+        if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
+            updates = self.max_steps * trainer.world_size - strategy.version
+            tickets = min(tickets, updates * int(trainer.accumulate_grad_batches))
+        strategy.enter_asynchronous_phase(tickets)
+        fetcher.open(strategy.worker.draw)
+        epoch.training, epoch.agreed = True, False
+
+    def _plan_epoch(self, sampler: TicketSampler) -> EpochPlan:
+        trainer = self.trainer
+        batches = int(trainer.num_training_batches)
+        every: int | None = None
+        if self._should_check_val_epoch() and trainer.val_check_batch not in (None, float("inf")):
+            every = int(trainer.val_check_batch)
+        across_epochs = trainer.check_val_every_n_epoch is None
+        return EpochPlan(
+            tickets=min(sampler.global_batches, batches * trainer.world_size),
+            batches=batches,
+            world_size=trainer.world_size,
+            validate_every=every,
+            batches_before=self._epoch.batches_before if across_epochs else 0,
+        )
+
+    def _finish_segment(self, skip_rest: bool = False) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        assert epoch.plan is not None
+        self._flush_accumulated_gradients()
+        strategy.worker.finish_segment()
+        progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
+        epoch.training = False
+        epoch.tickets_done = epoch.plan.tickets - progress.tickets_left
+        complete = progress.tickets_left == 0 or progress.skip_rest
+        self._count_as_ddp(epoch.plan.batches_done(epoch.tickets_done), complete)
+        align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if complete:
+            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._batches_that_stepped = max(0, self.global_step - 1)
+        strategy.log_statistics(self._batches_that_stepped)
+        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
+        due = epoch.plan.validation_due(epoch.tickets_done) or stopping or progress.validation_requested
+        due = due or (complete and trainer.val_check_batch == float("inf"))
+        if due and self._should_check_val_epoch():
+            self._validate()
+        epoch.validation_requested = False
+        self._batches_that_stepped = self.global_step
+        self._save_loggers_on_train_batch_end()
+        self._agree_on_stopping()
+        epoch.agreed = True
+        if not self._is_training_done and trainer.received_sigterm:
+            strategy.raise_sigterm()
+
+    def _validate(self) -> None:
+        trainer = self.trainer
+        trainer.validating = True
+        first_loop_iter = trainer._logger_connector._first_loop_iter
+        call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
+        self.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_loop_iter
+
+    def _flush_accumulated_gradients(self) -> None:
+        """Pushes micro-batches that no full accumulation was left for; Lightning steps on an epoch's last batch too."""
+        trainer = self.trainer
+        if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
+            return
+        if not self._strategy.worker.has_unreported_batches:
+            return
+        zero = torch.zeros(())
+        self.automatic_optimization._optimizer_step(self.batch_idx, lambda: zero)
+        trainer.strategy._lightning_optimizers[0].zero_grad()
+
+    def _count_as_ddp(self, batches: int, is_last: bool) -> None:
+        """Sets Lightning's local counters to what DDP would show here; this is what a checkpoint records."""
+        progress = self.batch_progress
+        total = self._epoch.batches_before + batches
+        for tracker, value in ((progress.current, batches), (progress.total, total)):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = value  # type: ignore[attr-defined]
+        progress.is_last_batch = is_last
+        automatic = self.automatic_optimization.optim_progress.optimizer.step
+        for step in (automatic, self.manual_optimization.optim_step_progress):
+            behind = step.total.completed - step.current.completed
+            step.total.ready = step.total.completed = self.global_step
+            step.current.ready = step.current.completed = max(0, self.global_step - behind)
+
+    def _agree_on_stopping(self) -> None:
+        trainer = self.trainer
+        trainer.should_stop = self._strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+
+
+class AsyncFitLoop(_FitLoop):
+    """Lightning's fit loop over `AsyncEpochLoop`."""
+
+    @override
+    def setup_data(self) -> None:
+        strategy: Any = self.trainer.strategy
+
+        def select(trainer: Trainer, stage: RunningStage) -> _DataFetcher:
+            chosen = _select_data_fetcher(trainer, stage)
+            if isinstance(chosen, _DataLoaderIterDataFetcher):
+                raise MisconfigurationException(
+                    "async_amsgrad hands each batch out by its ticket and cannot give training_step the "
+                    "`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy=\"ddp\"."
+                )
+            return TicketFetcher(strategy.begin_batch)
+
+        with _replaced(_fit_loop_module, "_select_data_fetcher", select):
+            super().setup_data()
+
+    @override
+    def on_advance_end(self) -> None:
+        super().on_advance_end()
+        # User code may have asked to stop on one rank only.
+        trainer = self.trainer
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+
+
+def install(trainer: Trainer) -> None:
+    """Gives the trainer's loops this module's behaviour, and SIGTERM a handler without a collective."""
+    fit_loop: Any = trainer.fit_loop
+    fit_loop.__class__ = AsyncFitLoop
+    fit_loop.epoch_loop.__class__ = AsyncEpochLoop
+    fit_loop.epoch_loop._epoch = _Epoch()
+    connector: Any = trainer._signal_connector
+    strategy: Any = trainer.strategy
+
+    def on_sigterm(signum: int, frame: object) -> None:
+        if not strategy.sigterm_received and strategy.launcher is not None:
+            strategy.launcher.kill(signum)
+        strategy.sigterm_received = True
+
+    connector._sigterm_notifier_fn = on_sigterm
+
+
+def uninstall(trainer: Trainer) -> None:
+    """Undoes `install`; the loops keep their state."""
+    fit_loop: Any = trainer.fit_loop
+    if isinstance(fit_loop, AsyncFitLoop):
+        fit_loop.__class__ = _FitLoop
+        fit_loop.epoch_loop.__class__ = _TrainingEpochLoop
+        del fit_loop.epoch_loop._epoch
+    vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+
+
+def optimizer_steps(trainer: Trainer) -> int:
+    """Steps that Lightning has counted so far: 0, or what an earlier fit of this trainer made."""
+    return int(_TrainingEpochLoop.global_step.fget(trainer.fit_loop.epoch_loop))  # type: ignore[attr-defined]
+
+
+def run_seed() -> int:
+    """The seed of the global order of batches: that of ``seed_everything``, as Lightning's own samplers take it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def set_received_sigterm(trainer: Trainer) -> None:
+    """Makes ``trainer.received_sigterm`` true, once all ranks have agreed on it."""
+    trainer._signal_connector.received_sigterm = True
+
+
+# What ModelCheckpoint decides on, in collective calls, at the next stop: it must be the same on every rank.
+_CHECKPOINT_FIELDS = (
+    "_last_global_step_saved",
+    "_last_time_checked",
+    "_last_checkpoint_saved",
+    "current_score",
+    "best_k_models",
+    "kth_best_model_path",
+    "kth_value",
+    "best_model_score",
+    "best_model_path",
+    "last_model_path",
+)
+
+
+def checkpoint_fields(trainer: Trainer) -> list[dict[str, Any]]:
+    """What this rank's Checkpoint callbacks have noted."""
+    return [
+        {name: vars(callback)[name] for name in _CHECKPOINT_FIELDS if name in vars(callback)}
+        for callback in trainer.checkpoint_callbacks
+    ]
+
+
+def set_checkpoint_fields(trainer: Trainer, fields: list[dict[str, Any]]) -> None:
+    """Takes over what rank 0's Checkpoint callbacks have noted."""
+    for callback, noted in zip(trainer.checkpoint_callbacks, fields, strict=True):
+        vars(callback).update(noted)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

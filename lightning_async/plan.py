@@ -1,0 +1,87 @@
+"""Where an epoch stops for validation, counted in tickets over all ranks. Pure arithmetic, used by `loops.py`.
+
+Lightning counts batches per rank. Under this strategy ranks take different numbers of batches, so every count is
+translated: b batches per rank under DDP are b * N tickets here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EpochPlan", "log_position"]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """One epoch's size and the places in it where Lightning would validate.
+
+    Args:
+        tickets: batches of the epoch over all ranks.
+        batches: what DDP would count per rank: ``trainer.num_training_batches``.
+        world_size: number of ranks N.
+        validate_every: ``trainer.val_check_batch``: batches per rank between validations; None for no validation
+            that is scheduled by batches.
+        batches_before: batches per rank of all earlier epochs, if the interval runs across epochs
+            (``check_val_every_n_epoch=None``), else 0.
+
+    Examples:
+        >>> plan = EpochPlan(tickets=10, batches=3, world_size=4, validate_every=2)
+        >>> plan.until_stop(0), plan.until_stop(8)
+        (8, 2)
+        >>> plan.validation_due(8), plan.validation_due(10)
+        (True, False)
+    """
+
+    tickets: int
+    batches: int
+    world_size: int
+    validate_every: int | None = None
+    batches_before: int = 0
+
+    def batches_done(self, tickets_done: int) -> int:
+        """Batches per rank that DDP would have counted."""
+        if tickets_done >= self.tickets:
+            return self.batches
+        return min(tickets_done // self.world_size, self.batches - 1)
+
+    def until_stop(self, tickets_done: int) -> int:
+        """Tickets to hand out before the next validation or the end of the epoch."""
+        remaining = self.tickets - tickets_done
+        if self.validate_every is None:
+            return remaining
+        position = self.batches_before + self.batches_done(tickets_done)
+        next_stop = (position // self.validate_every + 1) * self.validate_every - self.batches_before
+        if next_stop >= self.batches:
+            return remaining
+        return next_stop * self.world_size - tickets_done
+
+    def validation_due(self, tickets_done: int) -> bool:
+        """Whether the interval ends here; an epoch that was left early in mid-batch is at no interval's end."""
+        if self.validate_every is None:
+            return False
+        if tickets_done < self.tickets and tickets_done % self.world_size:
+            return False
+        position = self.batches_before + self.batches_done(tickets_done)
+        return position > 0 and position % self.validate_every == 0
+
+
+def log_position(previous_clock: int, clock: int, every: int) -> int:
+    """The number of steps that Lightning's logging should believe are behind it.
+
+    Lightning logs after the step that makes ``(position + 1) % every == 0``
+    (`logger_connector.py`, ``should_update_logs``) and uses ``position`` as the x-axis. The clock is shared by all
+    ranks and may pass several steps between two batches of this one, so the position is chosen such that a rank logs
+    once whenever the clock has passed a multiple of ``every``.
+
+    Examples:
+        >>> [log_position(previous, clock, every=50) for previous, clock in [(48, 49), (49, 52), (52, 53), (99, 100)]]
+        [48, 49, 52, 99]
+        >>> log_position(100, 100, every=50)
+        100
+    """
+    if every <= 0:
+        return max(0, clock - 1)
+    passed = clock // every * every
+    if passed > previous_clock:
+        return passed - 1
+    return clock if clock % every == 0 else clock - 1

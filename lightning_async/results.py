@@ -1,0 +1,93 @@
+"""Epoch-end metrics when ranks have logged different keys.
+
+At the end of an epoch Lightning walks what was logged, in the order of insertion, and reduces entry by entry
+(`logger_connector/result.py:473`). Under DDP every rank logs the same keys. Here a rank may have had no batch at all,
+and then the walk would pair different entries, or wait for ever. Private API: see `loops.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultCollection,
+    _ResultMetric,
+    _Sync,
+)
+from torch import nn
+
+__all__ = ["align_results"]
+
+_Entry = tuple[str, dict[str, Any], bool]
+
+
+def align_results(
+    results: _ResultCollection,
+    module: nn.Module,
+    gather: Callable[[Any], list[Any]],
+    reduce: Callable[..., Any],
+) -> None:
+    """Gives every rank the same entries in the same order; entries that a rank lacked hold the neutral value.
+
+    Args:
+        results: what this rank logged in this epoch.
+        module: the LightningModule, for entries that are torchmetrics objects.
+        gather: collects an object from every rank.
+        reduce: the strategy's reduction, for entries that are reduced.
+    """
+    mine = [_describe(key, metric) for key, metric in results.valid_items()]
+    everyone: list[list[_Entry]] = gather(mine)
+    if all([entry[0] for entry in entries] == [entry[0] for entry in everyone[0]] for entries in everyone):
+        return
+    union: dict[str, _Entry] = {entry[0]: entry for entries in everyone for entry in entries}
+    ordered = {}
+    for key, described in union.items():
+        metric = results.get(key)
+        if metric is None:
+            metric = _neutral(described, module, reduce)
+        metric.has_reset = False
+        ordered[key] = metric
+    rest = {key: metric for key, metric in results.items() if key not in ordered}
+    results.clear()
+    results.update(ordered | rest)
+
+
+def _describe(key: str, metric: _ResultMetric) -> _Entry:
+    # asdict would copy the reduction, a bound method of the strategy.
+    meta = {name: getattr(metric.meta, name) for name in _PLAIN_FIELDS}
+    meta["sync_dist"] = metric.meta.sync.should
+    meta["rank_zero_only"] = metric.meta.sync.rank_zero_only
+    return key, meta, metric.is_tensor
+
+
+def _neutral(described: _Entry, module: nn.Module, reduce: Callable[..., Any]) -> _ResultMetric:
+    _, fields, is_tensor = described
+    fields = dict(fields)
+    sync = _Sync(_should=fields.pop("sync_dist"), fn=reduce, rank_zero_only=fields.pop("rank_zero_only"))
+    meta = _Metadata(**fields)
+    meta.sync = sync
+    metric = _ResultMetric(meta, is_tensor)
+    if is_tensor:
+        metric.update_called_once = True
+    else:
+        metric.value = module.get_submodule(meta.metric_attribute or "")
+    return metric
+
+
+_PLAIN_FIELDS = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "reduce_fx",
+    "enable_graph",
+    "add_dataloader_idx",
+    "dataloader_idx",
+    "metric_attribute",
+)

@@ -1,0 +1,167 @@
+"""Rank 0's server: gives each worker its session, its channel and its thread.
+
+Above `session.py`, `frontdoor.py` and `transport/`; below `strategy.py`. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.frontdoor import DOORBELL, Address, FrontDoor, HandshakeError, Visitor, introduce
+from lightning_async.holder import Holder
+from lightning_async.layout import FlatLayout
+from lightning_async.session import Session, SessionError
+from lightning_async.tickets import Ledger
+from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
+from lightning_async.transport.inprocess import in_process_pair
+from lightning_async.wire import Kind, Message, WireError
+
+__all__ = ["Server", "dial"]
+
+log = logging.getLogger(__name__)
+
+# How long the lifeline's news (an exit status, an error that the worker reported) may trail a lost channel.
+_NEWS_TIMEOUT_S = 3.0
+
+
+class Server:
+    """Rank 0's sessions: one thread per remote worker, none for its own.
+
+    Args:
+        holder: the holder.
+        ledger: the ledger.
+        layout: where each parameter lies; workers must have the same.
+        groups: number of param groups of each optimizer.
+        latch: the run's failure latch.
+        door: where workers come in; None if rank 0 is alone.
+        on_refused: called when a connection or a request is refused.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        ledger: Ledger,
+        layout: FlatLayout,
+        groups: Sequence[int],
+        latch: FailureLatch,
+        door: FrontDoor | None = None,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._holder = holder
+        self._ledger = ledger
+        self._layout = layout
+        self._groups = groups
+        self._latch = latch
+        self._door = door
+        self._on_refused = on_refused
+        self._lock = threading.Lock()
+        self._channels: list[Channel] = []
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+        if door is not None:
+            self._store = TCPStore(door.address.host, 0, is_master=True, wait_for_workers=False)
+            door.on_refused = on_refused
+            door.on_doorbell = self._answer_door
+
+    def local_channel(self, worker: int = 0) -> Channel:
+        """The channel of rank 0's own worker; its requests are served in that worker's thread."""
+        mine, theirs, serve_with = in_process_pair()
+        serve_with(self._session(worker, theirs).serve_one)
+        with self._lock:
+            self._channels.append(theirs)
+        return mine
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
+        if self._door is not None:
+            self._door.on_doorbell = None
+        with self._lock:
+            self._closing = True
+            threads, channels = list(self._threads), list(self._channels)
+            self._channels.clear()
+        for thread in threads:
+            thread.join(timeout=0.0 if self._latch.failure is not None else timeout_s)
+        for channel in channels:
+            channel.close()
+
+    def _session(self, worker: int, channel: Channel) -> Session:
+        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups)
+
+    def _answer_door(self, visitor: Visitor, connection: ControlConnection) -> None:
+        theirs = visitor.claims.get("model")
+        for key, mine in describe_model(self._layout, self._groups).items():
+            other = theirs.get(key) if isinstance(theirs, dict) else None
+            if other != mine:
+                raise HandshakeError(
+                    f"rank {visitor.rank} has {key} = {other}, rank 0 has {mine}; "
+                    "every rank must build the same model and optimizers"
+                )
+        pair = f"worker-{visitor.rank}-{visitor.incarnation}"
+        welcome = json.dumps({"store_port": self._store.port, "pair": pair})
+        connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=welcome))
+        connection.settimeout(None)
+        thread = threading.Thread(
+            target=self._serve, args=(visitor.rank, pair, connection), name=f"session-{visitor.rank}", daemon=True
+        )
+        with self._lock:
+            self._threads.append(thread)
+        thread.start()
+
+    def _serve(self, worker: int, pair: str, connection: ControlConnection) -> None:
+        # The update runs in this thread, and is at the memory's speed with one intra-op thread.
+        torch.set_num_threads(1)
+        try:
+            channel = GlooChannel(connection, self._store.clone(), pair, HOLDER_SIDE)
+            with self._lock:
+                self._channels.append(channel)
+            session = self._session(worker, channel)
+            while not session.finished:
+                session.serve_one()
+        except WorkerFailedError:
+            log.debug("the session of rank %d ends with the run", worker)
+        except SessionError as error:
+            self._on_refused()
+            self._latch.trip(RunFailure(worker, str(error)))
+        except (WireError, ChannelClosedError) as error:
+            if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
+                self._latch.trip(RunFailure(worker, str(error)))
+        except Exception as error:
+            # Whatever goes wrong in this thread must end the run: its worker waits for an answer.
+            log.exception("the session of rank %d failed", worker)
+            self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
+
+
+def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:
+    """What a worker and the holder must agree on before the first payload."""
+    return {**layout.fingerprint(), "groups": list(groups)}
+
+
+def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
+    """Connects a worker to its session.
+
+    Args:
+        address: of rank 0's front door.
+        worker: this rank.
+        layout: where each parameter lies.
+        groups: number of param groups of each optimizer.
+        incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
+
+    Raises:
+        HandshakeError: if rank 0 refuses this worker, with its reason.
+        ChannelClosedError: if rank 0 cannot be reached.
+    """
+    model = describe_model(layout, groups)
+    connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model)
+    agreed = json.loads(welcome)
+    store = TCPStore(address.host, agreed["store_port"], is_master=False, wait_for_workers=False)
+    return GlooChannel(connection, store, agreed["pair"], WORKER_SIDE)

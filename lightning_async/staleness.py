@@ -1,0 +1,384 @@
+r"""The staleness bound: pure rules, and the bookkeeping that applies them.
+
+Neighbours: `holder.py` keeps one `Barrier` under its own lock and does the waiting. Nothing here starts
+a thread, takes a lock or sees a tensor.
+
+A worker that was given the parameters of version :math:`r` and has not been answered since is
+*outstanding*. Its update must be applied while the holder's version :math:`k` is at most
+:math:`r + \tau`, where :math:`\tau` is ``max_staleness``, and every applied update takes one version. An
+outstanding update is therefore a unit job with the deadline :math:`r + \tau`, and the question whether all
+of them can still be applied in time is single-machine scheduling, which earliest deadline first solves.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+__all__ = [
+    "Barrier",
+    "Verdict",
+    "admissible",
+    "feasible",
+    "is_stale",
+    "readable",
+    "resolve_max_staleness",
+]
+
+AUTO_STALENESS_PER_RANK = 4
+
+
+def feasible(reads: Iterable[int], version: int, max_staleness: int | None) -> bool:
+    r"""Whether every outstanding update can still be applied within the bound.
+
+    With the versions read sorted, :math:`r_0 \le r_1 \le \dots`, this is
+    :math:`k + i \le r_i + \tau` for every :math:`i`: the jobs are taken in the order of their deadlines,
+    and the :math:`i`-th of them is applied at version :math:`k + i`. If that order misses a deadline, every
+    order does: exchanging two neighbours that are out of deadline order never makes a job late.
+
+    Args:
+        reads: versions read by the workers that are outstanding, in any order.
+        version: the holder's version :math:`k`, at which the next update would be applied.
+        max_staleness: the bound :math:`\tau`; None bounds nothing.
+
+    Returns:
+        True if some order applies all of them in time.
+
+    Examples:
+        >>> feasible([3, 5, 4], version=5, max_staleness=2)
+        True
+        >>> feasible([3, 3], version=5, max_staleness=2)
+        False
+        >>> feasible([0, 0, 0], version=99, max_staleness=None)
+        True
+    """
+    if max_staleness is None:
+        return True
+    return all(needed <= read for needed, read in enumerate(sorted(reads), version - max_staleness))
+
+
+def admissible(rest: Iterable[int], version: int, max_staleness: int | None) -> bool:
+    r"""Whether one more update keeps every other outstanding update within the bound.
+
+    The update takes version :math:`k`, so the others have to fit into the versions from :math:`k + 1` on.
+
+    Args:
+        rest: versions read by the *other* workers that are outstanding.
+        version: the holder's version :math:`k` before the update.
+        max_staleness: the bound :math:`\tau`; None bounds nothing.
+
+    Returns:
+        True if the update may be applied now.
+
+    Examples:
+        >>> admissible([4], version=5, max_staleness=2)
+        True
+        >>> admissible([4, 4], version=5, max_staleness=2)
+        False
+    """
+    return feasible(rest, version + 1, max_staleness)
+
+
+def readable(reads: Iterable[int], version: int, max_staleness: int | None) -> bool:
+    r"""Whether one more worker may be given the parameters of the present version.
+
+    The new reader has the latest deadline of all, :math:`k + \tau`. Where the outstanding set is feasible
+    already, it stays so exactly while it has at most :math:`\tau` members before the newcomer.
+
+    Args:
+        reads: versions read by the workers that are outstanding.
+        version: the holder's version :math:`k`, which the newcomer would read.
+        max_staleness: the bound :math:`\tau`; None bounds nothing.
+
+    Returns:
+        True if the set with the newcomer is feasible.
+
+    Examples:
+        >>> readable([], version=7, max_staleness=0)
+        True
+        >>> readable([7], version=7, max_staleness=0)
+        False
+        >>> readable([6, 7], version=7, max_staleness=2)
+        True
+    """
+    return feasible([*reads, version], version, max_staleness)
+
+
+def is_stale(version_read: int, version: int, max_staleness: int | None) -> bool:
+    r"""Whether an update that arrives now is past the bound: :math:`k - r > \tau`.
+
+    Args:
+        version_read: the version :math:`r` that the gradient was computed at.
+        version: the holder's version :math:`k`.
+        max_staleness: the bound :math:`\tau`; None bounds nothing.
+
+    Returns:
+        True if ``on_stale="drop"`` discards it.
+
+    Examples:
+        >>> is_stale(3, version=5, max_staleness=2), is_stale(2, version=5, max_staleness=2)
+        (False, True)
+    """
+    return max_staleness is not None and version - version_read > max_staleness
+
+
+def resolve_max_staleness(value: int | Literal["auto"] | None, world_size: int) -> int | None:
+    """Turns the ``max_staleness`` argument into a bound.
+
+    Args:
+        value: a bound in updates, ``"auto"`` for four updates a rank, or None for no bound.
+        world_size: number of ranks.
+
+    Returns:
+        The bound in updates, or None.
+
+    Raises:
+        ValueError: if the value is none of these.
+
+    Examples:
+        >>> resolve_max_staleness("auto", world_size=8)
+        32
+        >>> resolve_max_staleness(0, world_size=8), resolve_max_staleness(None, world_size=8)
+        (0, None)
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, not {world_size}.")
+    if value == "auto":
+        return AUTO_STALENESS_PER_RANK * world_size
+    _check_bound(value)
+    return value
+
+
+class Verdict(enum.Enum):
+    """What becomes of a worker's push if it is decided now."""
+
+    APPLY = "apply"
+    WAIT = "wait"
+    DROP = "drop"
+
+
+class Barrier:
+    r"""Who holds parameters of which version, and who waits to read; bookkeeping without threads.
+
+    Owns the version counter, the outstanding workers and the queue of readers. It never waits: the holder
+    calls it under its own lock, parks whoever is told to wait, and asks again after every `apply`,
+    `discard` and `leave`.
+
+    With ``on_stale="wait"`` the outstanding set is feasible at the present version at all times: `read`
+    requires it of the set with the reader, `apply` of the set without the applied update one version later,
+    and leaving only moves the others up. Two things follow.
+
+    - No applied update is staler than the bound: feasibility at :math:`k` includes
+      :math:`k \le r_i + \tau` for every member.
+    - No deadlock: the oldest reader may always be applied. Without it the rest is :math:`r_1, r_2, \dots`
+      at version :math:`k + 1`, which needs :math:`(k + 1) + (i - 1) \le r_i + \tau`: that is the
+      invariant. A push waits only for workers that read before it, and those wait for fewer still.
+
+    A reader waits only while :math:`\tau + 1` workers are outstanding, whichever reader it is; so serving
+    readers in the order of their asking costs nothing and starves nobody.
+
+    With ``on_stale="drop"`` nobody waits: a push with :math:`k - r > \tau` is discarded.
+
+    Args:
+        max_staleness: the bound :math:`\tau` in updates; None bounds nothing.
+        on_stale: whether the bound is kept by waiting or by dropping.
+        version: the version to start from.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Examples:
+        >>> barrier = Barrier(max_staleness=1)
+        >>> for worker in (0, 1):
+        ...     barrier.ask(worker)
+        ...     _ = barrier.read(worker)
+        >>> barrier.apply(0)
+        0
+        >>> barrier.ask(0)
+        >>> barrier.read(0)
+        1
+        >>> barrier.verdict(0)  # worker 1 read version 0 and would be two updates stale
+        <Verdict.WAIT: 'wait'>
+        >>> barrier.apply(1), barrier.verdict(0)
+        (1, <Verdict.APPLY: 'apply'>)
+    """
+
+    def __init__(
+        self, max_staleness: int | None, on_stale: Literal["wait", "drop"] = "wait", version: int = 0
+    ) -> None:
+        _check_bound(max_staleness)
+        _check_version(version)
+        if on_stale not in ("wait", "drop"):
+            raise ValueError(f"on_stale must be 'wait' or 'drop', not {on_stale!r}.")
+        self.max_staleness = max_staleness
+        self.on_stale = on_stale
+        self._version = version
+        self._reads: dict[int, int] = {}
+        # A dict, as the ordered set that the standard library lacks.
+        self._readers: dict[int, None] = {}
+        # The only case in which anybody ever waits.
+        self._waits_for = max_staleness if on_stale == "wait" else None
+
+    @property
+    def version(self) -> int:
+        """Number of updates applied so far. Settable (to load a checkpoint) while nobody is outstanding."""
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        _check_version(version)
+        if self._reads:
+            raise ValueError(
+                f"The version cannot be set while workers {sorted(self._reads)} hold an earlier one."
+            )
+        self._version = version
+
+    @property
+    def outstanding(self) -> Mapping[int, int]:
+        """Worker -> version read, for every worker that holds parameters; a copy."""
+        return dict(self._reads)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """The workers that have asked and not read, in the order of their asking."""
+        return tuple(self._readers)
+
+    def ask(self, worker: int) -> None:
+        """Puts a worker at the end of the queue of readers; where it is queued already it keeps its place.
+
+        Args:
+            worker: who asks.
+
+        Raises:
+            ValueError: if it is outstanding.
+        """
+        if worker in self._reads:
+            raise ValueError(
+                f"Worker {worker} still holds version {self._reads[worker]} and cannot read again."
+            )
+        self._readers.setdefault(worker)
+
+    def may_read(self, worker: int) -> bool:
+        """Whether `read` would succeed now.
+
+        Args:
+            worker: who would read.
+
+        Returns:
+            False for a worker that is outstanding. Otherwise True where nobody waits (``"drop"`` or no
+            bound); else whether it is the first in the queue and the set with it stays feasible.
+        """
+        if worker in self._reads:
+            return False
+        if self._waits_for is None:
+            return True
+        # `readable`, given the invariant: the newcomer's is the latest deadline, and it comes last.
+        return len(self._reads) <= self._waits_for and next(iter(self._readers), None) == worker
+
+    def read(self, worker: int) -> int:
+        """Makes a worker outstanding at the present version and takes it out of the queue.
+
+        Args:
+            worker: who reads.
+
+        Returns:
+            The version it was given.
+
+        Raises:
+            ValueError: if it may not read now.
+        """
+        if not self.may_read(worker):
+            raise ValueError(f"Worker {worker} may not read version {self._version} now.")
+        self._readers.pop(worker, None)
+        self._reads[worker] = self._version
+        return self._version
+
+    def verdict(self, worker: int) -> Verdict:
+        """What becomes of a worker's push if it is decided now.
+
+        Args:
+            worker: whose push it is.
+
+        Returns:
+            `Verdict.WAIT` only with ``on_stale="wait"``, `Verdict.DROP` only with ``on_stale="drop"``.
+
+        Raises:
+            ValueError: if the worker is not outstanding.
+        """
+        read = self._version_read(worker)
+        if self.on_stale == "drop":
+            return Verdict.DROP if is_stale(read, self._version, self.max_staleness) else Verdict.APPLY
+        if self._waits_for is None:
+            return Verdict.APPLY
+        rest = [other_read for other, other_read in self._reads.items() if other != worker]
+        return Verdict.APPLY if admissible(rest, self._version, self._waits_for) else Verdict.WAIT
+
+    def apply(self, worker: int) -> int:
+        """Counts a worker's update; it is outstanding no more.
+
+        Args:
+            worker: whose update is applied.
+
+        Returns:
+            The staleness of the update: the version before it, less the version read.
+
+        Raises:
+            ValueError: unless the verdict is `Verdict.APPLY`.
+        """
+        return self._settle(worker, Verdict.APPLY)
+
+    def discard(self, worker: int) -> int:
+        """Drops a worker's push without an update; it is outstanding no more.
+
+        Args:
+            worker: whose push is dropped.
+
+        Returns:
+            The staleness that it would have had.
+
+        Raises:
+            ValueError: unless the verdict is `Verdict.DROP`.
+        """
+        return self._settle(worker, Verdict.DROP)
+
+    def leave(self, worker: int) -> None:
+        """Forgets a worker wherever it stands: released without a push, or evicted. Idempotent.
+
+        Args:
+            worker: who leaves.
+        """
+        self._reads.pop(worker, None)
+        self._readers.pop(worker, None)
+
+    def _settle(self, worker: int, expected: Verdict) -> int:
+        verdict = self.verdict(worker)
+        if verdict is not expected:
+            raise ValueError(
+                f"Worker {worker}'s push is to {verdict.value} at version {self._version}, "
+                f"not to {expected.value}."
+            )
+        staleness = self._version - self._reads.pop(worker)
+        if expected is Verdict.APPLY:
+            self._version += 1
+        return staleness
+
+    def _version_read(self, worker: int) -> int:
+        try:
+            return self._reads[worker]
+        except KeyError:
+            raise ValueError(f"Worker {worker} holds no parameters that it could answer for.") from None
+
+
+def _check_bound(max_staleness: object) -> None:
+    if max_staleness is None:
+        return
+    if isinstance(max_staleness, bool) or not isinstance(max_staleness, int) or max_staleness < 0:
+        raise ValueError(
+            f"max_staleness must be an integer of at least 0, 'auto' or None, not {max_staleness!r}."
+        )
+
+
+def _check_version(version: int) -> None:
+    if version < 0:
+        raise ValueError(f"A version counts updates and cannot be {version}.")

@@ -1,0 +1,546 @@
+"""Lightning's face of the package: the strategy. Owns phases and state, computes nothing.
+
+Above everything else: `engine.py` does the exchange, `membership.py` the living and dying of ranks, `loops.py` runs
+Lightning's loops in phases, `launchers.py` starts the ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from lightning_async import loops
+from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
+from lightning_async.buffers import average_buffers, broadcast_tensors
+from lightning_async.engine import Engine, ExchangeOptions, UpdateObserver
+from lightning_async.failure import RunFailure
+from lightning_async.holder import Snapshot
+from lightning_async.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.membership import Membership
+from lightning_async.monitor import MetricsLogger, RunStats
+from lightning_async.phases import Phase, keep_metrics_local
+from lightning_async.tickets import share_loader
+from lightning_async.worker import Worker
+
+__all__ = ["AsyncAMSGradStrategy"]
+
+_T = TypeVar("_T")
+_CHECKPOINT_KEY = "async_amsgrad"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What all ranks know when they have met at the end of a segment.
+
+    Args:
+        tickets_left: batches of this epoch that nobody was handed.
+        validation_requested: a rank asked for validation now.
+        skip_rest: a rank wants to skip the rest of the epoch.
+    """
+
+    tickets_left: int
+    validation_requested: bool
+    skip_rest: bool
+
+
+class AsyncAMSGradStrategy(DDPStrategy):
+    """Asynchronous data-parallel training with an AMSGrad holder on rank 0 and bounded staleness.
+
+    Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
+    order of arrival and answers with fresh parameters. Nobody waits for the slowest rank. Trainer arguments keep the
+    meaning that they have under DDP.
+
+    Args:
+        max_staleness: the bound τ: no gradient is applied after more than this many updates since its parameters were
+            read. ``"auto"`` is four per rank, 0 is serial AMSGrad, None sets no bound.
+        on_stale: ``"wait"`` holds an update back where it would make another rank's gradient too stale; ``"drop"``
+            waits for nobody and discards gradients that are too stale.
+        batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
+            ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
+        transport: how gradients travel. ``"auto"`` and ``"gloo"`` both use Gloo.
+        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        accelerator: see `DDPStrategy`.
+        parallel_devices: see `DDPStrategy`.
+        cluster_environment: see `DDPStrategy`.
+        checkpoint_io: see `DDPStrategy`.
+        precision_plugin: see `DDPStrategy`.
+        process_group_backend: backend of the process group that is used between the asynchronous phases.
+        timeout: time-out of that process group's collectives.
+        start_method: how ranks are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        MisconfigurationException: if an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        max_staleness: int | Literal["auto"] | None = "auto",
+        on_stale: Literal["wait", "drop"] = "wait",
+        batches: Literal["shared", "sharded"] = "shared",
+        transport: Literal["auto", "gloo"] = "auto",
+        worker_timeout: float = 60.0,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.options = ExchangeOptions(max_staleness, on_stale, batches)
+        _check_arguments(self.options, transport, worker_timeout)
+        self.worker_timeout = worker_timeout
+        self.stats = RunStats(workers=0)
+        # Called on rank 0 with every update and the tickets (batches) that it covers.
+        self.observers: list[UpdateObserver] = []
+        self.sigterm_received = False
+        self._membership: Membership | None = None
+        self._engine: Engine | None = None
+        self._metrics: MetricsLogger | None = None
+        self._snapshot: Snapshot | None = None
+        self._version = 0
+        self._version_at_backward = 0
+        self._warned_of_local_reduce = False
+
+    # --- who and where -----------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> Worker:
+        """This rank's worker; exists during fit."""
+        assert self._engine is not None
+        return self._engine.worker
+
+    @property
+    def version(self) -> int:
+        """The version k of the parameters that this rank holds: updates applied by all ranks."""
+        return self._version if self._engine is None else self.worker.version
+
+    @property
+    def clock(self) -> int:
+        """The global clock, k // N: what ``trainer.global_step`` shows."""
+        return self.version // self.world_size
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
+        if self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training:
+            return {"num_replicas": 1, "rank": 0}
+        return super().distributed_sampler_kwargs
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # --- launching, and the end of a run -----------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._layer_sync is not None:
+            raise MisconfigurationException(
+                "async_amsgrad cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a collective in "
+                "every forward, and the ranks do not run forward together. Leave it out (running statistics are "
+                'averaged over the ranks before each validation), or use strategy="ddp".'
+            )
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self)
+        else:
+            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+
+    def guard_run(self) -> AbstractContextManager[None]:
+        """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
+        self.set_world_ranks()
+        launcher = self._launcher
+        describe = self._describe_end if isinstance(launcher, ScriptLauncher) else lambda rank: None
+        self._membership = Membership(self.global_rank, self.worker_timeout, describe, graceful=(SIGTERMException,))
+        return self._membership.guard()
+
+    def report_failure(self, local_rank: int, reason: str) -> None:
+        """Tells this rank that the process of another one on this host has ended with an error."""
+        assert self._membership is not None
+        self._membership.latch.trip(RunFailure(self.node_rank * self.num_processes + local_rank, reason))
+
+    def _describe_end(self, rank: int) -> str | None:
+        launcher: Any = self._launcher
+        return launcher.describe_end(rank - self.node_rank * self.num_processes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self._membership is not None and self.cluster_environment is not None
+        host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
+        self._membership.meet(self.world_size, host, super().broadcast)
+        atexit.register(_leave_process_group)
+        atexit.register(self._membership.guard_exit)
+
+    # --- setting up a fit --------------------------------------------------------------------------------------------
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if model.trainer.state.fn == TrainerFn.FITTING:
+            loops.install(model.trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        """Leaves the module unwrapped: there is no all-reduce to hook into its backward."""
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if not self.optimizers:
+            raise MisconfigurationException(
+                "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
+            )
+        for index, optimizer in enumerate(self.optimizers):
+            _adopt(optimizer)
+            optimizer.step = MethodType(self._make_step(index), optimizer)  # type: ignore[method-assign]
+            # Lightning would leave unscaling to a fused optimizer; the gradient is pushed unscaled.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        assert self.lightning_module is not None and self._membership is not None
+        module = self.lightning_module
+        keep_metrics_local(module.modules())
+        if self.world_size > 1:
+            broadcast_tensors([*module.parameters(), *module.buffers()])
+        self.sigterm_received = False
+        self._version = loops.optimizer_steps(trainer) * self.world_size
+        self.stats = RunStats(self.world_size)
+        try:
+            self._engine = Engine(
+                rank=self.global_rank,
+                world_size=self.world_size,
+                optimizers=self.optimizers,
+                options=self.options,
+                latch=self._membership.latch,
+                address=self._membership.address,
+                door=self._membership.door,
+                stats=self.stats,
+                observers=self.observers,
+                version=self._version,
+                meet=super().barrier,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"async_amsgrad cannot train this module: {error}") from error
+        self.worker.version = self._version
+        if self.is_global_zero and trainer.loggers:
+            self._metrics = MetricsLogger(self.stats)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        trainer = self._trainer
+        if trainer.state.fn == TrainerFn.FITTING and trainer.training and _walks_one_order(dataloader):
+            share_loader(dataloader, self.world_size, loops.run_seed())
+        return dataloader
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def begin_batch(self, samples: int) -> None:
+        """Notes that this rank computes a batch; waits for parameters if it holds none."""
+        self.worker.begin_batch(samples)
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self._version_at_backward = self.version
+
+    def _make_step(self, index: int) -> Callable[..., Any]:
+        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+            if len(self.optimizers) > 1 and self._version_at_backward != self.version:
+                raise MisconfigurationException(
+                    f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed "
+                    "all parameters. With async_amsgrad call manual_backward and step for one optimizer after the "
+                    "other."
+                )
+            self.worker.step(index)
+            return loss
+
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers warn without it
+        return step
+
+    # --- phases ------------------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, tickets: range) -> None:
+        """Fills the ledger with an epoch's tickets."""
+        if self._engine is not None and self._engine.ledger is not None:
+            block = self._trainer.accumulate_grad_batches if self._automatic else 1
+            self._engine.ledger.begin_epoch(tickets, block=int(block))
+
+    def enter_asynchronous_phase(self, tickets: int) -> None:
+        """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
+        assert self._engine is not None
+        if self._engine.ledger is not None:
+            self._engine.ledger.open(tickets)
+        if self._metrics is not None:
+            self._metrics.restart_clock()
+        self.barrier("a segment begins")
+        Phase.asynchronous = True
+
+    def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
+        """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
+        assert self._engine is not None and self.lightning_module is not None
+        Phase.asynchronous = False
+        trainer = self._trainer
+        wishes = self.gather_objects(
+            (trainer.should_stop, self.sigterm_received, validation_requested, skip_rest)
+        )
+        trainer.should_stop, sigterm, validation_requested, skip_rest = (any(wish) for wish in zip(*wishes, strict=True))
+        if sigterm:
+            loops.set_received_sigterm(trainer)
+        # Every rank's last push was answered before it came here, so these parameters are final.
+        self.worker.refresh()
+        if self.world_size > 1:
+            average_buffers(self.lightning_module)
+        left = 0 if self._engine.ledger is None else self._engine.ledger.progress()[1]
+        left, fields = self.broadcast((left, loops.checkpoint_fields(trainer)))
+        loops.set_checkpoint_fields(trainer, fields)
+        return Stop(left, validation_requested, skip_rest)
+
+    def raise_sigterm(self) -> None:
+        """Leaves the fit after a SIGTERM that all ranks have agreed on."""
+        raise SIGTERMException
+
+    def gather_objects(self, mine: _T) -> list[_T]:
+        """Every rank's object, in the order of ranks; a collective call."""
+        if self.world_size == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    # --- Lightning's collectives: real in the synchronous phase, local in the asynchronous one -----------------------
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not Phase.asynchronous:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        return obj if Phase.asynchronous else super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        if not Phase.asynchronous:
+            return super().reduce(tensor, group, reduce_op)
+        if self.world_size > 1 and not self._warned_of_local_reduce:
+            self._warned_of_local_reduce = True
+            rank_zero_warn(
+                "async_amsgrad does not reduce over the ranks while they train: values logged with on_step=True and "
+                "sync_dist=True are rank 0's own. Values logged on_epoch are reduced at the end of the epoch."
+            )
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if Phase.asynchronous else super().reduce_boolean_decision(decision, all)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        if Phase.asynchronous:
+            raise MisconfigurationException(
+                "all_gather was called while the ranks train asynchronously: no two of them are at the same batch. "
+                'Call it in validation or at the end of the epoch, or use strategy="ddp".'
+            )
+        return super().all_gather(tensor, group, sync_grads)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        if self._engine is None or self._engine.holder is None:
+            return state
+        # Parameters and optimizer states of one checkpoint come from one version.
+        self._snapshot = snapshot = self._engine.holder.snapshot()
+        saved: dict[int, Tensor] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            views = self._engine.layout.views(snapshot.parameters, index)
+            # A view would take the whole flat buffer into the file with it.
+            saved |= {id(p): view.to(p.dtype, copy=True) for p, view in zip(parameters, views, strict=True)}
+        assert self.lightning_module is not None
+        for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
+            if name in state and id(parameter) in saved:
+                state[name] = saved[id(parameter)]
+        return state
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._snapshot is None:
+            return super().optimizer_state(optimizer)
+        return self._snapshot.optimizer_states[_index_of(optimizer, self.optimizers)]
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        version = self.version if self._snapshot is None else self._snapshot.version
+        self._snapshot = None
+        checkpoint[_CHECKPOINT_KEY] = {"version": version, "world_size": self.world_size}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        saved = checkpoint.get(_CHECKPOINT_KEY, {})
+        version = int(checkpoint["global_step"]) * self.world_size
+        if saved.get("world_size") == self.world_size:
+            version = int(saved["version"])
+        states = checkpoint["optimizer_states"]
+        if self._engine.holder is not None and self._engine.holder.restore(version, states):
+            rank_zero_warn(
+                "The checkpoint is from Adam without AMSGrad; the maximum that AMSGrad keeps starts from its `exp_avg_sq`."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            # The module's optimizer only carries hyper-parameters; the state is the holder's.
+            _load_hyper_parameters(optimizer, state)
+        self.worker.version = version
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Leaves the exception as it is: there is no reducer whose complaint would need explaining."""
+
+    @override
+    def teardown(self) -> None:
+        Phase.asynchronous = False
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._version = engine.worker.version
+            if engine.holder is not None:
+                # So that `trainer.save_checkpoint` after fit still has them.
+                for optimizer, state in zip(self.optimizers, engine.holder.snapshot().optimizer_states, strict=True):
+                    optimizer.load_state_dict(state)
+            engine.close()
+        self._metrics = None
+        if self.lightning_module is not None and self.lightning_module._trainer is not None:
+            loops.uninstall(self.lightning_module.trainer)
+        super().teardown()
+
+    # --- what the user sees ------------------------------------------------------------------------------------------
+
+    def log_statistics(self, step: int) -> None:
+        """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
+        if self._metrics is not None:
+            self._metrics.log(self._trainer.loggers, self.version, step)
+
+    @property
+    def _automatic(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.automatic_optimization
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        entries: tuple[tuple[str, str], ...] = (
+            ("async_amsgrad", "popen"),
+            ("async_amsgrad_spawn", "spawn"),
+            ("async_amsgrad_fork", "fork"),
+            ("async_amsgrad_notebook", "fork"),
+        )
+        for name, start_method in entries:
+            strategy_registry.register(
+                name,
+                cls,
+                description=f"Asynchronous AMSGrad with bounded staleness, ranks started by {start_method}",
+                start_method=start_method,
+            )
+
+
+def _check_arguments(options: ExchangeOptions, transport: object, worker_timeout: object) -> None:
+    tau = options.max_staleness
+    if isinstance(tau, bool) or not (tau is None or tau == "auto" or (isinstance(tau, int) and tau >= 0)):
+        raise MisconfigurationException(
+            f'max_staleness must be an int of at least 0, "auto" or None, not {tau!r}. 0 is serial, "auto" is 4 per rank.'
+        )
+    choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
+        ("on_stale", options.on_stale, ("wait", "drop")),
+        ("batches", options.batches, ("shared", "sharded")),
+        ("transport", transport, ("auto", "gloo")),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise MisconfigurationException(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+    if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, (int, float)) or not worker_timeout > 0:
+        raise MisconfigurationException(f"worker_timeout must be a positive number of seconds, not {worker_timeout!r}.")
+
+
+def _adopt(optimizer: Optimizer) -> None:
+    try:
+        is_amsgrad = check_optimizer(optimizer)
+    except UnsupportedOptimizerError as error:
+        raise MisconfigurationException(str(error)) from error
+    if not is_amsgrad:
+        rank_zero_warn(
+            f"async_amsgrad turns AMSGrad on for the {type(optimizer).__name__} that configure_optimizers returned. "
+            "Return it with amsgrad=True, or lightning_async.AMSGrad(...), to say so yourself."
+        )
+        for group in optimizer.param_groups:
+            group["amsgrad"] = True
+
+
+def _walks_one_order(dataloader: object) -> bool:
+    """Whether Lightning has given the loader the sampler of `distributed_sampler_kwargs`: one order for all ranks."""
+    if not isinstance(dataloader, DataLoader):
+        return False
+    samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1 for sampler in samplers)
+
+
+def _index_of(optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> int:
+    wrapped = getattr(optimizer, "_optimizer", optimizer)
+    return next(index for index, candidate in enumerate(optimizers) if candidate is wrapped)
+
+
+def _load_hyper_parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+    for group in optimizer.param_groups:
+        group["amsgrad"] = True
+
+
+def _leave_process_group() -> None:
+    # Gloo's threads must be gone before the interpreter's statics are, or the process aborts on its way out.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

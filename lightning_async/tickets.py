@@ -1,0 +1,282 @@
+"""Hand-out of batches: the ledger on rank 0 and the sampler in every rank.
+
+A ticket is a position in the epoch's one global order of batches. The ledger says who may compute which ticket and
+which are applied; the sampler turns the tickets that its rank drew into the indices of samples. Used by `server.py`
+(ledger), `loops.py` and `strategy.py` (sampler). Imports no Lightning.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = ["BatchSource", "Ledger", "TicketSampler", "share_loader"]
+
+
+class Ledger:
+    """Who may compute which ticket of this epoch, and which tickets are applied; a monitor on rank 0.
+
+    An epoch is cut into segments (training between two validations). A segment hands out a number of tickets and is
+    over when they are gone, or when someone closes it; tickets that were not handed out stay for the next segment.
+
+    With ``batches="shared"`` whoever asks gets the next ticket. With ``"sharded"`` ticket ``t`` belongs to worker
+    ``(t // block) mod N``, so every worker gets an equal share.
+
+    Args:
+        workers: number of workers N.
+        batches: the hand-out rule.
+
+    Examples:
+        >>> ledger = Ledger(workers=2, batches="shared")
+        >>> ledger.begin_epoch(range(3))
+        >>> ledger.open(3)
+        >>> [list(ledger.draw(worker)) for worker in (0, 1, 0, 1)]
+        [[0], [1], [2], []]
+    """
+
+    def __init__(self, workers: int, batches: Literal["shared", "sharded"] = "shared") -> None:
+        self._lock = threading.Lock()
+        self._workers = workers
+        self._batches = batches
+        self._block = 1
+        self._queues: list[deque[int]] = [deque()]
+        self._allowance = [0]
+        self._leased: dict[int, deque[int]] = {worker: deque() for worker in range(workers)}
+        self._without_batch: set[int] = set()
+        self._applied = 0
+
+    def begin_epoch(self, tickets: range, block: int = 1) -> None:
+        """Starts an epoch.
+
+        Args:
+            tickets: the tickets that remain of the epoch (all of them, unless it is resumed).
+            block: tickets handed out at once: the number of micro-batches that make one update, so that the
+                micro-batches of an update stay on one worker.
+        """
+        with self._lock:
+            self._block = block
+            queues = 1 if self._batches == "shared" else self._workers
+            self._queues = [deque() for _ in range(queues)]
+            for ticket in tickets:
+                self._queues[(ticket // block) % queues].append(ticket)
+            self._allowance = [0] * queues
+            self._without_batch = set(range(self._workers))
+            self._applied = 0
+            # Batches that were on their way when an epoch was left early are lost with it.
+            for leased in self._leased.values():
+                leased.clear()
+
+    def open(self, tickets: int) -> None:
+        """Opens a segment in which the next ``tickets`` tickets, in the global order, may be drawn."""
+        with self._lock:
+            owners = sorted((ticket, index) for index, queue in enumerate(self._queues) for ticket in queue)[:tickets]
+            self._allowance = [0] * len(self._queues)
+            for _, index in owners:
+                self._allowance[index] += 1
+
+    def close(self) -> None:
+        """Ends the segment early: no further ticket is handed out until the next one opens."""
+        with self._lock:
+            self._allowance = [0] * len(self._queues)
+
+    def draw(self, worker: int) -> range:
+        """Hands the next block of tickets to ``worker``; an empty range means that its segment is over.
+
+        Each worker's first batch of an epoch is kept for it: metrics that are reduced over the ranks at the end of
+        an epoch must have been logged on every one of them.
+        """
+        with self._lock:
+            index = worker % len(self._queues)
+            queue, allowance = self._queues[index], self._allowance[index]
+            if len(self._queues) == 1 and worker not in self._without_batch:
+                allowance -= len(self._without_batch) * self._block
+            if allowance <= 0:
+                return range(0)
+            first = queue.popleft()
+            stop = first + 1
+            while stop - first < min(self._block, allowance) and queue and queue[0] == stop:
+                queue.popleft()
+                stop += 1
+            self._allowance[index] -= stop - first
+            self._leased[worker].extend(range(first, stop))
+            self._without_batch.discard(worker)
+            return range(first, stop)
+
+    def complete(self, worker: int, tickets: int) -> tuple[int, ...]:
+        """Marks the oldest ``tickets`` leases of ``worker`` as applied and returns them.
+
+        Raises:
+            ValueError: if the worker holds fewer leases than it says it has computed.
+        """
+        with self._lock:
+            leased = self._leased[worker]
+            if tickets > len(leased):
+                raise ValueError(f"worker {worker} reports {tickets} batches but was handed {len(leased)}")
+            self._applied += tickets
+            return tuple(leased.popleft() for _ in range(tickets))
+
+    def leased(self, worker: int) -> int:
+        """Number of tickets handed to ``worker`` and not applied."""
+        with self._lock:
+            return len(self._leased[worker])
+
+    def reclaim(self, worker: int) -> int:
+        """Takes back what ``worker`` was handed and has not finished, to be handed out first; returns how many."""
+        with self._lock:
+            leased = self._leased[worker]
+            count = len(leased)
+            for ticket in reversed(leased):
+                index = (ticket // self._block) % len(self._queues)
+                self._queues[index].appendleft(ticket)
+                self._allowance[index] += 1
+            leased.clear()
+            return count
+
+    def progress(self) -> tuple[int, int]:
+        """``(applied, not yet handed out)``: how many tickets of this epoch."""
+        with self._lock:
+            return self._applied, sum(len(queue) for queue in self._queues)
+
+
+class BatchSource:
+    """The epoch's global order of batches, the same on every rank.
+
+    Args:
+        batches: the loader's batch sampler (or its sampler, where the loader does not batch); it must know its
+            length.
+        seed: the seed of the run. Samplers that draw from torch's global generator are run under ``seed + epoch``,
+            so that all ranks walk the same order.
+    """
+
+    def __init__(self, batches: Any, seed: int) -> None:
+        self.batches = batches
+        self._seed = seed
+        self._order: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Draws the order of ``epoch``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + epoch)
+            self._order = list(self.batches)
+
+    def __getitem__(self, ticket: int) -> Any:
+        return self._order[ticket]
+
+
+class TicketSampler:
+    """Yields the batches whose tickets this rank drew; takes the place of a DataLoader's batch sampler.
+
+    The loader's worker processes prefetch through this sampler, and a slow rank would hoard tickets that a fast one
+    could compute. So at most ``prefetch`` batches are on their way; past that the iterator raises a *temporary*
+    StopIteration, which ``_MultiProcessingDataLoaderIter._try_put_index`` (torch, ``dataloader.py``) takes as
+    "nothing to put now".
+
+    Args:
+        source: the global order.
+        world_size: number of ranks N.
+        prefetch: batches that may be on their way to the training loop: the number of the loader's workers.
+    """
+
+    def __init__(self, source: BatchSource, world_size: int, prefetch: int) -> None:
+        self._source = source
+        self._world_size = world_size
+        self._prefetch = max(1, prefetch)
+        self._draw: Callable[[], Sequence[int]] | None = None
+        self._drawn: deque[int] = deque()
+        self._on_their_way: deque[int] = deque()
+        self._exhausted = True
+        self._allowed = 0
+
+    @property
+    def sampler(self) -> Any:
+        """The sampler below, for whoever sets its epoch."""
+        return getattr(self._source.batches, "sampler", self._source.batches)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The loader's batch size, if its batch sampler has one."""
+        return getattr(self._source.batches, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether the loader drops an incomplete last batch."""
+        return bool(getattr(self._source.batches, "drop_last", False))
+
+    @property
+    def global_batches(self) -> int:
+        """Batches of an epoch over all ranks."""
+        return len(self._source)
+
+    def __len__(self) -> int:
+        """Batches of an epoch *per rank*, as under DDP, so that limits and intervals keep their meaning."""
+        return -(-len(self._source) // self._world_size)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Draws the global order of ``epoch``."""
+        self._source.begin_epoch(epoch)
+
+    def open(self, draw: Callable[[], Sequence[int]]) -> None:
+        """Starts a segment whose tickets come from ``draw``; an empty answer means that it is over."""
+        self._draw = draw
+        self._drawn.clear()
+        self._on_their_way.clear()
+        self._exhausted = False
+        self._allowed = self._prefetch
+
+    def has_next(self) -> bool:
+        """Whether this rank has, or can draw, another batch in this segment."""
+        return bool(self._on_their_way) or self._draw_ahead()
+
+    def allow_another(self) -> None:
+        """Lets one more batch be sent on its way; to be called before the loader is asked for one."""
+        self._allowed += 1
+
+    def take_samples(self) -> int:
+        """Number of samples of the oldest batch on its way, which the loader has just delivered."""
+        indices = self._source[self._on_their_way.popleft()]
+        return len(indices) if isinstance(indices, Sequence) else 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        # `_allowed` counts what may be sent; it keeps a loader's workers from running ahead of the training loop.
+        if self._allowed <= 0 or not self._draw_ahead():
+            raise StopIteration
+        ticket = self._drawn.popleft()
+        self._on_their_way.append(ticket)
+        self._allowed -= 1
+        return self._source[ticket]
+
+    def _draw_ahead(self) -> bool:
+        # Outside a segment nothing may be drawn: Lightning calls iter() on the loader during its set-up.
+        if not self._drawn and not self._exhausted and self._draw is not None:
+            self._drawn.extend(self._draw())
+            self._exhausted = not self._drawn
+        return bool(self._drawn)
+
+
+def share_loader(loader: DataLoader[Any], world_size: int, seed: int) -> TicketSampler:
+    """Makes ``loader`` yield only the batches whose tickets this rank drew, in place; returns the sampler.
+
+    Args:
+        loader: a map-style loader whose sampler walks the same order on every rank.
+        world_size: number of ranks.
+        seed: the seed of the run.
+    """
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    current = getattr(loader, name)
+    if isinstance(current, TicketSampler):
+        return current
+    sampler = TicketSampler(BatchSource(current, seed), world_size, prefetch=loader.num_workers)
+    # DataLoader.__setattr__ refuses this attribute; building another loader would lose what its subclass keeps.
+    object.__setattr__(loader, name, sampler)
+    return sampler

@@ -1,0 +1,115 @@
+"""The control connection: messages of `wire.py` over one TCP socket. Idle waiting happens here.
+
+A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
+not; so whoever waits without a payload under way waits here. Used by `gloo.py`, `lifeline.py` and `server.py`.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from lightning_async.transport.base import ChannelClosedError
+from lightning_async.wire import Message, encode, read_message
+
+__all__ = ["ControlConnection", "connect"]
+
+
+class ControlConnection:
+    """A connected socket that carries whole messages.
+
+    Args:
+        sock: a connected stream socket; owned from here on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        # Messages are small and each is waited for: without this, Nagle's algorithm holds them back.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = sock
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for a selector."""
+        return self._socket.fileno()
+
+    @property
+    def local_host(self) -> str:
+        """The address of this side, which the other side has just shown it can reach."""
+        return str(self._socket.getsockname()[0])
+
+    @property
+    def peer(self) -> str:
+        """``host:port`` of the other side, or "unknown" once it is gone."""
+        try:
+            host, port = self._socket.getpeername()[:2]
+        except OSError:
+            return "unknown"
+        return f"{host}:{port}"
+
+    def settimeout(self, timeout_s: float | None) -> None:
+        """Limits each wait to ``timeout_s`` seconds; None waits for ever."""
+        self._socket.settimeout(timeout_s)
+
+    def send(self, message: Message) -> None:
+        """Sends one message.
+
+        Raises:
+            ChannelClosedError: if the peer is gone or a time-out is set and runs out.
+        """
+        try:
+            self._socket.sendall(encode(message))
+        except OSError as error:
+            raise ChannelClosedError(f"connection lost while sending: {error}") from error
+
+    def receive(self) -> Message:
+        """Waits for one message.
+
+        Raises:
+            ChannelClosedError: if the peer is gone or a time-out is set and runs out.
+            WireError: if the bytes are not a message of this protocol.
+        """
+        return read_message(self._receive_exactly)
+
+    def read_some(self) -> bytes:
+        """What has arrived, at most 64 KiB; empty bytes mean that the peer has closed. For use with a selector."""
+        try:
+            return self._socket.recv(65536)
+        except OSError:
+            return b""
+
+    def shutdown(self) -> None:
+        """Wakes a thread that waits in `receive`, which then raises; the socket stays owned."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # Already disconnected: then nobody is left waiting, which is all this is for.
+            return
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+    def _receive_exactly(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        view, received = memoryview(buffer), 0
+        while received < size:
+            try:
+                count = self._socket.recv_into(view[received:])
+            except OSError as error:
+                raise ChannelClosedError(f"connection lost while receiving: {error}") from error
+            if count == 0:
+                raise ChannelClosedError("connection closed")
+            received += count
+        return bytes(buffer)
+
+
+def connect(host: str, port: int, timeout_s: float) -> ControlConnection:
+    """Connects to the holder.
+
+    Raises:
+        ChannelClosedError: if nobody answers within ``timeout_s`` seconds.
+    """
+    try:
+        sock = socket.create_connection((host, port), timeout=timeout_s)
+    except OSError as error:
+        raise ChannelClosedError(f"no holder answers at {host}:{port}: {error}") from error
+    sock.settimeout(None)
+    return ControlConnection(sock)

@@ -1,0 +1,87 @@
+"""The Gloo data channel: payloads over a process group of two ranks that belongs to this worker alone.
+
+Above `control.py`, which carries the messages; built by `server.py` and `worker.py`'s side of the handshake.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.control import ControlConnection
+from lightning_async.wire import Message
+
+__all__ = ["HOLDER_SIDE", "WORKER_SIDE", "GlooChannel"]
+
+HOLDER_SIDE, WORKER_SIDE = 0, 1
+_CONNECT_TIMEOUT_S = 60.0
+# A payload is posted by both sides within a round trip of its message, so its deadline is that of a slow network.
+_PAYLOAD_BASE_S = 10.0
+_SLOWEST_BYTES_PER_S = 10e6
+
+
+class GlooChannel(Channel):
+    """Messages over the control connection, payloads over a two-rank Gloo group.
+
+    A group of its own per worker keeps one worker's death from the others: a time-out or a lost peer closes all pairs
+    of the group that it happens in. After any error the group is not used again; a worker that returns is a new
+    incarnation with a new group.
+
+    Args:
+        control: the connected control connection; owned from here on.
+        store: where the two sides find each other; shared by all workers.
+        name: unique name of this worker's incarnation.
+        side: `HOLDER_SIDE` or `WORKER_SIDE`.
+
+    Raises:
+        ChannelClosedError: if the other side does not come.
+    """
+
+    def __init__(self, control: ControlConnection, store: Store, name: str, side: int) -> None:
+        self._control = control
+        self._side = side
+        options = ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
+        options._devices = [ProcessGroupGloo.create_device(hostname=control.local_host)]
+        try:
+            self._pair: ProcessGroupGloo | None = ProcessGroupGloo(PrefixStore(name, store), side, 2, options)
+        except RuntimeError as error:
+            raise ChannelClosedError(f"the Gloo pair {name} could not be connected: {error}") from error
+
+    def send(self, message: Message, payload: Tensor | None = None) -> None:
+        """See `Channel.send`."""
+        self._control.send(message)
+        if payload is not None:
+            self._finish(self._group().send([payload], 1 - self._side, 0), payload)
+
+    def receive(self) -> Message:
+        """See `Channel.receive`."""
+        return self._control.receive()
+
+    def receive_payload(self, out: Tensor) -> None:
+        """See `Channel.receive_payload`."""
+        self._finish(self._group().recv([out], 1 - self._side, 0), out)
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._control.shutdown()
+        self._control.close()
+        self._pair = None
+
+    def _group(self) -> ProcessGroupGloo:
+        if self._pair is None:
+            raise ChannelClosedError("channel closed")
+        return self._pair
+
+    def _finish(self, work: torch.distributed.Work, payload: Tensor) -> None:
+        deadline_s = _PAYLOAD_BASE_S + payload.nbytes / _SLOWEST_BYTES_PER_S
+        try:
+            work.wait(timedelta(seconds=deadline_s))
+        except RuntimeError as error:
+            # Gloo closes the pair for good on any error.
+            self._pair = None
+            raise ChannelClosedError(f"the payload did not pass: {error}") from error

@@ -1,0 +1,423 @@
+"""The message format of the control connection.
+
+Neighbours: `server.py` and `worker.py` exchange `Message` objects over a socket of `transport/`, which
+carries bytes. A message is a header of fixed size followed by a trailer: hyper-parameters of the param
+groups, the presence bitmap, and a text. Every field is a number, a bitmap or text with a bound of its own;
+nothing received is ever unpickled or evaluated. A payload of tensor data travels elsewhere, and its size
+here is a claim: whoever posts a receive for it compares it with the session's own size first.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+__all__ = [
+    "HEADER_BYTES",
+    "MAX_GROUPS",
+    "MAX_PRESENT_BYTES",
+    "MAX_TEXT_BYTES",
+    "MAX_TRAILER_BYTES",
+    "PROTOCOL_VERSION",
+    "GroupHyper",
+    "Header",
+    "Kind",
+    "Message",
+    "ProtocolVersionError",
+    "WireError",
+    "decode",
+    "decode_header",
+    "encode",
+    "fit_text",
+    "pack_bitmap",
+    "read_message",
+    "unpack_bitmap",
+]
+
+PROTOCOL_VERSION = 1
+
+MAX_GROUPS = 4096
+MAX_PRESENT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 16 << 10
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+_MAGIC = b"LASY"
+# magic, protocol, kind, dtype, groups, outcome, worker, incarnation, optimizer, tickets, version, ticket,
+# samples, payload bytes, waited_s, bitmap bytes, text bytes. The first six bytes and the size of 128 stay the
+# same in every protocol version, so that each side can read the other's first header and name the mismatch.
+_HEADER = struct.Struct("<4sHBBHHIIIIQQQQdII52x")
+_GROUP = struct.Struct("<5d")
+
+HEADER_BYTES = _HEADER.size
+MAX_TRAILER_BYTES = MAX_GROUPS * _GROUP.size + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
+
+_CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
+    None: 0,
+    torch.float32: 1,
+    torch.float64: 2,
+    torch.float16: 3,
+    torch.bfloat16: 4,
+}
+_DTYPE_OF_CODE = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
+
+
+class WireError(RuntimeError):
+    """Bytes that are no message of this protocol, or a message that has no place in it."""
+
+
+class ProtocolVersionError(WireError):
+    """The peer speaks another version of the protocol."""
+
+
+class Kind(enum.IntEnum):
+    """What a message says. The numbers are the protocol; they are never given a new meaning."""
+
+    HELLO = 1
+    WELCOME = 2
+    REFUSE = 3
+    DRAW = 4
+    TICKETS = 5
+    PULL = 6
+    PARAMETERS = 7
+    PUSH = 8
+    SKIP = 9
+    LEAVE = 10
+    CLOSE = 11
+    ACK = 12
+    BEAT = 13
+    ABORT = 14
+    GOODBYE = 15
+    READ = 16
+
+
+_KIND_OF_CODE = {int(kind): kind for kind in Kind}
+
+
+class GroupHyper(NamedTuple):
+    """The hyper-parameters of one param group that may change from step to step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; which fields matter depends on its kind.
+
+    Attributes:
+        kind: what it says.
+        worker: rank of the worker that it comes from or goes to.
+        incarnation: how many times that worker has been replaced.
+        optimizer: index of the optimizer.
+        version: PUSH: the version read; PARAMETERS: the version sent.
+        ticket: TICKETS: the first ticket handed out.
+        tickets: DRAW, TICKETS: how many; PUSH, SKIP: how many have been computed.
+        samples: samples in the batches of these tickets.
+        waited_s: PUSH: seconds that the worker's last round trip took.
+        outcome: PARAMETERS: what became of the push, a small code.
+        dtype: element type of the payload; None without one.
+        payload_bytes: size of the payload on the data channel.
+        groups: the worker's present hyper-parameters, one entry per param group.
+        present: bitmap with one bit per parameter of the optimizer, least significant bit first.
+        text: HELLO: JSON; REFUSE, ABORT: the reason.
+    """
+
+    kind: Kind
+    worker: int = 0
+    incarnation: int = 0
+    optimizer: int = 0
+    version: int = 0
+    ticket: int = 0
+    tickets: int = 0
+    samples: int = 0
+    waited_s: float = 0.0
+    outcome: int = 0
+    dtype: torch.dtype | None = None
+    payload_bytes: int = 0
+    groups: tuple[GroupHyper, ...] = ()
+    present: bytes = b""
+    text: str = ""
+
+
+class Header(NamedTuple):
+    """A checked header: a message's own fields, and the sizes of what follows it."""
+
+    kind: Kind
+    dtype: torch.dtype | None
+    group_count: int
+    outcome: int
+    worker: int
+    incarnation: int
+    optimizer: int
+    tickets: int
+    version: int
+    ticket: int
+    samples: int
+    payload_bytes: int
+    waited_s: float
+    present_bytes: int
+    text_bytes: int
+
+    @property
+    def trailer_bytes(self) -> int:
+        """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
+        return self.group_count * _GROUP.size + self.present_bytes + self.text_bytes
+
+
+def encode(message: Message) -> bytes:
+    """Turns a message into its header and trailer.
+
+    Args:
+        message: what to send.
+
+    Returns:
+        `HEADER_BYTES` and whatever the trailer takes.
+
+    Raises:
+        WireError: if a field is out of its range or of another type.
+
+    Examples:
+        >>> message = Message(Kind.PUSH, worker=3, version=17, present=pack_bitmap([True, False, True]))
+        >>> data = encode(message)
+        >>> decode(data[:HEADER_BYTES], data[HEADER_BYTES:]) == message
+        True
+    """
+    present, groups = message.present, message.groups
+    try:
+        text = message.text.encode()
+        _check_sizes(len(groups), len(present), len(text))
+        _check_seconds(message.waited_s)
+        parts = [
+            _HEADER.pack(
+                _MAGIC,
+                PROTOCOL_VERSION,
+                Kind(message.kind),
+                _CODE_OF_DTYPE[message.dtype],
+                len(groups),
+                message.outcome,
+                message.worker,
+                message.incarnation,
+                message.optimizer,
+                message.tickets,
+                message.version,
+                message.ticket,
+                message.samples,
+                message.payload_bytes,
+                message.waited_s,
+                len(present),
+                len(text),
+            )
+        ]
+        for group in groups:
+            _check_hyper(group)
+            parts.append(_GROUP.pack(*group))
+        parts += (present, text)
+        return b"".join(parts)
+    except (struct.error, OverflowError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise WireError(f"{_name(message)} cannot be encoded: {error!r}.") from error
+
+
+def decode_header(header: Bytes) -> Header:
+    """Checks and reads a header.
+
+    Args:
+        header: exactly `HEADER_BYTES` bytes.
+
+    Returns:
+        Its fields; `Header.trailer_bytes` says how much to receive next.
+
+    Raises:
+        ProtocolVersionError: if the peer speaks another version.
+        WireError: if the bytes are no header, or a number in them is out of its range.
+    """
+    if len(header) != HEADER_BYTES:
+        raise WireError(f"A header has {HEADER_BYTES} bytes, and {len(header)} arrived.")
+    magic, protocol, kind_code, dtype_code, *numbers = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise WireError(
+            f"Expected a lightning_async message, which starts with {_MAGIC!r}, not with {magic!r}."
+        )
+    if protocol != PROTOCOL_VERSION:
+        raise ProtocolVersionError(
+            f"The peer speaks protocol version {protocol}, this side version {PROTOCOL_VERSION}. "
+            "Install the same version of lightning_async on every host."
+        )
+    kind = _KIND_OF_CODE.get(kind_code)
+    if kind is None:
+        raise WireError(f"There is no kind of message with the number {kind_code}.")
+    if dtype_code not in _DTYPE_OF_CODE:
+        raise WireError(f"There is no payload type with the number {dtype_code}.")
+    fields = Header(kind, _DTYPE_OF_CODE[dtype_code], *numbers)
+    _check_sizes(fields.group_count, fields.present_bytes, fields.text_bytes)
+    _check_seconds(fields.waited_s)
+    return fields
+
+
+def decode(header: Bytes, trailer: Bytes) -> Message:
+    """Turns a header and its trailer back into a message.
+
+    Args:
+        header: exactly `HEADER_BYTES` bytes.
+        trailer: exactly as many bytes as the header announces.
+
+    Returns:
+        The message.
+
+    Raises:
+        WireError: if the bytes are no message of this protocol.
+    """
+    return _assemble(decode_header(header), trailer)
+
+
+def read_message(receive_exactly: Callable[[int], Bytes]) -> Message:
+    """Receives one message.
+
+    Args:
+        receive_exactly: returns the next n bytes of the stream. It is asked for `HEADER_BYTES` and then, if
+            the message has a trailer, for at most `MAX_TRAILER_BYTES`. Its own errors pass through.
+
+    Returns:
+        The message.
+
+    Raises:
+        WireError: if the bytes are no message of this protocol.
+
+    Examples:
+        >>> import io
+        >>> stream = io.BytesIO(encode(Message(Kind.BEAT, worker=1)) + encode(Message(Kind.ABORT, text="no")))
+        >>> read_message(stream.read).kind.name, read_message(stream.read).text
+        ('BEAT', 'no')
+    """
+    header = decode_header(receive_exactly(HEADER_BYTES))
+    trailer_bytes = header.trailer_bytes
+    return _assemble(header, receive_exactly(trailer_bytes) if trailer_bytes else b"")
+
+
+def pack_bitmap(flags: Sequence[bool]) -> bytes:
+    """Packs one bit per flag, least significant bit first, the last byte filled up with zeros.
+
+    Args:
+        flags: the flags.
+
+    Returns:
+        The bitmap.
+
+    Examples:
+        >>> pack_bitmap([True, False, True]).hex()
+        '05'
+    """
+    digits = "".join(["1" if flag else "0" for flag in reversed(flags)])
+    return int(digits or "0", 2).to_bytes((len(flags) + 7) // 8, "little")
+
+
+def unpack_bitmap(data: Bytes, count: int) -> list[bool]:
+    """Unpacks what `pack_bitmap` packed.
+
+    Args:
+        data: the bitmap.
+        count: the number of flags that it must hold.
+
+    Returns:
+        The flags.
+
+    Raises:
+        WireError: if the length does not fit the count, or a bit past the last flag is set.
+
+    Examples:
+        >>> unpack_bitmap(bytes([5]), 3)
+        [True, False, True]
+    """
+    if len(data) != (count + 7) // 8:
+        raise WireError(f"A bitmap of {count} flags has {(count + 7) // 8} bytes, and {len(data)} arrived.")
+    bits = int.from_bytes(data, "little")
+    if bits >> count:
+        raise WireError(f"A bitmap of {count} flags has bits set past the last of them.")
+    return [digit == "1" for digit in reversed(f"{bits:0{count}b}")] if count else []
+
+
+def fit_text(text: str) -> str:
+    """Makes any text one that can be sent: unencodable characters replaced, the end cut off if too long.
+
+    Args:
+        text: for instance a traceback.
+
+    Returns:
+        The text, in at most `MAX_TEXT_BYTES` of UTF-8.
+
+    Examples:
+        >>> fit_text("because"), len(fit_text("x" * 10**6)) == MAX_TEXT_BYTES
+        ('because', True)
+    """
+    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def _assemble(header: Header, trailer: Bytes) -> Message:
+    if len(trailer) != header.trailer_bytes:
+        raise WireError(
+            f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, "
+            f"and {len(trailer)} arrived."
+        )
+    groups: tuple[GroupHyper, ...] = ()
+    present, text = b"", ""
+    if trailer:
+        groups_end = header.group_count * _GROUP.size
+        present_end = groups_end + header.present_bytes
+        groups = tuple(map(GroupHyper._make, _GROUP.iter_unpack(trailer[:groups_end])))
+        for group in groups:
+            _check_hyper(group)
+        present = bytes(trailer[groups_end:present_end])
+        try:
+            text = str(trailer[present_end:], "utf-8")
+        except UnicodeDecodeError as error:
+            raise WireError(f"The text of {header.kind.name} is not UTF-8: {error}.") from error
+    # Positional, in the order of the dataclass: keywords take 40 % longer.
+    return Message(
+        header.kind,
+        header.worker,
+        header.incarnation,
+        header.optimizer,
+        header.version,
+        header.ticket,
+        header.tickets,
+        header.samples,
+        header.waited_s,
+        header.outcome,
+        header.dtype,
+        header.payload_bytes,
+        groups,
+        present,
+        text,
+    )
+
+
+def _check_sizes(group_count: int, present_bytes: int, text_bytes: int) -> None:
+    if group_count > MAX_GROUPS:
+        raise WireError(f"{group_count} param groups are more than the {MAX_GROUPS} that a message may have.")
+    if present_bytes > MAX_PRESENT_BYTES:
+        raise WireError(f"A bitmap of {present_bytes} bytes is longer than the {MAX_PRESENT_BYTES} allowed.")
+    if text_bytes > MAX_TEXT_BYTES:
+        raise WireError(f"A text of {text_bytes} bytes is longer than the {MAX_TEXT_BYTES} allowed.")
+
+
+def _check_seconds(waited_s: float) -> None:
+    if not (isfinite(waited_s) and waited_s >= 0.0):
+        raise WireError(f"A time must be finite and not negative, and waited_s is {waited_s}.")
+
+
+def _check_hyper(group: GroupHyper) -> None:
+    if not all(map(isfinite, group)):
+        raise WireError(f"Hyper-parameters must be finite, and these are not: {group}.")
+
+
+def _name(message: Message) -> str:
+    return getattr(message.kind, "name", repr(message.kind))

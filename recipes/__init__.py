@@ -1,0 +1,1 @@
+"""Ready-to-run configurations, and the modules and datamodules that they name."""

@@ -128,8 +128,7 @@ class AMSGrad(torch.optim.Adam):
         state_dict = {
             **state_dict,
             "state": {
-                key: dict(value) if isinstance(value, dict) else value
-                for key, value in state_dict["state"].items()
+                key: dict(value) if isinstance(value, dict) else value for key, value in state_dict["state"].items()
             },
             "param_groups": [dict(group) for group in state_dict["param_groups"]],
         }
@@ -210,9 +209,7 @@ def holder_optimizer(
     groups: list[dict[str, Any]] = []
     for source, tensors in zip(template.param_groups, params, strict=True):
         hyper = group_hyper(source)
-        fusible = all(
-            tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors
-        )
+        fusible = all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
         groups.append(
             {
                 "params": list(tensors),
@@ -220,9 +217,7 @@ def holder_optimizer(
                 "betas": (hyper.beta1, hyper.beta2),
                 "eps": hyper.eps,
                 "weight_decay": hyper.weight_decay,
-                "decoupled_weight_decay": source.get(
-                    "decoupled_weight_decay", isinstance(template, torch.optim.AdamW)
-                ),
+                "decoupled_weight_decay": source.get("decoupled_weight_decay", isinstance(template, torch.optim.AdamW)),
                 "bias_correction": source.get("bias_correction", True),
                 "maximize": source.get("maximize", False),
                 "fused": True if fusible else None,
@@ -253,9 +248,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        raise UnsupportedOptimizerError(
-            f"async_amsgrad cannot stand in for {name}{_reason(optimizer)}. {_ADVICE}"
-        )
+        raise UnsupportedOptimizerError(f"async_amsgrad cannot stand in for {name}{_reason(optimizer)}. {_ADVICE}")
     for method in ("step", "_init_group"):
         if _source(type(optimizer), method) not in {
             _source(known, method) for known in (torch.optim.Adam, torch.optim.AdamW, AMSGrad)
@@ -267,8 +260,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     for flag in ("capturable", "differentiable"):
         if any(group.get(flag, False) for group in optimizer.param_groups):
             raise UnsupportedOptimizerError(
-                f"async_amsgrad cannot stand in for {name} with {flag}=True: the update is computed where neither "
-                f"a CUDA graph nor autograd can record it. Leave {flag} out. {_ADVICE}"
+                f"async_amsgrad cannot stand in for {name} with {flag}=True: the update is computed where "
+                f"neither a CUDA graph nor autograd can record it. Leave {flag} out. {_ADVICE}"
             )
     return all(group.get("amsgrad", False) for group in optimizer.param_groups)
 
@@ -288,9 +281,7 @@ def group_hyper(group: dict[str, Any]) -> GroupHyper:
         GroupHyper(lr=0.5, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0)
     """
     beta1, beta2 = group["betas"]
-    return GroupHyper(
-        float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
-    )
+    return GroupHyper(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
 
 
 def set_group_hyper(group: dict[str, Any], hyper: GroupHyper) -> None:

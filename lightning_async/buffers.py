@@ -28,12 +28,12 @@ def average_buffers(module: nn.Module) -> None:
     floating = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     others = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
     with torch.no_grad():
-        for dtype in sorted({buffer.dtype for buffer in floating}, key=str):
-            group = [buffer for buffer in floating if buffer.dtype is dtype]
-            # One collective for all of them, in at least float32: a sum of halves could overflow.
-            flat = torch.cat([buffer.reshape(-1) for buffer in group]).to(torch.promote_types(dtype, torch.float32))
+        if floating:
+            # One collective for all of them, in float64: there the sum of equal values is exact and does not overflow,
+            # so a mask or a table that no rank has touched stays what it is.
+            flat = torch.cat([buffer.reshape(-1).to(torch.float64) for buffer in floating])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
-            for buffer, mean in zip(group, flat.split([buffer.numel() for buffer in group]), strict=True):
+            for buffer, mean in zip(floating, flat.split([buffer.numel() for buffer in floating]), strict=True):
                 buffer.copy_(mean.view_as(buffer))
     broadcast_tensors(others)

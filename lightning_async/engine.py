@@ -6,8 +6,6 @@ Above `server.py` and `worker.py`; below `strategy.py`, which builds it for each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -16,29 +14,15 @@ from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
+from lightning_async.options import ExchangeOptions
 from lightning_async.server import Server, dial
 from lightning_async.staleness import Barrier, resolve_max_staleness
 from lightning_async.tickets import Ledger
 from lightning_async.worker import Worker
 
-__all__ = ["Engine", "ExchangeOptions", "UpdateObserver"]
+__all__ = ["Engine", "UpdateObserver"]
 
 UpdateObserver = Callable[[Update, tuple[int, ...]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeOptions:
-    """How gradients are exchanged; validated by the strategy.
-
-    Args:
-        max_staleness: the bound τ; "auto" is 4 per rank, None no bound.
-        on_stale: "wait" holds pushes back so that none exceeds the bound, "drop" discards those that do.
-        batches: "shared" hands batches to whoever asks, "sharded" gives every rank an equal share.
-    """
-
-    max_staleness: int | Literal["auto"] | None = "auto"
-    on_stale: Literal["wait", "drop"] = "wait"
-    batches: Literal["shared", "sharded"] = "shared"
 
 
 class Engine:
@@ -91,9 +75,7 @@ class Engine:
                 resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
             )
             self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
-            self._server = Server(
-                self.holder, self.ledger, layout, groups, latch, door, on_refused=stats.refuse
-            )
+            self._server = Server(self.holder, self.ledger, layout, groups, latch, door, on_refused=stats.refuse)
             channel = self._server.local_channel()
         meet()
         if rank != 0:

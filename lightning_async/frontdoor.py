@@ -146,7 +146,9 @@ class FrontDoor:
         return Visitor(hello.worker, hello.incarnation, claims), role
 
 
-def introduce(address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any) -> tuple[ControlConnection, str]:
+def introduce(
+    address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
+) -> tuple[ControlConnection, str]:
     """Connects to rank 0's front door and says who is there.
 
     Args:

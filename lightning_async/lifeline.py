@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from lightning_async.failure import FailureLatch, RunFailure
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import HEADER_BYTES, Kind, Message, WireError, decode, decode_header
+from lightning_async.wire import HEADER_BYTES, Kind, Message, WireError, decode, decode_header, fit_text
 
 __all__ = ["Lifelines"]
 
@@ -62,7 +62,7 @@ class Lifelines:
         self._describe_end = describe_end
         self._lock = threading.Lock()
         self._peers: dict[int, _Peer] = {}
-        self._closing = False
+        self._closing = threading.Event()
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector.register(self._wake_out, selectors.EVENT_READ)
@@ -82,9 +82,9 @@ class Lifelines:
     def close(self) -> None:
         """Says goodbye to every peer and stops; idempotent."""
         with self._lock:
-            if self._closing:
+            if self._closing.is_set():
                 return
-            self._closing = True
+            self._closing.set()
             peers = list(self._peers.values())
         for peer in peers:
             self._send(peer, Message(Kind.GOODBYE, worker=self._rank))
@@ -103,7 +103,7 @@ class Lifelines:
         with self._lock:
             peers = [peer for peer in self._peers.values() if peer.rank != failure.rank]
         for peer in peers:
-            self._send(peer, Message(Kind.ABORT, worker=failure.rank, text=failure.reason[:4000]))
+            self._send(peer, Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
 
     def _send(self, peer: _Peer, message: Message) -> None:
         try:
@@ -115,9 +115,9 @@ class Lifelines:
     def _run(self) -> None:
         last_round = time.monotonic()
         next_beat = last_round
-        while not self._closing:
+        while not self._closing.is_set():
             events = self._selector.select(timeout=max(0.0, next_beat - time.monotonic()))
-            if self._closing:
+            if self._closing.is_set():
                 return
             for key, _ in events:
                 if key.data is None:

@@ -1,5 +1,7 @@
-"""Lightning's training loops, run in phases. The one place, with `results.py` and `launchers.py`, that touches
-Lightning's private API; `tests/unit/test_canary.py` fails when what is touched here changes.
+"""Lightning's training loops, run in phases.
+
+The one place, with `results.py` and `launchers.py`, that touches Lightning's private API; `tests/unit/test_canary.py`
+fails when what is touched here changes.
 
 Lightning's own loops run a collective before every batch and end an epoch by counting local batches; either would put
 the ranks in lock step or leave one of them waiting. The subclasses below replace exactly that: a segment of batches
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -141,8 +143,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     @property
     def _strategy(self) -> AsyncAMSGradStrategy:
-        strategy: Any = self.trainer.strategy
-        return strategy
+        return cast("AsyncAMSGradStrategy", self.trainer.strategy)
 
     @property
     def global_step(self) -> int:
@@ -224,13 +225,14 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch, clock = self._epoch, self.global_step
         previous, epoch.clock = epoch.clock, clock
         epoch.ticks = range(previous + 1, clock + 1)
-        every = self.trainer.log_every_n_steps
+        trainer: Any = self.trainer  # attributes that connectors set are unknown to type checkers
+        every = trainer.log_every_n_steps
         self._batches_that_stepped = log_position(previous, clock, every)
         if every and clock // every > previous // every:
             self._strategy.log_statistics(self._batches_that_stepped)
 
     def _wants_to_stop(self) -> bool:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if self._strategy.sigterm_received:
             return True
         if trainer.should_stop and trainer.fit_loop._can_stop_early:
@@ -357,7 +359,7 @@ class AsyncFitLoop(_FitLoop):
             if isinstance(chosen, _DataLoaderIterDataFetcher):
                 raise MisconfigurationException(
                     "async_amsgrad hands each batch out by its ticket and cannot give training_step the "
-                    "`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy=\"ddp\"."
+                    '`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy="ddp".'
                 )
             return TicketFetcher(strategy.begin_batch)
 
@@ -392,10 +394,10 @@ def install(trainer: Trainer) -> None:
 def uninstall(trainer: Trainer) -> None:
     """Undoes `install`; the loops keep their state."""
     fit_loop: Any = trainer.fit_loop
-    if isinstance(fit_loop, AsyncFitLoop):
-        fit_loop.__class__ = _FitLoop
-        fit_loop.epoch_loop.__class__ = _TrainingEpochLoop
-        del fit_loop.epoch_loop._epoch
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    if type(fit_loop) is AsyncFitLoop:
+        fit_loop.__class__, epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop
+        del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a run, from a process's launch to its end: lifelines, the front door, and what a failure means here.
+"""Who takes part in a run, from a process's launch to its end, and what a failure means in this process.
 
 Above `frontdoor.py`, `lifeline.py` and `failure.py`; below `strategy.py`. Knows no Lightning.
 """

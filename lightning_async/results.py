@@ -8,10 +8,8 @@ and then the walk would pair different entries, or wait for ever. Private API: s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultCollection,

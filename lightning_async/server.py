@@ -69,7 +69,8 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._closing = False
         if door is not None:
-            self._store = TCPStore(door.address.host, 0, is_master=True, wait_for_workers=False)
+            # torch's type stubs lack clone().
+            self._store: Any = TCPStore(door.address.host, 0, is_master=True, wait_for_workers=False)
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
 
@@ -111,7 +112,10 @@ class Server:
         connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=welcome))
         connection.settimeout(None)
         thread = threading.Thread(
-            target=self._serve, args=(visitor.rank, pair, connection), name=f"session-{visitor.rank}", daemon=True
+            target=self._serve,
+            args=(visitor.rank, pair, connection),
+            name=f"session-{visitor.rank}",
+            daemon=True,
         )
         with self._lock:
             self._threads.append(thread)

@@ -14,7 +14,7 @@ from lightning_async.holder import Holder, Push
 from lightning_async.layout import FlatLayout
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel
-from lightning_async.wire import Kind, Message, WireError, unpack_bitmap
+from lightning_async.wire import Kind, Message, WireError, fit_text, unpack_bitmap
 
 __all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
 
@@ -75,7 +75,7 @@ class Session:
             self._answer(message)
         except WorkerFailedError as error:
             failure = error.failure
-            self._channel.send(Message(Kind.ABORT, worker=failure.rank, text=failure.reason[:4000]))
+            self._channel.send(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
             raise
 
     def _answer(self, message: Message) -> None:
@@ -84,9 +84,7 @@ class Session:
             self._push(message)
         elif kind is Kind.DRAW:
             tickets = self._ledger.draw(self.worker)
-            self._channel.send(
-                Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets))
-            )
+            self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
         elif kind is Kind.PULL:
             self._send_parameters(self._holder.pull(self.worker, self._parameters))
         elif kind is Kind.READ:
@@ -123,8 +121,14 @@ class Session:
             update = self._holder.push(push)
         except ValueError as error:
             self._refuse(str(error))
-        version = self._holder.pull(self.worker, self._parameters)
-        self._send_parameters(version, APPLIED if update.applied else DROPPED)
+        outcome = APPLIED if update.applied else DROPPED
+        # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none, it
+        # has nothing to wait at the barrier for.
+        tickets = self._ledger.draw(self.worker) if message.ticket else range(0)
+        if message.ticket and not tickets:
+            self._send_parameters(self._holder.read(self._parameters), outcome)
+        else:
+            self._send_parameters(self._holder.pull(self.worker, self._parameters), outcome, tickets)
 
     def _check_push(self, message: Message) -> list[bool]:
         index = message.optimizer
@@ -150,11 +154,13 @@ class Session:
         except ValueError as error:
             self._refuse(str(error))
 
-    def _send_parameters(self, version: int, outcome: int = 0) -> None:
+    def _send_parameters(self, version: int, outcome: int = 0, tickets: range = range(0)) -> None:
         message = Message(
             Kind.PARAMETERS,
             worker=self.worker,
             version=version,
+            ticket=tickets.start,
+            tickets=len(tickets),
             outcome=outcome,
             dtype=self._parameters.dtype,
             payload_bytes=self._parameters.nbytes,

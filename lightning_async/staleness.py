@@ -204,9 +204,7 @@ class Barrier:
         (1, <Verdict.APPLY: 'apply'>)
     """
 
-    def __init__(
-        self, max_staleness: int | None, on_stale: Literal["wait", "drop"] = "wait", version: int = 0
-    ) -> None:
+    def __init__(self, max_staleness: int | None, on_stale: Literal["wait", "drop"] = "wait", version: int = 0) -> None:
         _check_bound(max_staleness)
         _check_version(version)
         if on_stale not in ("wait", "drop"):
@@ -229,9 +227,7 @@ class Barrier:
     def version(self, version: int) -> None:
         _check_version(version)
         if self._reads:
-            raise ValueError(
-                f"The version cannot be set while workers {sorted(self._reads)} hold an earlier one."
-            )
+            raise ValueError(f"The version cannot be set while workers {sorted(self._reads)} hold an earlier one.")
         self._version = version
 
     @property
@@ -254,9 +250,7 @@ class Barrier:
             ValueError: if it is outstanding.
         """
         if worker in self._reads:
-            raise ValueError(
-                f"Worker {worker} still holds version {self._reads[worker]} and cannot read again."
-            )
+            raise ValueError(f"Worker {worker} still holds version {self._reads[worker]} and cannot read again.")
         self._readers.setdefault(worker)
 
     def may_read(self, worker: int) -> bool:
@@ -355,8 +349,7 @@ class Barrier:
         verdict = self.verdict(worker)
         if verdict is not expected:
             raise ValueError(
-                f"Worker {worker}'s push is to {verdict.value} at version {self._version}, "
-                f"not to {expected.value}."
+                f"Worker {worker}'s push is to {verdict.value} at version {self._version}, not to {expected.value}."
             )
         staleness = self._version - self._reads.pop(worker)
         if expected is Verdict.APPLY:
@@ -374,9 +367,7 @@ def _check_bound(max_staleness: object) -> None:
     if max_staleness is None:
         return
     if isinstance(max_staleness, bool) or not isinstance(max_staleness, int) or max_staleness < 0:
-        raise ValueError(
-            f"max_staleness must be an integer of at least 0, 'auto' or None, not {max_staleness!r}."
-        )
+        raise ValueError(f"max_staleness must be an integer of at least 0, 'auto' or None, not {max_staleness!r}.")
 
 
 def _check_version(version: int) -> None:

@@ -7,12 +7,12 @@ Lightning's loops in phases, `launchers.py` starts the ranks.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -33,21 +32,28 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async import loops
-from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.buffers import average_buffers, broadcast_tensors
-from lightning_async.engine import Engine, ExchangeOptions, UpdateObserver
+from lightning_async.collectives import PhasedCollectives
+from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.failure import RunFailure
 from lightning_async.holder import Snapshot
 from lightning_async.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership
 from lightning_async.monitor import MetricsLogger, RunStats
+from lightning_async.options import ExchangeOptions
 from lightning_async.phases import Phase, keep_metrics_local
+from lightning_async.shells import (
+    checkpointed_state,
+    load_groups,
+    load_state,
+    make_shell,
+    snapshot_parameters,
+)
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
 
 __all__ = ["AsyncAMSGradStrategy"]
 
-_T = TypeVar("_T")
 _CHECKPOINT_KEY = "async_amsgrad"
 
 
@@ -66,7 +72,7 @@ class Stop:
     skip_rest: bool
 
 
-class AsyncAMSGradStrategy(DDPStrategy):
+class AsyncAMSGradStrategy(PhasedCollectives):
     """Asynchronous data-parallel training with an AMSGrad holder on rank 0 and bounded staleness.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
@@ -121,9 +127,10 @@ class AsyncAMSGradStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.options = ExchangeOptions(max_staleness, on_stale, batches)
-        _check_arguments(self.options, transport, worker_timeout)
-        self.worker_timeout = worker_timeout
+        try:
+            self.options = ExchangeOptions(max_staleness, on_stale, batches, transport, worker_timeout)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers.
         self.observers: list[UpdateObserver] = []
@@ -134,7 +141,6 @@ class AsyncAMSGradStrategy(DDPStrategy):
         self._snapshot: Snapshot | None = None
         self._version = 0
         self._version_at_backward = 0
-        self._warned_of_local_reduce = False
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -187,7 +193,9 @@ class AsyncAMSGradStrategy(DDPStrategy):
         self.set_world_ranks()
         launcher = self._launcher
         describe = self._describe_end if isinstance(launcher, ScriptLauncher) else lambda rank: None
-        self._membership = Membership(self.global_rank, self.worker_timeout, describe, graceful=(SIGTERMException,))
+        self._membership = Membership(
+            self.global_rank, self.options.worker_timeout_s, describe, graceful=(SIGTERMException,)
+        )
         return self._membership.guard()
 
     def report_failure(self, local_rank: int, reason: str) -> None:
@@ -197,7 +205,8 @@ class AsyncAMSGradStrategy(DDPStrategy):
 
     def _describe_end(self, rank: int) -> str | None:
         launcher: Any = self._launcher
-        return launcher.describe_end(rank - self.node_rank * self.num_processes)
+        described: str | None = launcher.describe_end(rank - self.node_rank * self.num_processes)
+        return described
 
     @override
     def setup_environment(self) -> None:
@@ -228,10 +237,7 @@ class AsyncAMSGradStrategy(DDPStrategy):
                 "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
             )
         for index, optimizer in enumerate(self.optimizers):
-            _adopt(optimizer)
-            optimizer.step = MethodType(self._make_step(index), optimizer)  # type: ignore[method-assign]
-            # Lightning would leave unscaling to a fused optimizer; the gradient is pushed unscaled.
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            make_shell(optimizer, functools.partial(self._push, index))
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -283,24 +289,13 @@ class AsyncAMSGradStrategy(DDPStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         self._version_at_backward = self.version
 
-    def _make_step(self, index: int) -> Callable[..., Any]:
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
-            if len(self.optimizers) > 1 and self._version_at_backward != self.version:
-                raise MisconfigurationException(
-                    f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed "
-                    "all parameters. With async_amsgrad call manual_backward and step for one optimizer after the "
-                    "other."
-                )
-            self.worker.step(index)
-            return loss
-
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers warn without it
-        return step
+    def _push(self, index: int) -> None:
+        if len(self.optimizers) > 1 and self._version_at_backward != self.version:
+            raise MisconfigurationException(
+                f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed all "
+                "parameters. With async_amsgrad call manual_backward and step for one optimizer after the other."
+            )
+        self.worker.step(index)
 
     # --- phases ------------------------------------------------------------------------------------------------------
 
@@ -325,10 +320,10 @@ class AsyncAMSGradStrategy(DDPStrategy):
         assert self._engine is not None and self.lightning_module is not None
         Phase.asynchronous = False
         trainer = self._trainer
-        wishes = self.gather_objects(
-            (trainer.should_stop, self.sigterm_received, validation_requested, skip_rest)
+        wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
+        trainer.should_stop, sigterm, validation_requested, skip_rest = (
+            any(wish) for wish in zip(*wishes, strict=True)
         )
-        trainer.should_stop, sigterm, validation_requested, skip_rest = (any(wish) for wish in zip(*wishes, strict=True))
         if sigterm:
             loops.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
@@ -344,50 +339,6 @@ class AsyncAMSGradStrategy(DDPStrategy):
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""
         raise SIGTERMException
 
-    def gather_objects(self, mine: _T) -> list[_T]:
-        """Every rank's object, in the order of ranks; a collective call."""
-        if self.world_size == 1:
-            return [mine]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, mine)
-        return gathered
-
-    # --- Lightning's collectives: real in the synchronous phase, local in the asynchronous one -----------------------
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not Phase.asynchronous:
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: _T, src: int = 0) -> _T:
-        return obj if Phase.asynchronous else super().broadcast(obj, src)
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        if not Phase.asynchronous:
-            return super().reduce(tensor, group, reduce_op)
-        if self.world_size > 1 and not self._warned_of_local_reduce:
-            self._warned_of_local_reduce = True
-            rank_zero_warn(
-                "async_amsgrad does not reduce over the ranks while they train: values logged with on_step=True and "
-                "sync_dist=True are rank 0's own. Values logged on_epoch are reduced at the end of the epoch."
-            )
-        return tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if Phase.asynchronous else super().reduce_boolean_decision(decision, all)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if Phase.asynchronous:
-            raise MisconfigurationException(
-                "all_gather was called while the ranks train asynchronously: no two of them are at the same batch. "
-                'Call it in validation or at the end of the epoch, or use strategy="ddp".'
-            )
-        return super().all_gather(tensor, group, sync_grads)
-
     # --- state -------------------------------------------------------------------------------------------------------
 
     @override
@@ -397,23 +348,16 @@ class AsyncAMSGradStrategy(DDPStrategy):
             return state
         # Parameters and optimizer states of one checkpoint come from one version.
         self._snapshot = snapshot = self._engine.holder.snapshot()
-        saved: dict[int, Tensor] = {}
-        for index, optimizer in enumerate(self.optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            views = self._engine.layout.views(snapshot.parameters, index)
-            # A view would take the whole flat buffer into the file with it.
-            saved |= {id(p): view.to(p.dtype, copy=True) for p, view in zip(parameters, views, strict=True)}
         assert self.lightning_module is not None
-        for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
-            if name in state and id(parameter) in saved:
-                state[name] = saved[id(parameter)]
+        snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
         return state
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self._snapshot is None:
             return super().optimizer_state(optimizer)
-        return self._snapshot.optimizer_states[_index_of(optimizer, self.optimizers)]
+        own = getattr(optimizer, "_optimizer", optimizer)
+        return checkpointed_state(own, self._snapshot, self.optimizers.index(own))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -432,11 +376,11 @@ class AsyncAMSGradStrategy(DDPStrategy):
         states = checkpoint["optimizer_states"]
         if self._engine.holder is not None and self._engine.holder.restore(version, states):
             rank_zero_warn(
-                "The checkpoint is from Adam without AMSGrad; the maximum that AMSGrad keeps starts from its `exp_avg_sq`."
+                "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             # The module's optimizer only carries hyper-parameters; the state is the holder's.
-            _load_hyper_parameters(optimizer, state)
+            load_groups(optimizer, state)
         self.worker.version = version
 
     @override
@@ -451,8 +395,9 @@ class AsyncAMSGradStrategy(DDPStrategy):
             self._version = engine.worker.version
             if engine.holder is not None:
                 # So that `trainer.save_checkpoint` after fit still has them.
-                for optimizer, state in zip(self.optimizers, engine.holder.snapshot().optimizer_states, strict=True):
-                    optimizer.load_state_dict(state)
+                snapshot = engine.holder.snapshot()
+                for index, optimizer in enumerate(self.optimizers):
+                    load_state(optimizer, snapshot, index)
             engine.close()
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
@@ -489,55 +434,12 @@ class AsyncAMSGradStrategy(DDPStrategy):
             )
 
 
-def _check_arguments(options: ExchangeOptions, transport: object, worker_timeout: object) -> None:
-    tau = options.max_staleness
-    if isinstance(tau, bool) or not (tau is None or tau == "auto" or (isinstance(tau, int) and tau >= 0)):
-        raise MisconfigurationException(
-            f'max_staleness must be an int of at least 0, "auto" or None, not {tau!r}. 0 is serial, "auto" is 4 per rank.'
-        )
-    choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
-        ("on_stale", options.on_stale, ("wait", "drop")),
-        ("batches", options.batches, ("shared", "sharded")),
-        ("transport", transport, ("auto", "gloo")),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise MisconfigurationException(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
-    if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, (int, float)) or not worker_timeout > 0:
-        raise MisconfigurationException(f"worker_timeout must be a positive number of seconds, not {worker_timeout!r}.")
-
-
-def _adopt(optimizer: Optimizer) -> None:
-    try:
-        is_amsgrad = check_optimizer(optimizer)
-    except UnsupportedOptimizerError as error:
-        raise MisconfigurationException(str(error)) from error
-    if not is_amsgrad:
-        rank_zero_warn(
-            f"async_amsgrad turns AMSGrad on for the {type(optimizer).__name__} that configure_optimizers returned. "
-            "Return it with amsgrad=True, or lightning_async.AMSGrad(...), to say so yourself."
-        )
-        for group in optimizer.param_groups:
-            group["amsgrad"] = True
-
-
-def _walks_one_order(dataloader: object) -> bool:
+def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:
     """Whether Lightning has given the loader the sampler of `distributed_sampler_kwargs`: one order for all ranks."""
     if not isinstance(dataloader, DataLoader):
         return False
     samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
     return any(isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1 for sampler in samplers)
-
-
-def _index_of(optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> int:
-    wrapped = getattr(optimizer, "_optimizer", optimizer)
-    return next(index for index, candidate in enumerate(optimizers) if candidate is wrapped)
-
-
-def _load_hyper_parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-    for group in optimizer.param_groups:
-        group["amsgrad"] = True
 
 
 def _leave_process_group() -> None:

@@ -120,8 +120,8 @@ class Message:
         incarnation: how many times that worker has been replaced.
         optimizer: index of the optimizer.
         version: PUSH: the version read; PARAMETERS: the version sent.
-        ticket: TICKETS: the first ticket handed out.
-        tickets: DRAW, TICKETS: how many; PUSH, SKIP: how many have been computed.
+        ticket: TICKETS, PARAMETERS: the first ticket handed out. PUSH: 1 if the answer is to bring the next tickets.
+        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed.
         samples: samples in the batches of these tickets.
         waited_s: PUSH: seconds that the worker's last round trip took.
         outcome: PARAMETERS: what became of the push, a small code.
@@ -244,9 +244,7 @@ def decode_header(header: Bytes) -> Header:
         raise WireError(f"A header has {HEADER_BYTES} bytes, and {len(header)} arrived.")
     magic, protocol, kind_code, dtype_code, *numbers = _HEADER.unpack(header)
     if magic != _MAGIC:
-        raise WireError(
-            f"Expected a lightning_async message, which starts with {_MAGIC!r}, not with {magic!r}."
-        )
+        raise WireError(f"Expected a lightning_async message, which starts with {_MAGIC!r}, not with {magic!r}.")
     if protocol != PROTOCOL_VERSION:
         raise ProtocolVersionError(
             f"The peer speaks protocol version {protocol}, this side version {PROTOCOL_VERSION}. "
@@ -364,8 +362,7 @@ def fit_text(text: str) -> str:
 def _assemble(header: Header, trailer: Bytes) -> Message:
     if len(trailer) != header.trailer_bytes:
         raise WireError(
-            f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, "
-            f"and {len(trailer)} arrived."
+            f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, and {len(trailer)} arrived."
         )
     groups: tuple[GroupHyper, ...] = ()
     present, text = b"", ""

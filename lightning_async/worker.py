@@ -63,13 +63,15 @@ class Worker:
         self._reading = False
         self._tickets = 0
         self._samples = 0
+        # Tickets that came with the answer to a push; None if none were asked for.
+        self._drawn: range | None = None
+        # With several optimizers a batch has several pushes, and only its last would have to ask.
+        self._draws_with_push = len(optimizers) == 1
         self._last_wait_s = 0.0
         self._gradient = layout.buffer()
         self._gradient_views = [layout.views(self._gradient, index) for index in range(len(optimizers))]
         self._arrived = layout.buffer()
-        self._arrived_views = [
-            view for index in range(len(optimizers)) for view in layout.views(self._arrived, index)
-        ]
+        self._arrived_views = [view for index in range(len(optimizers)) for view in layout.views(self._arrived, index)]
         self._parameters = [_parameters(optimizer) for optimizer in optimizers]
 
     @property
@@ -79,6 +81,9 @@ class Worker:
 
     def draw(self) -> range:
         """Draws the next tickets; empty if this rank's segment is over."""
+        if self._drawn is not None:
+            drawn, self._drawn = self._drawn, None
+            return drawn
         reply = self._request(Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
         return range(reply.ticket, reply.ticket + reply.tickets)
 
@@ -119,11 +124,13 @@ class Worker:
                 [gradient for gradient in gradients if gradient is not None],
             )
         payload = self._layout.segment(self._gradient, index)
+        asks = self._draws_with_push and self._drawn is None
         message = Message(
             Kind.PUSH,
             worker=self.rank,
             optimizer=index,
             version=self.version,
+            ticket=int(asks),
             tickets=self._tickets,
             samples=self._samples,
             waited_s=self._last_wait_s,
@@ -135,6 +142,10 @@ class Worker:
         self._tickets = self._samples = 0
         reply = self._request(message, Kind.PARAMETERS, payload)
         self._land(reply)
+        if asks:
+            self._drawn = range(reply.ticket, reply.ticket + reply.tickets)
+            # Without further tickets the holder counts on nothing more from this rank.
+            self._reading = bool(self._drawn)
         self._last_wait_s = time.perf_counter() - started
         self.waited_s += self._last_wait_s
         return reply.outcome != DROPPED
@@ -147,6 +158,7 @@ class Worker:
         if self._reading:
             self._request(Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
             self._reading = False
+        self._drawn = None
 
     def refresh(self) -> None:
         """Lands the holder's parameters, past the barrier; for the synchronous phase."""

@@ -1,8 +1,13 @@
 """The image classifier of the recipes: an ordinary LightningModule that knows nothing of its strategy."""
 
+from typing import Literal
+
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_async
@@ -23,6 +28,7 @@ class Classifier(LightningModule):
         beta2: decay rate of the squared gradient's running mean.
         weight_decay: factor of the L2 penalty.
         decoupled_weight_decay: apply the decay to the parameters, as AdamW does, instead of to the gradient.
+        lr_schedule: "constant", or "cosine" to let the step size fall to zero over `max_epochs`.
         label_smoothing: share of the training target spread evenly over all classes, from 0 to 1.
     """
 
@@ -35,6 +41,7 @@ class Classifier(LightningModule):
         beta2: float = 0.999,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
+        lr_schedule: Literal["constant", "cosine"] = "constant",
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -43,6 +50,7 @@ class Classifier(LightningModule):
         self.betas = (beta1, beta2)
         self.weight_decay = weight_decay
         self.decoupled_weight_decay = decoupled_weight_decay
+        self.lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -79,12 +87,25 @@ class Classifier(LightningModule):
         classes: Tensor = self(images).argmax(dim=1)
         return classes
 
-    def configure_optimizers(self) -> lightning_async.AMSGrad:
-        """Return AMSGrad over all parameters."""
-        return lightning_async.AMSGrad(
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AMSGrad over all parameters, with its schedule if there is one.
+
+        Raises:
+            MisconfigurationException: if the cosine has no end because the Trainer has no `max_epochs`.
+        """
+        optimizer = lightning_async.AMSGrad(
             self.parameters(),
             lr=self.lr,
             betas=self.betas,
             weight_decay=self.weight_decay,
             decoupled_weight_decay=self.decoupled_weight_decay,
         )
+        if self.lr_schedule == "constant":
+            return optimizer
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise MisconfigurationException(
+                f'lr_schedule="cosine" ends with the last epoch, but the Trainer has max_epochs={epochs}. '
+                'Set max_epochs, or use lr_schedule="constant".'
+            )
+        return [optimizer], [CosineAnnealingLR(optimizer, T_max=epochs)]

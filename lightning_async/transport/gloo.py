@@ -6,6 +6,7 @@ Above `control.py`, which carries the messages; built by `server.py` and `worker
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,13 @@ class GlooChannel(Channel):
     def __init__(self, control: ControlConnection, store: Store, name: str, side: int) -> None:
         self._control = control
         self._side = side
-        options = ProcessGroupGloo._Options()
+        # torch's type stubs know only a part of this class.
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
         options._timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
-        options._devices = [ProcessGroupGloo.create_device(hostname=control.local_host)]
+        options._devices = [gloo.create_device(hostname=control.local_host)]
         try:
-            self._pair: ProcessGroupGloo | None = ProcessGroupGloo(PrefixStore(name, store), side, 2, options)
+            self._pair: Any = gloo(PrefixStore(name, store), side, 2, options)
         except RuntimeError as error:
             raise ChannelClosedError(f"the Gloo pair {name} could not be connected: {error}") from error
 
@@ -72,7 +75,7 @@ class GlooChannel(Channel):
         self._control.close()
         self._pair = None
 
-    def _group(self) -> ProcessGroupGloo:
+    def _group(self) -> Any:
         if self._pair is None:
             raise ChannelClosedError("channel closed")
         return self._pair

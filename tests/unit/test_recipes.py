@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import lightning_async
 from recipes.callbacks import EmulatedStepTime, TimeToAccuracy
-from recipes.classifier import Classifier
+from recipes.classifier import Batch, Classifier
 from recipes.demo import Run, comparison_table, rank_table
-from recipes.digits import DigitsDataModule
+from recipes.digits import DigitsDataModule, random_affine
 from recipes.models import LeNet5
 
 
@@ -91,6 +92,59 @@ def test_the_classifier_returns_amsgrad_with_its_hyperparameters() -> None:
     assert isinstance(optimizer, lightning_async.AMSGrad)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.8, 0.95), 0.1)
+
+
+def test_the_cosine_schedule_ends_at_zero_with_the_last_epoch(trainer_args: dict[str, Any]) -> None:
+    module = Classifier(LeNet5(), lr=0.01, lr_schedule="cosine")
+    trainer = Trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0, **trainer_args)
+
+    trainer.fit(module, datamodule=DigitsDataModule())
+
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_cosine_schedule_needs_a_last_epoch(trainer_args: dict[str, Any]) -> None:
+    module = Classifier(LeNet5(), lr_schedule="cosine")
+    trainer = Trainer(max_epochs=-1, max_steps=1, limit_val_batches=0, **trainer_args)
+
+    with pytest.raises(MisconfigurationException, match="max_epochs"):
+        trainer.fit(module, datamodule=DigitsDataModule())
+
+
+def test_a_random_affine_of_size_zero_changes_nothing(digits: DigitsDataModule) -> None:
+    images, _ = next(iter(digits.val_dataloader()))
+
+    assert torch.allclose(random_affine(images, 0, 0, 0), images, atol=1e-5)
+    assert not torch.allclose(random_affine(images), images, atol=1e-2)
+
+
+def test_only_training_batches_are_augmented(trainer_args: dict[str, Any]) -> None:
+    data = DigitsDataModule(augment=True)
+    seen: dict[str, list[torch.Tensor]] = {"train": [], "val": []}
+
+    class Recorder(Classifier):
+        def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+            seen["train"].append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            seen["val"].append(batch[0])
+            super().validation_step(batch, batch_idx)
+
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        **trainer_args,
+    )
+    trainer.fit(Recorder(LeNet5()), datamodule=data)
+
+    def known(images: torch.Tensor, whole: torch.Tensor) -> bool:
+        return all(bool((whole == image).flatten(1).all(1).any()) for image in images)
+
+    assert known(seen["val"][0], data.val_set.tensors[0])
+    assert not known(seen["train"][0], data.train_set.tensors[0])
 
 
 def test_three_epochs_on_one_device_reach_80_percent_and_are_measured(

@@ -1,0 +1,54 @@
+"""The strategy's arguments, validated once, at the door. Knows no Lightning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["ExchangeOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeOptions:
+    """How gradients are exchanged.
+
+    Args:
+        max_staleness: the bound τ in updates; "auto" is 4 per rank, None no bound.
+        on_stale: "wait" holds pushes back so that none exceeds the bound, "drop" discards those that do.
+        batches: "shared" hands batches to whoever asks, "sharded" gives every rank an equal share.
+        transport: how payloads travel.
+        worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
+
+    Raises:
+        ValueError: if a value has no meaning; the message says which have.
+
+    Examples:
+        >>> ExchangeOptions(max_staleness=-1)
+        Traceback (most recent call last):
+        ValueError: max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not -1.
+    """
+
+    max_staleness: int | Literal["auto"] | None = "auto"
+    on_stale: Literal["wait", "drop"] = "wait"
+    batches: Literal["shared", "sharded"] = "shared"
+    transport: Literal["auto", "gloo"] = "auto"
+    worker_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        bound: object = self.max_staleness
+        is_bound = isinstance(bound, int) and not isinstance(bound, bool) and bound >= 0
+        if not (is_bound or bound is None or bound == "auto"):
+            raise ValueError(
+                f'max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not {bound!r}.'
+            )
+        choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
+            ("on_stale", self.on_stale, ("wait", "drop")),
+            ("batches", self.batches, ("shared", "sharded")),
+            ("transport", self.transport, ("auto", "gloo")),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+        timeout: object = self.worker_timeout_s
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")

@@ -1,0 +1,103 @@
+"""The module's optimizers as shells: they carry hyper-parameters, and their step pushes instead of updating.
+
+The state is the holder's. Below `strategy.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
+from lightning_async.holder import Snapshot
+from lightning_async.layout import FlatLayout
+
+__all__ = ["checkpointed_state", "load_groups", "load_state", "make_shell", "snapshot_parameters"]
+
+
+def make_shell(optimizer: Optimizer, push: Callable[[], None]) -> None:
+    """Makes ``optimizer.step`` run its closure and then ``push``.
+
+    The method is replaced on the instance: torch's schedulers have put one there already, and a subclass would come
+    too late.
+
+    Raises:
+        MisconfigurationException: if AMSGrad cannot stand in for the optimizer.
+    """
+    try:
+        is_amsgrad = check_optimizer(optimizer)
+    except UnsupportedOptimizerError as error:
+        raise MisconfigurationException(str(error)) from error
+    if not is_amsgrad:
+        rank_zero_warn(
+            f"async_amsgrad turns AMSGrad on for the {type(optimizer).__name__} that configure_optimizers returned. "
+            "Return it with amsgrad=True, or lightning_async.AMSGrad(...), to say so yourself."
+        )
+        for group in optimizer.param_groups:
+            group["amsgrad"] = True
+
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # What torch's schedulers look for, to warn of a scheduler that steps before its optimizer.
+        self._opt_called = True
+        push()
+        return loss
+
+    shell: Any = optimizer
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as above: torch marks the step that it wrapped
+    shell.step = MethodType(step, optimizer)
+    # Lightning would leave unscaling to a fused optimizer; what is pushed must be unscaled.
+    shell._step_supports_amp_scaling = False
+
+
+def snapshot_parameters(
+    state: dict[str, Any],
+    module: nn.Module,
+    optimizers: list[Optimizer],
+    layout: FlatLayout,
+    snapshot: Snapshot,
+) -> None:
+    """Replaces the parameters in a module's state dict by those of a snapshot, in place."""
+    saved: dict[int, Tensor] = {}
+    for index, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        views = layout.views(snapshot.parameters, index)
+        # A view would take the whole flat buffer into the file with it.
+        saved |= {id(p): view.to(p.dtype, copy=True) for p, view in zip(parameters, views, strict=True)}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in state and id(parameter) in saved:
+            state[name] = saved[id(parameter)]
+
+
+def checkpointed_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> dict[str, Any]:
+    """An optimizer's state dict for a checkpoint: the holder's state, the shell's groups.
+
+    The groups are the shell's because schedulers keep their notes in them (``initial_lr``), and because the holder's
+    choice of kernel is no one else's affair.
+    """
+    return {
+        "state": snapshot.optimizer_states[index]["state"],
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
+
+
+def load_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads the hyper-parameters of a checkpointed state dict, and none of its state."""
+    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+    for group in optimizer.param_groups:
+        group["amsgrad"] = True
+
+
+def load_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> None:
+    """Gives the shell the holder's state, for the time after fit."""
+    optimizer.load_state_dict(checkpointed_state(optimizer, snapshot, index))

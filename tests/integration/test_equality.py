@@ -1,0 +1,227 @@
+"""The arithmetic is serial AMSGrad's, bit for bit: alone, in turns, and with the staleness that occurred."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from tests.launch import launch, report
+from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
+
+BATCH_SIZE = 4
+SEED = 11
+
+
+class Oddly(TinyClassifier):
+    """Sizes that fill no vector register, and an optimizer of the test's choice."""
+
+    def __init__(
+        self, make_optimizer: Callable[[Any], Any] = AMSGrad, sleep_s: tuple[float, ...] = ()
+    ) -> None:
+        super().__init__(sleep_s)
+        self.net = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 2))
+        self.make_optimizer = make_optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+    def on_train_end(self) -> None:
+        parameters = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        report(Path.cwd(), self.global_rank, parameters=parameters, step=self.trainer.global_step)
+
+
+def global_order(data: TensorDataset) -> DistributedSampler[Any]:
+    """The one order that all ranks walk."""
+    return DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=SEED)
+
+
+def train_twice(folder: Path, make_module: Callable[[], Oddly], **arguments: Any) -> None:
+    """Trains a module by the strategy with one rank, then on a single device: reports as ranks 0 and 1."""
+    seed_everything(SEED, verbose=False)
+    module = make_module()
+    alone = copy.deepcopy(module)
+    data = indexed_data(samples=200)
+    fork_trainer(folder, 1, **arguments).fit(module, DataLoader(data, BATCH_SIZE, shuffle=True))
+    (folder / "rank0.pt").rename(folder / "async.pt")
+    order = global_order(data)
+    fork_trainer(folder, 1, "auto", **arguments).fit(alone, DataLoader(data, BATCH_SIZE, sampler=order))
+    (folder / "rank0.pt").rename(folder / "rank1.pt")
+    (folder / "async.pt").rename(folder / "rank0.pt")
+
+
+def assert_equal_bit_for_bit(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    assert {name: torch.equal(first[name], second[name]) for name in first} == dict.fromkeys(first, True)
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda parameters: torch.optim.Adam(parameters, lr=1e-2, amsgrad=True, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, amsgrad=True, fused=True),
+        lambda parameters: AMSGrad(parameters, lr=1e-2, weight_decay=0.01, fused=True),
+    ],
+    ids=["Adam", "AdamW", "AMSGrad"],
+)
+def test_one_rank_is_single_device_training_bit_for_bit(
+    tmp_path: Path, make_optimizer: Callable[[Any], Any]
+) -> None:
+    def script(folder: Path) -> None:
+        train_twice(folder, lambda: Oddly(make_optimizer), max_epochs=4)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    ours, theirs = run.reports()
+    assert ours["step"] == theirs["step"] == 200
+    assert_equal_bit_for_bit(ours["parameters"], theirs["parameters"])
+
+
+class Unusual(Oddly):
+    """Param groups of their own, tied, frozen and sometimes unused parameters, schedulers and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 5)
+        self.decoder = nn.Linear(6, 5)
+        self.decoder.weight = self.encoder.weight
+        self.sometimes = nn.Linear(5, 2)
+        self.rarely = nn.Linear(5, 3)
+        self.never = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(5)
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+        for frozen in self.net[2].parameters():
+            frozen.requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        hidden = self.norm(self.encoder(batch[0]) + self.decoder(batch[0]))
+        logits = self.net(hidden)
+        first = int(batch[2][0]) // BATCH_SIZE
+        if first % 2:
+            logits = logits + self.sometimes(hidden)
+        if first % 7 == 3:
+            logits = logits + self.rarely(hidden)[:, :2]
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def configure_optimizers(self) -> Any:
+        named = dict(self.named_parameters())
+        decayed = [parameter for name, parameter in named.items() if name.endswith("weight")]
+        others = [parameter for name, parameter in named.items() if not name.endswith("weight")]
+        optimizer = torch.optim.Adam(
+            [
+                {"params": decayed, "lr": 3e-2, "weight_decay": 0.05},
+                {"params": others, "lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6},
+            ],
+            amsgrad=True,
+            fused=True,
+        )
+        # Changes the learning rates and, as it cycles momentum, the betas of both groups.
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[3e-2, 1e-2], total_steps=300)
+        return [optimizer], [{"scheduler": one_cycle, "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_epochs": 4},
+        {"max_epochs": 3, "accumulate_grad_batches": 4, "gradient_clip_val": 0.3},
+        {"max_steps": 70, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ],
+    ids=["plain", "accumulated-and-clipped", "max-steps"],
+)
+def test_one_rank_is_single_device_training_whatever_the_parameters_are(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    def script(folder: Path) -> None:
+        train_twice(folder, Unusual, **arguments)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    ours, theirs = run.reports()
+    assert ours["step"] == theirs["step"]
+    assert_equal_bit_for_bit(ours["parameters"], theirs["parameters"])
+
+
+def replay(module: TinyClassifier, updates: list[dict[str, Any]], samples: int) -> None:
+    """Trains ``module`` in this process as the record says, each gradient at the version that was read."""
+    data = indexed_data(samples)
+    optimizer = AMSGrad(module.parameters(), lr=module.lr, fused=True)
+    worker = copy.deepcopy(module)
+    versions = [copy.deepcopy(module.state_dict())]
+    order = global_order(data)
+    per_epoch = -(-samples // BATCH_SIZE)
+    computed, batches = 0, []
+    for update in updates:
+        if computed % per_epoch == 0:
+            order.set_epoch(computed // per_epoch)
+            batches = list(torch.tensor(list(order)).split(BATCH_SIZE))
+        computed += len(update["tickets"])
+        if not update["applied"]:
+            continue
+        worker.load_state_dict(versions[update["version_read"]])
+        worker.zero_grad()
+        for ticket in update["tickets"]:
+            (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
+        for parameter, source in zip(module.parameters(), worker.parameters(), strict=True):
+            parameter.grad = source.grad
+        optimizer.step()
+        versions.append(copy.deepcopy(module.state_dict()))
+        assert len(versions) - 1 == update["version"]
+    assert computed == per_epoch * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"max_staleness": 0}, {}),
+        ({"max_staleness": "auto"}, {}),
+        ({"max_staleness": 2}, {"accumulate_grad_batches": 2}),
+        ({"max_staleness": 1, "on_stale": "drop"}, {}),
+        ({"max_staleness": 3, "batches": "sharded"}, {}),
+    ],
+    ids=["in-turns", "auto", "accumulated", "drop", "sharded"],
+)
+def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
+    tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    samples = 160
+
+    def script(folder: Path) -> None:
+        seed_everything(SEED, verbose=False)
+        recorder = Recorder()
+
+        class Module(Oddly):
+            def on_train_end(self) -> None:
+                super().on_train_end()
+                if self.global_rank == 0:
+                    torch.save(recorder.updates, folder / "updates.pt")
+
+        module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=(0.001, 0.003, 0.006))
+        alone = copy.deepcopy(module)
+        strategy = AsyncAMSGradStrategy(start_method="fork", **options)
+        strategy.observers.append(recorder)
+        trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **arguments)
+        trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
+        replay(alone, torch.load(folder / "updates.pt"), samples)
+        torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    updates = torch.load(tmp_path / "updates.pt")
+    replayed = torch.load(tmp_path / "replayed.pt")
+    assert len({update["worker"] for update in updates}) == 3
+    stale = [update for update in updates if update["staleness"] > 0]
+    assert bool(stale) == (options["max_staleness"] != 0)
+    for rank in run.reports():
+        assert_equal_bit_for_bit(rank["parameters"], replayed)

@@ -1,0 +1,33 @@
+"""An epoch covers every sample once, over real ranks of unlike speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (2, 2), (4, 0), (4, 2)])
+def test_an_epoch_covers_every_sample_once(tmp_path: Path, ranks: int, workers: int, batches: str) -> None:
+    def script(folder: Path) -> None:
+        from lightning_async import AsyncAMSGradStrategy
+
+        class Module(TinyClassifier):
+            def on_train_end(self) -> None:
+                report(folder, self.global_rank, seen=self.seen, step=self.trainer.global_step)
+
+        trainer = fork_trainer(
+            folder, ranks, AsyncAMSGradStrategy(batches=batches, start_method="fork"), max_epochs=2
+        )
+        trainer.fit(Module(sleep_s=(0.0, 0.01)), loader(samples=61, num_workers=workers, shuffle=True))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    for epoch in range(2):
+        seen = sorted(index for rank in run.reports() for index in rank["seen"][epoch])
+        assert seen == list(range(61))

@@ -50,6 +50,10 @@ class PhasedCollectives(DDPStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduces over the ranks in the synchronous phase; this rank's own value, with one warning, otherwise."""
         if not Phase.asynchronous:
+            if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+                # Lightning truncates the mean of integers: of the sample counts that weigh an epoch's metric, which
+                # under DDP are the same on all ranks.
+                tensor = tensor.float()
             return super().reduce(tensor, group, reduce_op)
         if self.world_size > 1 and not self._warned_of_local_reduce:
             self._warned_of_local_reduce = True

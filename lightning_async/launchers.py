@@ -1,24 +1,37 @@
-"""Lightning's launchers with three changes: a rank's failure is explained, reported, and never answered by SIGKILL.
+"""Lightning's launchers, but a rank's failure is explained, and no rank outlives the run.
 
 Lightning's script launcher kills rank 0 with the others when a child exits with an error
 (`fabric/strategies/launchers/subprocess_script.py`, `_ChildProcessObserver`), so nobody could say which rank failed
-and why; its multiprocessing launcher leaves the children running if only the parent is interrupted. Private API: see
-`loops.py` for the rule, and the canary tests.
+and why, and leaves the children running when rank 0 fails. Its multiprocessing launcher blames whichever rank exits
+first, waits half a minute for a stopped one, and waits for ever for the result of ranks that left after a SIGTERM.
+Private API: see `loops.py` for the rule, and the canary tests.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch.multiprocessing as mp
+from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
+
+from lightning_async.failure import RunFailure, WorkerFailedError
 
 if TYPE_CHECKING:
     from lightning_async.strategy import AsyncAMSGradStrategy
@@ -27,6 +40,8 @@ __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
 _POLL_S = 0.5
 _EXIT_STATUS_TIMEOUT_S = 1.0
+# The ranks end by themselves when one of them fails, at the latest by their exit guards, five seconds later.
+_END_TIMEOUT_S = 8.0
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
@@ -44,8 +59,21 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             threading.Thread(target=self._watch, args=(list(self.procs),), name="child-watch", daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        with self._strategy.guard_run():
-            return function(*args, **kwargs)
+        try:
+            with self._strategy.guard_run():
+                return function(*args, **kwargs)
+        except BaseException:
+            self._end_children()
+            raise
+
+    def _end_children(self) -> None:
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for process in self.procs:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def describe_end(self, local_rank: int) -> str | None:
         """How the process of ``local_rank`` ended, or None if it still runs or was not started from here."""
@@ -73,20 +101,118 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        # As in the base class, but for who waits for the ranks.
+        if self._start_method == "spawn":
+            _check_missing_main_guard()
+        else:
+            _check_bad_cuda_fork()
+        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise NotImplementedError(
+                "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
+                "a new Trainer and pass fit(ckpt_path=...)."
+            )
+        environment = self._strategy.cluster_environment
+        assert environment is not None
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        results = mp.get_context(self._start_method).SimpleQueue()
+        states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
+        context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+            self._wrapping_function,
+            args=[trainer, function, args, kwargs, results, *states],
+            nprocs=self._strategy.num_processes,
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = context.processes
         try:
-            return super().launch(function, *args, trainer=trainer, **kwargs)
+            with self._passing_on_sigterm():
+                result = self._wait(results, context.error_files)
         finally:
             self._end_children()
+        if trainer is None:
+            return result
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+        self._recover_results_in_main_process(result, trainer)
+        return result.trainer_results
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
         strategy: Any = self._strategy
+        results = rest[2]
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            with strategy.guard_run():
-                return function(*args, **kwargs)
+            try:
+                with strategy.guard_run():
+                    return function(*args, **kwargs)
+            except BaseException:
+                # Only rank 0 writes to the queue: a rank that is killed while it writes leaves it locked.
+                if process_idx == 0 and strategy.failure is not None:
+                    results.put(strategy.failure)
+                raise
 
         super()._wrapping_function(process_idx, trainer, guarded, *rest)
+
+    def _wait(self, results: Any, error_files: Sequence[str]) -> Any:
+        """Waits for rank 0's result.
+
+        Raises:
+            WorkerFailedError: if a rank has failed; all have ended then.
+            SIGTERMException: if the ranks have left together after a SIGTERM.
+        """
+        result: Any = None
+        ended: list[int] = []
+        running = dict(enumerate(self.procs))
+        deadline = float("inf")
+        while running and time.monotonic() < deadline:
+            connection.wait([process.sentinel for process in running.values()], timeout=_POLL_S)
+            if result is None and not results.empty():
+                # Also while its sender runs: a result that is larger than a pipe's buffer waits for its reader.
+                result = results.get()
+            for index in [index for index, process in running.items() if not process.is_alive()]:
+                process = running.pop(index)
+                process.join()
+                ended.append(index)
+                if process.exitcode != 0:
+                    deadline = min(deadline, time.monotonic() + _END_TIMEOUT_S)
+        if result is None and not results.empty():
+            result = results.get()
+        if isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs):
+            known = result if isinstance(result, RunFailure) else None
+            raise WorkerFailedError(self._failure(known, ended, sorted(running), error_files))
+        if result is None:
+            raise SIGTERMException
+        return result
+
+    def _failure(
+        self, known: RunFailure | None, ended: list[int], stuck: list[int], error_files: Sequence[str]
+    ) -> RunFailure:
+        first_rank = self._strategy.node_rank * self._strategy.num_processes
+        index = self._culprit(ended, stuck, error_files) if known is None else known.rank - first_rank
+        reason = "its process did not end" if index in stuck else _describe_exit(self.procs[index].exitcode or 0)
+        if known is not None:
+            reason = known.reason
+        traceback = _error_of(error_files[index])
+        return RunFailure(first_rank + index, f"{reason}\n\n{traceback}" if traceback else reason)
+
+    def _culprit(self, ended: list[int], stuck: list[int], error_files: Sequence[str]) -> int:
+        """The process that most likely began it, if rank 0 could not say: bystanders exit with code 1."""
+        codes = {index: self.procs[index].exitcode or 0 for index in ended}
+        by_signal = [index for index in ended if codes[index] < 0]
+        with_error = [index for index in ended if os.path.exists(error_files[index])]
+        with_code = [index for index in ended if codes[index] > 1]
+        return [*by_signal, *with_error, *with_code, *stuck, *(index for index in ended if codes[index])][0]
+
+    @contextmanager
+    def _passing_on_sigterm(self) -> Iterator[None]:
+        """Leaves the stop to the ranks: they end together, and this process after them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, lambda signum, frame: self.kill(signum))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -100,12 +226,21 @@ class ProcessLauncher(_MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
 
     def _end_children(self) -> None:
+        # Ctrl+C reaches the children too, and they end by themselves unless only the parent was interrupted.
+        deadline = time.monotonic() + _END_TIMEOUT_S
         for process in self.procs:
-            # Ctrl+C reaches the children too, and they end by themselves unless only the parent was interrupted.
-            process.join(timeout=5.0)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _error_of(path: str) -> str:
+    """The traceback that torch has written for a process that ended with an exception."""
+    try:
+        return str(pickle.loads(Path(path).read_bytes()))
+    except FileNotFoundError:
+        return ""
 
 
 def _describe_exit(code: int) -> str:

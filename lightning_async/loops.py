@@ -376,10 +376,10 @@ class AsyncFitLoop(_FitLoop):
 
 def install(trainer: Trainer) -> None:
     """Gives the trainer's loops this module's behaviour, and SIGTERM a handler without a collective."""
-    fit_loop: Any = trainer.fit_loop
-    fit_loop.__class__ = AsyncFitLoop
-    fit_loop.epoch_loop.__class__ = AsyncEpochLoop
-    fit_loop.epoch_loop._epoch = _Epoch()
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    _become(trainer.fit_loop, AsyncFitLoop)
+    _become(epoch_loop, AsyncEpochLoop)
+    epoch_loop._epoch = _Epoch()
     connector: Any = trainer._signal_connector
     strategy: Any = trainer.strategy
 
@@ -393,12 +393,17 @@ def install(trainer: Trainer) -> None:
 
 def uninstall(trainer: Trainer) -> None:
     """Undoes `install`; the loops keep their state."""
-    fit_loop: Any = trainer.fit_loop
     epoch_loop: Any = trainer.fit_loop.epoch_loop
-    if type(fit_loop) is AsyncFitLoop:
-        fit_loop.__class__, epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop
+    if isinstance(epoch_loop, AsyncEpochLoop):
+        _become(trainer.fit_loop, _FitLoop)
+        _become(epoch_loop, _TrainingEpochLoop)
         del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+
+
+def _become(loop: Any, kind: type) -> None:
+    # The trainer's own loops, with their state and everything that refers to them, take on another behaviour.
+    loop.__class__ = kind
 
 
 def optimizer_steps(trainer: Trainer) -> int:

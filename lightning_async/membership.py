@@ -77,7 +77,10 @@ class Membership:
         try:
             yield
         except BaseException as error:
-            raise self._explain(error) from error
+            explained = self._explain(error)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             if self.door is not None:
                 self.door.close()
@@ -103,10 +106,11 @@ class Membership:
             self.latch.trip(RunFailure(self.rank, _describe(error), announced=True))
             return error
         if self.rank == 0:
-            return WorkerFailedError(failure)
-        if not failure.announced:
+            return error if isinstance(error, WorkerFailedError) else WorkerFailedError(failure)
+        if failure.announced:
+            time.sleep(_SURVIVOR_DELAY_S)
+        else:
             print(f"[rank {self.rank}] lightning_async: {failure}", file=sys.stderr, flush=True)
-        time.sleep(_SURVIVOR_DELAY_S)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
 

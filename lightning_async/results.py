@@ -42,12 +42,14 @@ def align_results(
     if all([entry[0] for entry in entries] == [entry[0] for entry in everyone[0]] for entries in everyone):
         return
     union: dict[str, _Entry] = {entry[0]: entry for entries in everyone for entry in entries}
+    logged = {entry[0] for entry in mine}
     ordered = {}
     for key, described in union.items():
         metric = results.get(key)
         if metric is None:
             metric = _neutral(described, module, reduce)
-        metric.has_reset = False
+        if key not in logged:
+            _make_computable(metric)
         ordered[key] = metric
     rest = {key: metric for key, metric in results.items() if key not in ordered}
     results.clear()
@@ -69,11 +71,19 @@ def _neutral(described: _Entry, module: nn.Module, reduce: Callable[..., Any]) -
     meta = _Metadata(**fields)
     meta.sync = sync
     metric = _ResultMetric(meta, is_tensor)
-    if is_tensor:
-        metric.update_called_once = True
-    else:
+    if not is_tensor:
         metric.value = module.get_submodule(meta.metric_attribute or "")
     return metric
+
+
+def _make_computable(metric: _ResultMetric) -> None:
+    """Lets an entry that this rank did not log in this epoch take part in the others' reduction."""
+    metric.has_reset = False
+    # A torchmetrics entry keeps its last epoch's result until it is updated, and would not meet the other ranks.
+    metric._computed = None
+    for one in (metric,) if metric.is_tensor else (metric, metric.value):
+        # Else torchmetrics warns of a metric that was never updated; other ranks have updated it.
+        one._update_count = max(1, one._update_count)
 
 
 _PLAIN_FIELDS = (

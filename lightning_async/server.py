@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch.distributed import TCPStore
 
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
@@ -122,8 +123,7 @@ class Server:
         thread.start()
 
     def _serve(self, worker: int, pair: str, connection: ControlConnection) -> None:
-        # The update runs in this thread, and is at the memory's speed with one intra-op thread.
-        torch.set_num_threads(1)
+        use_one_thread()
         try:
             channel = GlooChannel(connection, self._store.clone(), pair, HOLDER_SIDE)
             with self._lock:
@@ -143,6 +143,17 @@ class Server:
             # Whatever goes wrong in this thread must end the run: its worker waits for an answer.
             log.exception("the session of rank %d failed", worker)
             self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
+
+
+def use_one_thread() -> None:
+    """Limits torch to one intra-op thread in the calling thread, and nowhere else.
+
+    The fused update is at the memory's speed with one thread, and a second one costs a scheduler tick on a busy
+    machine. ``torch.set_num_threads`` is process-wide in effect: it would slow rank 0's own training down.
+    """
+    # torch sets the number once per thread, at its first use there; after that the limit stays.
+    torch.get_num_threads()
+    threadpool_limits(limits=1, user_api="openmp")
 
 
 def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:

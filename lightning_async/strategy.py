@@ -198,6 +198,11 @@ class AsyncAMSGradStrategy(PhasedCollectives):
         )
         return self._membership.guard()
 
+    @property
+    def failure(self) -> RunFailure | None:
+        """The first failure of the run, as far as this rank knows; None while there is none."""
+        return None if self._membership is None else self._membership.latch.failure
+
     def report_failure(self, local_rank: int, reason: str) -> None:
         """Tells this rank that the process of another one on this host has ended with an error."""
         assert self._membership is not None

@@ -24,9 +24,7 @@ SEED = 11
 class Oddly(TinyClassifier):
     """Sizes that fill no vector register, and an optimizer of the test's choice."""
 
-    def __init__(
-        self, make_optimizer: Callable[[Any], Any] = AMSGrad, sleep_s: tuple[float, ...] = ()
-    ) -> None:
+    def __init__(self, make_optimizer: Callable[[Any], Any] = AMSGrad, sleep_s: tuple[float, ...] = ()) -> None:
         super().__init__(sleep_s)
         self.net = nn.Sequential(nn.Linear(6, 13), nn.ReLU(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 2))
         self.make_optimizer = make_optimizer
@@ -72,9 +70,7 @@ def assert_equal_bit_for_bit(first: dict[str, Tensor], second: dict[str, Tensor]
     ],
     ids=["Adam", "AdamW", "AMSGrad"],
 )
-def test_one_rank_is_single_device_training_bit_for_bit(
-    tmp_path: Path, make_optimizer: Callable[[Any], Any]
-) -> None:
+def test_one_rank_is_single_device_training_bit_for_bit(tmp_path: Path, make_optimizer: Callable[[Any], Any]) -> None:
     def script(folder: Path) -> None:
         train_twice(folder, lambda: Oddly(make_optimizer), max_epochs=4)
 

@@ -20,9 +20,7 @@ def test_an_epoch_covers_every_sample_once(tmp_path: Path, ranks: int, workers: 
             def on_train_end(self) -> None:
                 report(folder, self.global_rank, seen=self.seen, step=self.trainer.global_step)
 
-        trainer = fork_trainer(
-            folder, ranks, AsyncAMSGradStrategy(batches=batches, start_method="fork"), max_epochs=2
-        )
+        trainer = fork_trainer(folder, ranks, AsyncAMSGradStrategy(batches=batches, start_method="fork"), max_epochs=2)
         trainer.fit(Module(sleep_s=(0.0, 0.01)), loader(samples=61, num_workers=workers, shuffle=True))
 
     run = launch(script, tmp_path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -109,15 +110,16 @@ def test_at_every_stop_all_ranks_hold_the_holders_parameters_and_common_buffers(
 
 
 class Measuring(TinyClassifier):
-    """Logs in all the ways there are, and notes what it logged."""
+    """Logs in all the ways there are, and notes what the epoch's metrics should be."""
 
     def __init__(self) -> None:
         super().__init__(sleep_s=UNEVEN)
         self.accuracy = MulticlassAccuracy(2, average="micro")
         self.local = MeanMetric()
         self.correct: list[int] = []
-        self.computed: list[tuple[float, float]] = []
-        self.epochs: list[dict[str, float]] = []
+        self.computed: list[float] = []
+        self.expected: list[float] = []
+        self.epochs: list[dict[str, Any]] = []
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -131,56 +133,203 @@ class Measuring(TinyClassifier):
         self.correct += (logits.argmax(dim=1) == y).int().tolist()
         self.accuracy(logits, y)
         self.local.update(index.float())
-        # Not "over all ranks": they are at other batches, and would never come.
-        seen = torch.tensor(self.seen[-1], dtype=torch.float32)
-        self.computed.append((self.local.compute().item(), seen.mean().item()))
+        # Over all ranks this would wait for ever: they are at other batches.
+        self.computed.append(self.local.compute().item())
+        self.expected.append(sum(self.seen[-1]) / len(self.seen[-1]))
+        mean, last, rank = index.float().mean(), float(index.max()), float(self.global_rank)
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
-        size = len(index)
-        self.log("mean_index", index.float().mean(), on_epoch=True, sync_dist=True, batch_size=size)
-        self.log("rank", float(self.global_rank), on_step=True, on_epoch=True, batch_size=size)
-        self.log("sum_of_ones", 1.0, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
-        self.log("highest", float(index.max()), on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+        self.log("index", mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(index))
+        self.log("index_too", mean, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(index))
+        self.log("last", last, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+        self.log("count", 1.0, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
+        self.log("rank", rank, on_step=True, on_epoch=True, batch_size=len(index))
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        self.epochs.append({"metrics": metrics, "correct": sum(self.correct)})
+
     def on_train_end(self) -> None:
-        report(
-            Path.cwd(), self.global_rank, seen=self.seen, computed=self.computed, logged=self.trainer.logged
-        )
+        values = {"epochs": self.epochs, "computed": self.computed, "expected": self.expected}
+        report(Path.cwd(), self.global_rank, **values)
 
 
-class LoggedMetrics(Callback):
-    """Keeps ``trainer.callback_metrics`` of each epoch's end, as a callback behind it would find them."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pass
-
-
-def test_epoch_metrics_cover_all_ranks_samples_and_metrics_in_a_step_are_local(tmp_path: Path) -> None:
+def test_epoch_metrics_cover_all_ranks_and_metrics_in_a_step_are_local(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
-        class Module(Measuring):
-            def on_train_epoch_end(self) -> None:
-                metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-                self.epochs.append({**metrics, "correct": sum(self.correct)})
-
-            def on_train_end(self) -> None:
-                report(
-                    folder, self.global_rank, epochs=self.epochs, seen=self.seen, computed=self.computed
-                )
-
-        fork_trainer(folder, 3, max_epochs=2).fit(Module(), loader(samples=63, shuffle=True))
+        # One metric is synchronised on every step, which the strategy warns of.
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *args, **kwargs: print(message)
+        fork_trainer(folder, 3, max_epochs=2).fit(Measuring(), loader(samples=64, shuffle=True))
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
+    assert run.output.count("async_amsgrad does not reduce over the ranks while they train") == 1
     ranks = run.reports()
     for epoch in range(2):
-        correct = sum(rank["epochs"][epoch]["correct"] for rank in ranks)
+        accuracy = sum(rank["epochs"][epoch]["correct"] for rank in ranks) / 64
         for number, rank in enumerate(ranks):
-            metrics = rank["epochs"][epoch]
-            assert metrics["accuracy_epoch"] == pytest.approx(correct / 63)
-            assert metrics["mean_index_epoch"] == pytest.approx(sum(range(63)) / 63)
-            assert metrics["highest"] == 62
-            assert metrics["sum_of_ones"] == 16
+            metrics = rank["epochs"][epoch]["metrics"]
+            assert metrics["accuracy_epoch"] == pytest.approx(accuracy)
+            assert metrics["index"] == metrics["index_too_epoch"] == pytest.approx(31.5)
+            assert (metrics["last"], metrics["count"]) == (63, 16)
             assert metrics["rank_epoch"] == metrics["rank_step"] == number
     for rank in ranks:
-        assert [ours for ours, _ in rank["computed"]] == pytest.approx([mean for _, mean in rank["computed"]])
+        assert rank["computed"] == pytest.approx(rank["expected"])
+
+
+class Uneasy(TinyClassifier):
+    """Logs what only some ranks log, in an order that differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(2, average="micro")
+        self.rare = MeanMetric()
+        self.in_turns = MeanMetric()
+        self.metrics: list[dict[str, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        names = ["a", "b", "c"] if self.global_rank % 2 else ["c", "a"]
+        for name in names:
+            self.log(name, 1.0 + self.global_rank, on_step=False, on_epoch=True, sync_dist=True, batch_size=4)
+        loss = super().training_step(batch, batch_idx)
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        if batch[2].min() == 0:
+            self.rare.update(7.0)
+            self.log("rare", self.rare, on_step=False, on_epoch=True)
+            self.log("once", 5.0, on_step=False, on_epoch=True, sync_dist=True, batch_size=4)
+            self.log("largest", 9.0, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+            self.log("smallest", 9.0, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="min")
+        if self.global_rank == self.current_epoch:
+            self.in_turns.update(10.0 + self.current_epoch)
+            self.log("in_turns", self.in_turns, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        self.metrics.append({name: value for name, value in metrics.items() if "train/" not in name})
+
+    def on_train_end(self) -> None:
+        report(Path.cwd(), self.global_rank, metrics=self.metrics, seen=self.seen)
+
+
+@pytest.mark.parametrize(("ranks", "samples"), [(4, 8), (3, 60)], ids=["idle-ranks", "conditional"])
+def test_metrics_that_only_some_ranks_log_have_their_value_on_all(tmp_path: Path, ranks: int, samples: int) -> None:
+    def script(folder: Path) -> None:
+        fork_trainer(folder, ranks, max_epochs=3).fit(Uneasy(), loader(samples))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    everyone = run.reports()
+    for epoch in range(3):
+        counts = [len(rank["seen"][epoch]) for rank in everyone]
+        assert sum(counts) == samples
+        first, *others = [rank["metrics"][epoch] for rank in everyone]
+        for other in others:
+            assert {name: other[name] for name in first} == first
+        assert [first[name] for name in ("rare", "largest", "smallest")] == [7, 9, 9]
+        assert first["once"] == pytest.approx(5)
+        mean = sum((1 + rank) * count for rank, count in enumerate(counts)) / samples
+        assert first["a"] == first["c"] == pytest.approx(mean)
+        if counts[epoch]:
+            assert first["in_turns"] == 10 + epoch
+
+
+class Ending(TinyClassifier):
+    """Notes in which epochs it trained and validated, and with which parameters it ended."""
+
+    def __init__(self) -> None:
+        super().__init__(sleep_s=UNEVEN)
+        self.validated: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        # Rank 1 alone finds that nothing improves any more.
+        self.log("score", float(self.current_epoch if self.global_rank != 1 else 0))
+
+    def on_validation_end(self) -> None:
+        self.validated.append(self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        report(
+            Path.cwd(),
+            self.global_rank,
+            epochs=self.trainer.current_epoch,
+            step=self.trainer.global_step,
+            batches=self.batches,
+            validated=self.validated,
+            parameters=self.flat_parameters(),
+        )
+
+
+def assert_ended_together(run: Launched) -> None:
+    assert run.returncode == 0, run.output
+    first, *others = run.reports()
+    for other in others:
+        assert {name: other[name] for name in ("epochs", "step", "validated")} == {
+            name: first[name] for name in ("epochs", "step", "validated")
+        }
+        assert torch.equal(other["parameters"], first["parameters"])
+
+
+def test_one_rank_that_asks_to_stop_in_mid_epoch_stops_all(tmp_path: Path) -> None:
+    class Stopping(Ending):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.global_rank == 1 and self.batches == 5:
+                self.trainer.should_stop = True
+
+    def script(folder: Path) -> None:
+        fork_trainer(folder, 3, max_epochs=4).fit(Stopping(), loader(1200), loader(24))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    assert 5 <= sum(rank["batches"] for rank in run.reports()) < 100
+    assert len(run.report(0)["validated"]) == 1
+
+
+def test_a_stop_before_the_least_number_of_epochs_waits_for_it(tmp_path: Path) -> None:
+    class Hasty(Ending):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.global_rank == 1:
+                self.trainer.should_stop = True
+
+    def script(folder: Path) -> None:
+        fork_trainer(folder, 3, max_epochs=4, min_epochs=2).fit(Hasty(), loader(48))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    assert sum(rank["batches"] for rank in run.reports()) == 24
+    assert run.report(0)["epochs"] == 2
+
+
+def test_early_stopping_on_one_ranks_metric_stops_all_ranks_at_the_same_epoch(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        callbacks = [EarlyStopping("score", mode="max", patience=2)]
+        fork_trainer(folder, 3, max_epochs=9, callbacks=callbacks).fit(Ending(), loader(48), loader(24))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    assert run.report(0)["epochs"] == 3
+    assert sum(rank["batches"] for rank in run.reports()) == 36
+
+
+def test_one_rank_that_skips_the_rest_of_its_epoch_skips_it_for_all(tmp_path: Path) -> None:
+    class Skipping(Ending):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.global_rank == 2 and self.current_epoch == 0 and batch_idx == 2 else None
+
+    def script(folder: Path) -> None:
+        fork_trainer(folder, 3, max_epochs=2).fit(Skipping(), loader(240), loader(24))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    ranks = run.reports()
+    assert ranks[0]["epochs"] == 2
+    assert ranks[2]["batches"] > 2
+    assert 60 < sum(rank["batches"] for rank in ranks) < 120

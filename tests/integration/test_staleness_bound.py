@@ -15,9 +15,7 @@ RANKS = 4
 BATCHES = 120
 
 
-def train_on_uneven_ranks(
-    folder: Path, max_staleness: int | None, on_stale: Literal["wait", "drop"]
-) -> dict[str, Any]:
+def train_on_uneven_ranks(folder: Path, max_staleness: int | None, on_stale: Literal["wait", "drop"]) -> dict[str, Any]:
     """The statistics of two epochs, as the process that started the ranks has them afterwards."""
 
     def script(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_async import AsyncAMSGradStrategy
 from lightning_async.cli import AsyncCLI, add_working_directory_to_path, main
 from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
@@ -47,7 +48,7 @@ def test_the_recipe_builds_what_it_names() -> None:
 def test_the_recipe_trains_with_the_strategy_of_this_package() -> None:
     cli = AsyncCLI(["--config", RECIPE], run=False)
 
-    assert type(cli.trainer.strategy).__name__ == "AsyncAMSGradStrategy"
+    assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
 
 
 def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
@@ -60,7 +61,8 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
         run=False,
     )
 
-    assert type(cli.trainer.strategy).__name__ == "AsyncAMSGradStrategy"
+    assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
+    assert cli.trainer.strategy.options.max_staleness == 7
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,7 @@ def test_a_wrong_key_in_a_config_file_is_one_line_and_status_2(
     assert len(message.splitlines()) == 1
 
 
-def test_the_working_directory_is_importable_and_listed_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_working_directory_is_importable_and_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 

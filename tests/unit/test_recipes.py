@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -205,9 +205,7 @@ def test_emulated_step_time_sleeps_once_in_each_training_batch(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr("recipes.callbacks.time.sleep", slept.append)
-    trainer = Trainer(
-        max_epochs=1, limit_train_batches=5, callbacks=[EmulatedStepTime([0.125])], **trainer_args
-    )
+    trainer = Trainer(max_epochs=1, limit_train_batches=5, callbacks=[EmulatedStepTime([0.125])], **trainer_args)
 
     trainer.fit(Classifier(LeNet5()), datamodule=DigitsDataModule())
 
@@ -233,9 +231,7 @@ def test_the_rank_table_shows_share_staleness_and_waiting_of_each_rank() -> None
 
 def test_the_comparison_gives_ratios_above_one_where_the_run_is_faster() -> None:
     run = Run("async", batches=100, seconds=2.0, threshold=0.95, seconds_to_threshold=1.0, test_accuracy=0.98)
-    baseline = Run(
-        "ddp", batches=100, seconds=4.0, threshold=0.95, seconds_to_threshold=3.0, test_accuracy=0.97
-    )
+    baseline = Run("ddp", batches=100, seconds=4.0, threshold=0.95, seconds_to_threshold=3.0, test_accuracy=0.97)
 
     rows = _rows(comparison_table(run, baseline))
 
@@ -244,9 +240,7 @@ def test_the_comparison_gives_ratios_above_one_where_the_run_is_faster() -> None
 
 def test_the_comparison_says_so_where_a_run_did_not_reach_the_accuracy() -> None:
     run = Run("async", batches=10, seconds=2.0, threshold=0.95, seconds_to_threshold=1.0, test_accuracy=0.98)
-    baseline = Run(
-        "ddp", batches=10, seconds=4.0, threshold=0.95, seconds_to_threshold=None, test_accuracy=0.9
-    )
+    baseline = Run("ddp", batches=10, seconds=4.0, threshold=0.95, seconds_to_threshold=None, test_accuracy=0.9)
 
     row = _rows(comparison_table(run, baseline))[1]
 

@@ -1,0 +1,27 @@
+"""What a session's thread does to the process around it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from lightning_async.server import use_one_thread
+
+
+def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+
+    def session() -> None:
+        use_one_thread()
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=session)
+    thread.start()
+    thread.join()
+    main = torch.get_num_threads()
+    torch.set_num_threads(before)
+
+    assert (seen, main) == ([1], 2)

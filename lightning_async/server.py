@@ -67,7 +67,7 @@ class Server:
         self._on_refused = on_refused
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, threading.Thread] = {}
         self._closing = False
         if door is not None:
             # torch's type stubs lack clone().
@@ -89,7 +89,7 @@ class Server:
             self._door.on_doorbell = None
         with self._lock:
             self._closing = True
-            threads, channels = list(self._threads), list(self._channels)
+            threads, channels = list(self._threads.values()), list(self._channels)
             self._channels.clear()
         for thread in threads:
             thread.join(timeout=0.0 if self._latch.failure is not None else timeout_s)
@@ -108,6 +108,10 @@ class Server:
                     f"rank {visitor.rank} has {key} = {other}, rank 0 has {mine}; "
                     "every rank must build the same model and optimizers"
                 )
+        with self._lock:
+            present = self._threads.get(visitor.rank)
+        if present is not None and present.is_alive():
+            raise HandshakeError(f"rank {visitor.rank} is here already")
         pair = f"worker-{visitor.rank}-{visitor.incarnation}"
         welcome = json.dumps({"store_port": self._store.port, "pair": pair})
         connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=welcome))
@@ -119,7 +123,7 @@ class Server:
             daemon=True,
         )
         with self._lock:
-            self._threads.append(thread)
+            self._threads[visitor.rank] = thread
         thread.start()
 
     def _serve(self, worker: int, pair: str, connection: ControlConnection) -> None:
@@ -136,6 +140,8 @@ class Server:
         except SessionError as error:
             self._on_refused()
             self._latch.trip(RunFailure(worker, str(error)))
+            # The worker may be waiting for the payload of the refused request to be taken.
+            channel.close()
         except (WireError, ChannelClosedError) as error:
             if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
                 self._latch.trip(RunFailure(worker, str(error)))

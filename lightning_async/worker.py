@@ -68,9 +68,9 @@ class Worker:
         # With several optimizers a batch has several pushes, and only its last would have to ask.
         self._draws_with_push = len(optimizers) == 1
         self._last_wait_s = 0.0
-        self._gradient = layout.buffer()
+        self._gradient = channel.buffers.gradient
         self._gradient_views = [layout.views(self._gradient, index) for index in range(len(optimizers))]
-        self._arrived = layout.buffer()
+        self._arrived = channel.buffers.parameters
         self._arrived_views = [view for index in range(len(optimizers)) for view in layout.views(self._arrived, index)]
         self._parameters = [_parameters(optimizer) for optimizer in optimizers]
 

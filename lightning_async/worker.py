@@ -95,10 +95,14 @@ class Worker:
         """Notes that a batch is being computed; pulls parameters first if this rank holds none."""
         self._latch.check()
         if not self._reading:
-            self._pull(Kind.PULL)
-            self._reading = True
+            self.pull()
         self._tickets += 1
         self._samples += samples
+
+    def pull(self) -> None:
+        """Lands the holder's parameters, once the barrier lets this rank read."""
+        self._pull(Kind.PULL)
+        self._reading = True
 
     def step(self, index: int) -> bool:
         """Pushes the gradients of one optimizer and lands the parameters that come back.

@@ -109,9 +109,6 @@ def _push(address_json: str, rank: int, ranks: int, shapes: list[tuple[int, ...]
     latch, address = FailureLatch(), Address.from_json(address_json)
     Lifelines(rank, latch, 60.0).add(0, introduce(address, rank, LIFELINE)[0])
     optimizer = _optimizer(shapes)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.full_like(parameter, 1e-3)
     engine = Engine(
         rank=rank,
         world_size=ranks,
@@ -127,6 +124,8 @@ def _push(address_json: str, rank: int, ranks: int, shapes: list[tuple[int, ...]
     )
     worker = engine.worker
     worker.pull()
+    # One backward, so that the gradients are where a training step leaves them.
+    torch.stack([parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]).sum().backward()
     while True:
         worker.step(0)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch.distributed import TCPStore
 
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
@@ -110,23 +112,21 @@ class ChannelOffice:
             return int(self._store.port)
 
 
-def dial(
-    address: Address, worker: int, model: dict[str, Any], numel: int, dtype: torch.dtype, incarnation: int = 0
-) -> Channel:
+def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
     """Connects a worker to its session.
 
     Args:
         address: of rank 0's front door.
         worker: this rank.
-        model: what this rank and rank 0 must agree on.
-        numel: size of the flat buffers.
-        dtype: of the flat buffers.
+        layout: where each parameter lies.
+        groups: number of param groups of each optimizer.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
         ChannelClosedError: if rank 0 cannot be reached.
     """
+    numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model, host=host_identity())
     offer = json.loads(welcome)
     if offer["segment"] is not None:

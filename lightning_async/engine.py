@@ -16,7 +16,7 @@ from lightning_async.holder import Holder, Update
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
-from lightning_async.server import Server, describe_model
+from lightning_async.server import Server
 from lightning_async.staleness import Barrier, resolve_max_staleness
 from lightning_async.tickets import Ledger
 from lightning_async.worker import Worker
@@ -83,7 +83,7 @@ class Engine:
         meet()
         if rank != 0:
             assert address is not None
-            channel = dial(address, rank, describe_model(layout, groups), layout.numel, layout.dtype)
+            channel = dial(address, rank, layout, groups)
         self.worker = Worker(rank, channel, layout, optimizers, latch)
 
     def close(self) -> None:

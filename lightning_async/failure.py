@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError"]
+__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError", "say"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,12 @@ class WorkerFailedError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[WorkerFailedError], tuple[RunFailure]]:
         return type(self), (self.failure,)
+
+
+def say(rank: int, text: str) -> None:
+    """Prints one line of this rank's to stderr, in one write: other ranks print to the same terminal."""
+    sys.stderr.write(f"[rank {rank}] lightning_async: {text}\n")
+    sys.stderr.flush()
 
 
 class FailureLatch:
@@ -142,7 +148,7 @@ class ExitGuard:
         if self._disarmed.wait(self._grace_s):
             return
         if not failure.announced:
-            print(f"[rank {self._rank}] lightning_async: {failure}; ending this process.", file=sys.stderr)
+            say(self._rank, f"{failure}; ending this process.")
         sys.stdout.flush()
         sys.stderr.flush()
         self._exit_process(1)

@@ -19,7 +19,7 @@ from typing import Any
 from lightning_async.lifeline import Lifelines
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
-from lightning_async.wire import Kind, Message, WireError
+from lightning_async.wire import Kind, Message, WireError, fit_text
 
 __all__ = ["Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
 
@@ -73,32 +73,37 @@ class FrontDoor:
     def __init__(self, host: str, workers: int, lifelines: Lifelines) -> None:
         self._workers = workers
         self._lifelines = lifelines
-        self._closing = False
+        self._closing = threading.Event()
         # Served while training; before and after, a doorbell finds nobody.
         self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         self._listener = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
-        threading.Thread(target=self._accept, name="front-door", daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, name="front-door", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Lets nobody in any more; idempotent."""
-        if self._closing:
+        if self._closing.is_set():
             return
-        self._closing = True
+        self._closing.set()
         # A thread in accept() does not notice that its socket was closed; a connection wakes it.
         try:
             socket.create_connection(("127.0.0.1", self.address.port), timeout=1.0).close()
         except OSError as error:
             log.debug("the door was already shut: %s", error)
+        self._thread.join(timeout=1.0)
         self._listener.close()
 
     def _accept(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
                 log.debug("the door is shut: %s", error)
+                return
+            if self._closing.is_set():
+                sock.close()
                 return
             connection = ControlConnection(sock)
             # A thread each: somebody who connects and says nothing must not keep the others out.
@@ -110,6 +115,8 @@ class FrontDoor:
             connection.settimeout(_HANDSHAKE_TIMEOUT_S)
             visitor, role = self._identify(connection.receive())
             if role == LIFELINE:
+                if self._lifelines.watches(visitor.rank):
+                    raise HandshakeError(f"rank {visitor.rank} is here already")
                 connection.send(Message(Kind.WELCOME, worker=visitor.rank))
                 self._lifelines.add(visitor.rank, connection)
             elif self.on_doorbell is None:
@@ -117,12 +124,14 @@ class FrontDoor:
             else:
                 self.on_doorbell(visitor, connection)
         except (WireError, ChannelClosedError, HandshakeError) as error:
-            if self._closing:
+            if self._closing.is_set():
                 connection.close()
                 return
-            log.warning("lightning_async refused a connection from %s: %s", peer, error)
+            # The reason may quote what the stranger sent.
+            reason = fit_text(str(error))
+            log.warning("lightning_async refused a connection from %s: %s", peer, reason)
             self.on_refused()
-            self._turn_away(connection, str(error))
+            self._turn_away(connection, reason)
 
     def _turn_away(self, connection: ControlConnection, reason: str) -> None:
         try:
@@ -136,10 +145,10 @@ class FrontDoor:
             raise HandshakeError(f"it begins with {hello.kind.name} instead of HELLO")
         try:
             claims = json.loads(hello.text)
-            token, role = str(claims["token"]), str(claims["role"])
-        except (ValueError, KeyError, TypeError) as error:
+            token, role = str(claims["token"]).encode(), str(claims["role"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
-        if not hmac.compare_digest(token.encode(), self.address.token.encode()):
+        if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
         if role not in (LIFELINE, DOORBELL) or not 0 < hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
 _POLL_S = 0.5
+_EXIT_POLL_S = 0.05
 _EXIT_STATUS_TIMEOUT_S = 1.0
 # The ranks end by themselves when one of them fails, at the latest by their exit guards, five seconds later.
 _END_TIMEOUT_S = 8.0
@@ -63,17 +64,22 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             with self._strategy.guard_run():
                 return function(*args, **kwargs)
         except BaseException:
-            self._end_children()
+            self.end_children(_END_TIMEOUT_S)
             raise
 
-    def _end_children(self) -> None:
-        deadline = time.monotonic() + _END_TIMEOUT_S
+    def end_children(self, timeout_s: float) -> None:
+        """Gives the ranks that were started from here ``timeout_s`` to end, then kills them."""
+        deadline = time.monotonic() + timeout_s
+        while any(process.poll() is None for process in self.procs) and time.monotonic() < deadline:
+            time.sleep(_EXIT_POLL_S)
         for process in self.procs:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
+
+    def exit_process(self, code: int) -> None:
+        """Ends this process at once, and the ranks that were started from here with it."""
+        self.end_children(_EXIT_STATUS_TIMEOUT_S)
+        os._exit(code)
 
     def describe_end(self, local_rank: int) -> str | None:
         """How the process of ``local_rank`` ended, or None if it still runs or was not started from here."""
@@ -111,15 +117,14 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
-        environment = self._strategy.cluster_environment
-        assert environment is not None
-        os.environ["MASTER_PORT"] = str(environment.main_port)
+        strategy: Any = self._strategy
+        os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
         results = mp.get_context(self._start_method).SimpleQueue()
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
         context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
             self._wrapping_function,
             args=[trainer, function, args, kwargs, results, *states],
-            nprocs=self._strategy.num_processes,
+            nprocs=strategy.num_processes,
             start_method=self._start_method,
             join=False,
         )
@@ -129,6 +134,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 result = self._wait(results, context.error_files)
         finally:
             self._end_children()
+            for path in context.error_files:
+                Path(path).unlink(missing_ok=True)
         if trainer is None:
             return result
         self._already_fit |= trainer.state.fn == TrainerFn.FITTING
@@ -177,6 +184,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         if result is None and not results.empty():
             result = results.get()
         if isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs):
+            for process in running.values():
+                process.kill()
             known = result if isinstance(result, RunFailure) else None
             raise WorkerFailedError(self._failure(known, ended, sorted(running), error_files))
         if result is None:
@@ -186,11 +195,14 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _failure(
         self, known: RunFailure | None, ended: list[int], stuck: list[int], error_files: Sequence[str]
     ) -> RunFailure:
-        first_rank = self._strategy.node_rank * self._strategy.num_processes
+        strategy: Any = self._strategy
+        first_rank = strategy.node_rank * strategy.num_processes
         index = self._culprit(ended, stuck, error_files) if known is None else known.rank - first_rank
-        reason = "its process did not end" if index in stuck else _describe_exit(self.procs[index].exitcode or 0)
-        if known is not None:
+        code = self.procs[index].exitcode or 0
+        if known is not None and (index in stuck or code >= 0):
             reason = known.reason
+        else:
+            reason = "its process did not end" if index in stuck else _describe_exit(code)
         traceback = _error_of(error_files[index])
         return RunFailure(first_rank + index, f"{reason}\n\n{traceback}" if traceback else reason)
 

@@ -70,6 +70,11 @@ class Lifelines:
         self._thread.start()
         latch.subscribe(self._pass_on)
 
+    def watches(self, rank: int) -> bool:
+        """Whether a peer of this rank is being watched over."""
+        with self._lock:
+            return rank in self._peers
+
     def add(self, rank: int, connection: ControlConnection) -> None:
         """Watches over another peer; its connection is owned from here on."""
         connection.settimeout(_SEND_TIMEOUT_S)
@@ -101,7 +106,8 @@ class Lifelines:
 
     def _pass_on(self, failure: RunFailure) -> None:
         with self._lock:
-            peers = [peer for peer in self._peers.values() if peer.rank != failure.rank]
+            # The rank at fault too, if its connection still stands: rank 0 may have refused a request of its.
+            peers = list(self._peers.values())
         for peer in peers:
             self._send(peer, Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
 
@@ -173,6 +179,7 @@ class Lifelines:
         with self._lock:
             if self._peers.pop(peer.rank, None) is not None:
                 self._selector.unregister(peer.connection.fileno())
+                peer.connection.close()
 
 
 def _take_messages(received: bytearray) -> list[Message]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops import fit_loop as _fit_loop_module
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -29,6 +30,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.plan import EpochPlan, log_position
@@ -110,7 +112,9 @@ def ticket_sampler(combined_loader: CombinedLoader) -> TicketSampler:
             f"async_amsgrad hands out the batches of one train DataLoader and was given {len(loaders)}. "
             'Combine the data sets in one DataLoader, or use strategy="ddp".'
         )
-    sampler = getattr(loaders[0], "batch_sampler", None) or getattr(loaders[0], "sampler", None)
+    sampler = getattr(loaders[0], "batch_sampler", None)
+    if sampler is None:
+        sampler = getattr(loaders[0], "sampler", None)
     if not isinstance(sampler, TicketSampler):
         raise MisconfigurationException(
             "async_amsgrad hands out the batches of a map-style torch DataLoader whose order is the same on every "
@@ -261,6 +265,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
             updates = self.max_steps * trainer.world_size - strategy.version
             tickets = min(tickets, updates * int(trainer.accumulate_grad_batches))
+        # Lightning zeroes and steps where this rank's count of batches is a multiple of `accumulate_grad_batches`.
+        ready = self.batch_progress.current.ready
+        self.batch_progress.current.ready = ready + -ready % int(trainer.accumulate_grad_batches)
         strategy.enter_asynchronous_phase(tickets)
         fetcher.open(strategy.worker.draw)
         epoch.training, epoch.agreed = True, False
@@ -278,6 +285,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             world_size=trainer.world_size,
             validate_every=every,
             batches_before=self._epoch.batches_before if across_epochs else 0,
+            block=int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1,
         )
 
     def _finish_segment(self, skip_rest: bool = False) -> None:
@@ -404,6 +412,11 @@ def uninstall(trainer: Trainer) -> None:
 def _become(loop: Any, kind: type) -> None:
     # The trainer's own loops, with their state and everything that refers to them, take on another behaviour.
     loop.__class__ = kind
+
+
+def is_optimizer(optimizer: Optimizer) -> bool:
+    """False for what Lightning puts in the place of an optimizer that ``configure_optimizers`` did not return."""
+    return not isinstance(optimizer, _MockOptimizer)
 
 
 def optimizer_steps(trainer: Trainer) -> int:

@@ -5,14 +5,14 @@ Above `frontdoor.py`, `lifeline.py` and `failure.py`; below `strategy.py`. Knows
 
 from __future__ import annotations
 
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError, say
 from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
 from lightning_async.lifeline import Lifelines
 
@@ -33,6 +33,7 @@ class Membership:
         worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
         describe_end: asked how a rank's process ended, on rank 0.
         graceful: exception types with which all ranks leave together; they are no failure.
+        exit_process: see `ExitGuard`.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Membership:
         worker_timeout_s: float,
         describe_end: Callable[[int], str | None] = lambda rank: None,
         graceful: tuple[type[BaseException], ...] = (),
+        exit_process: Callable[[int], object] = os._exit,
     ) -> None:
         self.rank = rank
         self.latch = FailureLatch()
         self.door: FrontDoor | None = None
         self.address: Address | None = None
-        self._guard = ExitGuard(rank, self.latch)
+        self._guard = ExitGuard(rank, self.latch, exit_process=exit_process)
         self._lifelines: Lifelines | None = None
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
@@ -97,6 +99,10 @@ class Membership:
     def _explain(self, error: BaseException) -> BaseException:
         if isinstance(error, self._graceful):
             return error
+        if isinstance(error, KeyboardInterrupt):
+            # Ctrl+C reaches every rank, and is each one's own reason to end.
+            self.latch.trip(RunFailure(self.rank, _describe(error), announced=True))
+            return error
         if isinstance(error, WorkerFailedError):
             self.latch.trip(error.failure)
         failure = self.latch.failure
@@ -106,11 +112,12 @@ class Membership:
             self.latch.trip(RunFailure(self.rank, _describe(error), announced=True))
             return error
         if self.rank == 0:
+            time.sleep(_SURVIVOR_DELAY_S)
             return error if isinstance(error, WorkerFailedError) else WorkerFailedError(failure)
         if failure.announced:
             time.sleep(_SURVIVOR_DELAY_S)
         else:
-            print(f"[rank {self.rank}] lightning_async: {failure}", file=sys.stderr, flush=True)
+            say(self.rank, str(failure))
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
 

@@ -23,12 +23,19 @@ class EpochPlan:
             that is scheduled by batches.
         batches_before: batches per rank of all earlier epochs, if the interval runs across epochs
             (``check_val_every_n_epoch=None``), else 0.
+        block: batches that make one update (``accumulate_grad_batches``). A stop within an update comes before it: the
+            parameters are those that DDP would validate, whose gradient is incomplete there too.
 
     Examples:
         >>> plan = EpochPlan(tickets=10, batches=3, world_size=4, validate_every=2)
         >>> plan.until_stop(0), plan.until_stop(8)
         (8, 2)
         >>> plan.validation_due(8), plan.validation_due(10)
+        (True, False)
+        >>> plan = EpochPlan(tickets=20, batches=10, world_size=2, validate_every=3, block=4)
+        >>> plan.until_stop(0), plan.until_stop(4), plan.until_stop(12)
+        (4, 8, 4)
+        >>> plan.validation_due(4), plan.validation_due(6)
         (True, False)
     """
 
@@ -37,6 +44,7 @@ class EpochPlan:
     world_size: int
     validate_every: int | None = None
     batches_before: int = 0
+    block: int = 1
 
     def batches_done(self, tickets_done: int) -> int:
         """Batches per rank that DDP would have counted."""
@@ -49,20 +57,27 @@ class EpochPlan:
         remaining = self.tickets - tickets_done
         if self.validate_every is None:
             return remaining
-        position = self.batches_before + self.batches_done(tickets_done)
-        next_stop = (position // self.validate_every + 1) * self.validate_every - self.batches_before
-        if next_stop >= self.batches:
+        position = (self.batches_before + tickets_done // self.world_size) // self.validate_every * self.validate_every
+        while self._ticket_at(position) <= tickets_done:
+            position += self.validate_every
+        if position - self.batches_before >= self.batches:
             return remaining
-        return next_stop * self.world_size - tickets_done
+        return self._ticket_at(position) - tickets_done
 
     def validation_due(self, tickets_done: int) -> bool:
         """Whether the interval ends here; an epoch that was left early in mid-batch is at no interval's end."""
         if self.validate_every is None:
             return False
-        if tickets_done < self.tickets and tickets_done % self.world_size:
-            return False
-        position = self.batches_before + self.batches_done(tickets_done)
-        return position > 0 and position % self.validate_every == 0
+        if tickets_done >= self.tickets:
+            position = self.batches_before + self.batches
+            return position % self.validate_every == 0
+        position = self.batches_before - -tickets_done // self.world_size
+        position += -position % self.validate_every
+        return position > 0 and self._ticket_at(position) == tickets_done
+
+    def _ticket_at(self, position: int) -> int:
+        """The first ticket behind the last whole update before ``position``, counted in batches per rank."""
+        return (position - self.batches_before) * self.world_size // self.block * self.block
 
 
 def log_position(previous_clock: int, clock: int, every: int) -> int:

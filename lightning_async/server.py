@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -17,7 +17,7 @@ from lightning_async.channels import ChannelOffice
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.session import Session, SessionError
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -25,7 +25,7 @@ from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.inprocess import in_process_pair
 from lightning_async.wire import WireError
 
-__all__ = ["Server", "describe_model"]
+__all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Server:
         self._on_refused = on_refused
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, threading.Thread] = {}
         self._closing = False
         if door is not None:
             self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype)
@@ -88,7 +88,7 @@ class Server:
             self._door.on_doorbell = None
         with self._lock:
             self._closing = True
-            threads, channels = list(self._threads), list(self._channels)
+            threads, channels = list(self._threads.values()), list(self._channels)
             self._channels.clear()
         for thread in threads:
             thread.join(timeout=0.0 if self._latch.failure is not None else timeout_s)
@@ -108,6 +108,10 @@ class Server:
                     "every rank must build the same model and optimizers"
                 )
         self._office.check(visitor)
+        with self._lock:
+            present = self._threads.get(visitor.rank)
+        if present is not None and present.is_alive():
+            raise HandshakeError(f"rank {visitor.rank} is here already")
         thread = threading.Thread(
             target=self._serve,
             args=(visitor, connection),
@@ -115,7 +119,7 @@ class Server:
             daemon=True,
         )
         with self._lock:
-            self._threads.append(thread)
+            self._threads[visitor.rank] = thread
         thread.start()
 
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
@@ -133,6 +137,8 @@ class Server:
         except SessionError as error:
             self._on_refused()
             self._latch.trip(RunFailure(worker, str(error)))
+            # The worker may be waiting for the payload of the refused request to be taken.
+            channel.close()
         except HandshakeError as error:
             self._latch.trip(RunFailure(worker, str(error)))
         except (WireError, ChannelClosedError) as error:
@@ -142,6 +148,8 @@ class Server:
             # Whatever goes wrong in this thread must end the run: its worker waits for an answer.
             log.exception("the session of rank %d failed", worker)
             self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
+        finally:
+            connection.close()
 
 
 def use_one_thread() -> None:
@@ -153,8 +161,3 @@ def use_one_thread() -> None:
     # torch sets the number once per thread, at its first use there; after that the limit stays.
     torch.get_num_threads()
     threadpool_limits(limits=1, user_api="openmp")
-
-
-def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:
-    """What a worker and the holder must agree on before the first payload."""
-    return {**layout.fingerprint(), "groups": list(groups)}

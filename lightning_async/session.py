@@ -86,7 +86,7 @@ class Session:
             tickets = self._ledger.draw(self.worker)
             self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
         elif kind is Kind.PULL:
-            self._send_parameters(self._holder.pull(self.worker, self._parameters))
+            self._send_parameters(self._pull())
         elif kind is Kind.READ:
             self._send_parameters(self._holder.read(self._parameters))
         elif kind is Kind.SKIP:
@@ -146,6 +146,12 @@ class Session:
         try:
             return unpack_bitmap(message.present, len(self._views[index]))
         except WireError as error:
+            self._refuse(str(error))
+
+    def _pull(self) -> int:
+        try:
+            return self._holder.pull(self.worker, self._parameters)
+        except ValueError as error:
             self._refuse(str(error))
 
     def _complete(self, tickets: int) -> None:

@@ -192,10 +192,11 @@ class AsyncAMSGradStrategy(PhasedCollectives):
     def guard_run(self) -> AbstractContextManager[None]:
         """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
         self.set_world_ranks()
-        launcher = self._launcher
-        describe = self._describe_end if isinstance(launcher, ScriptLauncher) else lambda rank: None
+        known: dict[str, Any] = {}
+        if isinstance(self._launcher, ScriptLauncher):
+            known = {"describe_end": self._describe_end, "exit_process": self._launcher.exit_process}
         self._membership = Membership(
-            self.global_rank, self.options.worker_timeout_s, describe, graceful=(SIGTERMException,)
+            self.global_rank, self.options.worker_timeout_s, graceful=(SIGTERMException,), **known
         )
         return self._membership.guard()
 
@@ -238,7 +239,7 @@ class AsyncAMSGradStrategy(PhasedCollectives):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        if not self.optimizers:
+        if not any(map(loops.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
                 "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
             )

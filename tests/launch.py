@@ -110,7 +110,7 @@ def _run_child(script: Callable[[Path], None], folder: Path, log: Path) -> None:
         script(folder)
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:

@@ -6,13 +6,15 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["Fault", "FaultInjector", "InjectedError", "Kind"]
+__all__ = ["Fault", "FaultInjector", "InjectedError", "Kind", "pid_of"]
 
 Kind = Literal["raise", "kill", "stop", "exit", "interrupt", "sigterm", "sigterm_all"]
 
@@ -23,41 +25,41 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong.
+    """One thing that goes wrong. When it does, the time is written to the file ``struck``.
 
     Args:
         rank: where.
         step: at which call of ``place`` in that rank, counted from 0.
-        kind: ``raise`` an error, ``kill`` or ``stop`` the process with the signals of those names, ``exit`` with
-            code 3, ``interrupt`` (Ctrl+C) or ``sigterm_all`` the whole process group, ``sigterm`` the rank alone.
+        kind: ``raise`` an error, ``kill`` or ``stop`` the process with the signals of those names, ``exit`` with code
+            3, ``interrupt`` (Ctrl+C) or ``sigterm_all`` the whole process group, ``sigterm`` the rank alone.
         place: the LightningModule's method in which it happens, or ``setup``.
+        after_s: seconds to wait first, in which the other ranks come to wait for this one.
     """
 
     rank: int
     step: int
     kind: Kind
     place: str = "training_step"
+    after_s: float = 0.0
 
     def strike(self) -> None:
         """Makes it happen, in the calling process."""
+        time.sleep(self.after_s)
+        Path("struck").write_text(str(time.monotonic()))
         if self.kind == "raise":
             raise InjectedError(f"injected into {self.place}")
         if self.kind == "exit":
             sys.exit(3)
-        if self.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self.kind == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif self.kind == "interrupt":
-            os.killpg(os.getpgrp(), signal.SIGINT)
-        elif self.kind == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self.kind == "sigterm_all":
-            os.killpg(os.getpgrp(), signal.SIGTERM)
+        signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
+        number = signals.get(self.kind, signal.SIGTERM)
+        if self.kind in ("interrupt", "sigterm_all"):
+            os.killpg(os.getpgrp(), number)
+        else:
+            os.kill(os.getpid(), number)
 
 
 class FaultInjector(Callback):
-    """Lets faults strike the ranks that they are meant for.
+    """Lets faults strike the ranks that they are meant for, and leaves each rank's process id in a file.
 
     The module's methods are replaced on the instance when a fit begins, in the rank's own process; so one injector
     serves every way of starting ranks.
@@ -78,6 +80,21 @@ class FaultInjector(Callback):
             else:
                 method = getattr(pl_module, fault.place)
                 setattr(pl_module, fault.place, _struck(method, fault))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        note = Path(f"pid-{trainer.global_rank}")
+        if not note.exists():
+            note.write_text(str(os.getpid()))
+
+
+def pid_of(folder: Path, rank: int, timeout_s: float = 40.0) -> int:
+    """The process id of a rank that has computed its first batch; waits for it."""
+    deadline = time.monotonic() + timeout_s
+    note = folder / f"pid-{rank}"
+    while not (note.exists() and note.read_text()):
+        assert time.monotonic() < deadline, f"rank {rank} has computed nothing in {timeout_s} s"
+        time.sleep(0.02)
+    return int(note.read_text())
 
 
 def _struck(method: Callable[..., Any], fault: Fault) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Between the segments all ranks are one: same parameters, buffers, metrics and decisions, and nobody waits for ever."""
+"""Between segments all ranks are one: same parameters, buffers, metrics and decisions, and nobody waits for ever."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ SHAPES = [(7, 5), (33,), (), (4, 3, 2, 2), (129,)]
 KERNELS = [None, True, False]
 
 
-def parameters(
-    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
-) -> list[Parameter]:
+def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[Parameter]:
     generator = torch.Generator().manual_seed(1)
     return [Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
 
@@ -149,9 +147,7 @@ def test_without_bias_correction_it_is_algorithm_1(
 ) -> None:
     params = parameters(dtype=torch.float64)
     expected = algorithm_1(params, 100, 0.01, (0.9, 0.99), eps, weight_decay, decoupled)
-    optimizer = AMSGrad(
-        params, 0.01, (0.9, 0.99), eps, weight_decay, decoupled, bias_correction=False, fused=fused
-    )
+    optimizer = AMSGrad(params, 0.01, (0.9, 0.99), eps, weight_decay, decoupled, bias_correction=False, fused=fused)
 
     train(optimizer, params)
 
@@ -203,9 +199,7 @@ def test_every_group_keeps_its_own_settings() -> None:
     optimizer = AMSGrad(
         [{"params": [param], **setting} for param, setting in zip(params, settings, strict=True)], lr=0.01
     )
-    alone = [
-        AMSGrad([param], **{"lr": 0.01, **setting}) for param, setting in zip(lone, settings, strict=True)
-    ]
+    alone = [AMSGrad([param], **{"lr": 0.01, **setting}) for param, setting in zip(lone, settings, strict=True)]
 
     for step in range(20):
         set_gradients(params, step)

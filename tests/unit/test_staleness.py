@@ -84,9 +84,7 @@ def test_resolve_max_staleness_refuses_an_empty_world() -> None:
 
 def in_time_in_some_order(reads: Sequence[int], version: int, tau: int) -> bool:
     """The definition itself: some order of applying them, one version each, keeps every deadline."""
-    return any(
-        all(version + i <= read + tau for i, read in enumerate(order)) for order in permutations(reads)
-    )
+    return any(all(version + i <= read + tau for i, read in enumerate(order)) for order in permutations(reads))
 
 
 def no_window_is_overfull(reads: Sequence[int], version: int, tau: int) -> bool:
@@ -99,9 +97,7 @@ def no_window_is_overfull(reads: Sequence[int], version: int, tau: int) -> bool:
     version=st.integers(0, 8),
     tau=st.integers(0, 10),
 )
-def test_feasible_means_that_some_order_keeps_every_deadline(
-    reads: list[int], version: int, tau: int
-) -> None:
+def test_feasible_means_that_some_order_keeps_every_deadline(reads: list[int], version: int, tau: int) -> None:
     assert feasible(reads, version, tau) == in_time_in_some_order(reads, version, tau)
     assert feasible(reads, version, tau) == no_window_is_overfull(reads, version, tau)
 
@@ -391,9 +387,7 @@ def clusters(draw: st.DrawFn, max_workers: int = 32, mortal: bool = False) -> Cl
     deaths = {}
     if mortal:
         # The last worker lives, so that somebody is left to do the work.
-        deaths = {
-            worker: random.randint(0, 200) for worker in range(len(speeds) - 1) if random.random() < 0.5
-        }
+        deaths = {worker: random.randint(0, 200) for worker in range(len(speeds) - 1) if random.random() < 0.5}
     return Cluster(durations, draw(st.integers(0, 120)), deaths)
 
 
@@ -423,9 +417,7 @@ def test_a_push_waits_only_while_applying_it_would_make_another_one_late(cluster
 
 @simulated
 @given(cluster=clusters(), tau=bounds)
-def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(
-    cluster: Cluster, tau: int
-) -> None:
+def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(cluster: Cluster, tau: int) -> None:
     cluster.run(Barrier(tau, "drop"))
 
     assert (cluster.waits, cluster.read_waits) == (0, 0)

@@ -142,9 +142,7 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 
 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
-    names = (
-        "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ"
-    )
+    names = "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ"
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}
 
@@ -353,9 +351,7 @@ def test_a_peer_of_another_protocol_version_is_told_both_versions() -> None:
     data = patched(encode(Message(Kind.HELLO)), "<H", 4, PROTOCOL_VERSION + 6)
     data = patched(data, "<B", 6, 200)  # Whatever else differs between the versions does not come first.
 
-    with pytest.raises(
-        ProtocolVersionError, match=rf"version {PROTOCOL_VERSION + 6}\b.*version {PROTOCOL_VERSION}\b"
-    ):
+    with pytest.raises(ProtocolVersionError, match=rf"version {PROTOCOL_VERSION + 6}\b.*version {PROTOCOL_VERSION}\b"):
         decode_header(data)
 
 

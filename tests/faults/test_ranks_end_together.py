@@ -1,0 +1,295 @@
+"""Nothing hangs: whatever happens to a rank, every process of the run ends soon, and one message says which and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.injector import Fault, pid_of
+from tests.faults.train import Run, exec_script, train
+from tests.launch import Launched, launch, report
+
+pytestmark = pytest.mark.timeout(90)
+
+# A killed or raising rank on the same host is noticed at once; the rest is the ranks' own way out.
+END_S = 10.0
+WORKER_TIMEOUT_S = 2.0
+FORK = {"start_method": "fork"}
+POPEN = {"start_method": "popen"}
+
+
+def start(run: Run, folder: Path, **arguments: Any) -> Launched:
+    """Runs it in forked ranks, in a temporary folder of its own that must be as empty afterwards."""
+
+    def script(folder: Path) -> None:
+        tempfile.tempdir = str(folder / "tmp")
+        os.mkdir(tempfile.tempdir)
+        train(run, folder)
+
+    launched = launch(script, folder, **arguments)
+    assert not list((folder / "tmp").glob("pytorch-errorfile*"))
+    return launched
+
+
+def seconds_to_end(folder: Path) -> float:
+    """From the fault until now, when `launch` has seen the last process end."""
+    return time.monotonic() - float((folder / "struck").read_text())
+
+
+def explanations(output: str) -> list[str]:
+    """What was said about the failure: who and why."""
+    return re.findall(r"rank \d+ failed: .*", output)
+
+
+def assert_ended_well(run: Launched) -> None:
+    """The end left no noise of its own, and at most the culprit's and rank 0's tracebacks."""
+    assert run.returncode != 0
+    for noise in ("terminate called", "Exception ignored", "core dumped", "Terminating process", "unraisable"):
+        assert noise not in run.output
+    assert "Exception in thread" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault(0, 20, "raise"), "InjectedError: injected into training_step"),
+        (Fault(2, 20, "raise"), "InjectedError: injected into training_step"),
+        (Fault(2, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
+        (Fault(0, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
+        (Fault(2, 0, "raise", "setup"), "InjectedError: injected into setup"),
+        (Fault(2, 0, "raise", "on_fit_start"), "InjectedError: injected into on_fit_start"),
+        (Fault(0, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
+        (Fault(2, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
+        (Fault(2, 1, "raise", "on_train_epoch_end"), "InjectedError: injected into on_train_epoch_end"),
+        (Fault(2, 20, "exit"), "SystemExit: 3"),
+        (Fault(0, 20, "exit"), "SystemExit: 3"),
+        (Fault(2, 20, "kill"), "its process was killed by SIGKILL"),
+        (Fault(2, 3, "kill", "validation_step", after_s=0.3), "its process was killed by SIGKILL"),
+        (Fault(2, 0, "kill", "on_fit_start"), "its process was killed by SIGKILL"),
+    ],
+    ids=lambda value: f"{value.kind}-{value.place}-rank{value.rank}" if isinstance(value, Fault) else "",
+)
+def test_a_failing_rank_is_named_and_ends_everyone(tmp_path: Path, fault: Fault, reason: str) -> None:
+    run = start(Run((fault,), strategy=FORK), tmp_path)
+
+    assert_ended_well(run)
+    assert explanations(run.output) == [f"rank {fault.rank} failed: {reason}"]
+    assert seconds_to_end(tmp_path) < END_S
+    # Where in the user's code it was, once, after the message.
+    assert run.output.count('raise InjectedError(f"injected into') == (1 if fault.kind == "raise" else 0)
+
+
+@pytest.mark.parametrize("place", ["training_step", "validation_step"])
+def test_when_rank_0_is_killed_the_others_end_and_say_why(tmp_path: Path, place: str) -> None:
+    run = start(Run((Fault(0, 3, "kill", place, after_s=0.3),), strategy=FORK), tmp_path)
+
+    assert_ended_well(run)
+    said = explanations(run.output)
+    assert said[-1] == "rank 0 failed: its process was killed by SIGKILL"
+    # With rank 0 gone nobody can speak for all: one line each.
+    assert all(line.startswith("rank 0 failed: its process is gone") for line in said[:-1])
+    assert len(said) <= 3
+    assert run.output.count("Traceback") == 1
+    assert seconds_to_end(tmp_path) < END_S
+
+
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path, kind: Any) -> None:
+    strategy = FORK | {"max_staleness": 0}
+    run = start(Run((Fault(2, 5, kind, after_s=0.4),), strategy=strategy), tmp_path)
+
+    assert_ended_well(run)
+    assert len(explanations(run.output)) == 1
+    assert explanations(run.output)[0].startswith("rank 2 failed: ")
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_a_kill_from_outside_at_any_moment(tmp_path: Path) -> None:
+    def kill(session: int) -> None:
+        pid = pid_of(tmp_path, 2)
+        time.sleep(0.2)
+        (tmp_path / "struck").write_text(str(time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+
+    run = start(Run(strategy=FORK, sleep_s=()), tmp_path, meanwhile=kill)
+
+    assert_ended_well(run)
+    assert explanations(run.output) == ["rank 2 failed: its process was killed by SIGKILL"]
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_a_kill_in_the_middle_of_a_large_payload(tmp_path: Path) -> None:
+    def kill(session: int) -> None:
+        pid = pid_of(tmp_path, 1)
+        # Without a pause in the steps a rank spends most of its time in push and pull of these 18 MB.
+        time.sleep(0.33)
+        (tmp_path / "struck").write_text(str(time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+
+    run = start(Run(ranks=2, strategy=FORK, sleep_s=(0.2,), width=500_000), tmp_path, meanwhile=kill)
+
+    assert_ended_well(run)
+    assert explanations(run.output) == ["rank 1 failed: its process was killed by SIGKILL"]
+    # Gloo does not notice a peer that dies in the middle of a payload; the lifeline does.
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_a_stopped_rank_is_named_after_worker_timeout(tmp_path: Path) -> None:
+    strategy = FORK | {"worker_timeout": WORKER_TIMEOUT_S}
+    run = start(Run((Fault(2, 3, "stop"),), strategy=strategy), tmp_path)
+
+    assert_ended_well(run)
+    assert "rank 2 failed: gave no sign of life for 2 s (worker_timeout)" in run.output
+    assert {line[:7] for line in explanations(run.output)} == {"rank 2 "}
+    # The other ranks are stuck with it in a collective until their exit guards end them (5 s); then the stopped
+    # process, which would never end, is given a few seconds more.
+    assert WORKER_TIMEOUT_S < seconds_to_end(tmp_path) < WORKER_TIMEOUT_S + 18.0
+
+
+@pytest.mark.parametrize("place", ["training_step", "validation_step"])
+def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> None:
+    run = start(Run((Fault(2, 3, "interrupt", place),), strategy=FORK), tmp_path)
+
+    assert_ended_well(run)
+    assert run.output.count("KeyboardInterrupt") == 1
+    assert "Traceback" not in run.output
+    assert seconds_to_end(tmp_path) < END_S
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(0, "sigterm"), (2, "sigterm"), (2, "sigterm_all")])
+def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind: Any) -> None:
+    def script(folder: Path) -> None:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+
+        from lightning_async import strategy
+        from lightning_async.membership import Membership
+
+        trainers: list[Trainer] = []
+
+        class Finder(Callback):
+            def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+                trainers.append(trainer)
+
+        class Reporting(Membership):
+            def _explain(self, error: BaseException) -> BaseException:
+                report(folder, self.rank, version=trainers[0].strategy.version, why=type(error).__name__)
+                return super()._explain(error)
+
+        strategy.Membership = Reporting  # type: ignore[misc]
+        train(Run((Fault(rank, 20, kind),), strategy=FORK), folder, [Finder()])
+
+    run = launch(script, tmp_path)
+
+    # As under DDP a run that was asked to stop and has stopped is not an error.
+    assert run.returncode == 0, run.output
+    assert "Traceback" not in run.output
+    assert not explanations(run.output)
+    assert len(run.reports()) == 3
+    assert {rank["why"] for rank in run.reports()} == {"SIGTERMException"}
+    assert len({rank["version"] for rank in run.reports()}) == 1
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_a_killed_rank_of_a_script_is_named_by_rank_0(tmp_path: Path) -> None:
+    run = launch(lambda folder: exec_script(Run((Fault(2, 10, "kill"),), strategy=POPEN)), tmp_path)
+
+    assert_ended_well(run)
+    # Not by a signal: Lightning's own launcher would have killed rank 0 too, and nobody could have said why.
+    assert run.returncode == 1
+    assert set(explanations(run.output)) == {"rank 2 failed: its process was killed by SIGKILL"}
+    assert "[rank1]" not in run.output
+    assert run.output.rstrip().endswith("WorkerFailedError: rank 2 failed: its process was killed by SIGKILL")
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_a_stopped_rank_of_a_script_does_not_outlive_it(tmp_path: Path) -> None:
+    strategy = POPEN | {"worker_timeout": WORKER_TIMEOUT_S}
+    run = launch(
+        lambda folder: exec_script(Run((Fault(2, 3, "stop", "validation_step"),), strategy=strategy)), tmp_path
+    )
+
+    assert_ended_well(run)
+    assert run.returncode == 1
+    assert set(explanations(run.output)) <= {
+        "rank 2 failed: gave no sign of life for 2 s (worker_timeout)",
+        "rank 2 failed: gave no sign of life for 2 s (worker_timeout); ending this process.",
+    }
+    assert explanations(run.output)
+
+
+def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
+    fault = Fault(2, 3, "interrupt", "validation_step")
+    run = launch(lambda folder: exec_script(Run((fault,), strategy=POPEN)), tmp_path)
+
+    assert_ended_well(run)
+    assert run.returncode == 1
+    assert run.output.count("KeyboardInterrupt") == 1
+    assert "Traceback" not in run.output
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_an_error_under_torchrun(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        exec_script(
+            Run((Fault(2, 10, "raise"),), strategy=POPEN),
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"),
+        )
+
+    run = launch(script, tmp_path)
+
+    assert_ended_well(run)
+    # torchrun takes the first rank that exits for the culprit.
+    assert "local_rank: 2" in run.output
+    assert "[rank2]: tests.faults.injector.InjectedError: injected into training_step" in run.output
+    assert set(explanations(run.output)) <= {"rank 2 failed: InjectedError: injected into training_step"}
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
+    run = launch(lambda folder: exec_script(Run((Fault(2, 3, "raise"),), strategy={"start_method": "spawn"})), tmp_path)
+
+    assert_ended_well(run)
+    assert explanations(run.output) == ["rank 2 failed: InjectedError: injected into training_step"]
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_twenty_runs_in_a_row_raise_no_false_alarm(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        from lightning_async.launchers import ProcessLauncher
+
+        descriptor = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+        warnings.simplefilter("default", ResourceWarning)
+        results = ProcessLauncher.get_extra_results
+
+        def results_and_threads(self: ProcessLauncher, trainer: Any) -> dict[str, Any]:
+            # In rank 0's process, when its part of the run is over.
+            with open(folder / "threads.txt", "a") as file:
+                file.writelines(f"{thread.name}\n" for thread in threading.enumerate())
+            return results(self, trainer)
+
+        ProcessLauncher.get_extra_results = results_and_threads  # type: ignore[method-assign]
+        for _ in range(20):
+            train(Run(strategy=FORK, trainer={"max_epochs": 1}, sleep_s=()), folder)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert (tmp_path / "stderr.txt").read_text() == ""
+    left = set((tmp_path / "threads.txt").read_text().split())
+    assert not left & {"lifelines", "front-door", "visitor", "exit-guard", "session-1", "session-2"}

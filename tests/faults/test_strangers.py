@@ -1,0 +1,375 @@
+"""Whoever knocks at rank 0's door without belonging there is refused by name, counted, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_async import AMSGrad, frontdoor
+from lightning_async.amsgrad import group_hyper
+from lightning_async.channels import dial
+from lightning_async.failure import FailureLatch, WorkerFailedError
+from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
+from lightning_async.holder import Holder
+from lightning_async.layout import FlatLayout, describe_model
+from lightning_async.lifeline import Lifelines
+from lightning_async.monitor import RunStats
+from lightning_async.server import Server
+from lightning_async.staleness import Barrier
+from lightning_async.tickets import Ledger
+from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.control import ControlConnection, connect
+from lightning_async.wire import HEADER_BYTES, Kind, Message, encode, pack_bitmap
+from lightning_async.worker import RequestRefusedError, Worker
+from tests.faults.injector import pid_of
+from tests.faults.train import Run, train
+from tests.launch import launch, report
+
+pytestmark = pytest.mark.timeout(60)
+
+RANKS = 3
+
+
+class Host:
+    """Rank 0 without a trainer: a door, a server and its holder, in this process."""
+
+    def __init__(self) -> None:
+        self.parameters = model()
+        optimizer = AMSGrad(self.parameters, lr=0.1)
+        self.layout = FlatLayout([self.parameters])
+        self.groups = [1]
+        self.latch = FailureLatch()
+        self.stats = RunStats(RANKS)
+        self.lifelines = Lifelines(0, self.latch, timeout_s=30.0)
+        self.door = FrontDoor("127.0.0.1", RANKS, self.lifelines)
+        self.ledger = Ledger(RANKS)
+        self.ledger.begin_epoch(range(100))
+        self.ledger.open(100)
+        self.holder = Holder(self.layout, self.layout.buffer(), [optimizer], Barrier(None), self.latch)
+        self.server = Server(
+            self.holder, self.ledger, self.layout, self.groups, self.latch, self.door, on_refused=self.stats.refuse
+        )
+
+    def close(self) -> None:
+        self.server.close(timeout_s=2.0)
+        self.door.close()
+        self.lifelines.close()
+
+    def hello(self, role: str = DOORBELL, **changes: Any) -> dict[str, Any]:
+        """What a rank says when it comes in."""
+        model = describe_model(self.layout, self.groups) | changes.pop("model", {})
+        return {"token": self.door.address.token, "role": role, "model": model} | changes
+
+    def knock(self, data: bytes = b"") -> socket.socket:
+        """A connection to the door that has sent ``data``."""
+        sock = socket.create_connection((self.door.address.host, self.door.address.port), timeout=5.0)
+        sock.sendall(data)
+        return sock
+
+    def serves(self, rank: int) -> bool:
+        """Whether a rank of the run is still served."""
+        channel = dial(self.door.address, rank, self.layout, self.groups)
+        worker = Worker(rank, channel, self.layout, [AMSGrad(model())], self.latch)
+        drawn = worker.draw()
+        worker.refresh()
+        worker.close()
+        return len(drawn) == 1
+
+
+def model() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 0.5)
+    host = Host()
+    yield host
+    host.close()
+
+
+def reply_to(sock: socket.socket) -> Message:
+    sock.settimeout(5.0)
+    return ControlConnection(sock).receive()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def hello(claims: Any, worker: int = 1) -> bytes:
+    text = claims if isinstance(claims, str) else json.dumps(claims)
+    return encode(Message(Kind.HELLO, worker=worker, text=text))
+
+
+def other_version() -> bytes:
+    data = bytearray(hello({}))
+    data[4:6] = struct.pack("<H", 99)
+    return bytes(data)
+
+
+STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
+    "garbage": (lambda host: b"GET / HTTP/1.1\r\nHost: you\r\n\r\n" + b"x" * HEADER_BYTES, "lightning_async message"),
+    "nothing": (lambda host: b"", "timed out"),
+    "half a header": (lambda host: hello({})[: HEADER_BYTES // 2], "timed out"),
+    "half a trailer": (lambda host: hello(host.hello())[:-5], "timed out"),
+    "another protocol version": (lambda host: other_version(), "protocol version 99"),
+    "another kind": (lambda host: encode(Message(Kind.PUSH, worker=1)), "PUSH instead of HELLO"),
+    "no JSON": (lambda host: hello("no JSON"), "cannot be read"),
+    "no object": (lambda host: hello([1, 2]), "cannot be read"),
+    "no token": (lambda host: hello({"role": DOORBELL}), "cannot be read"),
+    "bottomless JSON": (lambda host: hello("[" * 16_000), "cannot be read"),
+    "wrong token": (lambda host: hello(host.hello(token="0" * 32)), "does not know this run's token"),
+    "token that is no text": (lambda host: hello(host.hello(token="\ud800")), "cannot be read"),
+    "rank 0": (lambda host: hello(host.hello(), worker=0), "no 'doorbell' for rank 0"),
+    "rank past the last": (lambda host: hello(host.hello(), worker=RANKS), f"no 'doorbell' for rank {RANKS}"),
+    "unknown role": (lambda host: hello(host.hello("window")), "no 'window' for rank 1"),
+    "other parameter count": (lambda host: hello(host.hello(model={"parameters": 9})), "rank 1 has parameters = 9"),
+    "other dtype": (lambda host: hello(host.hello(model={"dtype": "float64"})), "rank 1 has dtype = float64"),
+    "other shapes": (lambda host: hello(host.hello(model={"shapes": "0" * 16})), "rank 1 has shapes = 0000"),
+    "other groups": (lambda host: hello(host.hello(model={"groups": [1, 2]})), "rank 1 has groups = [1, 2]"),
+    "no model": (lambda host: hello(host.hello() | {"model": None}), "rank 1 has parameters = None"),
+    "long claims": (lambda host: hello(host.hello(model={"dtype": "x" * 15_900})), "rank 1 has dtype = xxx"),
+    "unprintable claims": (lambda host: hello(host.hello(model={"dtype": "\ud800"})), "rank 1 has dtype = ?"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stranger_is_refused_with_the_reason(host: Host, stranger: str, caplog: pytest.LogCaptureFixture) -> None:
+    message, reason = STRANGERS[stranger]
+
+    with closing(host.knock(message(host))) as sock:
+        port = sock.getsockname()[1]
+        reply = reply_to(sock)
+
+    assert reply.kind is Kind.REFUSE
+    assert reason in reply.text
+    assert f"refused a connection from 127.0.0.1:{port}" in caplog.text
+    assert reason in caplog.text
+    assert host.stats.rejected == 1
+    assert host.latch.failure is None
+    assert host.serves(rank=1)
+
+
+def test_a_stranger_that_hangs_up_is_refused(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.knock(b"").close()
+
+    assert eventually(lambda: host.stats.rejected == 1)
+    assert "connection closed" in caplog.text
+    assert host.serves(rank=1)
+
+
+def test_silent_strangers_keep_nobody_out(host: Host) -> None:
+    strangers = [host.knock() for _ in range(40)]
+
+    started = time.monotonic()
+    served = host.serves(rank=2)
+
+    assert served
+    # One after the other they would hold the door for half a second each.
+    assert time.monotonic() - started < 10.0
+    for stranger in strangers:
+        stranger.close()
+
+
+@pytest.mark.parametrize("role", [LIFELINE, DOORBELL])
+def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
+    claims = {"model": describe_model(host.layout, host.groups)}
+    first = introduce(host.door.address, 1, role, **claims)[0]
+    assert role == DOORBELL or eventually(lambda: host.lifelines.watches(1))
+
+    with pytest.raises(HandshakeError, match="rank 1 is here already"):
+        introduce(host.door.address, 1, role, **claims)
+
+    assert host.latch.failure is None
+    assert host.stats.rejected == 1
+    first.shutdown()
+    first.close()
+
+
+def test_nobody_is_served_after_training(host: Host) -> None:
+    host.server.close(timeout_s=1.0)
+
+    with pytest.raises(HandshakeError, match="no training is under way"):
+        dial(host.door.address, 1, host.layout, host.groups)
+
+
+def test_nobody_answers_at_a_closed_door(host: Host) -> None:
+    host.door.close()
+
+    with pytest.raises(ChannelClosedError, match="no holder answers"):
+        connect(host.door.address.host, host.door.address.port, timeout_s=1.0)
+    assert not [thread for thread in threading.enumerate() if thread.name == "front-door"]
+
+
+# --- a rank of the run that does not keep to the protocol ----------------------------------------------------------
+
+
+def push(host: Host, **changes: Any) -> Message:
+    """A push that fits the session, but for ``changes``."""
+    fields: dict[str, Any] = {
+        "worker": 1,
+        "version": 0,
+        "tickets": 1,
+        "samples": 4,
+        "dtype": torch.float32,
+        "payload_bytes": host.layout.numel * 4,
+        "groups": (group_hyper(AMSGrad(model()).param_groups[0]),),
+        "present": pack_bitmap([True, True]),
+    }
+    return Message(Kind.PUSH, **(fields | changes))
+
+
+WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
+    "fewer bytes": (lambda host: push(host, payload_bytes=36), "it pushes 36 bytes for optimizer 0, which has 40"),
+    "more bytes": (lambda host: push(host, payload_bytes=2**60), "bytes for optimizer 0, which has 40"),
+    "other dtype": (lambda host: push(host, dtype=torch.float16), "it pushes torch.float16"),
+    "no dtype": (lambda host: push(host, dtype=None), "it pushes None"),
+    "other optimizer": (lambda host: push(host, optimizer=1), "it pushes for optimizer 1 of 1"),
+    "short bitmap": (lambda host: push(host, present=b""), "A bitmap of 2 flags has 1 bytes, and 0 arrived"),
+    "bitmap past the end": (lambda host: push(host, present=b"\x07"), "bits set past the last"),
+    "more groups": (lambda host: push(host, groups=push(host).groups * 2), "it sends 2 param groups, the holder has 1"),
+    "no groups": (lambda host: push(host, groups=()), "it sends 0 param groups, the holder has 1"),
+    "more tickets": (lambda host: push(host, tickets=2), "it reports 2 batches and was handed 1"),
+    "another's name": (lambda host: push(host, worker=2), "claims to come from worker 2"),
+    "a version that it does not hold": (lambda host: push(host, version=5), "a gradient of version 5 but holds 0"),
+    "pull while it holds": (lambda host: Message(Kind.PULL, worker=1), "still holds version 0"),
+    "skip too many": (lambda host: Message(Kind.SKIP, worker=1, tickets=2), "reports 2 batches but was handed 1"),
+    "an answer": (lambda host: Message(Kind.PARAMETERS, worker=1), "a worker may not send PARAMETERS"),
+    "a second hello": (lambda host: Message(Kind.HELLO, worker=1), "a worker may not send HELLO"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: Host, mistake: str) -> None:
+    request, reason = WRONG[mistake]
+    channel = reading_worker(host)
+    # A payload of the right size behind a message that was not: the refusal must come before it is taken.
+    payload = host.layout.buffer() if mistake == "a version that it does not hold" else None
+
+    channel.send(request(host), payload)
+    reply = channel.receive()
+
+    assert reply.kind is Kind.REFUSE
+    assert reason in reply.text
+    failure = host.latch.wait(5.0)
+    assert failure is not None
+    assert failure.rank == 1
+    assert f"worker 1 refused: {reply.text}" == failure.reason
+    assert host.stats.rejected == 1
+    # Nothing of it was applied.
+    assert host.holder.version == 0
+    channel.close()
+
+
+def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> None:
+    channel: Any = reading_worker(host)
+
+    channel._control._socket.sendall(b"garbage" * 100)
+    failure = host.latch.wait(10.0)
+
+    assert failure is not None
+    assert failure.rank == 1
+    assert "Expected a lightning_async message" in failure.reason
+    channel.close()
+
+
+def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
+    """A callback that unfreezes layers adds a param group on the worker, of which the holder knows nothing."""
+    latch = FailureLatch()
+    lifelines = Lifelines(1, latch, timeout_s=30.0)
+    lifelines.add(0, introduce(host.door.address, 1, LIFELINE)[0])
+    parameters = model()
+    optimizer = AMSGrad(parameters)
+    channel = dial(host.door.address, 1, host.layout, host.groups)
+    worker = Worker(1, channel, host.layout, [optimizer], latch)
+    worker.draw()
+    worker.begin_batch(samples=4)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    worker._parameters = [parameters]
+
+    started = time.monotonic()
+    with pytest.raises((WorkerFailedError, RequestRefusedError), match="2 param groups, the holder has 1"):
+        worker.step(0)
+
+    assert time.monotonic() - started < 5.0
+    worker.close()
+    lifelines.close()
+
+
+def reading_worker(host: Host) -> Channel:
+    """The channel of a worker that has drawn one ticket and holds version 0."""
+    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel.send(Message(Kind.DRAW, worker=1))
+    assert channel.receive().kind is Kind.TICKETS
+    channel.send(Message(Kind.PULL, worker=1))
+    assert channel.receive().kind is Kind.PARAMETERS
+    out: Tensor = host.layout.buffer()
+    channel.receive_payload(out)
+    return channel
+
+
+# --- and in a real run -----------------------------------------------------------------------------------------------
+
+
+def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        from lightning_async import AsyncAMSGradStrategy
+
+        # pytest's own handlers would swallow what a user sees.
+        logging.getLogger().handlers.clear()
+        opened = FrontDoor.__init__
+
+        def open_and_tell(self: FrontDoor, *args: Any) -> None:
+            opened(self, *args)
+            (folder / "address.tmp").write_text(self.address.as_json())
+            (folder / "address.tmp").rename(folder / "address")
+
+        teardown = AsyncAMSGradStrategy.teardown
+
+        def teardown_and_report(self: AsyncAMSGradStrategy) -> None:
+            report(folder, self.global_rank, rejected=self.stats.rejected, updates=self.stats.updates)
+            teardown(self)
+
+        FrontDoor.__init__ = open_and_tell  # type: ignore[method-assign]
+        AsyncAMSGradStrategy.teardown = teardown_and_report  # type: ignore[method-assign]
+        train(Run(ranks=2, trainer={"max_epochs": 10}, sleep_s=(0.02, 0.02)), folder)
+
+    held: list[socket.socket] = []
+
+    def knock(session: int) -> None:
+        pid_of(tmp_path, 1)
+        address = Address.from_json((tmp_path / "address").read_text())
+        for data in (b"x" * 500, other_version(), hello({"token": "guess", "role": LIFELINE}), b""):
+            sock = socket.create_connection((address.host, address.port))
+            sock.sendall(data)
+            held.append(sock)
+
+    run = launch(script, tmp_path, meanwhile=knock)
+    for sock in held:
+        sock.close()
+
+    assert run.returncode == 0, run.output
+    assert run.report(0)["updates"] == 160
+    # The silent one was still being waited for.
+    assert run.report(0)["rejected"] == 3
+    assert run.output.count("lightning_async refused a connection from 127.0.0.1") == 3

@@ -1,0 +1,291 @@
+"""A checkpoint is Lightning's own: one version's parameters and state, which any strategy goes on from."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from tests.launch import launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+RANKS = 3
+UNEVEN = (0.001, 0.002, 0.004)
+SAMPLES = 124  # 31 batches: no multiple of the number of ranks
+
+
+class Module(TinyClassifier):
+    """Reports what it started and ended with; its optimizer is torch's own."""
+
+    def __init__(self, optimizer: Any = AMSGrad, sleep_s: tuple[float, ...] = UNEVEN) -> None:
+        super().__init__(sleep_s)
+        self.optimizer = optimizer
+        self.began: dict[str, Any] = {}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    def state(self) -> dict[str, Any]:
+        engine = getattr(self.trainer.strategy, "_engine", None)
+        holder = None if engine is None else engine.holder
+        optimizer = copy.deepcopy(self.trainer.optimizers[0].state_dict())
+        return {
+            "version": getattr(self.trainer.strategy, "version", self.trainer.global_step),
+            "step": self.trainer.global_step,
+            "epoch": self.trainer.current_epoch,
+            "lr": optimizer["param_groups"][0]["lr"],
+            "state": optimizer["state"] if holder is None else holder.snapshot().optimizer_states[0]["state"],
+            "parameters": self.flat_parameters(),
+        }
+
+    def on_train_start(self) -> None:
+        self.began = self.state()
+
+    def on_train_end(self) -> None:
+        report(Path.cwd(), self.global_rank, began=self.began, ended=self.state(), seen=self.seen)
+
+
+def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=lr, amsgrad=True, fused=True)
+
+
+def print_warnings() -> None:
+    """Lets a run warn, where pytest would turn warnings into errors."""
+    warnings.simplefilter("default")
+    warnings.showwarning = lambda message, *args, **kwargs: print(message)
+
+
+def resume(trainer: Trainer, module: Module, path: Path) -> None:
+    """Goes on from a checkpoint, without the callback that saved it, of which Lightning warns."""
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+    trainer.fit(module, loader(SAMPLES), ckpt_path=path)
+
+
+def flat(checkpoint: dict[str, Any]) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in checkpoint["state_dict"].values()])
+
+
+def assert_same_state(first: dict[int, Any], second: dict[int, Any]) -> None:
+    assert first.keys() == second.keys()
+    for index, values in first.items():
+        assert values.keys() == second[index].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        assert all(torch.equal(value, second[index][name]) for name, value in values.items())
+
+
+def checkpoint_every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
+
+
+def test_a_resumed_run_goes_on_from_the_same_version_state_and_place_in_the_data(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
+        fork_trainer(folder, RANKS, max_epochs=3, **arguments).fit(Module(), loader(SAMPLES), loader(24))
+        for rank in range(RANKS):
+            (folder / f"rank{rank}.pt").rename(folder / f"first{rank}.pt")
+        resume(fork_trainer(folder, RANKS, max_epochs=3), Module(), folder / "checkpoints" / "epoch=1.ckpt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=1.ckpt")
+    uninterrupted = [torch.load(tmp_path / f"first{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    resumed = run.reports()
+    for rank in resumed:
+        assert (rank["began"]["version"], rank["began"]["step"], rank["began"]["epoch"]) == (62, 20, 2)
+        assert torch.equal(rank["began"]["parameters"], flat(checkpoint))
+        assert rank["began"]["lr"] == 1e-2 * 0.5**2
+        assert (rank["ended"]["version"], rank["ended"]["step"], rank["ended"]["epoch"]) == (93, 31, 3)
+    assert_same_state(resumed[0]["began"]["state"], checkpoint["optimizer_states"][0]["state"])
+    assert sorted(index for rank in resumed for index in rank["seen"][0]) == list(range(SAMPLES))
+    # The order of the data is that of the epoch, not of the process: a rank's batches are the others' too.
+    orders = [
+        [batch for rank in ranks for batch in batches_of(rank["seen"][epoch])]
+        for ranks, epoch in ((uninterrupted, 2), (resumed, 0), (uninterrupted, 1))
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) != sorted(orders[2])
+
+
+def batches_of(seen: list[int]) -> list[list[int]]:
+    return [seen[start : start + 4] for start in range(0, len(seen), 4)]
+
+
+def test_a_run_of_one_rank_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
+        fork_trainer(folder, 1, max_epochs=3, **arguments).fit(Module(sleep_s=()), loader(SAMPLES))
+        (folder / "rank0.pt").rename(folder / "first.pt")
+        trainer = fork_trainer(folder, 1, max_epochs=3)
+        resume(trainer, Module(sleep_s=()), folder / "checkpoints" / "epoch=0.ckpt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    first, resumed = torch.load(tmp_path / "first.pt"), run.report(0)
+    assert torch.equal(first["ended"]["parameters"], resumed["ended"]["parameters"])
+    assert_same_state(first["ended"]["state"], resumed["ended"]["state"])
+
+
+def test_a_checkpoint_resumes_in_a_single_device_run_with_torchs_adam(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
+        fork_trainer(folder, RANKS, **arguments).fit(Module(), loader(SAMPLES))
+        trainer = fork_trainer(folder, 1, "auto", max_epochs=2)
+        resume(trainer, Module(adam), folder / "checkpoints" / "epoch=0.ckpt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt")
+    began, ended = run.report(0)["began"], run.report(0)["ended"]
+    assert (began["step"], began["epoch"]) == (10, 1)
+    assert torch.equal(began["parameters"], flat(checkpoint))
+    assert_same_state(began["state"], checkpoint["optimizer_states"][0]["state"])
+    assert (ended["step"], ended["epoch"]) == (10 + 31, 2)
+
+
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_a_single_device_checkpoint_of_torchs_adam_resumes_here(tmp_path: Path, amsgrad: bool) -> None:
+    def plain(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=lr, amsgrad=amsgrad)
+
+    def train_on_one_device(folder: Path) -> None:
+        arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
+        fork_trainer(folder, 1, "auto", **arguments).fit(Module(plain), loader(SAMPLES))
+
+    def go_on(folder: Path) -> None:
+        print_warnings()
+        trainer = fork_trainer(folder, RANKS, max_epochs=2)
+        resume(trainer, Module(plain), folder / "checkpoints" / "epoch=0.ckpt")
+
+    first = launch(train_on_one_device, tmp_path)
+    run = launch(go_on, tmp_path)
+
+    assert (first.returncode, run.returncode) == (0, 0), run.output
+    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt")
+    state = checkpoint["optimizer_states"][0]["state"]
+    for values in state.values():
+        values.setdefault("max_exp_avg_sq", values["exp_avg_sq"])
+    for rank in run.reports():
+        # 31 steps of one rank are 31 of the clock that all ranks share.
+        assert (rank["began"]["step"], rank["began"]["version"]) == (31, 31 * RANKS)
+        assert torch.equal(rank["began"]["parameters"], flat(checkpoint))
+        assert rank["ended"]["version"] == 31 * RANKS + 31
+    assert_same_state(run.report(0)["began"]["state"], state)
+    assert run.output.count("from Adam without AMSGrad") == (not amsgrad)
+
+
+def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
+        fork_trainer(folder, RANKS, **arguments).fit(Module(), loader(SAMPLES))
+        trainer = fork_trainer(folder, 2, max_epochs=2)
+        (folder / "rank2.pt").unlink()
+        resume(trainer, Module(), folder / "checkpoints" / "epoch=0.ckpt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    for rank in run.reports():
+        assert (rank["began"]["step"], rank["began"]["version"]) == (10, 20)
+        assert rank["ended"]["version"] == 20 + 31
+    assert sorted(index for rank in run.reports() for index in rank["seen"][0]) == list(range(SAMPLES))
+
+
+def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Path) -> None:
+    class Scored(Module):
+        def on_train_end(self) -> None:
+            callback = self.trainer.checkpoint_callback
+            noted = {name: getattr(callback, name) for name in ("best_k_models", "best_model_path", "last_model_path")}
+            scores = {path: score.item() for path, score in noted.pop("best_k_models").items()}
+            report(Path.cwd(), self.global_rank, scores=scores, best_score=callback.best_model_score.item(), **noted)
+
+    def script(folder: Path) -> None:
+        best = ModelCheckpoint(
+            folder / "checkpoints", "{epoch}-{step}", monitor="val/loss", save_top_k=2, save_last=True
+        )
+        trainer = fork_trainer(
+            folder, RANKS, max_epochs=4, val_check_interval=0.5, callbacks=[best], enable_checkpointing=True
+        )
+        trainer.fit(Scored(), loader(SAMPLES), loader(24))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    first, *others = run.reports()
+    assert others == [first] * 2
+    assert len(first["scores"]) == 2
+    assert first["best_score"] == min(first["scores"].values()) == first["scores"][first["best_model_path"]]
+    kept = {*first["scores"], first["last_model_path"]}
+    assert {str(path) for path in (tmp_path / "checkpoints").iterdir()} == kept
+
+
+def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_contents(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        versions: dict[int, Tensor] = {}
+        strategy = AsyncAMSGradStrategy(start_method="fork")
+
+        def observe(update: Any, tickets: tuple[int, ...]) -> None:
+            assert strategy._engine is not None
+            assert strategy._engine.holder is not None
+            versions[update.version] = strategy._engine.holder._flat.clone()
+
+        class Observed(Module):
+            def on_train_end(self) -> None:
+                if self.global_rank == 0:
+                    torch.save(versions, folder / "versions.pt")
+
+        strategy.observers.append(observe)
+        often = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = fork_trainer(folder, RANKS, strategy, callbacks=[often], enable_checkpointing=True)
+        trainer.fit(Observed(), loader(SAMPLES))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    versions = torch.load(tmp_path / "versions.pt")
+    paths = list((tmp_path / "checkpoints").iterdir())
+    assert len(paths) >= 5
+    for path in paths:
+        checkpoint = torch.load(path)
+        version = checkpoint["async_amsgrad"]["version"]
+        state = checkpoint["optimizer_states"][0]["state"]
+        assert torch.equal(flat(checkpoint), versions[version])
+        assert {values["step"].item() for values in state.values()} == {version}
+        tensors = [
+            *checkpoint["state_dict"].values(),
+            *(value for values in state.values() for value in values.values()),
+        ]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+        assert path.stat().st_size < sum(tensor.nbytes for tensor in tensors) + 20_000
+
+
+def test_a_checkpoint_saved_after_fit_has_the_holders_state(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        trainer = fork_trainer(folder, 1, "async_amsgrad")
+        module = Module(sleep_s=())
+        trainer.fit(module, loader(SAMPLES))
+        trainer.save_checkpoint(folder / "after.ckpt")
+        # And a second fit of the same trainer goes on from there.
+        trainer.fit_loop.max_epochs = 2
+        (folder / "rank0.pt").rename(folder / "first.pt")
+        trainer.fit(module, loader(SAMPLES))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    first, second, saved = torch.load(tmp_path / "first.pt"), run.report(0), torch.load(tmp_path / "after.ckpt")
+    assert saved["global_step"] == saved["async_amsgrad"]["version"] == first["ended"]["version"] == 31
+    assert torch.equal(flat(saved), first["ended"]["parameters"])
+    assert_same_state(saved["optimizer_states"][0]["state"], first["ended"]["state"])
+    assert (second["began"]["version"], second["ended"]["version"]) == (31, 62)

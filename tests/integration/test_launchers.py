@@ -1,0 +1,190 @@
+"""Every way to start the ranks, and every way to ask for the strategy."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_async import AsyncAMSGradStrategy
+from lightning_async.cli import AsyncCLI, main
+from tests.launch import Launched, launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+ROOT = Path(__file__).parents[2]
+BATCHES = 24
+
+PREAMBLE = """
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch import Trainer
+from lightning_async import AsyncAMSGradStrategy
+from tests.launch import report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+folder = Path.cwd()
+
+class Module(TinyClassifier):
+    def on_train_end(self):
+        report(folder, self.global_rank, batches=self.batches, parameters=self.flat_parameters())
+"""
+
+EVERY_RANK_RUNS_THIS = """
+trainer = fork_trainer(folder, 2, "async_amsgrad")
+module = Module()
+trainer.fit(module, loader(96), loader(24))
+trainer.save_checkpoint(folder / "after.ckpt")
+result = trainer.validate(module, loader(24))
+torch.save(result, folder / f"validated{trainer.global_rank}.pt")
+if trainer.is_global_zero:
+    torch.save(trainer.strategy.stats.as_dict(), folder / "stats.pt")
+"""
+
+ONE_PROCESS_RUNS_THIS = """
+if __name__ == "__main__":
+    for name, strategy in (
+        ("spawn", "async_amsgrad_spawn"),
+        ("forkserver", AsyncAMSGradStrategy(max_staleness=5, start_method="forkserver")),
+    ):
+        trainer = fork_trainer(folder, 2, strategy)
+        module = Module()
+        trainer.fit(module, loader(96))
+        stats = trainer.strategy.stats.as_dict()
+        reports = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+        torch.save((stats, reports, module.flat_parameters()), folder / f"{name}.pt")
+"""
+
+
+def run_script(folder: Path, text: str, *command: str) -> Launched:
+    """Runs a script file as a user would."""
+    (folder / "train.py").write_text(PREAMBLE + text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def script(folder: Path) -> None:
+        done = subprocess.run([sys.executable, *command, "train.py"], env=environment)
+        sys.exit(done.returncode)
+
+    return launch(script, folder, timeout_s=100.0)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, launcher: str) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+
+    run = run_script(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
+
+    assert run.returncode == 0, run.output
+    first, second = run.reports()
+    assert first["batches"] + second["batches"] == BATCHES
+    assert torch.equal(first["parameters"], second["parameters"])
+    stats, saved = torch.load(tmp_path / "stats.pt"), torch.load(tmp_path / "after.ckpt")
+    assert stats["updates"] == BATCHES
+    assert stats["batches_by_rank"] == {0: first["batches"], 1: second["batches"]}
+    assert {values["step"].item() for values in saved["optimizer_states"][0]["state"].values()} == {BATCHES}
+    assert torch.equal(torch.cat([value.flatten() for value in saved["state_dict"].values()]), first["parameters"])
+    assert torch.load(tmp_path / "validated0.pt") == torch.load(tmp_path / "validated1.pt")
+
+
+def test_spawned_ranks_give_parameters_and_statistics_to_the_process_that_started_them(tmp_path: Path) -> None:
+    run = run_script(tmp_path, ONE_PROCESS_RUNS_THIS)
+
+    assert run.returncode == 0, run.output
+    for name in ("spawn", "forkserver"):
+        stats, reports, parameters = torch.load(tmp_path / f"{name}.pt")
+        assert sum(rank["batches"] for rank in reports) == stats["updates"] == BATCHES
+        assert all(torch.equal(rank["parameters"], parameters) for rank in reports)
+
+
+@pytest.mark.parametrize("strategy", ["async_amsgrad_fork", "async_amsgrad_notebook"])
+def test_forked_ranks_give_parameters_and_statistics_to_the_process_that_started_them(
+    tmp_path: Path, strategy: str
+) -> None:
+    def script(folder: Path) -> None:
+        class Module(TinyClassifier):
+            def on_train_end(self) -> None:
+                report(folder, self.global_rank, parameters=self.flat_parameters())
+
+        trainer = fork_trainer(folder, 2, strategy)
+        module = Module()
+        trainer.fit(module, loader(96))
+        torch.save((trainer.strategy.stats.as_dict(), module.flat_parameters()), folder / "after.pt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    stats, parameters = torch.load(tmp_path / "after.pt")
+    assert stats["updates"] == sum(stats["updates_by_rank"].values()) == BATCHES
+    assert all(torch.equal(rank["parameters"], parameters) for rank in run.reports())
+
+
+def write_config(folder: Path, strategy: Any) -> str:
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "max_epochs": 1,
+            "limit_train_batches": 3,
+            "strategy": strategy,
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+        },
+        "model": {
+            "class_path": "recipes.classifier.Classifier",
+            "init_args": {"model": {"class_path": "recipes.models.LeNet5"}},
+        },
+        "data": {"class_path": "recipes.digits.DigitsDataModule"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_a_strategy_by_class_path_and_arguments_trains_from_the_command_line(tmp_path: Path) -> None:
+    arguments = {"max_staleness": 2, "on_stale": "drop", "batches": "sharded", "start_method": "fork"}
+    strategy = {"class_path": "lightning_async.AsyncAMSGradStrategy", "init_args": arguments}
+    config = write_config(tmp_path, strategy)
+
+    def script(folder: Path) -> None:
+        sys.argv = ["lightning-async"]
+        main(["fit", "--config", config])
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    metrics = tmp_path / "lightning_logs" / "version_0" / "metrics.csv"
+    assert "async/version" in metrics.read_text()
+
+
+@pytest.mark.parametrize("named", ["AsyncAMSGradStrategy", "lightning_async.AsyncAMSGradStrategy"])
+def test_a_strategys_arguments_can_be_given_on_the_command_line(
+    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-async"])
+    config = write_config(tmp_path, "auto")
+    arguments = [
+        f"--trainer.strategy={named}",
+        "--trainer.strategy.max_staleness=7",
+        "--trainer.strategy.on_stale=drop",
+    ]
+
+    cli = AsyncCLI(["--config", config, *arguments], run=False)
+
+    assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
+    assert cli.trainer.strategy.options.max_staleness == 7
+    assert cli.trainer.strategy.options.on_stale == "drop"

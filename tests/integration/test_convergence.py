@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import seed_everything
+from torch.utils.data import ConcatDataset, DataLoader
 
 from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
@@ -15,30 +16,34 @@ from tests.launch import launch, report
 from tests.models import fork_trainer
 
 SEEDS = (0, 1, 2)
-EPOCHS = 8
+EPOCHS = 16
+UPDATES = EPOCHS * 79
 
 
 def train_and_test(folder: Path, seed: int, devices: int) -> float:
-    """The test accuracy of LeNet-5 on digits, trained on a single device or asynchronously on several."""
+    """The accuracy on unseen digits of a LeNet-5 that one device has trained, or several asynchronously."""
     seed_everything(seed, verbose=False)
-    module = Classifier(LeNet5(), lr=2e-3, lr_schedule="cosine")
+    module = Classifier(LeNet5(), lr=1e-3, lr_schedule="cosine", label_smoothing=0.1)
     data = DigitsDataModule(batch_size=16)
-    if devices == 1:
-        fork_trainer(folder, 1, "auto", max_epochs=EPOCHS, limit_val_batches=0).fit(module, data)
-    else:
-        # The last rank is several times slower than the others.
-        slow = EmulatedStepTime([0.0] * (devices - 1) + [0.02])
-        trainer = fork_trainer(folder, devices, max_epochs=EPOCHS, limit_val_batches=0, callbacks=[slow])
-        trainer.fit(module, data)
-        assert trainer.strategy.stats.updates == EPOCHS * 79
-        print(trainer.strategy.stats.as_dict())
-    (result,) = fork_trainer(folder, 1, "auto").test(module, data, verbose=False)
+    # The last rank takes several times as long as the others.
+    slow = EmulatedStepTime([0.0] * (devices - 1) + [0.02 if devices > 1 else 0.0])
+    strategy = "async_amsgrad_fork" if devices > 1 else "auto"
+    trainer = fork_trainer(folder, devices, strategy, max_epochs=EPOCHS, limit_val_batches=0, callbacks=[slow])
+    trainer.fit(module, data)
+    if devices > 1:
+        stats = trainer.strategy.stats  # type: ignore[attr-defined]
+        assert stats.updates == UPDATES
+        assert sum(age * count for age, count in stats.staleness.items()) > UPDATES
+    # Nothing was tuned on the validation set, and both halves together are twice as precise a test.
+    data.setup("test")
+    unseen = DataLoader(ConcatDataset([data.val_set, data.test_set]), batch_size=67)
+    (result,) = fork_trainer(folder, 1, "auto").test(module, unseen, verbose=False)
     return float(result["test/acc"])
 
 
 def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
-        # Ranks are forked before this process runs a backward of its own.
+        # First those whose ranks are forked: a process that has run a backward must not be forked any more.
         asynchronous = [train_and_test(folder, seed, devices=4) for seed in SEEDS]
         alone = [train_and_test(folder, seed, devices=1) for seed in SEEDS]
         report(folder, 0, asynchronous=asynchronous, alone=alone)
@@ -47,7 +52,6 @@ def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path) ->
 
     assert run.returncode == 0, run.output
     asynchronous, alone = (torch.tensor(run.report(0)[name]) for name in ("asynchronous", "alone"))
-    print(run.output, asynchronous, alone)
-    assert alone.mean() > 0.95
+    assert alone.mean() > 0.97
     assert asynchronous.mean() > alone.mean() - 0.01
     assert asynchronous.min() > alone.mean() - 0.02

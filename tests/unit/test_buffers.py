@@ -1,0 +1,60 @@
+"""Shared tensors, over a group of one rank: what is changed, and what is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_async.buffers import average_buffers, broadcast_tensors
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Buffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_half", torch.tensor([60000.0, 1.5], dtype=torch.float16))
+        self.register_buffer("mean", torch.tensor([[1e30, -2.5]]))
+        self.register_buffer("in_double", torch.tensor(1 / 3, dtype=torch.float64))
+        self.register_buffer("mask", torch.tensor([float("-inf"), 0.0]))
+        self.register_buffer("count", torch.tensor(7))
+        self.register_buffer("flag", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0))
+
+
+def test_what_all_ranks_agree_on_stays_exactly_what_it_is() -> None:
+    module = Buffers()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    storages = {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
+
+    average_buffers(module)
+
+    for name, buffer in module.named_buffers():
+        assert buffer.dtype is before[name].dtype
+        assert buffer.equal(before[name]), name
+        assert buffer.data_ptr() == storages[name]
+
+
+def test_a_module_without_buffers_is_left_alone() -> None:
+    average_buffers(nn.Linear(2, 2))
+
+
+def test_parameters_keep_their_strides_and_need_no_gradient_for_it() -> None:
+    weight = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    before, strides = weight.detach().clone(), weight.stride()
+
+    broadcast_tensors([weight])
+
+    assert weight.stride() == strides
+    assert weight.equal(before)
+    assert weight.requires_grad
+    assert weight.grad_fn is None

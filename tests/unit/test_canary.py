@@ -1,0 +1,410 @@
+"""The private parts of Lightning and torch that this package touches are still what it takes them for.
+
+A failure here says which file relies on what has changed; look there before anything else.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import pickle
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+import lightning_async
+from lightning_async import collectives, launchers, loops, results, strategy
+
+PACKAGE = Path(lightning_async.__file__).parent
+WATCHED = ("lightning", "torch", "torchmetrics")
+
+
+def fail(file: str, what: str) -> None:
+    pytest.fail(f"lightning_async/{file} relies on {what}; see what it does there and adapt it", pytrace=False)
+
+
+def resolve(path: str, file: str) -> Any:
+    """The object at a dotted path: a module, then attributes."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[count:]:
+            if not hasattr(found, name):
+                fail(file, f"{path}, and there is no {name}")
+            found = inspect.getattr_static(found, name) if isinstance(found, type) else getattr(found, name)
+        return found
+    return fail(file, f"{path}, which cannot be imported")
+
+
+# --- what is imported ------------------------------------------------------------------------------------------------
+
+
+def private_imports() -> Iterator[tuple[str, str]]:
+    """Every ``from lightning... import _name`` of the package: file, dotted path."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in WATCHED:
+                for name in node.names:
+                    dotted = f"{node.module}.{name.name}"
+                    if any(part.startswith("_") for part in dotted.split(".")):
+                        yield str(path.relative_to(PACKAGE)), dotted
+
+
+@pytest.mark.parametrize(("file", "path"), list(private_imports()))
+def test_a_private_name_can_still_be_imported(file: str, path: str) -> None:
+    resolve(path, file)
+
+
+def test_the_imports_are_found() -> None:
+    assert {"loops.py", "results.py", "launchers.py", "strategy.py"} <= {file for file, _ in private_imports()}
+
+
+# --- what is overridden ----------------------------------------------------------------------------------------------
+
+EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
+FIT_LOOP = "lightning.pytorch.loops.fit_loop._FitLoop"
+FETCHER = "lightning.pytorch.loops.fetchers._DataFetcher"
+SCRIPT = "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher"
+MULTI = "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
+DDP = "lightning.pytorch.strategies.ddp.DDPStrategy"
+
+# What is overridden or called, and its parameters.
+SIGNATURES = {
+    "loops.py": {
+        f"{FETCHER}.setup": "self, combined_loader",
+        f"{FETCHER}.reset": "self",
+        f"{FETCHER}.__iter__": "self",
+        f"{FETCHER}.__next__": "self",
+        f"{EPOCH_LOOP}.on_run_start": "self, data_fetcher",
+        f"{EPOCH_LOOP}.advance": "self, data_fetcher",
+        f"{EPOCH_LOOP}.on_advance_end": "self, data_fetcher",
+        f"{EPOCH_LOOP}.update_lr_schedulers": "self, interval, update_plateau_schedulers",
+        f"{EPOCH_LOOP}._update_learning_rates": "self, interval, update_plateau_schedulers",
+        f"{EPOCH_LOOP}._broadcast_sigterm_tensor": "self",
+        f"{EPOCH_LOOP}._num_ready_batches_reached": "self",
+        f"{EPOCH_LOOP}._should_check_val_fx": "self, data_fetcher",
+        f"{EPOCH_LOOP}._should_check_val_epoch": "self",
+        f"{EPOCH_LOOP}._save_loggers_on_train_batch_end": "self",
+        f"{FIT_LOOP}.setup_data": "self",
+        f"{FIT_LOOP}.on_advance_end": "self",
+        "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
+        "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
+        "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step": (
+            "self, batch_idx, train_step_and_backward_closure"
+        ),
+        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
+            "self, signum, _"
+        ),
+        "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
+    },
+    "results.py": {
+        "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
+            "self, metadata, is_tensor"
+        ),
+        "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection.valid_items": "self",
+    },
+    "launchers.py": {
+        f"{SCRIPT}.__init__": "self, cluster_environment, num_processes, num_nodes",
+        f"{SCRIPT}.launch": "self, function, *args, trainer, **kwargs",
+        f"{SCRIPT}._call_children_scripts": "self",
+        f"{SCRIPT}.kill": "self, signum",
+        f"{MULTI}.__init__": "self, strategy, start_method",
+        f"{MULTI}.launch": "self, function, *args, trainer, **kwargs",
+        f"{MULTI}._wrapping_function": (
+            "self, process_idx, trainer, function, args, kwargs, return_queue, global_states"
+        ),
+        f"{MULTI}._recover_results_in_main_process": "self, worker_output, trainer",
+        f"{MULTI}.get_extra_results": "self, trainer",
+        f"{MULTI}.update_main_process_results": "self, trainer, extra",
+        f"{MULTI}.kill": "self, signum",
+        "lightning.pytorch.strategies.launchers.multiprocessing._GlobalStateSnapshot.capture": "cls",
+        "lightning.fabric.utilities.distributed._set_num_threads_if_needed": "num_processes",
+        "lightning.fabric.strategies.launchers.multiprocessing._check_bad_cuda_fork": "",
+        "lightning.fabric.strategies.launchers.multiprocessing._check_missing_main_guard": "",
+        "torch.multiprocessing.spawn.start_processes": "fn, args, nprocs, join, daemon, start_method",
+    },
+    "collectives.py": {
+        f"{DDP}.barrier": "self, *args, **kwargs",
+        f"{DDP}.broadcast": "self, obj, src",
+        f"{DDP}.reduce": "self, tensor, group, reduce_op",
+        f"{DDP}.reduce_boolean_decision": "self, decision, all",
+        f"{DDP}.all_gather": "self, tensor, group, sync_grads",
+    },
+    "strategy.py": {
+        f"{DDP}._configure_launcher": "self",
+        f"{DDP}.configure_ddp": "self",
+        f"{DDP}.setup": "self, trainer",
+        f"{DDP}.setup_environment": "self",
+        f"{DDP}.setup_optimizers": "self, trainer",
+        f"{DDP}.set_world_ranks": "self",
+        f"{DDP}.connect": "self, model",
+        f"{DDP}.process_dataloader": "self, dataloader",
+        f"{DDP}.pre_backward": "self, closure_loss",
+        f"{DDP}.lightning_module_state_dict": "self",
+        f"{DDP}.optimizer_state": "self, optimizer",
+        f"{DDP}.save_checkpoint": "self, checkpoint, filepath, storage_options",
+        f"{DDP}.load_optimizer_state_dict": "self, checkpoint",
+        f"{DDP}.on_exception": "self, exception",
+        f"{DDP}.teardown": "self",
+        f"{DDP}.register_strategies": "cls, strategy_registry",
+    },
+    "amsgrad.py": {
+        "torch.optim.adam.Adam._init_group": (
+            "self, group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps"
+        ),
+    },
+}
+
+
+def parameters_of(function: Any) -> str:
+    function = getattr(function, "__func__", function)
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "parameters"),
+    [(file, path, parameters) for file, paths in SIGNATURES.items() for path, parameters in paths.items()],
+)
+def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: str, parameters: str) -> None:
+    found = parameters_of(resolve(path, file))
+
+    if found != parameters:
+        fail(file, f"{path}({parameters}), which is now ({found})")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        loops.TicketFetcher,
+        loops.AsyncEpochLoop,
+        loops.AsyncFitLoop,
+        launchers.ScriptLauncher,
+        launchers.ProcessLauncher,
+        collectives.PhasedCollectives,
+        strategy.AsyncAMSGradStrategy,
+    ],
+)
+def test_every_override_overrides_something(kind: type) -> None:
+    source = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(source, ast.ClassDef)
+    for method in source.body:
+        if isinstance(method, ast.FunctionDef) and any(
+            isinstance(mark, ast.Name) and mark.id == "override" for mark in method.decorator_list
+        ):
+            bases = [base for base in kind.__mro__[1:] if method.name in vars(base)]
+            if not bases:
+                fail(f"{kind.__module__.rpartition('.')[2]}.py", f"{kind.__name__}.{method.name} being an override")
+
+
+@pytest.mark.parametrize("name", ["global_step", "batch_idx", "done"])
+def test_the_epoch_loops_counters_are_properties(name: str) -> None:
+    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "loops.py"), property):
+        fail("loops.py", f"{EPOCH_LOOP}.{name} being a property")
+
+
+# What this package does in its own way instead. When Lightning changes it, there may be something to take over.
+REPLACED = {
+    ("launchers.py", f"{MULTI}.launch"): "e4df5e148770",
+    ("launchers.py", f"{SCRIPT}.launch"): "03d4b1d10b94",
+    ("loops.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
+    ("loops.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
+    ("loops.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
+    (
+        "loops.py",
+        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn",
+    ): "a8f4215e2186",
+}
+
+
+def digest(function: Any) -> str:
+    """Of the code alone: neither comments nor docstrings nor layout count."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    body = tree.body[0]
+    assert isinstance(body, ast.FunctionDef)
+    if ast.get_docstring(body) is not None:
+        body.body = body.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(("file", "path"), REPLACED)
+def test_what_is_done_in_another_way_here_has_not_changed_there(file: str, path: str) -> None:
+    found = digest(resolve(path, file))
+
+    if found != REPLACED[file, path]:
+        fail(file, f"the body of {path}, whose digest is now {found}")
+
+
+# --- what is read and written ----------------------------------------------------------------------------------------
+
+TRAINER_ATTRIBUTES = {
+    "loops.py": [
+        "fit_loop._can_stop_early",
+        "fit_loop._data_fetcher",
+        "fit_loop.epoch_loop._batches_that_stepped",
+        "fit_loop.epoch_loop._is_training_done",
+        "fit_loop.epoch_loop._results.valid_items",
+        "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current.ready",
+        "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current.completed",
+        "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.ready",
+        "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed",
+        "fit_loop.epoch_loop.manual_optimization.optim_step_progress.current.completed",
+        "fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed",
+        "fit_loop.epoch_loop.batch_progress.current.ready",
+        "fit_loop.epoch_loop.batch_progress.current.started",
+        "fit_loop.epoch_loop.batch_progress.current.processed",
+        "fit_loop.epoch_loop.batch_progress.current.completed",
+        "fit_loop.epoch_loop.batch_progress.total.ready",
+        "fit_loop.epoch_loop.batch_progress.is_last_batch",
+        "fit_loop.epoch_loop.max_steps",
+        "fit_loop.epoch_loop.val_loop.run",
+        "_val_check_time_interval",
+        "_logger_connector._first_loop_iter",
+        "_signal_connector.received_sigterm",
+        "_signal_connector._sigterm_notifier_fn",
+        "checkpoint_callbacks",
+        "received_sigterm",
+        "should_stop",
+        "strategy._lightning_optimizers",
+    ],
+    "strategy.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "path"), [(file, path) for file, paths in TRAINER_ATTRIBUTES.items() for path in paths]
+)
+def test_the_trainer_has_what_is_read_and_written(file: str, path: str, tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    found: Any = trainer
+    for name in path.split("."):
+        # A subclass of the loops sees the property; its value may need a running fit.
+        if not hasattr(type(found), name) and not hasattr(found, name):
+            fail(file, f"trainer.{path}, and there is no {name}")
+        if isinstance(inspect.getattr_static(type(found), name, None), property) and name == "_can_stop_early":
+            return
+        found = getattr(found, name)
+
+
+def test_the_checkpoint_callback_keeps_its_notes_under_the_same_names() -> None:
+    notes = vars(ModelCheckpoint())
+    for name in loops._CHECKPOINT_FIELDS:
+        if name not in notes:
+            fail("loops.py", f"ModelCheckpoint.{name}")
+
+
+def test_a_logged_entry_has_the_same_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(results._Metadata)}
+    for name in set(results._PLAIN_FIELDS) - fields:
+        fail("results.py", f"_Metadata.{name}")
+    # A new field would be lost on the way between ranks.
+    for name in fields - set(results._PLAIN_FIELDS) - {"_sync"}:
+        fail("results.py", f"_Metadata without {name}")
+    if not {"_should", "fn", "rank_zero_only"} <= {field.name for field in dataclasses.fields(results._Sync)}:
+        fail("results.py", "_Sync(_should, fn, rank_zero_only)")
+    metric = results._ResultMetric(results._Metadata("training_step", "loss", on_epoch=True), is_tensor=True)
+    for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value"):
+        if not hasattr(metric, name):
+            fail("results.py", f"_ResultMetric.{name}")
+
+
+def test_the_combined_loader_makes_its_iterator_as_before() -> None:
+    loader = loops.CombinedLoader([[1, 2]], "min_size")
+    for name in ("_iterator", "_mode", "_limits", "flattened"):
+        if not hasattr(loader, name):
+            fail("loops.py", f"CombinedLoader.{name}")
+    loader._iterator = loops._SUPPORTED_MODES[loader._mode]["iterator"](loader.flattened, loader._limits)
+    if len(loader) != 2:
+        fail("loops.py", "a CombinedLoader that answers len() by its iterator's loaders")
+
+
+def test_a_time_based_interval_is_counted_from_the_same_moment() -> None:
+    # Set when the data is set up, where there is such an interval; then after every validation.
+    if "trainer._last_val_time = trainer._train_start_time" not in inspect.getsource(loops._fit_loop_module):
+        fail("loops.py", "the fit loop setting trainer._last_val_time")
+
+
+def test_the_fit_loop_selects_its_fetcher_by_the_name_in_its_module() -> None:
+    if "_select_data_fetcher(trainer, " not in inspect.getsource(loops._FitLoop.setup_data):
+        fail("loops.py", "_FitLoop.setup_data calling the global _select_data_fetcher(trainer, stage)")
+
+
+def test_a_stop_iteration_may_be_temporary() -> None:
+    kind: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    source = " ".join(inspect.getsource(kind._try_put_index).split())
+    if "index = self._next_index() except StopIteration: return" not in source:
+        fail("tickets.py", "DataLoader workers' _try_put_index taking StopIteration for 'nothing to put now'")
+
+
+def test_a_loaders_batch_sampler_can_be_replaced() -> None:
+    loader: DataLoader[Any] = DataLoader([1, 2, 3], batch_size=2)
+    object.__setattr__(loader, "batch_sampler", [[2], [1]])
+    if [batch.tolist() for batch in loader] != [[3], [2]]:
+        fail("tickets.py", "a DataLoader that reads its attribute batch_sampler when it is iterated")
+
+
+def test_schedulers_know_a_wrapped_step_by_the_same_marks() -> None:
+    source = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
+    for mark in ("_wrapped_by_lr_sched", "_opt_called"):
+        if mark not in source:
+            fail("shells.py", f"torch's schedulers looking for {mark}")
+
+
+def test_an_optimizer_says_that_it_unscales_by_the_same_mark() -> None:
+    from lightning.fabric.plugins.precision import amp
+
+    if "_step_supports_amp_scaling" not in inspect.getsource(amp):
+        fail("shells.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
+
+
+def test_torchmetrics_decide_on_synchronising_by_the_same_function() -> None:
+    from torchmetrics import SumMetric
+    from torchmetrics.metric import jit_distributed_available
+
+    if SumMetric().distributed_available_fn is not jit_distributed_available:
+        fail("phases.py", "Metric.distributed_available_fn being jit_distributed_available by default")
+
+
+def _raise(index: int) -> None:
+    raise ValueError(f"in process {index}")
+
+
+def test_torch_leaves_a_failed_processs_traceback_in_a_file() -> None:
+    context: Any = torch.multiprocessing.start_processes(_raise, nprocs=1, join=False, start_method="fork")
+    (process,) = context.processes
+    process.join(20.0)
+    path = Path(context.error_files[0])
+    try:
+        if process.exitcode != 1 or "ValueError: in process 0" not in pickle.loads(path.read_bytes()):
+            fail("launchers.py", "torch.multiprocessing writing a traceback to ProcessContext.error_files")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_gloo_can_be_built_for_two_ranks_without_a_default_group() -> None:
+    from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo
+
+    gloo: Any = ProcessGroupGloo
+    try:
+        options = gloo._Options()
+        options._timeout  # noqa: B018
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        gloo(PrefixStore("canary", HashStore()), 0, 1, options)
+    except (AttributeError, TypeError) as error:
+        fail("transport/gloo.py", f"ProcessGroupGloo(store, rank, size, _Options with _timeout, _devices): {error}")

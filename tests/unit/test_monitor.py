@@ -1,0 +1,137 @@
+"""The numbers that the user sees are those of the updates."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_async import monitor
+from lightning_async.holder import Push, Update
+from lightning_async.monitor import MetricsLogger, RunStats
+
+
+def update(
+    worker: int, staleness: int, *, applied: bool = True, waited_s: float = 0.0, parked_s: float = 0.0
+) -> Update:
+    push = Push(worker, 0, version_read=0, gradients=[], groups=[], tickets=2, samples=8, waited_s=waited_s)
+    return Update(push, version=0, staleness=staleness, applied=applied, parked_s=parked_s)
+
+
+def test_updates_are_counted_by_rank_and_staleness() -> None:
+    stats = RunStats(workers=3)
+    for worker, staleness in [(0, 0), (1, 2), (1, 2), (1, 0)]:
+        stats.record(update(worker, staleness, waited_s=0.5, parked_s=0.25))
+    stats.record(update(0, staleness=9, applied=False, waited_s=0.5))
+    stats.refuse()
+
+    assert stats.as_dict() == {
+        "updates": 4,
+        "staleness": {0: 2, 2: 2},
+        "staleness_by_rank": {0: {0: 1}, 1: {2: 2, 0: 1}, 2: {}},
+        "updates_by_rank": {0: 1, 1: 3, 2: 0},
+        "batches_by_rank": {0: 4, 1: 6, 2: 0},
+        "wait_seconds_by_rank": {0: 1.0, 1: 1.5, 2: 0.0},
+        "parked_seconds_by_rank": {0: 0.25, 1: 0.75, 2: 0.0},
+        "dropped": 1,
+        "rejected": 1,
+        "evicted": [],
+    }
+    json.dumps(stats.as_dict())
+
+
+def test_the_statistics_travel_to_the_process_that_started_the_run() -> None:
+    stats = RunStats(workers=2)
+    stats.record(update(1, 3))
+
+    other = pickle.loads(pickle.dumps(stats))
+
+    assert other.as_dict() == stats.as_dict()
+    other.refuse()  # its lock is its own
+    assert stats.rejected == 0
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+class Logger:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((step, metrics))
+
+
+def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, logger, stats = Clock(monkeypatch), Logger(), RunStats(workers=2)
+    metrics = MetricsLogger(stats)
+    for staleness in [0] * 19 + [10]:
+        stats.record(update(0, staleness, waited_s=0.05))
+    clock.now += 2.0
+    metrics.log([logger], version=20, step=10)
+
+    stats.record(update(1, 4, waited_s=0.4))
+    stats.record(update(0, 2, waited_s=0.2))
+    stats.record(update(0, 5, applied=False))
+    clock.now += 1.0
+    metrics.log([logger], version=22, step=11)
+
+    (first_step, first), (second_step, second) = logger.logged
+    assert (first_step, second_step) == (10, 11)
+    assert first == {
+        "async/version": 20.0,
+        "async/staleness_mean": 0.5,
+        "async/staleness_p95": 0.0,
+        "async/staleness_max": 10.0,
+        "async/updates_per_second": 10.0,
+        "async/wait_fraction": pytest.approx(1.0 / (2.0 * 2)),
+        "async/dropped": 0.0,
+        "async/rejected": 0.0,
+        "async/share_rank_0": 1.0,
+        "async/share_rank_1": 0.0,
+    }
+    assert second["async/staleness_mean"] == 3.0
+    assert second["async/staleness_max"] == 4.0
+    assert second["async/staleness_p95"] == 4.0
+    assert second["async/updates_per_second"] == 2.0
+    assert second["async/wait_fraction"] == pytest.approx(0.6 / 2)
+    assert second["async/dropped"] == 1.0
+    assert second["async/share_rank_0"] == second["async/share_rank_1"] == 0.5
+
+
+def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, logger, stats = Clock(monkeypatch), Logger(), RunStats(workers=1)
+    metrics = MetricsLogger(stats)
+
+    metrics.log([logger], version=0, step=0)
+    clock.now += 100.0  # a validation
+    metrics.restart_clock()
+    stats.record(update(0, 0))
+    clock.now += 0.5
+    metrics.log([logger], version=1, step=1)
+    metrics.log([logger], version=1, step=2)
+
+    assert [step for step, _ in logger.logged] == [1]
+    assert logger.logged[0][1]["async/updates_per_second"] == 2.0
+
+
+def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stats = Clock(monkeypatch), RunStats(workers=1)
+    metrics = MetricsLogger(stats)
+    loggers: list[Any] = [Logger(), Logger()]
+    stats.record(update(0, 0))
+    clock.now += 1.0
+
+    metrics.log(loggers, version=1, step=1)
+
+    assert loggers[0].logged == loggers[1].logged != []

@@ -34,6 +34,8 @@ def average_buffers(module: nn.Module) -> None:
             flat = torch.cat([buffer.reshape(-1).to(torch.float64) for buffer in floating])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
-            for buffer, mean in zip(floating, flat.split_with_sizes([buffer.numel() for buffer in floating]), strict=True):
+            for buffer, mean in zip(
+                floating, flat.split_with_sizes([buffer.numel() for buffer in floating]), strict=True
+            ):
                 buffer.copy_(mean.view_as(buffer))
     broadcast_tensors(others)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
-from lightning_async.server import Server, dial
+from lightning_async.server import Server
 from lightning_async.staleness import Barrier, resolve_max_staleness
 from lightning_async.tickets import Ledger
 from lightning_async.worker import Worker
@@ -75,7 +76,9 @@ class Engine:
                 resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
             )
             self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
-            self._server = Server(self.holder, self.ledger, layout, groups, latch, door, on_refused=stats.refuse)
+            self._server = Server(
+                self.holder, self.ledger, layout, groups, latch, door, options.transport, on_refused=stats.refuse
+            )
             channel = self._server.local_channel()
         meet()
         if rank != 0:

@@ -73,7 +73,7 @@ class FrontDoor:
     def __init__(self, host: str, workers: int, lifelines: Lifelines) -> None:
         self._workers = workers
         self._lifelines = lifelines
-        self._closing = False
+        self._closing = threading.Event()
         # Served while training; before and after, a doorbell finds nobody.
         self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
@@ -84,9 +84,9 @@ class FrontDoor:
 
     def close(self) -> None:
         """Lets nobody in any more; idempotent."""
-        if self._closing:
+        if self._closing.is_set():
             return
-        self._closing = True
+        self._closing.set()
         # A thread in accept() does not notice that its socket was closed; a connection wakes it.
         try:
             socket.create_connection(("127.0.0.1", self.address.port), timeout=1.0).close()
@@ -96,13 +96,13 @@ class FrontDoor:
         self._listener.close()
 
     def _accept(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
                 log.debug("the door is shut: %s", error)
                 return
-            if self._closing:
+            if self._closing.is_set():
                 sock.close()
                 return
             connection = ControlConnection(sock)
@@ -124,7 +124,7 @@ class FrontDoor:
             else:
                 self.on_doorbell(visitor, connection)
         except (WireError, ChannelClosedError, HandshakeError) as error:
-            if self._closing:
+            if self._closing.is_set():
                 connection.close()
                 return
             # The reason may quote what the stranger sent.

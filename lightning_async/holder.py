@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import GroupHyper, adopt_amsgrad_state, holder_optimizer, set_group_hyper
+from lightning_async.amsgrad import FusedUpdate, GroupHyper, adopt_amsgrad_state, holder_optimizer
 from lightning_async.failure import FailureLatch
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier, Verdict
@@ -107,14 +107,12 @@ class Holder:
         self._latch = latch
         self._observer = observer
         self._changed = threading.Condition()
-        self._parameters: list[list[torch.nn.Parameter]] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         for index, template in enumerate(optimizers):
-            owned = [torch.nn.Parameter(view) for view in layout.views(self._flat, index)]
-            views = iter(owned)
-            groups = [[next(views) for _ in group["params"]] for group in template.param_groups]
-            self._parameters.append(owned)
+            views = iter(layout.views(self._flat, index))
+            groups = [[torch.nn.Parameter(next(views)) for _ in group["params"]] for group in template.param_groups]
             self._optimizers.append(holder_optimizer(template, groups))
+        self._updates = [FusedUpdate(optimizer) for optimizer in self._optimizers]
         latch.subscribe(lambda failure: self._wake())
 
     @property
@@ -194,16 +192,13 @@ class Holder:
                 own = copy.deepcopy(dict(state))
                 adopted |= adopt_amsgrad_state(own)
                 optimizer.load_state_dict(own)
+            for update in self._updates:
+                update.forget()
             self._barrier.version = version
         return adopted
 
     def _step(self, push: Push) -> None:
-        optimizer = self._optimizers[push.optimizer]
-        for group, hyper in zip(optimizer.param_groups, push.groups, strict=True):
-            set_group_hyper(group, hyper)
-        for parameter, gradient in zip(self._parameters[push.optimizer], push.gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
+        self._updates[push.optimizer](push.gradients, push.groups)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         while not ready():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FlatLayout"]
+__all__ = ["FlatLayout", "describe_model"]
 
 
 class FlatLayout:
@@ -81,3 +81,13 @@ class FlatLayout:
         """What two processes must agree on before the first payload: count, dtype and a digest of the shapes."""
         digest = hashlib.sha256(json.dumps(self.shapes).encode()).hexdigest()[:16]
         return {"parameters": self.numel, "dtype": str(self.dtype).removeprefix("torch."), "shapes": digest}
+
+
+def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:
+    """What a worker and the holder must agree on before the first payload, as JSON values.
+
+    Args:
+        layout: where each parameter lies.
+        groups: number of param groups of each optimizer.
+    """
+    return {**layout.fingerprint(), "groups": list(groups)}

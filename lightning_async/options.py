@@ -31,7 +31,7 @@ class ExchangeOptions:
     max_staleness: int | Literal["auto"] | None = "auto"
     on_stale: Literal["wait", "drop"] = "wait"
     batches: Literal["shared", "sharded"] = "shared"
-    transport: Literal["auto", "gloo"] = "auto"
+    transport: Literal["auto", "shm", "gloo"] = "auto"
     worker_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class ExchangeOptions:
         choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
             ("on_stale", self.on_stale, ("wait", "drop")),
             ("batches", self.batches, ("shared", "sharded")),
-            ("transport", self.transport, ("auto", "gloo")),
+            ("transport", self.transport, ("auto", "shm", "gloo")),
         )
         for name, value, allowed in choices:
             if value not in allowed:

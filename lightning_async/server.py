@@ -5,29 +5,27 @@ Above `session.py`, `frontdoor.py` and `transport/`; below `strategy.py`. Knows 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from threadpoolctl import threadpool_limits
-from torch.distributed import TCPStore
 
+from lightning_async.channels import ChannelOffice
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.frontdoor import DOORBELL, Address, FrontDoor, HandshakeError, Visitor, introduce
+from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.session import Session, SessionError
 from lightning_async.tickets import Ledger
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
 from lightning_async.transport.inprocess import in_process_pair
-from lightning_async.wire import Kind, Message, WireError
+from lightning_async.wire import WireError
 
-__all__ = ["Server", "dial"]
+__all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +43,7 @@ class Server:
         groups: number of param groups of each optimizer.
         latch: the run's failure latch.
         door: where workers come in; None if rank 0 is alone.
+        transport: how payloads travel.
         on_refused: called when a connection or a request is refused.
     """
 
@@ -56,6 +55,7 @@ class Server:
         groups: Sequence[int],
         latch: FailureLatch,
         door: FrontDoor | None = None,
+        transport: Literal["auto", "shm", "gloo"] = "auto",
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         self._holder = holder
@@ -70,14 +70,13 @@ class Server:
         self._threads: dict[int, threading.Thread] = {}
         self._closing = False
         if door is not None:
-            # torch's type stubs lack clone().
-            self._store: Any = TCPStore(door.address.host, 0, is_master=True, wait_for_workers=False)
+            self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype)
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
 
     def local_channel(self, worker: int = 0) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread."""
-        mine, theirs, serve_with = in_process_pair()
+        mine, theirs, serve_with = in_process_pair(Buffers.allocate(self._layout.numel, self._layout.dtype))
         serve_with(self._session(worker, theirs).serve_one)
         with self._lock:
             self._channels.append(theirs)
@@ -108,17 +107,14 @@ class Server:
                     f"rank {visitor.rank} has {key} = {other}, rank 0 has {mine}; "
                     "every rank must build the same model and optimizers"
                 )
+        self._office.check(visitor)
         with self._lock:
             present = self._threads.get(visitor.rank)
         if present is not None and present.is_alive():
             raise HandshakeError(f"rank {visitor.rank} is here already")
-        pair = f"worker-{visitor.rank}-{visitor.incarnation}"
-        welcome = json.dumps({"store_port": self._store.port, "pair": pair})
-        connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=welcome))
-        connection.settimeout(None)
         thread = threading.Thread(
             target=self._serve,
-            args=(visitor.rank, pair, connection),
+            args=(visitor, connection),
             name=f"session-{visitor.rank}",
             daemon=True,
         )
@@ -126,10 +122,11 @@ class Server:
             self._threads[visitor.rank] = thread
         thread.start()
 
-    def _serve(self, worker: int, pair: str, connection: ControlConnection) -> None:
+    def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
         use_one_thread()
+        worker = visitor.rank
         try:
-            channel = GlooChannel(connection, self._store.clone(), pair, HOLDER_SIDE)
+            channel = self._office.open(visitor, connection)
             with self._lock:
                 self._channels.append(channel)
             session = self._session(worker, channel)
@@ -142,6 +139,8 @@ class Server:
             self._latch.trip(RunFailure(worker, str(error)))
             # The worker may be waiting for the payload of the refused request to be taken.
             channel.close()
+        except HandshakeError as error:
+            self._latch.trip(RunFailure(worker, str(error)))
         except (WireError, ChannelClosedError) as error:
             if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
                 self._latch.trip(RunFailure(worker, str(error)))
@@ -149,6 +148,8 @@ class Server:
             # Whatever goes wrong in this thread must end the run: its worker waits for an answer.
             log.exception("the session of rank %d failed", worker)
             self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
+        finally:
+            connection.close()
 
 
 def use_one_thread() -> None:
@@ -160,29 +161,3 @@ def use_one_thread() -> None:
     # torch sets the number once per thread, at its first use there; after that the limit stays.
     torch.get_num_threads()
     threadpool_limits(limits=1, user_api="openmp")
-
-
-def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:
-    """What a worker and the holder must agree on before the first payload."""
-    return {**layout.fingerprint(), "groups": list(groups)}
-
-
-def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
-    """Connects a worker to its session.
-
-    Args:
-        address: of rank 0's front door.
-        worker: this rank.
-        layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
-        incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
-
-    Raises:
-        HandshakeError: if rank 0 refuses this worker, with its reason.
-        ChannelClosedError: if rank 0 cannot be reached.
-    """
-    model = describe_model(layout, groups)
-    connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model)
-    agreed = json.loads(welcome)
-    store = TCPStore(address.host, agreed["store_port"], is_master=False, wait_for_workers=False)
-    return GlooChannel(connection, store, agreed["pair"], WORKER_SIDE)

@@ -28,8 +28,8 @@ class SessionError(WireError):
 class Session:
     """Serves one worker: hands out tickets, takes its gradients, answers with fresh parameters.
 
-    Owns the worker's two buffers on the holder's side (a gradient and a copy of the parameters), so that no lock is
-    held while bytes move.
+    The channel's buffers are this worker's alone (a gradient and a copy of the parameters), so that no lock is held
+    while bytes move.
 
     Args:
         worker: the worker's rank.
@@ -56,9 +56,9 @@ class Session:
         self._ledger = ledger
         self._layout = layout
         self._groups = groups
-        self._gradient = layout.buffer()
+        self._gradient = channel.buffers.gradient
         self._views = [layout.views(self._gradient, index) for index in range(len(groups))]
-        self._parameters = layout.buffer()
+        self._parameters = channel.buffers.parameters
 
     def serve_one(self) -> None:
         """Receives one request and answers it.

@@ -86,7 +86,8 @@ class AsyncAMSGradStrategy(PhasedCollectives):
             waits for nobody and discards gradients that are too stale.
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
-        transport: how gradients travel. ``"auto"`` and ``"gloo"`` both use Gloo.
+        transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
+            Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
@@ -106,7 +107,7 @@ class AsyncAMSGradStrategy(PhasedCollectives):
         max_staleness: int | Literal["auto"] | None = "auto",
         on_stale: Literal["wait", "drop"] = "wait",
         batches: Literal["shared", "sharded"] = "shared",
-        transport: Literal["auto", "gloo"] = "auto",
+        transport: Literal["auto", "shm", "gloo"] = "auto",
         worker_timeout: float = 60.0,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,

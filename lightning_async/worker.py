@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.amsgrad import group_hyper
+from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
@@ -34,8 +35,8 @@ class RequestRefusedError(RuntimeError):
 class Worker:
     """One rank's view of the holder.
 
-    Gradients are gathered into one flat buffer, parameters arrive in another and are copied into the module at a step
-    boundary: writing them while a forward or backward runs would silently falsify the gradient.
+    Fresh parameters land at a step boundary only, while this rank waits for them: writing them while a forward or
+    backward runs would silently falsify the gradient.
 
     Args:
         rank: this rank.
@@ -68,11 +69,9 @@ class Worker:
         # With several optimizers a batch has several pushes, and only its last would have to ask.
         self._draws_with_push = len(optimizers) == 1
         self._last_wait_s = 0.0
-        self._gradient = layout.buffer()
-        self._gradient_views = [layout.views(self._gradient, index) for index in range(len(optimizers))]
-        self._arrived = layout.buffer()
-        self._arrived_views = [view for index in range(len(optimizers)) for view in layout.views(self._arrived, index)]
-        self._parameters = [_parameters(optimizer) for optimizer in optimizers]
+        self._gradient = channel.buffers.gradient
+        self._arrived = channel.buffers.parameters
+        self._binding = Binding([_parameters(optimizer) for optimizer in optimizers], layout, channel.buffers)
 
     @property
     def has_unreported_batches(self) -> bool:
@@ -95,10 +94,14 @@ class Worker:
         """Notes that a batch is being computed; pulls parameters first if this rank holds none."""
         self._latch.check()
         if not self._reading:
-            self._pull(Kind.PULL)
-            self._reading = True
+            self.pull()
         self._tickets += 1
         self._samples += samples
+
+    def pull(self) -> None:
+        """Lands the holder's parameters, once the barrier lets this rank read."""
+        self._pull(Kind.PULL)
+        self._reading = True
 
     def step(self, index: int) -> bool:
         """Pushes the gradients of one optimizer and lands the parameters that come back.
@@ -113,16 +116,9 @@ class Worker:
             WorkerFailedError: if the run has failed.
         """
         started = time.perf_counter()
-        parameters = self._parameters[index]
-        gradients = [parameter.grad for parameter in parameters]
-        present = [gradient is not None for gradient in gradients]
+        present = self._binding.gather(index)
         if not any(present):
             return False
-        with torch.no_grad():
-            torch._foreach_copy_(
-                [view for view, there in zip(self._gradient_views[index], present, strict=True) if there],
-                [gradient for gradient in gradients if gradient is not None],
-            )
         payload = self._layout.segment(self._gradient, index)
         asks = self._draws_with_push and self._drawn is None
         message = Message(
@@ -173,6 +169,7 @@ class Worker:
             return
         finally:
             self._channel.close()
+            self._binding.release()
 
     def _pull(self, kind: Kind) -> None:
         started = time.perf_counter()
@@ -186,8 +183,7 @@ class Worker:
                 f"this rank expects {self._arrived.nbytes} bytes of {self._arrived.dtype}"
             )
         self._guarded(lambda: self._channel.receive_payload(self._arrived))
-        with torch.no_grad():
-            torch._foreach_copy_([p for owned in self._parameters for p in owned], self._arrived_views)
+        self._binding.land()
         self.version = reply.version
 
     def _request(self, message: Message, expected: Kind, payload: Tensor | None = None) -> Message:

@@ -139,7 +139,7 @@ def _kill_session(session: int) -> None:
     for pid in session_processes(session):
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except ProcessLookupError:  # noqa: PERF203  # each process may be gone by itself
             continue
     try:
         os.waitpid(session, 0)

@@ -1,34 +1,60 @@
 """What a channel is: one worker's ordered exchange of messages and payloads with the holder.
 
-Implemented by `gloo.py` (another process), `inprocess.py` (rank 0's own worker) and `fake.py` (tests); shared memory
-and NCCL belong here too. Used by `worker.py` and `server.py`.
+Implemented by `shm.py` (another process on the holder's host), `gloo.py` (any other process), `inprocess.py` (rank 0's
+own worker) and `fake.py` (tests). Used by `worker.py` and `server.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_async.wire import Message
 
-__all__ = ["Channel", "ChannelClosedError"]
+__all__ = ["Buffers", "Channel", "ChannelClosedError"]
 
 
 class ChannelClosedError(ConnectionError):
     """The other side of a channel is gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """The two flat buffers of one side of a channel; over shared memory both sides have the same.
+
+    Args:
+        gradient: filled by the worker, read by the holder's session.
+        parameters: filled by the holder's session, read by the worker.
+    """
+
+    gradient: Tensor
+    parameters: Tensor
+
+    @classmethod
+    def allocate(cls, numel: int, dtype: torch.dtype) -> Buffers:
+        """Zeroed buffers in this process's own memory."""
+        return cls(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype))
+
+
 class Channel(ABC):
     """One side of an exchange in which every request is answered by one reply.
 
-    A payload travels only behind its message: the receiver looks at the message first, refuses it if it does not fit,
-    and only then takes the payload into a buffer of the right size.
+    A payload is a part of one of the channel's buffers and travels only behind its message: the receiver looks at the
+    message first, refuses it if it does not fit, and only then takes the payload into the same part of its own buffer.
+
+    Args:
+        buffers: this side's buffers.
     """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
 
     @abstractmethod
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """Sends a message and the payload that it announces.
+        """Sends a message and the payload that it announces, a part of one of this side's buffers.
 
         Raises:
             ChannelClosedError: if the peer is gone.
@@ -45,7 +71,7 @@ class Channel(ABC):
 
     @abstractmethod
     def receive_payload(self, out: Tensor) -> None:
-        """Takes the payload that the last message announced into ``out``, which must be of its size and dtype.
+        """Takes the payload that the last message announced into ``out``, the same part of this side's buffer.
 
         Raises:
             ChannelClosedError: if the peer is gone or does not deliver in time.

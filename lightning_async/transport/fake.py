@@ -6,9 +6,10 @@ import queue
 import threading
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import HEADER_BYTES, Message, decode, decode_header, encode
 
 __all__ = ["FakeChannel", "fake_pair"]
@@ -20,10 +21,12 @@ class FakeChannel(Channel):
     """One end of a channel between threads; every message passes through its byte form.
 
     Args:
+        buffers: this end's buffers.
         fault: called with each message before it is sent; raises to lose the connection at that point.
     """
 
-    def __init__(self, fault: Fault | None = None) -> None:
+    def __init__(self, buffers: Buffers, fault: Fault | None = None) -> None:
+        super().__init__(buffers)
         self._inbox: queue.Queue[tuple[bytes, Tensor | None] | None] = queue.Queue()
         self._peer: FakeChannel | None = None
         self._fault = fault
@@ -67,13 +70,18 @@ class FakeChannel(Channel):
             self._peer._inbox.put(None)
 
 
-def fake_pair(worker_fault: Fault | None = None) -> tuple[FakeChannel, FakeChannel]:
+def fake_pair(
+    numel: int, dtype: torch.dtype = torch.float32, worker_fault: Fault | None = None
+) -> tuple[FakeChannel, FakeChannel]:
     """The worker's and the session's end of a channel between two threads.
 
     Args:
+        numel: size of each buffer.
+        dtype: of the buffers.
         worker_fault: called with each message that the worker sends; see `FakeChannel`.
     """
-    worker, session = FakeChannel(worker_fault), FakeChannel()
+    worker = FakeChannel(Buffers.allocate(numel, dtype), worker_fault)
+    session = FakeChannel(Buffers.allocate(numel, dtype))
     worker.join(session)
     session.join(worker)
     return worker, session

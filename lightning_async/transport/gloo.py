@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.wire import Message
 
@@ -34,6 +34,7 @@ class GlooChannel(Channel):
 
     Args:
         control: the connected control connection; owned from here on.
+        buffers: this side's buffers.
         store: where the two sides find each other; shared by all workers.
         name: unique name of this worker's incarnation.
         side: `HOLDER_SIDE` or `WORKER_SIDE`.
@@ -42,7 +43,8 @@ class GlooChannel(Channel):
         ChannelClosedError: if the other side does not come.
     """
 
-    def __init__(self, control: ControlConnection, store: Store, name: str, side: int) -> None:
+    def __init__(self, control: ControlConnection, buffers: Buffers, store: Store, name: str, side: int) -> None:
+        super().__init__(buffers)
         self._control = control
         self._side = side
         # torch's type stubs know only a part of this class.

@@ -6,23 +6,24 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import Message
 
 __all__ = ["in_process_pair"]
 
 
 class _End(Channel):
-    def __init__(self) -> None:
+    def __init__(self, buffers: Buffers) -> None:
+        super().__init__(buffers)
         self.peer: _End | None = None
-        self.inbox: list[tuple[Message, Tensor | None]] = []
-        self.payload: Tensor | None = None
+        self.inbox: list[Message] = []
         self.on_message: Callable[[], None] | None = None
 
     def send(self, message: Message, payload: Tensor | None = None) -> None:
         if self.peer is None:
             raise ChannelClosedError("channel closed")
-        self.peer.inbox.append((message, payload))
+        # The payload is where the peer reads it: both ends have the same buffers.
+        self.peer.inbox.append(message)
         # The session serves the request in the worker's thread: handing it to another one would cost two thread
         # switches, up to 5 ms each while this thread runs pure Python.
         if self.peer.on_message is not None:
@@ -31,14 +32,10 @@ class _End(Channel):
     def receive(self) -> Message:
         if not self.inbox:
             raise ChannelClosedError("channel closed")
-        message, self.payload = self.inbox.pop(0)
-        return message
+        return self.inbox.pop(0)
 
     def receive_payload(self, out: Tensor) -> None:
-        if self.payload is None:
-            raise ChannelClosedError("the last message announced no payload")
-        out.copy_(self.payload)
-        self.payload = None
+        return
 
     def close(self) -> None:
         if self.peer is not None:
@@ -46,14 +43,17 @@ class _End(Channel):
             self.peer = None
 
 
-def in_process_pair() -> tuple[Channel, Channel, Callable[[Callable[[], None]], None]]:
+def in_process_pair(buffers: Buffers) -> tuple[Channel, Channel, Callable[[Callable[[], None]], None]]:
     """Two ends of a channel within one thread.
+
+    Args:
+        buffers: the buffers of both ends.
 
     Returns:
         The worker's end, the session's end, and a function that takes what serves one request: it is called in the
         worker's thread for each message that the worker sends.
     """
-    worker, session = _End(), _End()
+    worker, session = _End(buffers), _End(buffers)
     worker.peer, session.peer = session, worker
 
     def serve_with(handler: Callable[[], None]) -> None:

@@ -170,16 +170,24 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> Non
 @pytest.mark.parametrize(("rank", "kind"), [(0, "sigterm"), (2, "sigterm"), (2, "sigterm_all")])
 def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind: Any) -> None:
     def script(folder: Path) -> None:
-        from lightning_async import AsyncAMSGradStrategy
+        from lightning.pytorch import Callback, LightningModule, Trainer
 
-        leave = AsyncAMSGradStrategy.raise_sigterm
+        from lightning_async import strategy
+        from lightning_async.membership import Membership
 
-        def report_and_leave(self: AsyncAMSGradStrategy) -> None:
-            report(folder, self.global_rank, version=self.version)
-            leave(self)
+        trainers: list[Trainer] = []
 
-        AsyncAMSGradStrategy.raise_sigterm = report_and_leave  # type: ignore[method-assign]
-        train(Run((Fault(rank, 20, kind),), strategy=FORK), folder)
+        class Finder(Callback):
+            def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+                trainers.append(trainer)
+
+        class Reporting(Membership):
+            def _explain(self, error: BaseException) -> BaseException:
+                report(folder, self.rank, version=trainers[0].strategy.version, why=type(error).__name__)
+                return super()._explain(error)
+
+        strategy.Membership = Reporting  # type: ignore[misc]
+        train(Run((Fault(rank, 20, kind),), strategy=FORK), folder, [Finder()])
 
     run = launch(script, tmp_path)
 
@@ -188,6 +196,7 @@ def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind:
     assert "Traceback" not in run.output
     assert not explanations(run.output)
     assert len(run.reports()) == 3
+    assert {rank["why"] for rank in run.reports()} == {"SIGTERMException"}
     assert len({rank["version"] for rank in run.reports()}) == 1
     assert seconds_to_end(tmp_path) < END_S
 

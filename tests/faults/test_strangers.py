@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lightning_async import AMSGrad, frontdoor
 from lightning_async.amsgrad import group_hyper
+from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch, WorkerFailedError
 from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
 from lightning_async.holder import Holder
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.lifeline import Lifelines
 from lightning_async.monitor import RunStats
-from lightning_async.server import Server, describe_model, dial
+from lightning_async.server import Server
 from lightning_async.staleness import Barrier
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel, ChannelClosedError

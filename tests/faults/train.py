@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Run:
         return cls(faults=faults, **(values | {"sleep_s": tuple(values["sleep_s"])}))
 
 
-def train(run: Run, folder: Path) -> None:
+def train(run: Run, folder: Path, callbacks: Sequence[Any] = ()) -> None:
     """Fits, and says so when it is done."""
     from torch import nn
 
@@ -64,7 +65,7 @@ def train(run: Run, folder: Path) -> None:
         folder,
         run.ranks,
         AsyncAMSGradStrategy(**run.strategy),
-        callbacks=[FaultInjector(run.faults)],
+        callbacks=[FaultInjector(run.faults), *callbacks],
         **run.trainer,
     )
     trainer.fit(module, loader(), loader(samples=24))

@@ -13,12 +13,19 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from lightning_async import AMSGrad, AsyncAMSGradStrategy, binding
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 
 BATCH_SIZE = 4
 SEED = 11
+
+
+@pytest.fixture(params=[False, True], ids=["gathered", "hooked"])
+def hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are gathered when they are pushed, or moved by a hook as soon as they are complete."""
+    if request.param:
+        monkeypatch.setattr(binding, "_HOOKED_FROM_BYTES", 0)
 
 
 class Oddly(TinyClassifier):
@@ -125,6 +132,7 @@ class Unusual(Oddly):
         return [optimizer], [{"scheduler": one_cycle, "interval": "step"}]
 
 
+@pytest.mark.usefixtures("hooks")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -176,16 +184,18 @@ def replay(module: TinyClassifier, updates: list[dict[str, Any]], samples: int) 
     assert computed == per_epoch * 2
 
 
+@pytest.mark.usefixtures("hooks")
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
         ({"max_staleness": 0}, {}),
-        ({"max_staleness": "auto"}, {}),
+        ({"max_staleness": "auto", "transport": "shm"}, {}),
+        ({"max_staleness": "auto", "transport": "gloo"}, {}),
         ({"max_staleness": 2}, {"accumulate_grad_batches": 2}),
         ({"max_staleness": 1, "on_stale": "drop"}, {}),
         ({"max_staleness": 3, "batches": "sharded"}, {}),
     ],
-    ids=["in-turns", "auto", "accumulated", "drop", "sharded"],
+    ids=["in-turns", "shm", "gloo", "accumulated", "drop", "sharded"],
 )
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any]

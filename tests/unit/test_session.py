@@ -17,7 +17,7 @@ from lightning_async.layout import FlatLayout
 from lightning_async.session import APPLIED, DROPPED, Session, SessionError
 from lightning_async.staleness import Barrier
 from lightning_async.tickets import Ledger
-from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.fake import Fault, fake_pair
 from lightning_async.transport.inprocess import in_process_pair
 from lightning_async.wire import Kind, Message, pack_bitmap
@@ -44,7 +44,7 @@ class Desk:
         self.ledger.begin_epoch(range(tickets))
         self.ledger.open(tickets)
         self.applied: list[int] = []
-        self.channel, theirs = fake_pair(fault)
+        self.channel, theirs = fake_pair(self.layout.numel, worker_fault=fault)
         self.session = Session(RANK, theirs, self.holder, self.ledger, self.layout, [1, 1])
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
@@ -332,7 +332,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
 
 def test_rank_0s_own_worker_takes_the_same_path_without_a_thread() -> None:
     desk = Desk(tickets=4)
-    worker_end, session_end, serve_with = in_process_pair()
+    worker_end, session_end, serve_with = in_process_pair(Buffers.allocate(desk.layout.numel, desk.layout.dtype))
     serve_with(Session(0, session_end, desk.holder, desk.ledger, desk.layout, [1, 1]).serve_one)
     worker = Worker(0, worker_end, desk.layout, desk.optimizers, desk.latch)
     threads = threading.active_count()

@@ -1,0 +1,110 @@
+"""The module's parameters and gradients in a channel's flat buffers, without a copy where that is safe.
+
+Used by `worker.py`. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_async.layout import FlatLayout
+from lightning_async.transport.base import Buffers
+
+__all__ = ["Binding"]
+
+# From here on copying a gradient while the processor's caches still hold it saves more than the hook costs.
+_HOOKED_FROM_BYTES = 1 << 20
+
+
+class Binding:
+    """Ties a module's parameters to the buffer that the holder fills, and its gradients to the one that it reads.
+
+    A parameter becomes a view of the buffer: fresh values land in it with the message that announces them, which comes
+    only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly instead of
+    giving a wrong gradient. What cannot be a view (another dtype, another memory format) or is no longer one (``module.to(...)``)
+    is found at each landing, and copied.
+
+    A gradient moves into the buffer once, when autograd has completed it: then ``.grad`` is a view of the buffer, on
+    which accumulation, unscaling and clipping work in place. Small models are copied when they are pushed, which is
+    cheaper than a hook per parameter.
+
+    Args:
+        parameters: the parameters of each optimizer, in the layout's order; their values are kept.
+        layout: where each parameter lies.
+        buffers: this rank's side of the channel.
+    """
+
+    def __init__(self, parameters: Sequence[Sequence[Tensor]], layout: FlatLayout, buffers: Buffers) -> None:
+        self._gradients = [layout.views(buffers.gradient, index) for index in range(len(parameters))]
+        self._owned = [list(owned) for owned in parameters]
+        views = [view for index in range(len(parameters)) for view in layout.views(buffers.parameters, index)]
+        self._pairs = list(zip((p for owned in parameters for p in owned), views, strict=True))
+        self._pointers = [view.data_ptr() for view in views]
+        self._bound: list[Tensor] = []
+        for parameter, view in self._pairs:
+            view.copy_(parameter.detach())
+            if parameter.dtype is view.dtype and parameter.is_contiguous() and parameter.device == view.device:
+                parameter.data = view
+                self._bound.append(parameter)
+        self._hooks = self._install_hooks() if layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES else []
+
+    def gather(self, index: int) -> list[bool]:
+        """Brings the gradients of one optimizer into the buffer; returns which parameters have one."""
+        present, targets, sources = [], [], []
+        for parameter, view in zip(self._owned[index], self._gradients[index], strict=True):
+            gradient = parameter.grad
+            present.append(gradient is not None)
+            if gradient is not None and gradient.data_ptr() != view.data_ptr():
+                targets.append(view)
+                sources.append(gradient)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources)
+        return present
+
+    def land(self) -> None:
+        """To be called when fresh parameters are in the buffer."""
+        strays = [
+            (parameter, view)
+            for (parameter, view), pointer in zip(self._pairs, self._pointers, strict=True)
+            if parameter.data_ptr() != pointer
+        ]
+        if strays:
+            with torch.no_grad():
+                torch._foreach_copy_([parameter for parameter, _ in strays], [view for _, view in strays])
+        if self._bound:
+            torch.autograd.graph.increment_version(self._bound)
+
+    def release(self) -> None:
+        """Gives the module memory of its own again: a view would keep, and save, the whole buffer."""
+        for hook in self._hooks:
+            hook.remove()
+        for (parameter, _), pointer in zip(self._pairs, self._pointers, strict=True):
+            if parameter.data_ptr() == pointer:
+                parameter.data = parameter.data.clone()
+        for owned, views in zip(self._owned, self._gradients, strict=True):
+            for parameter, view in zip(owned, views, strict=True):
+                if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
+                    parameter.grad = parameter.grad.clone()
+
+    def _install_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        hooks = []
+        for owned, views in zip(self._owned, self._gradients, strict=True):
+            parameter: Any  # torch does not type this method
+            for parameter, view in zip(owned, views, strict=True):
+                if parameter.requires_grad and parameter.dtype is view.dtype and parameter.device == view.device:
+                    move = functools.partial(_move_gradient, view=view)
+                    hooks.append(parameter.register_post_accumulate_grad_hook(move))
+        return hooks
+
+
+def _move_gradient(parameter: Tensor, view: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is not None and gradient.data_ptr() != view.data_ptr() and gradient.layout is torch.strided:
+        view.copy_(gradient)
+        parameter.grad = view

@@ -1,0 +1,147 @@
+"""How a worker and the holder agree on a channel: shared memory on one host, Gloo otherwise.
+
+Above `transport/`; below `server.py`, which offers, and `engine.py`, which dials.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.distributed import TCPStore
+
+from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.layout import FlatLayout, describe_model
+from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
+from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
+from lightning_async.wire import Kind, Message
+
+__all__ = ["ChannelOffice", "dial"]
+
+log = logging.getLogger(__name__)
+
+
+class ChannelOffice:
+    """Rank 0's side: offers each worker the best channel that both sides can have.
+
+    Args:
+        host: the address that the workers reach rank 0 at.
+        transport: "auto", or the only channel to offer.
+        numel: size of the flat buffers.
+        dtype: of the flat buffers.
+    """
+
+    def __init__(self, host: str, transport: Literal["auto", "shm", "gloo"], numel: int, dtype: torch.dtype) -> None:
+        self._host = host
+        self._transport = transport
+        self._numel = numel
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._store: Any = None
+
+    def check(self, visitor: Visitor) -> None:
+        """Refuses a worker for which there is no channel.
+
+        Raises:
+            HandshakeError: if only shared memory is wanted and the worker is on another host.
+        """
+        if self._transport == "shm" and not _shares_memory(visitor):
+            raise HandshakeError(
+                f'transport="shm" was asked for, and rank {visitor.rank} cannot map the memory of rank 0: it is on '
+                'another host or in another container. Take transport="auto", which uses Gloo for such ranks'
+            )
+
+    def open(self, visitor: Visitor, connection: ControlConnection) -> Channel:
+        """Welcomes a worker and connects a channel to it.
+
+        Raises:
+            ChannelClosedError: if the worker goes away meanwhile.
+            HandshakeError: if only shared memory is wanted and cannot be had.
+        """
+        segment = self._segment(visitor)
+        try:
+            pair = f"worker-{visitor.rank}-{visitor.incarnation}"
+            offer = {
+                "pair": pair,
+                "segment": segment.path if segment else None,
+                "store_port": self._store_port(segment),
+            }
+            connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
+            connection.settimeout(None)
+            if segment is not None:
+                answer = connection.receive()
+                if answer.kind is Kind.ACK:
+                    return SharedMemoryChannel(connection, segment.buffers)
+                self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
+                fallback = {"pair": pair, "segment": None, "store_port": self._store_port(None)}
+                connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(fallback)))
+        finally:
+            if segment is not None:
+                segment.release()
+        buffers = Buffers.allocate(self._numel, self._dtype)
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE)
+
+    def _segment(self, visitor: Visitor) -> SharedSegment | None:
+        if self._transport == "gloo" or not _shares_memory(visitor):
+            return None
+        try:
+            return SharedSegment(self._numel, self._dtype)
+        except OSError as error:
+            mebibytes = 2 * self._numel * self._dtype.itemsize / 2**20
+            self._complain(f"no {mebibytes:.0f} MiB of shared memory for rank {visitor.rank}: {error}")
+            return None
+
+    def _complain(self, problem: str) -> None:
+        if self._transport == "shm":
+            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses Gloo instead')
+        log.warning("lightning_async: %s; it will use Gloo, which is slower", problem)
+
+    def _store_port(self, segment: SharedSegment | None) -> int:
+        # The store, with its thread and port, exists only if somebody needs it.
+        if segment is not None:
+            return 0
+        with self._lock:
+            if self._store is None:
+                self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+            return int(self._store.port)
+
+
+def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
+    """Connects a worker to its session.
+
+    Args:
+        address: of rank 0's front door.
+        worker: this rank.
+        layout: where each parameter lies.
+        groups: number of param groups of each optimizer.
+        incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
+
+    Raises:
+        HandshakeError: if rank 0 refuses this worker, with its reason.
+        ChannelClosedError: if rank 0 cannot be reached.
+    """
+    numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
+    connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model, host=host_identity())
+    offer = json.loads(welcome)
+    if offer["segment"] is not None:
+        try:
+            buffers = SharedSegment.attach(offer["segment"], numel, dtype)
+        except OSError as error:
+            connection.send(Message(Kind.REFUSE, worker=worker, text=str(error)))
+            offer = json.loads(connection.receive().text)
+        else:
+            connection.send(Message(Kind.ACK, worker=worker))
+            return SharedMemoryChannel(connection, buffers)
+    store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
+    return GlooChannel(connection, Buffers.allocate(numel, dtype), store, offer["pair"], WORKER_SIDE)
+
+
+def _shares_memory(visitor: Visitor) -> bool:
+    mine = host_identity()
+    return bool(mine) and visitor.claims.get("host") == mine

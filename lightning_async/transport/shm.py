@@ -1,0 +1,132 @@
+"""The shared-memory channel: payloads stay where they are; only messages move.
+
+For a worker on the holder's host. Above `control.py`; built by `server.py`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import torch
+from torch import Tensor
+
+from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.control import ControlConnection
+from lightning_async.wire import Message
+
+__all__ = ["SharedMemoryChannel", "SharedSegment", "host_identity"]
+
+_ALIGNMENT_BYTES = 4096
+
+
+def host_identity() -> str:
+    """What two processes have in common if one can map the other's memory: kernel, process namespace and user.
+
+    Empty where memory cannot be shared this way, so that nobody is on the same host.
+    """
+    if not hasattr(os, "memfd_create"):
+        return ""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return f"{boot}:{namespace}:{os.getuid()}"
+
+
+class SharedSegment:
+    """Memory for one worker's two buffers that has no name, and so cannot outlive the processes that map it.
+
+    Args:
+        numel: size of each buffer.
+        dtype: of the buffers.
+
+    Raises:
+        OSError: if the host has not enough memory left.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        self._numel, self._dtype = numel, dtype
+        self._descriptor = os.memfd_create("lightning_async", os.MFD_CLOEXEC)
+        try:
+            # Without this, a lack of memory would show as a SIGBUS at some write, much later.
+            os.posix_fallocate(self._descriptor, 0, _segment_bytes(numel, dtype))
+            self.buffers = _map(self._descriptor, numel, dtype)
+        except OSError:
+            self.release()
+            raise
+
+    @property
+    def path(self) -> str:
+        """Where another process of this user opens the segment, until `release`."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def release(self) -> None:
+        """Closes the way in; the mappings, and with them the memory, last as long as their tensors. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @staticmethod
+    def attach(path: str, numel: int, dtype: torch.dtype) -> Buffers:
+        """Maps another process's segment.
+
+        Raises:
+            OSError: if it cannot be opened from here.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return _map(descriptor, numel, dtype)
+        finally:
+            os.close(descriptor)
+
+
+class SharedMemoryChannel(Channel):
+    """Messages over the control connection; payloads are read where the other side wrote them.
+
+    The message is the doorbell: the worker writes its gradient before PUSH and touches it again only after the answer;
+    the holder writes the parameters before PARAMETERS and only while the worker waits for it. Both processes order
+    their memory by the system calls that the message takes.
+
+    Args:
+        control: the connected control connection; owned from here on.
+        buffers: the mapped segment.
+    """
+
+    def __init__(self, control: ControlConnection, buffers: Buffers) -> None:
+        super().__init__(buffers)
+        self._control = control
+
+    def send(self, message: Message, payload: Tensor | None = None) -> None:
+        """See `Channel.send`."""
+        self._control.send(message)
+
+    def receive(self) -> Message:
+        """See `Channel.receive`."""
+        return self._control.receive()
+
+    def receive_payload(self, out: Tensor) -> None:
+        """See `Channel.receive_payload`: it is there already."""
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._control.shutdown()
+        self._control.close()
+
+
+def _segment_bytes(numel: int, dtype: torch.dtype) -> int:
+    return 2 * _padded(numel * dtype.itemsize)
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _map(descriptor: int, numel: int, dtype: torch.dtype) -> Buffers:
+    mapped = mmap.mmap(descriptor, _segment_bytes(numel, dtype))
+    # The tensors keep the mapping alive.
+    gradient = torch.frombuffer(mapped, dtype=dtype, count=numel)
+    parameters = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=_padded(numel * dtype.itemsize))
+    return Buffers(gradient, parameters)

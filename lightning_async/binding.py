@@ -26,8 +26,8 @@ class Binding:
 
     A parameter becomes a view of the buffer: fresh values land in it with the message that announces them, which comes
     only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly instead of
-    giving a wrong gradient. What cannot be a view (another dtype, another memory format) or is no longer one (``module.to(...)``)
-    is found at each landing, and copied.
+    giving a wrong gradient. What cannot be a view (another dtype, another memory format) or is no longer one
+    (``module.to(...)``) is found at each landing, and copied.
 
     A gradient moves into the buffer once, when autograd has completed it: then ``.grad`` is a view of the buffer, on
     which accumulation, unscaling and clipping work in place. Small models are copied when they are pushed, which is

@@ -31,13 +31,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_async import loops
 from lightning_async.buffers import average_buffers, broadcast_tensors
 from lightning_async.collectives import PhasedCollectives
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.failure import RunFailure
 from lightning_async.holder import Snapshot
-from lightning_async.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.internals import loops, trainer_state
+from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.options import ExchangeOptions
@@ -239,7 +239,7 @@ class AsyncAMSGradStrategy(PhasedCollectives):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        if not any(map(loops.is_optimizer, self.optimizers)):
+        if not any(map(trainer_state.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
                 "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
             )
@@ -257,7 +257,7 @@ class AsyncAMSGradStrategy(PhasedCollectives):
         if self.world_size > 1:
             broadcast_tensors([*module.parameters(), *module.buffers()])
         self.sigterm_received = False
-        self._version = loops.optimizer_steps(trainer) * self.world_size
+        self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
         try:
             self._engine = Engine(
@@ -283,7 +283,7 @@ class AsyncAMSGradStrategy(PhasedCollectives):
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
         if trainer.state.fn == TrainerFn.FITTING and trainer.training and _walks_one_order(dataloader):
-            share_loader(dataloader, self.world_size, loops.run_seed())
+            share_loader(dataloader, self.world_size, trainer_state.run_seed())
         return dataloader
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -332,14 +332,14 @@ class AsyncAMSGradStrategy(PhasedCollectives):
             any(wish) for wish in zip(*wishes, strict=True)
         )
         if sigterm:
-            loops.set_received_sigterm(trainer)
+            trainer_state.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
         self.worker.refresh()
         if self.world_size > 1:
             average_buffers(self.lightning_module)
         left = 0 if self._engine.ledger is None else self._engine.ledger.progress()[1]
-        left, fields = self.broadcast((left, loops.checkpoint_fields(trainer)))
-        loops.set_checkpoint_fields(trainer, fields)
+        left, fields = self.broadcast((left, trainer_state.checkpoint_fields(trainer)))
+        trainer_state.set_checkpoint_fields(trainer, fields)
         return Stop(left, validation_requested, skip_rest)
 
     def raise_sigterm(self) -> None:

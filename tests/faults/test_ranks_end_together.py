@@ -266,7 +266,7 @@ def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
 
 def test_twenty_runs_in_a_row_raise_no_false_alarm(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
-        from lightning_async.launchers import ProcessLauncher
+        from lightning_async.internals.launchers import ProcessLauncher
 
         descriptor = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 2)

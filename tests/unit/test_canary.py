@@ -23,7 +23,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_async
-from lightning_async import collectives, launchers, loops, results, strategy
+from lightning_async import collectives, strategy
+from lightning_async.internals import fetcher, launchers, loops, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
 WATCHED = ("lightning", "torch", "torchmetrics")
@@ -69,7 +70,9 @@ def test_a_private_name_can_still_be_imported(file: str, path: str) -> None:
 
 
 def test_the_imports_are_found() -> None:
-    assert {"loops.py", "results.py", "launchers.py", "strategy.py"} <= {file for file, _ in private_imports()}
+    assert {"internals/loops.py", "internals/results.py", "internals/launchers.py", "strategy.py"} <= {
+        file for file, _ in private_imports()
+    }
 
 
 # --- what is overridden ----------------------------------------------------------------------------------------------
@@ -83,11 +86,14 @@ DDP = "lightning.pytorch.strategies.ddp.DDPStrategy"
 
 # What is overridden or called, and its parameters.
 SIGNATURES = {
-    "loops.py": {
+    "internals/fetcher.py": {
         f"{FETCHER}.setup": "self, combined_loader",
         f"{FETCHER}.reset": "self",
         f"{FETCHER}.__iter__": "self",
         f"{FETCHER}.__next__": "self",
+        "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
+    },
+    "internals/loops.py": {
         f"{EPOCH_LOOP}.on_run_start": "self, data_fetcher",
         f"{EPOCH_LOOP}.advance": "self, data_fetcher",
         f"{EPOCH_LOOP}.on_advance_end": "self, data_fetcher",
@@ -108,15 +114,14 @@ SIGNATURES = {
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
             "self, signum, _"
         ),
-        "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
     },
-    "results.py": {
+    "internals/results.py": {
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
             "self, metadata, is_tensor"
         ),
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection.valid_items": "self",
     },
-    "launchers.py": {
+    "internals/launchers.py": {
         f"{SCRIPT}.__init__": "self, cluster_environment, num_processes, num_nodes",
         f"{SCRIPT}.launch": "self, function, *args, trainer, **kwargs",
         f"{SCRIPT}._call_children_scripts": "self",
@@ -190,7 +195,7 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
 @pytest.mark.parametrize(
     "kind",
     [
-        loops.TicketFetcher,
+        fetcher.TicketFetcher,
         loops.AsyncEpochLoop,
         loops.AsyncFitLoop,
         launchers.ScriptLauncher,
@@ -208,24 +213,27 @@ def test_every_override_overrides_something(kind: type) -> None:
         ):
             bases = [base for base in kind.__mro__[1:] if method.name in vars(base)]
             if not bases:
-                fail(f"{kind.__module__.rpartition('.')[2]}.py", f"{kind.__name__}.{method.name} being an override")
+                fail(
+                    f"{kind.__module__.partition('.')[2].replace('.', '/')}.py",
+                    f"{kind.__name__}.{method.name} being an override",
+                )
 
 
 @pytest.mark.parametrize("name", ["global_step", "batch_idx", "done"])
 def test_the_epoch_loops_counters_are_properties(name: str) -> None:
-    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "loops.py"), property):
-        fail("loops.py", f"{EPOCH_LOOP}.{name} being a property")
+    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "internals/loops.py"), property):
+        fail("internals/loops.py", f"{EPOCH_LOOP}.{name} being a property")
 
 
 # What this package does in its own way instead. When Lightning changes it, there may be something to take over.
 REPLACED = {
-    ("launchers.py", f"{MULTI}.launch"): "e4df5e148770",
-    ("launchers.py", f"{SCRIPT}.launch"): "03d4b1d10b94",
-    ("loops.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
-    ("loops.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
-    ("loops.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
+    ("internals/launchers.py", f"{MULTI}.launch"): "e4df5e148770",
+    ("internals/launchers.py", f"{SCRIPT}.launch"): "03d4b1d10b94",
+    ("internals/loops.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
+    ("internals/loops.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
+    ("internals/loops.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
     (
-        "loops.py",
+        "internals/loops.py",
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn",
     ): "a8f4215e2186",
 }
@@ -252,7 +260,7 @@ def test_what_is_done_in_another_way_here_has_not_changed_there(file: str, path:
 # --- what is read and written ----------------------------------------------------------------------------------------
 
 TRAINER_ATTRIBUTES = {
-    "loops.py": [
+    "internals/loops.py": [
         "fit_loop._can_stop_early",
         "fit_loop._data_fetcher",
         "fit_loop.epoch_loop._batches_that_stepped",
@@ -274,13 +282,12 @@ TRAINER_ATTRIBUTES = {
         "fit_loop.epoch_loop.val_loop.run",
         "_val_check_time_interval",
         "_logger_connector._first_loop_iter",
-        "_signal_connector.received_sigterm",
         "_signal_connector._sigterm_notifier_fn",
-        "checkpoint_callbacks",
         "received_sigterm",
         "should_stop",
         "strategy._lightning_optimizers",
     ],
+    "internals/trainer_state.py": ["_signal_connector.received_sigterm", "checkpoint_callbacks"],
     "strategy.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
 }
 
@@ -304,45 +311,45 @@ def test_the_trainer_has_what_is_read_and_written(file: str, path: str, tmp_path
 
 def test_the_checkpoint_callback_keeps_its_notes_under_the_same_names() -> None:
     notes = vars(ModelCheckpoint())
-    for name in loops._CHECKPOINT_FIELDS:
+    for name in trainer_state._CHECKPOINT_FIELDS:
         if name not in notes:
-            fail("loops.py", f"ModelCheckpoint.{name}")
+            fail("internals/trainer_state.py", f"ModelCheckpoint.{name}")
 
 
 def test_a_logged_entry_has_the_same_fields() -> None:
     fields = {field.name for field in dataclasses.fields(results._Metadata)}
     for name in set(results._PLAIN_FIELDS) - fields:
-        fail("results.py", f"_Metadata.{name}")
+        fail("internals/results.py", f"_Metadata.{name}")
     # A new field would be lost on the way between ranks.
     for name in fields - set(results._PLAIN_FIELDS) - {"_sync"}:
-        fail("results.py", f"_Metadata without {name}")
+        fail("internals/results.py", f"_Metadata without {name}")
     if not {"_should", "fn", "rank_zero_only"} <= {field.name for field in dataclasses.fields(results._Sync)}:
-        fail("results.py", "_Sync(_should, fn, rank_zero_only)")
+        fail("internals/results.py", "_Sync(_should, fn, rank_zero_only)")
     metric = results._ResultMetric(results._Metadata("training_step", "loss", on_epoch=True), is_tensor=True)
     for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value"):
         if not hasattr(metric, name):
-            fail("results.py", f"_ResultMetric.{name}")
+            fail("internals/results.py", f"_ResultMetric.{name}")
 
 
 def test_the_combined_loader_makes_its_iterator_as_before() -> None:
-    loader = loops.CombinedLoader([[1, 2]], "min_size")
+    loader = fetcher.CombinedLoader([[1, 2]], "min_size")
     for name in ("_iterator", "_mode", "_limits", "flattened"):
         if not hasattr(loader, name):
-            fail("loops.py", f"CombinedLoader.{name}")
-    loader._iterator = loops._SUPPORTED_MODES[loader._mode]["iterator"](loader.flattened, loader._limits)
+            fail("internals/fetcher.py", f"CombinedLoader.{name}")
+    loader._iterator = fetcher._SUPPORTED_MODES[loader._mode]["iterator"](loader.flattened, loader._limits)
     if len(loader) != 2:
-        fail("loops.py", "a CombinedLoader that answers len() by its iterator's loaders")
+        fail("internals/fetcher.py", "a CombinedLoader that answers len() by its iterator's loaders")
 
 
 def test_a_time_based_interval_is_counted_from_the_same_moment() -> None:
     # Set when the data is set up, where there is such an interval; then after every validation.
     if "trainer._last_val_time = trainer._train_start_time" not in inspect.getsource(loops._fit_loop_module):
-        fail("loops.py", "the fit loop setting trainer._last_val_time")
+        fail("internals/loops.py", "the fit loop setting trainer._last_val_time")
 
 
 def test_the_fit_loop_selects_its_fetcher_by_the_name_in_its_module() -> None:
     if "_select_data_fetcher(trainer, " not in inspect.getsource(loops._FitLoop.setup_data):
-        fail("loops.py", "_FitLoop.setup_data calling the global _select_data_fetcher(trainer, stage)")
+        fail("internals/loops.py", "_FitLoop.setup_data calling the global _select_data_fetcher(trainer, stage)")
 
 
 def test_a_stop_iteration_may_be_temporary() -> None:
@@ -392,7 +399,7 @@ def test_torch_leaves_a_failed_processs_traceback_in_a_file() -> None:
     path = Path(context.error_files[0])
     try:
         if process.exitcode != 1 or "ValueError: in process 0" not in pickle.loads(path.read_bytes()):
-            fail("launchers.py", "torch.multiprocessing writing a traceback to ProcessContext.error_files")
+            fail("internals/launchers.py", "torch.multiprocessing writing a traceback to ProcessContext.error_files")
     finally:
         path.unlink(missing_ok=True)
 

@@ -1,26 +1,21 @@
 """Lightning's training loops, run in phases.
 
-The one place, with `results.py` and `launchers.py`, that touches Lightning's private API; `tests/unit/test_canary.py`
-fails when what is touched here changes.
-
 Lightning's own loops run a collective before every batch and end an epoch by counting local batches; either would put
 the ranks in lock step or leave one of them waiting. The subclasses below replace exactly that: a segment of batches
-lasts until no ticket is left, then all ranks meet, agree, and go on as Lightning does. Below `strategy.py`'s public
-methods, which they call; above `tickets.py` and `plan.py`.
+lasts until no ticket is left, then all ranks meet, agree, and go on as Lightning does. Below `strategy.py`, whose
+public methods they call; above `fetcher.py`, `results.py` and `plan.py`.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops import fit_loop as _fit_loop_module
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -28,101 +23,18 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async.internals.fetcher import TicketFetcher
+from lightning_async.internals.results import align_results
 from lightning_async.plan import EpochPlan, log_position
-from lightning_async.results import align_results
 from lightning_async.tickets import TicketSampler
 
 if TYPE_CHECKING:
     from lightning_async.strategy import AsyncAMSGradStrategy
 
 __all__ = ["install", "uninstall"]
-
-
-class TicketFetcher(_DataFetcher):
-    """Fetches the batches whose tickets this rank draws.
-
-    Args:
-        on_batch: called with the number of samples of each batch, before the batch is used.
-    """
-
-    def __init__(self, on_batch: Callable[[int], None]) -> None:
-        super().__init__()
-        self._on_batch = on_batch
-        self._sampler: TicketSampler | None = None
-
-    @override
-    def setup(self, combined_loader: CombinedLoader) -> None:
-        super().setup(combined_loader)
-        self._sampler = ticket_sampler(combined_loader)
-
-    @property
-    def sampler(self) -> TicketSampler:
-        """The sampler that draws the tickets."""
-        assert self._sampler is not None
-        return self._sampler
-
-    @override
-    def __iter__(self) -> TicketFetcher:
-        # Lightning calls iter() during set-up, when there are no tickets yet; the loader's own iterator, with its
-        # worker processes, is made when a segment's first batch is fetched. Until then this one answers len().
-        loader = self.combined_loader
-        loader._iterator = _SUPPORTED_MODES[loader._mode]["iterator"](loader.flattened, loader._limits)
-        self.iterator = None
-        self.reset()
-        return self
-
-    @override
-    def reset(self) -> None:
-        # The length says nothing of how many batches this rank gets, so "done" never comes from it.
-        self.fetched, self.length, self.done = 0, None, False
-
-    def open(self, draw: Callable[[], range]) -> None:
-        """Starts a segment."""
-        self.iterator = None
-        self.sampler.open(draw)
-
-    def has_next(self) -> bool:
-        """Whether this rank gets another batch in this segment; draws a ticket if it must."""
-        return self.sampler.has_next()
-
-    @override
-    def __next__(self) -> Any:
-        if self.iterator is None:
-            self.iterator = iter(self.combined_loader)
-        self.sampler.allow_another()
-        batch = super().__next__()
-        self._on_batch(self.sampler.take_samples())
-        return batch
-
-
-def ticket_sampler(combined_loader: CombinedLoader) -> TicketSampler:
-    """The ticket sampler of a train loader.
-
-    Raises:
-        MisconfigurationException: if the loader is not one that batches can be handed out from.
-    """
-    loaders = combined_loader.flattened
-    if len(loaders) != 1:
-        raise MisconfigurationException(
-            f"async_amsgrad hands out the batches of one train DataLoader and was given {len(loaders)}. "
-            'Combine the data sets in one DataLoader, or use strategy="ddp".'
-        )
-    sampler = getattr(loaders[0], "batch_sampler", None)
-    if sampler is None:
-        sampler = getattr(loaders[0], "sampler", None)
-    if not isinstance(sampler, TicketSampler):
-        raise MisconfigurationException(
-            "async_amsgrad hands out the batches of a map-style torch DataLoader whose order is the same on every "
-            f"rank; it cannot take {type(loaders[0]).__name__} with this data set or sampler. Pass a DataLoader over "
-            "a map-style Dataset, without a DistributedSampler of your own and without "
-            'use_distributed_sampler=False, or use strategy="ddp".'
-        )
-    return sampler
 
 
 @dataclass
@@ -412,55 +324,6 @@ def uninstall(trainer: Trainer) -> None:
 def _become(loop: Any, kind: type) -> None:
     # The trainer's own loops, with their state and everything that refers to them, take on another behaviour.
     loop.__class__ = kind
-
-
-def is_optimizer(optimizer: Optimizer) -> bool:
-    """False for what Lightning puts in the place of an optimizer that ``configure_optimizers`` did not return."""
-    return not isinstance(optimizer, _MockOptimizer)
-
-
-def optimizer_steps(trainer: Trainer) -> int:
-    """Steps that Lightning has counted so far: 0, or what an earlier fit of this trainer made."""
-    return int(_TrainingEpochLoop.global_step.fget(trainer.fit_loop.epoch_loop))  # type: ignore[attr-defined]
-
-
-def run_seed() -> int:
-    """The seed of the global order of batches: that of ``seed_everything``, as Lightning's own samplers take it."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-def set_received_sigterm(trainer: Trainer) -> None:
-    """Makes ``trainer.received_sigterm`` true, once all ranks have agreed on it."""
-    trainer._signal_connector.received_sigterm = True
-
-
-# What ModelCheckpoint decides on, in collective calls, at the next stop: it must be the same on every rank.
-_CHECKPOINT_FIELDS = (
-    "_last_global_step_saved",
-    "_last_time_checked",
-    "_last_checkpoint_saved",
-    "current_score",
-    "best_k_models",
-    "kth_best_model_path",
-    "kth_value",
-    "best_model_score",
-    "best_model_path",
-    "last_model_path",
-)
-
-
-def checkpoint_fields(trainer: Trainer) -> list[dict[str, Any]]:
-    """What this rank's Checkpoint callbacks have noted."""
-    return [
-        {name: vars(callback)[name] for name in _CHECKPOINT_FIELDS if name in vars(callback)}
-        for callback in trainer.checkpoint_callbacks
-    ]
-
-
-def set_checkpoint_fields(trainer: Trainer, fields: list[dict[str, Any]]) -> None:
-    """Takes over what rank 0's Checkpoint callbacks have noted."""
-    for callback, noted in zip(trainer.checkpoint_callbacks, fields, strict=True):
-        vars(callback).update(noted)
 
 
 @contextmanager

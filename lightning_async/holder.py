@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import FusedUpdate, GroupHyper, adopt_amsgrad_state, holder_optimizer
+from lightning_async.amsgrad import GroupHyper, adopt_amsgrad_state, holder_optimizer
 from lightning_async.failure import FailureLatch
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier, Verdict
+from lightning_async.update import FusedUpdate
 
 __all__ = ["Holder", "Push", "Snapshot", "Update"]
 

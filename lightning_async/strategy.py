@@ -1,21 +1,18 @@
 """Lightning's face of the package: the strategy. Owns phases and state, computes nothing.
 
-Above everything else: `engine.py` does the exchange, `membership.py` the living and dying of ranks, `loops.py` runs
-Lightning's loops in phases, `launchers.py` starts the ranks.
+Above everything else: `ranks.py` starts and ends the ranks, `engine.py` does the exchange, `internals/loops.py` runs
+Lightning's loops in phases.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import _StrategyRegistry
@@ -32,16 +29,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.buffers import average_buffers, broadcast_tensors
-from lightning_async.collectives import PhasedCollectives
 from lightning_async.engine import Engine, UpdateObserver
-from lightning_async.failure import RunFailure
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
-from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
-from lightning_async.membership import Membership
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.options import ExchangeOptions
 from lightning_async.phases import Phase, keep_metrics_local
+from lightning_async.ranks import StartedRanks
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -72,7 +66,7 @@ class Stop:
     skip_rest: bool
 
 
-class AsyncAMSGradStrategy(PhasedCollectives):
+class AsyncAMSGradStrategy(StartedRanks):
     """Asynchronous data-parallel training with an AMSGrad holder on rank 0 and bounded staleness.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
@@ -132,11 +126,11 @@ class AsyncAMSGradStrategy(PhasedCollectives):
             self.options = ExchangeOptions(max_staleness, on_stale, batches, transport, worker_timeout)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self.worker_timeout_s = worker_timeout
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers.
         self.observers: list[UpdateObserver] = []
         self.sigterm_received = False
-        self._membership: Membership | None = None
         self._engine: Engine | None = None
         self._metrics: MetricsLogger | None = None
         self._snapshot: Snapshot | None = None
@@ -173,56 +167,6 @@ class AsyncAMSGradStrategy(PhasedCollectives):
     def _trainer(self) -> Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
-
-    # --- launching, and the end of a run -----------------------------------------------------------------------------
-
-    @override
-    def _configure_launcher(self) -> None:
-        if self._layer_sync is not None:
-            raise MisconfigurationException(
-                "async_amsgrad cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a collective in "
-                "every forward, and the ranks do not run forward together. Leave it out (running statistics are "
-                'averaged over the ranks before each validation), or use strategy="ddp".'
-            )
-        if self._start_method == "popen":
-            self._launcher = ScriptLauncher(self)
-        else:
-            self._launcher = ProcessLauncher(self, start_method=self._start_method)
-
-    def guard_run(self) -> AbstractContextManager[None]:
-        """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
-        self.set_world_ranks()
-        known: dict[str, Any] = {}
-        if isinstance(self._launcher, ScriptLauncher):
-            known = {"describe_end": self._describe_end, "exit_process": self._launcher.exit_process}
-        self._membership = Membership(
-            self.global_rank, self.options.worker_timeout_s, graceful=(SIGTERMException,), **known
-        )
-        return self._membership.guard()
-
-    @property
-    def failure(self) -> RunFailure | None:
-        """The first failure of the run, as far as this rank knows; None while there is none."""
-        return None if self._membership is None else self._membership.latch.failure
-
-    def report_failure(self, local_rank: int, reason: str) -> None:
-        """Tells this rank that the process of another one on this host has ended with an error."""
-        assert self._membership is not None
-        self._membership.latch.trip(RunFailure(self.node_rank * self.num_processes + local_rank, reason))
-
-    def _describe_end(self, rank: int) -> str | None:
-        launcher: Any = self._launcher
-        described: str | None = launcher.describe_end(rank - self.node_rank * self.num_processes)
-        return described
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        assert self._membership is not None and self.cluster_environment is not None
-        host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
-        self._membership.meet(self.world_size, host, super().broadcast)
-        atexit.register(_leave_process_group)
-        atexit.register(self._membership.guard_exit)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 
@@ -447,9 +391,3 @@ def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:
         return False
     samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
     return any(isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1 for sampler in samplers)
-
-
-def _leave_process_group() -> None:
-    # Gloo's threads must be gone before the interpreter's statics are, or the process aborts on its way out.
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

@@ -34,7 +34,7 @@ from typing_extensions import override
 from lightning_async.failure import RunFailure, WorkerFailedError
 
 if TYPE_CHECKING:
-    from lightning_async.strategy import AsyncAMSGradStrategy
+    from lightning_async.ranks import StartedRanks
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
@@ -48,7 +48,7 @@ _END_TIMEOUT_S = 8.0
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Starts the script once per rank, or runs under torchrun or SLURM, which did."""
 
-    def __init__(self, strategy: AsyncAMSGradStrategy) -> None:
+    def __init__(self, strategy: StartedRanks) -> None:
         assert strategy.cluster_environment is not None
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy

@@ -172,7 +172,7 @@ def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind:
     def script(folder: Path) -> None:
         from lightning.pytorch import Callback, LightningModule, Trainer
 
-        from lightning_async import strategy
+        from lightning_async import ranks
         from lightning_async.membership import Membership
 
         trainers: list[Trainer] = []
@@ -186,7 +186,7 @@ def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind:
                 report(folder, self.rank, version=trainers[0].strategy.version, why=type(error).__name__)
                 return super()._explain(error)
 
-        strategy.Membership = Reporting  # type: ignore[misc]
+        ranks.Membership = Reporting  # type: ignore[misc]
         train(Run((Fault(rank, 20, kind),), strategy=FORK), folder, [Finder()])
 
     run = launch(script, tmp_path)

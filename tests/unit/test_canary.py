@@ -288,7 +288,7 @@ TRAINER_ATTRIBUTES = {
         "strategy._lightning_optimizers",
     ],
     "internals/trainer_state.py": ["_signal_connector.received_sigterm", "checkpoint_callbacks"],
-    "strategy.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
+    "ranks.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
 }
 
 

@@ -1,0 +1,84 @@
+"""How ranks are started, how they find each other, and how they end together. Below `strategy.py`.
+
+Above `membership.py`, which knows no Lightning, and `internals/launchers.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from typing_extensions import override
+
+from lightning_async.collectives import PhasedCollectives
+from lightning_async.failure import RunFailure
+from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.membership import Membership
+
+__all__ = ["StartedRanks"]
+
+
+class StartedRanks(PhasedCollectives):
+    """The part of the strategy that every run needs, whether it trains or evaluates.
+
+    Attributes:
+        worker_timeout_s: seconds without a sign of life after which a rank counts as lost; set by the subclass.
+    """
+
+    worker_timeout_s: float
+    _membership: Membership | None = None
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._layer_sync is not None:
+            raise MisconfigurationException(
+                "async_amsgrad cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a collective in "
+                "every forward, and the ranks do not run forward together. Leave it out (running statistics are "
+                'averaged over the ranks before each validation), or use strategy="ddp".'
+            )
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self)
+        else:
+            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+
+    def guard_run(self) -> AbstractContextManager[None]:
+        """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
+        self.set_world_ranks()
+        known: dict[str, Any] = {}
+        if isinstance(self._launcher, ScriptLauncher):
+            known = {"describe_end": self._describe_end, "exit_process": self._launcher.exit_process}
+        self._membership = Membership(self.global_rank, self.worker_timeout_s, graceful=(SIGTERMException,), **known)
+        return self._membership.guard()
+
+    @property
+    def failure(self) -> RunFailure | None:
+        """The first failure of the run, as far as this rank knows; None while there is none."""
+        return None if self._membership is None else self._membership.latch.failure
+
+    def report_failure(self, local_rank: int, reason: str) -> None:
+        """Tells this rank that the process of another one on this host has ended with an error."""
+        assert self._membership is not None
+        self._membership.latch.trip(RunFailure(self.node_rank * self.num_processes + local_rank, reason))
+
+    def _describe_end(self, rank: int) -> str | None:
+        launcher: Any = self._launcher
+        described: str | None = launcher.describe_end(rank - self.node_rank * self.num_processes)
+        return described
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self._membership is not None and self.cluster_environment is not None
+        host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
+        self._membership.meet(self.world_size, host, super().broadcast)
+        atexit.register(_leave_process_group)
+        atexit.register(self._membership.guard_exit)
+
+
+def _leave_process_group() -> None:
+    # Gloo's threads must be gone before the interpreter's statics are, or the process aborts on its way out.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

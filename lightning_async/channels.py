@@ -87,6 +87,11 @@ class ChannelOffice:
         buffers = Buffers.allocate(self._numel, self._dtype)
         return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE)
 
+    def close(self) -> None:
+        """Ends the store, and with it the wait of a session whose worker never came to it."""
+        with self._lock:
+            self._store = None
+
     def _segment(self, visitor: Visitor) -> SharedSegment | None:
         if self._transport == "gloo" or not _shares_memory(visitor):
             return None

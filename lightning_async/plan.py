@@ -73,7 +73,8 @@ class EpochPlan:
             return position % self.validate_every == 0
         position = self.batches_before - -tickets_done // self.world_size
         position += -position % self.validate_every
-        return position > 0 and self._ticket_at(position) == tickets_done
+        end = self.batches_before + self.batches
+        return 0 < position < end and self._ticket_at(position) == tickets_done
 
     def _ticket_at(self, position: int) -> int:
         """The first ticket behind the last whole update before ``position``, counted in batches per rank."""

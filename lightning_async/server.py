@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # How long the lifeline's news (an exit status, an error that the worker reported) may trail a lost channel.
 _NEWS_TIMEOUT_S = 3.0
+_WAKE_TIMEOUT_S = 1.0
 
 
 class Server:
@@ -69,6 +71,7 @@ class Server:
         self._channels: list[Channel] = []
         self._threads: dict[int, threading.Thread] = {}
         self._closing = False
+        self._office: ChannelOffice | None = None
         if door is not None:
             self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype)
             door.on_refused = on_refused
@@ -92,8 +95,15 @@ class Server:
             self._channels.clear()
         for thread in threads:
             thread.join(timeout=0.0 if self._latch.failure is not None else timeout_s)
+        # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
+        # when it comes back while the interpreter shuts down.
+        if self._office is not None:
+            self._office.close()
         for channel in channels:
             channel.close()
+        deadline = time.monotonic() + _WAKE_TIMEOUT_S
+        for thread in threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _session(self, worker: int, channel: Channel) -> Session:
         return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups)
@@ -107,6 +117,7 @@ class Server:
                     f"rank {visitor.rank} has {key} = {other}, rank 0 has {mine}; "
                     "every rank must build the same model and optimizers"
                 )
+        assert self._office is not None
         self._office.check(visitor)
         with self._lock:
             present = self._threads.get(visitor.rank)
@@ -125,6 +136,7 @@ class Server:
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
         use_one_thread()
         worker = visitor.rank
+        assert self._office is not None
         try:
             channel = self._office.open(visitor, connection)
             with self._lock:

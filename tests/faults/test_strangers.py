@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_async import AMSGrad, frontdoor
 from lightning_async.amsgrad import group_hyper
 from lightning_async.channels import dial
-from lightning_async.failure import FailureLatch, WorkerFailedError
+from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
 from lightning_async.holder import Holder
 from lightning_async.layout import FlatLayout, describe_model
@@ -202,6 +202,25 @@ def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
     assert host.stats.rejected == 1
     first.shutdown()
     first.close()
+
+
+def sessions() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("session-")]
+
+
+def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(host: Host) -> None:
+    """It is killed between its handshake and its channel; Gloo alone would wait a minute."""
+    claims = {"model": describe_model(host.layout, host.groups)}
+    connection = introduce(host.door.address, 1, DOORBELL, **claims)[0]
+    time.sleep(0.3)
+    assert [thread.name for thread in sessions()] == ["session-1"]
+
+    host.latch.trip(RunFailure(1, "its process was killed by SIGKILL"))
+    connection.close()
+    host.server.close()
+
+    # A thread that comes back from Gloo while the interpreter shuts down aborts the process.
+    assert sessions() == []
 
 
 def test_nobody_is_served_after_training(host: Host) -> None:

@@ -76,6 +76,8 @@ def test_a_stop_never_cuts_an_update_in_two(epoch: Epoch) -> None:
     assert ends[-1] == epoch.plan.tickets
     assert all(end % epoch.plan.block == 0 for end in ends[:-1])
     assert validations == epoch.stops()
+    # Wherever else a segment may be closed early, no validation is due.
+    assert [end for end in range(1, epoch.plan.tickets + 1) if epoch.plan.validation_due(end)] == validations
 
 
 @given(epoch=epochs(), data=st.data())

@@ -61,7 +61,8 @@ class Model:
         self.applied += oldest
 
     def reclaim(self, ledger: Ledger, worker: int) -> None:
-        mine = self.leased.pop(worker, deque())
+        mine = self.leased.get(worker, deque())
+        self.leased[worker] = deque()
         assert ledger.reclaim(worker) == len(mine)
         self.free.update(mine)
 

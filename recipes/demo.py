@@ -135,7 +135,7 @@ def rank_table(stats: dict[str, Any]) -> Table:
             are keys have become strings.
     """
     table = Table(title="What each rank did", title_justify="left")
-    for heading in ("rank", "batches", "share", "mean staleness", "max staleness", "waited [s]"):
+    for heading in ("rank", "batches", "share", "mean staleness", "max staleness", "waited, s"):
         table.add_column(heading, justify="right")
     batches: dict[str, int] = stats["batches_by_rank"]
     total = sum(batches.values())

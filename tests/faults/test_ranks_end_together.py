@@ -115,14 +115,15 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path, kind: Any) -> Non
     assert seconds_to_end(tmp_path) < END_S
 
 
-def test_a_kill_from_outside_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_a_kill_from_outside_at_any_moment(tmp_path: Path, transport: str) -> None:
     def kill(session: int) -> None:
         pid = pid_of(tmp_path, 2)
         time.sleep(0.2)
         (tmp_path / "struck").write_text(str(time.monotonic()))
         os.kill(pid, signal.SIGKILL)
 
-    run = start(Run(strategy=FORK, sleep_s=()), tmp_path, meanwhile=kill)
+    run = start(Run(strategy=FORK | {"transport": transport}, sleep_s=()), tmp_path, meanwhile=kill)
 
     assert_ended_well(run)
     assert explanations(run.output) == ["rank 2 failed: its process was killed by SIGKILL"]
@@ -137,7 +138,8 @@ def test_a_kill_in_the_middle_of_a_large_payload(tmp_path: Path) -> None:
         (tmp_path / "struck").write_text(str(time.monotonic()))
         os.kill(pid, signal.SIGKILL)
 
-    run = start(Run(ranks=2, strategy=FORK, sleep_s=(0.2,), width=500_000), tmp_path, meanwhile=kill)
+    strategy = FORK | {"transport": "gloo"}
+    run = start(Run(ranks=2, strategy=strategy, sleep_s=(0.2,), width=500_000), tmp_path, meanwhile=kill)
 
     assert_ended_well(run)
     assert explanations(run.output) == ["rank 1 failed: its process was killed by SIGKILL"]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ RANKS = 3
 class Host:
     """Rank 0 without a trainer: a door, a server and its holder, in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Literal["auto", "gloo"] = "auto") -> None:
         self.parameters = model()
         optimizer = AMSGrad(self.parameters, lr=0.1)
         self.layout = FlatLayout([self.parameters])
@@ -59,7 +59,7 @@ class Host:
         self.ledger.open(100)
         self.holder = Holder(self.layout, self.layout.buffer(), [optimizer], Barrier(None), self.latch)
         self.server = Server(
-            self.holder, self.ledger, self.layout, self.groups, self.latch, self.door, on_refused=self.stats.refuse
+            self.holder, self.ledger, self.layout, self.groups, self.latch, self.door, transport, self.stats.refuse
         )
 
     def close(self) -> None:
@@ -93,9 +93,9 @@ def model() -> list[torch.nn.Parameter]:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 0.5)
-    host = Host()
+    host = Host(getattr(request, "param", "auto"))
     yield host
     host.close()
 
@@ -276,6 +276,7 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
 }
 
 
+@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: Host, mistake: str) -> None:
     request, reason = WRONG[mistake]
@@ -310,6 +311,7 @@ def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> 
     channel.close()
 
 
+@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
 def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
     """A callback that unfreezes layers adds a param group on the worker, of which the holder knows nothing."""
     latch = FailureLatch()

@@ -202,22 +202,32 @@ def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path: Path) -> No
     assert sorted(index for rank in run.reports() for index in rank["seen"][0]) == list(range(SAMPLES))
 
 
-def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Path) -> None:
-    class Scored(Module):
-        def on_train_end(self) -> None:
-            callback = self.trainer.checkpoint_callback
-            noted = {name: getattr(callback, name) for name in ("best_k_models", "best_model_path", "last_model_path")}
-            scores = {path: score.item() for path, score in noted.pop("best_k_models").items()}
-            report(Path.cwd(), self.global_rank, scores=scores, best_score=callback.best_model_score.item(), **noted)
+class Scored(Module):
+    """Reports what the checkpoint callback has noted."""
 
+    def on_train_end(self) -> None:
+        callback = self.trainer.checkpoint_callback
+        noted = {name: getattr(callback, name) for name in ("best_k_models", "best_model_path", "last_model_path")}
+        scores = {path: score.item() for path, score in noted.pop("best_k_models").items()}
+        report(Path.cwd(), self.global_rank, scores=scores, best_score=callback.best_model_score.item(), **noted)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"monitor": "val/loss"},
+        # Saved between batches, by a metric that is unlike on every rank.
+        {"monitor": "train/loss_step", "every_n_train_steps": 1},
+        # Asked for between batches, by some ranks, and put off until all of them have validated.
+        {"monitor": "val/loss", "every_n_train_steps": 4},
+    ],
+    ids=["validation", "batches", "deferred"],
+)
+def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Path, when: dict[str, Any]) -> None:
     def script(folder: Path) -> None:
-        best = ModelCheckpoint(
-            folder / "checkpoints", "{epoch}-{step}", monitor="val/loss", save_top_k=2, save_last=True
-        )
-        trainer = fork_trainer(
-            folder, RANKS, max_epochs=4, val_check_interval=0.5, callbacks=[best], enable_checkpointing=True
-        )
-        trainer.fit(Scored(), loader(SAMPLES), loader(24))
+        best = ModelCheckpoint(folder / "checkpoints", "{epoch}-{step}", save_top_k=2, save_last=True, **when)
+        arguments = {"val_check_interval": 0.5, "callbacks": [best], "enable_checkpointing": True}
+        fork_trainer(folder, RANKS, max_epochs=4, **arguments).fit(Scored(), loader(SAMPLES), loader(24))
 
     run = launch(script, tmp_path)
 
@@ -228,6 +238,20 @@ def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Pa
     assert first["best_score"] == min(first["scores"].values()) == first["scores"][first["best_model_path"]]
     kept = {*first["scores"], first["last_model_path"]}
     assert {str(path) for path in (tmp_path / "checkpoints").iterdir()} == kept
+
+
+def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        often = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=5, save_top_k=-1)
+        trainer = fork_trainer(folder, RANKS, callbacks=[often], enable_checkpointing=True)
+        # While rank 0 computes a batch the others take the clock several steps further.
+        trainer.fit(Module(sleep_s=(0.02, 0.001, 0.001)), loader(samples=240))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    steps = sorted(torch.load(path)["global_step"] for path in (tmp_path / "checkpoints").iterdir())
+    assert [step // 5 for step in steps] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_contents(tmp_path: Path) -> None:

@@ -290,6 +290,30 @@ def test_one_rank_that_asks_to_stop_in_mid_epoch_stops_all(tmp_path: Path) -> No
     assert len(run.report(0)["validated"]) == 1
 
 
+@pytest.mark.parametrize(
+    "hook", ["on_train_epoch_start", "on_validation_start", "on_validation_end", "on_train_epoch_end"]
+)
+def test_one_rank_that_asks_to_stop_between_segments_stops_all(tmp_path: Path, hook: str) -> None:
+    class OneRankStops(Callback):
+        """Asks from a callback: they come before the module, which counts the validations."""
+
+    def ask(self: Callback, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_rank == 1 and trainer.current_epoch == 1:
+            trainer.should_stop = True
+
+    setattr(OneRankStops, hook, ask)
+
+    def script(folder: Path) -> None:
+        trainer = fork_trainer(folder, 3, max_epochs=4, val_check_interval=0.5, callbacks=[OneRankStops()])
+        trainer.fit(Ending(), loader(96), loader(24))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    batches = {"on_train_epoch_start": 24, "on_train_epoch_end": 48}.get(hook, 36)
+    assert sum(rank["batches"] for rank in run.reports()) == batches
+
+
 def test_a_stop_before_the_least_number_of_epochs_waits_for_it(tmp_path: Path) -> None:
     class Hasty(Ending):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -125,7 +125,10 @@ def _push(address_json: str, rank: int, ranks: int, shapes: list[tuple[int, ...]
     worker = engine.worker
     worker.pull()
     # One backward, so that the gradients are where a training step leaves them.
-    torch.stack([parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]).sum().backward()
+    loss: Any = torch.stack(
+        [parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]
+    ).sum()
+    loss.backward()
     while True:
         worker.step(0)
 

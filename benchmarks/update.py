@@ -1,0 +1,76 @@
+"""What one update costs under the holder's lock, against the kernel and the copy that it consists of.
+
+Run ``python -m benchmarks.update``. One thread, no processes, no messages; the best of many repetitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.ceiling import SHAPES
+from lightning_async.amsgrad import AMSGrad, group_hyper
+from lightning_async.failure import FailureLatch
+from lightning_async.holder import Holder, Push
+from lightning_async.layout import FlatLayout
+from lightning_async.staleness import Barrier
+
+
+def main() -> None:
+    """Measures and prints."""
+    torch.set_num_threads(1)
+    print("parameters  push and pull, us  kernel, us  copy, us  over kernel + copy")
+    for size in ("44K", "11.2M"):
+        exchange, kernel, copy = measure(SHAPES[size])
+        ratio = exchange / (kernel + copy)
+        print(f"{size:>10} {exchange * 1e6:>18.0f} {kernel * 1e6:>11.0f} {copy * 1e6:>9.0f} {ratio:>19.2f}")
+
+
+def measure(shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
+    """Seconds of a push and pull at the holder, of the fused kernel on the same tensors, and of one copy."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = AMSGrad(parameters, lr=1e-3)
+    layout = FlatLayout([parameters])
+    holder = Holder(layout, layout.buffer(), [optimizer], Barrier(8), FailureLatch())
+    gradient, out = layout.buffer().normal_(), layout.buffer()
+    views, groups = layout.views(gradient, 0), tuple(map(group_hyper, optimizer.param_groups))
+    version = holder.pull(0, out)
+
+    def exchange() -> None:
+        nonlocal version
+        holder.push(Push(0, 0, version, views, groups))
+        version = holder.pull(0, out)
+
+    moments: list[list[Any]] = [[torch.zeros(shape) for shape in shapes] for _ in range(3)]
+    steps = [torch.zeros(()) for _ in shapes]
+    fused: Any = torch._fused_adam_
+
+    @torch.no_grad()
+    def kernel() -> None:
+        torch._foreach_add_(steps, 1)
+        options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+        fused(parameters, views, *moments, steps, **options, amsgrad=True, maximize=False)
+
+    repetitions = max(5, 2_000_000 // layout.numel)
+    copy = functools.partial(out.copy_, gradient)
+    return best_of(exchange, repetitions), best_of(kernel, repetitions), best_of(copy, repetitions)
+
+
+def best_of(run: Callable[[], object], repetitions: int, rounds: int = 20) -> float:
+    """Seconds of one call in the best round."""
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(repetitions):
+            run()
+        best = min(best, (time.perf_counter() - started) / repetitions)
+    return best
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ Lightning's loops in phases.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
@@ -282,9 +282,19 @@ class AsyncAMSGradStrategy(StartedRanks):
         if self.world_size > 1:
             average_buffers(self.lightning_module)
         left = 0 if self._engine.ledger is None else self._engine.ledger.progress()[1]
-        left, fields = self.broadcast((left, trainer_state.checkpoint_fields(trainer)))
-        trainer_state.set_checkpoint_fields(trainer, fields)
-        return Stop(left, validation_requested, skip_rest)
+        return Stop(self.broadcast(left), validation_requested, skip_rest)
+
+    def save_checkpoints(self, save: Callable[[], None]) -> None:
+        """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
+
+        A collective call. What came due since a rank's last batch is not the same on all ranks, so rank 0 decides.
+        """
+        if self.is_global_zero:
+            Phase.asynchronous = True
+            save()
+            Phase.asynchronous = False
+        fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
+        trainer_state.set_checkpoint_fields(self._trainer, fields)
 
     def raise_sigterm(self) -> None:
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""

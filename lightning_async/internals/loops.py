@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_async.internals.fetcher import TicketFetcher
+from lightning_async.internals.intervals import follow_clock, save_passed, unfollow_clock
 from lightning_async.internals.results import align_results
 from lightning_async.plan import EpochPlan, log_position
 from lightning_async.tickets import TicketSampler
@@ -212,6 +213,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         self._count_as_ddp(epoch.plan.batches_done(epoch.tickets_done), complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        strategy.save_checkpoints(lambda: save_passed(trainer))
         if complete:
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._batches_that_stepped = max(0, self.global_step - 1)
@@ -300,6 +302,7 @@ def install(trainer: Trainer) -> None:
     _become(trainer.fit_loop, AsyncFitLoop)
     _become(epoch_loop, AsyncEpochLoop)
     epoch_loop._epoch = _Epoch()
+    follow_clock(trainer, lambda: epoch_loop._epoch.ticks)
     connector: Any = trainer._signal_connector
     strategy: Any = trainer.strategy
 
@@ -317,6 +320,7 @@ def uninstall(trainer: Trainer) -> None:
     if isinstance(epoch_loop, AsyncEpochLoop):
         _become(trainer.fit_loop, _FitLoop)
         _become(epoch_loop, _TrainingEpochLoop)
+        unfollow_clock(trainer)
         del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

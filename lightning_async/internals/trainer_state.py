@@ -45,6 +45,7 @@ _CHECKPOINT_FIELDS = (
     "_last_global_step_saved",
     "_last_time_checked",
     "_last_checkpoint_saved",
+    "_defer_save_until_validation",
     "current_score",
     "best_k_models",
     "kth_best_model_path",

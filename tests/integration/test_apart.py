@@ -46,7 +46,7 @@ class Talkative(TinyClassifier):
     """Logs and measures in every way that makes Lightning or torchmetrics reach for the other ranks."""
 
     def __init__(self, folder: Path, counter: CollectiveCounter) -> None:
-        super().__init__(sleep_s=(0.002, 0.002, 0.008))
+        super().__init__(sleep_s=(0.005, 0.005, 0.05))
         self.accuracy = MulticlassAccuracy(2)
         self.folder = folder
         self.counter = counter

@@ -218,8 +218,8 @@ class Scored(Module):
         {"monitor": "val/loss"},
         # Saved between batches, by a metric that is unlike on every rank.
         {"monitor": "train/loss_step", "every_n_train_steps": 1},
-        # Asked for between batches, by some ranks, and put off until all of them have validated.
-        {"monitor": "val/loss", "every_n_train_steps": 4},
+        # Due at the last step before a validation, which one rank sees, and put off until all have validated.
+        {"monitor": "val/loss", "every_n_train_steps": 5},
     ],
     ids=["validation", "batches", "deferred"],
 )
@@ -240,18 +240,24 @@ def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Pa
     assert {str(path) for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
-def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path: Path, slow_rank: int) -> None:
     def script(folder: Path) -> None:
-        often = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=5, save_top_k=-1)
-        trainer = fork_trainer(folder, RANKS, callbacks=[often], enable_checkpointing=True)
-        # While rank 0 computes a batch the others take the clock several steps further.
-        trainer.fit(Module(sleep_s=(0.02, 0.001, 0.001)), loader(samples=240))
+        often = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1)
+        # While a slow rank computes a batch the others take the clock two steps further: not to every third.
+        strategy = AsyncAMSGradStrategy(max_staleness=5, start_method="fork")
+        trainer = fork_trainer(folder, RANKS, strategy, callbacks=[often], enable_checkpointing=True)
+        sleep_s = tuple(0.01 if rank == slow_rank else 0.001 for rank in range(RANKS))
+        trainer.fit(Module(sleep_s=sleep_s), loader(samples=216))
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
-    steps = sorted(torch.load(path)["global_step"] for path in (tmp_path / "checkpoints").iterdir())
-    assert [step // 5 for step in steps] == [1, 2, 3, 4]
+    checkpoints = [torch.load(path) for path in (tmp_path / "checkpoints").iterdir()]
+    steps = sorted(checkpoint["global_step"] for checkpoint in checkpoints)
+    assert [step // 3 for step in steps] == [1, 2, 3, 4, 5, 6]
+    # Lightning knows the callback again by what it was created with.
+    assert all("'every_n_train_steps': 3" in key for checkpoint in checkpoints for key in checkpoint["callbacks"])
 
 
 def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_contents(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ class Op:
 
 def operations(workers: int) -> st.SearchStrategy[list[Op]]:
     names = ["draw"] * 6 + ["complete"] * 3 + ["open", "close", "reclaim"]
-    return st.lists(st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), max_size=60)
+    return st.lists(
+        st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), min_size=10, max_size=60
+    )
 
 
 class Model:
@@ -83,6 +85,7 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
     # An epoch that is resumed begins in the middle.
     tickets = range(start, start + total)
     ledger.begin_epoch(tickets, block)
+    ledger.open(data.draw(st.integers(0, total)))
     model = Model(tickets)
 
     for op in data.draw(operations(workers)):
@@ -182,6 +185,7 @@ def test_what_is_reclaimed_is_handed_out_first() -> None:
     assert [list(ledger.draw(worker)) for worker in (0, 1, 1, 0)] == [[0], [1], [2], [3]]
 
     assert ledger.reclaim(1) == 2
+    assert ledger.leased(1) == 0
 
     assert [list(ledger.draw(0)) for _ in range(5)] == [[1], [2], [4], [5], []]
 

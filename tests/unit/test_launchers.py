@@ -1,0 +1,152 @@
+"""How launchers end and judge the processes that they have started."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_async.failure import RunFailure
+from lightning_async.internals import launchers
+from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def script() -> Iterator[Any]:
+    """A script launcher without a strategy; its children are the test's."""
+    launcher: Any = ScriptLauncher.__new__(ScriptLauncher)
+    launcher.procs = []
+    yield launcher
+    for process in launcher.procs:
+        process.kill()
+        process.wait()
+
+
+def child(command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sh", "-c", f"exec {command}"])
+
+
+def test_children_that_end_in_time_are_left_to_it(script: Any) -> None:
+    script.procs = [child("sleep 0.3"), child("true")]
+
+    started = time.monotonic()
+    script.end_children(10.0)
+
+    assert [process.returncode for process in script.procs] == [0, 0]
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_stopped_child_is_killed(script: Any) -> None:
+    script.procs = [child("sleep 60")]
+    os.kill(script.procs[0].pid, signal.SIGSTOP)
+
+    script.end_children(0.2)
+
+    assert script.procs[0].returncode == -signal.SIGKILL
+
+
+def test_a_process_that_must_end_at_once_takes_its_children_with_it(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    script.procs = [child("sleep 60")]
+
+    script.exit_process(1)
+
+    assert codes == [1]
+    assert script.procs[0].returncode == -signal.SIGKILL
+
+
+def test_the_end_of_a_child_is_described(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 1.0)
+    script.procs = [child("sh -c 'exit 3'"), child("sh -c 'kill -9 $$'")]
+
+    assert script.describe_end(1) == "its process exited with code 3"
+    assert script.describe_end(2) == "its process was killed by SIGKILL"
+    # Rank 0 itself, and ranks that were started from somewhere else.
+    assert script.describe_end(0) is script.describe_end(3) is script.describe_end(-1) is None
+
+
+def test_a_child_that_runs_has_no_end(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    script.procs = [child("sleep 60")]
+
+    assert script.describe_end(1) is None
+
+
+class Ended:
+    """A process launcher whose processes have ended in a given way; None stands for one that did not."""
+
+    def __init__(self, folder: Path, codes: list[int | None], node: int = 0) -> None:
+        self.launcher: Any = ProcessLauncher.__new__(ProcessLauncher)
+        self.launcher._strategy = SimpleNamespace(node_rank=node, num_processes=len(codes))
+        self.launcher.procs = [SimpleNamespace(exitcode=code) for code in codes]
+        self.files = [str(folder / f"error-{index}") for index in range(len(codes))]
+        self.stuck = [index for index, code in enumerate(codes) if code is None]
+
+    def raised(self, index: int, traceback: str) -> None:
+        Path(self.files[index]).write_bytes(pickle.dumps(traceback))
+
+    def failure(self, order: list[int], known: RunFailure | None = None) -> RunFailure:
+        found: RunFailure = self.launcher._failure(known, order, self.stuck, self.files)
+        return found
+
+
+def test_a_killed_process_is_the_culprit_whoever_ends_first(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, -9])
+
+    assert ended.failure([0, 1, 2]) == RunFailure(2, "its process was killed by SIGKILL")
+
+
+def test_then_one_that_raised(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(1, "Traceback\nValueError: no")
+
+    assert ended.failure([0, 2, 1]) == RunFailure(1, "its process exited with code 1\n\nTraceback\nValueError: no")
+
+
+def test_then_one_with_a_code_of_its_own(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 3]).failure([0, 1, 2]) == RunFailure(2, "its process exited with code 3")
+
+
+def test_then_one_that_had_to_be_killed(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, None, 1]).failure([2, 0]) == RunFailure(1, "its process did not end")
+
+
+def test_then_the_first(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 0]).failure([2, 1, 0]) == RunFailure(1, "its process exited with code 1")
+
+
+def test_what_rank_0_knows_is_believed_and_completed(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(0, "Traceback\nWorkerFailedError: rank 2 failed: ValueError: no")
+    ended.raised(2, "Traceback\nValueError: no")
+
+    failure = ended.failure([0, 1, 2], known=RunFailure(2, "ValueError: no"))
+
+    assert failure == RunFailure(2, "ValueError: no\n\nTraceback\nValueError: no")
+
+
+def test_the_signal_says_more_than_a_lost_connection(tmp_path: Path) -> None:
+    known = RunFailure(1, "its process is gone: the connection was closed")
+
+    assert Ended(tmp_path, [1, -11]).failure([0, 1], known) == RunFailure(1, "its process was killed by SIGSEGV")
+    assert Ended(tmp_path, [1, None]).failure([0], known) == known
+
+
+def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, -9], node=2)
+
+    assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")

@@ -218,47 +218,50 @@ def test_a_killed_rank_of_a_script_is_named_by_rank_0(tmp_path: Path) -> None:
 def test_a_stopped_rank_of_a_script_does_not_outlive_it(tmp_path: Path) -> None:
     # It holds the only parameters that may be out, so that rank 0 waits at the barrier and can raise.
     strategy = POPEN | {"worker_timeout": WORKER_TIMEOUT_S, "max_staleness": 0}
-    run = launch(lambda folder: exec_script(Run((Fault(2, 3, "stop"),), strategy=strategy)), tmp_path)
+    run = launch(lambda folder: exec_script(Run((Fault(1, 3, "stop"),), ranks=2, strategy=strategy)), tmp_path)
 
     assert_ended_well(run)
     assert run.returncode == 1
-    assert set(explanations(run.output)) == {"rank 2 failed: gave no sign of life for 2 s (worker_timeout)"}
+    assert set(explanations(run.output)) == {"rank 1 failed: gave no sign of life for 2 s (worker_timeout)"}
 
 
 def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
-    fault = Fault(2, 3, "interrupt", "validation_step")
-    run = launch(lambda folder: exec_script(Run((fault,), strategy=POPEN)), tmp_path)
+    fault = Fault(1, 3, "interrupt", "validation_step")
+    run = launch(lambda folder: exec_script(Run((fault,), ranks=2, strategy=POPEN)), tmp_path)
 
     assert_ended_well(run)
     assert run.returncode == 1
     assert run.output.count("KeyboardInterrupt") == 1
     assert "Traceback" not in run.output
-    assert seconds_to_end(tmp_path) < END_S
+    # A rank that is inside a collective does not notice the signal; its exit guard ends it after 5 s.
+    assert seconds_to_end(tmp_path) < 2 * END_S
 
 
 def test_an_error_under_torchrun(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         exec_script(
-            Run((Fault(2, 10, "raise"),), strategy=POPEN),
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"),
+            Run((Fault(1, 10, "raise"),), ranks=2, strategy=POPEN),
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         )
 
     run = launch(script, tmp_path)
 
     assert_ended_well(run)
     # torchrun takes the first rank that exits for the culprit.
-    assert "local_rank: 2" in run.output
-    assert "[rank2]: tests.faults.injector.InjectedError: injected into training_step" in run.output
-    assert set(explanations(run.output)) <= {"rank 2 failed: InjectedError: injected into training_step"}
-    assert seconds_to_end(tmp_path) < END_S
+    assert "local_rank: 1" in run.output
+    assert "[rank1]: tests.faults.injector.InjectedError: injected into training_step" in run.output
+    assert set(explanations(run.output)) <= {"rank 1 failed: InjectedError: injected into training_step"}
+    assert seconds_to_end(tmp_path) < 2 * END_S
 
 
 def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
-    run = launch(lambda folder: exec_script(Run((Fault(2, 3, "raise"),), strategy={"start_method": "spawn"})), tmp_path)
+    run = launch(
+        lambda folder: exec_script(Run((Fault(1, 3, "raise"),), ranks=2, strategy={"start_method": "spawn"})), tmp_path
+    )
 
     assert_ended_well(run)
-    assert explanations(run.output) == ["rank 2 failed: InjectedError: injected into training_step"]
-    assert seconds_to_end(tmp_path) < END_S
+    assert explanations(run.output) == ["rank 1 failed: InjectedError: injected into training_step"]
+    assert seconds_to_end(tmp_path) < 2 * END_S
 
 
 def test_twenty_runs_in_a_row_raise_no_false_alarm(tmp_path: Path) -> None:

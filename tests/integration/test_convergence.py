@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import seed_everything
 from torch.utils.data import ConcatDataset, DataLoader
@@ -41,6 +42,7 @@ def train_and_test(folder: Path, seed: int, devices: int) -> float:
     return float(result["test/acc"])
 
 
+@pytest.mark.timeout(240)
 def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         # First those whose ranks are forked: a process that has run a backward must not be forked any more.
@@ -48,7 +50,7 @@ def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path) ->
         alone = [train_and_test(folder, seed, devices=1) for seed in SEEDS]
         report(folder, 0, asynchronous=asynchronous, alone=alone)
 
-    run = launch(script, tmp_path, timeout_s=110.0)
+    run = launch(script, tmp_path, timeout_s=220.0)
 
     assert run.returncode == 0, run.output
     asynchronous, alone = (torch.tensor(run.report(0)[name]) for name in ("asynchronous", "alone"))

@@ -29,8 +29,9 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def member(rank: int) -> Membership:
-    ended: list[int] = []
-    return Membership(rank, 60.0, graceful=(AskedToLeave,), exit_process=ended.append)
+    mine = Membership(rank, 60.0, graceful=(AskedToLeave,), exit_process=lambda code: None)
+    mine._guard.disarm()
+    return mine
 
 
 def leave(member: Membership, error: BaseException) -> BaseException:

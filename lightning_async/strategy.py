@@ -291,8 +291,10 @@ class AsyncAMSGradStrategy(StartedRanks):
         """
         if self.is_global_zero:
             Phase.asynchronous = True
-            save()
-            Phase.asynchronous = False
+            try:
+                save()
+            finally:
+                Phase.asynchronous = False
         fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
         trainer_state.set_checkpoint_fields(self._trainer, fields)
 

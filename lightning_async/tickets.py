@@ -1,8 +1,8 @@
 """Hand-out of batches: the ledger on rank 0 and the sampler in every rank.
 
 A ticket is a position in the epoch's one global order of batches. The ledger says who may compute which ticket and
-which are applied; the sampler turns the tickets that its rank drew into the indices of samples. Used by `server.py`
-(ledger), `loops.py` and `strategy.py` (sampler). Imports no Lightning.
+which are applied; the sampler turns the tickets that its rank drew into the indices of samples. Used by `session.py`
+(ledger), `internals/` and `strategy.py` (sampler). Imports no Lightning.
 """
 
 from __future__ import annotations

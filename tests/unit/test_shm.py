@@ -30,6 +30,7 @@ def test_what_one_process_writes_the_other_reads() -> None:
 
     assert process.exitcode == 0
     assert segment.buffers.parameters.tolist() == [0, 2, 4, 6, 8]
+    assert segment.buffers.gradient.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_released_segment_cannot_be_opened_and_still_holds_its_values() -> None:

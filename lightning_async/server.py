@@ -168,8 +168,8 @@ def use_one_thread() -> None:
     """Limits torch to one intra-op thread in the calling thread, and nowhere else.
 
     The fused update is at the memory's speed with one thread, and a second one costs a scheduler tick on a busy
-    machine. ``torch.set_num_threads`` reaches every thread that has not used torch's own thread pool yet, and would slow
-    rank 0's training down.
+    machine. ``torch.set_num_threads`` reaches every thread that has not used torch's own thread pool yet, and would
+    slow rank 0's training down.
     """
     # torch sets the number once per thread, at its first use there; after that the limit stays.
     torch.get_num_threads()

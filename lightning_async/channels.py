@@ -66,7 +66,7 @@ class ChannelOffice:
         """
         segment = self._segment(visitor)
         try:
-            pair = f"worker-{visitor.rank}-{visitor.incarnation}"
+            pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
             offer = {
                 "pair": pair,
                 "segment": segment.path if segment else None,
@@ -117,7 +117,9 @@ class ChannelOffice:
             return int(self._store.port)
 
 
-def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
+def dial(
+    address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0, lane: int = 0
+) -> Channel:
     """Connects a worker to its session.
 
     Args:
@@ -126,13 +128,15 @@ def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int
         layout: where each parameter lies.
         groups: number of param groups of each optimizer.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
+        lane: which of the worker's lanes this is.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
         ChannelClosedError: if rank 0 cannot be reached.
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
-    connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model, host=host_identity())
+    claims = {"model": model, "host": host_identity(), "lane": lane}
+    connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
     offer = json.loads(welcome)
     if offer["segment"] is not None:
         try:

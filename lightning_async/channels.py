@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.distributed import TCPStore
@@ -18,11 +18,16 @@ from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
+from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.wire import Kind, Message
 
-__all__ = ["ChannelOffice", "dial"]
+__all__ = ["ChannelOffice", "WireNames", "dial"]
+
+# What gradients, and what parameters, are rounded to on a network.
+WireNames: TypeAlias = tuple[str, str]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +40,18 @@ class ChannelOffice:
         transport: "auto", or the only channel to offer.
         numel: size of the flat buffers.
         dtype: of the flat buffers.
+        wire: what payloads are rounded to on a network.
     """
 
-    def __init__(self, host: str, transport: Literal["auto", "shm", "gloo"], numel: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        host: str,
+        transport: Literal["auto", "shm", "gloo"],
+        numel: int,
+        dtype: torch.dtype,
+        wire: WireNames = ("fp32", "fp32"),
+    ) -> None:
+        self._wire = wire
         self._host = host
         self._transport = transport
         self._numel = numel
@@ -71,6 +85,7 @@ class ChannelOffice:
                 "pair": pair,
                 "segment": segment.path if segment else None,
                 "store_port": self._store_port(segment),
+                "wire": self._wire,
             }
             connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
             connection.settimeout(None)
@@ -79,13 +94,13 @@ class ChannelOffice:
                 if answer.kind is Kind.ACK:
                     return SharedMemoryChannel(connection, segment.buffers)
                 self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
-                fallback = {"pair": pair, "segment": None, "store_port": self._store_port(None)}
+                fallback = offer | {"segment": None, "store_port": self._store_port(None)}
                 connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(fallback)))
         finally:
             if segment is not None:
                 segment.release()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE)
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire))
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -148,7 +163,13 @@ def dial(
             connection.send(Message(Kind.ACK, worker=worker))
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
-    return GlooChannel(connection, Buffers.allocate(numel, dtype), store, offer["pair"], WORKER_SIDE)
+    buffers = Buffers.allocate(numel, dtype)
+    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]))
+
+
+def _dtypes(wire: Sequence[str]) -> WireDtypes:
+    gradients, parameters = wire
+    return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
 
 
 def _shares_memory(visitor: Visitor) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from threadpoolctl import threadpool_limits
 
-from lightning_async.channels import ChannelOffice
+from lightning_async.channels import ChannelOffice, WireNames
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
@@ -49,6 +49,7 @@ class Server:
         door: where workers come in; None if rank 0 is alone.
         transport: how payloads travel.
         on_refused: called when a connection or a request is refused.
+        wire: what payloads are rounded to on a network.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Server:
         door: FrontDoor | None = None,
         transport: Literal["auto", "shm", "gloo"] = "auto",
         on_refused: Callable[[], None] = lambda: None,
+        wire: WireNames = ("fp32", "fp32"),
     ) -> None:
         self._holder = holder
         self._ledger = ledger
@@ -77,7 +79,7 @@ class Server:
         self._reactor = Reactor(holder, self._end_served, use_one_thread)
         self._office: ChannelOffice | None = None
         if door is not None:
-            self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype)
+            self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype, wire)
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
 

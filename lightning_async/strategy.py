@@ -33,7 +33,7 @@ from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
-from lightning_async.options import ExchangeOptions
+from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
 from lightning_async.shells import (
@@ -83,6 +83,11 @@ class AsyncAMSGradStrategy(StartedRanks):
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
             Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
+            that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
+            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -103,6 +108,9 @@ class AsyncAMSGradStrategy(StartedRanks):
         batches: Literal["shared", "sharded"] = "shared",
         transport: Literal["auto", "shm", "gloo"] = "auto",
         worker_timeout: float = 60.0,
+        overlap: bool = False,
+        wire_dtype: WireDtype = "fp32",
+        parameter_wire_dtype: WireDtype = "fp32",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -123,7 +131,16 @@ class AsyncAMSGradStrategy(StartedRanks):
             start_method=start_method,
         )
         try:
-            self.options = ExchangeOptions(max_staleness, on_stale, batches, transport, worker_timeout)
+            self.options = ExchangeOptions(
+                max_staleness=max_staleness,
+                on_stale=on_stale,
+                batches=batches,
+                transport=transport,
+                worker_timeout_s=worker_timeout,
+                overlap=overlap,
+                wire_dtype=wire_dtype,
+                parameter_wire_dtype=parameter_wire_dtype,
+            )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.worker_timeout_s = worker_timeout

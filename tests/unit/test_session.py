@@ -323,7 +323,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
     worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    worker.version = 5
+    worker._lane.version = 5
     desk.parameters[0].grad = torch.ones(2)
 
     with pytest.raises(RequestRefusedError, match=r"refused rank 1: .* version 5 but holds 0"):

@@ -10,12 +10,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.holder import Snapshot
 from lightning_async.layout import FlatLayout
 
@@ -27,21 +24,7 @@ def make_shell(optimizer: Optimizer, push: Callable[[], None]) -> None:
 
     The method is replaced on the instance: torch's schedulers have put one there already, and a subclass would come
     too late.
-
-    Raises:
-        MisconfigurationException: if AMSGrad cannot stand in for the optimizer.
     """
-    try:
-        is_amsgrad = check_optimizer(optimizer)
-    except UnsupportedOptimizerError as error:
-        raise MisconfigurationException(str(error)) from error
-    if not is_amsgrad:
-        rank_zero_warn(
-            f"async_amsgrad turns AMSGrad on for the {type(optimizer).__name__} that configure_optimizers returned. "
-            "Return it with amsgrad=True, or lightning_async.AMSGrad(...), to say so yourself."
-        )
-        for group in optimizer.param_groups:
-            group["amsgrad"] = True
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

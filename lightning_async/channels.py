@@ -15,6 +15,7 @@ import torch
 from torch.distributed import TCPStore
 
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
@@ -117,14 +118,16 @@ class ChannelOffice:
             return int(self._store.port)
 
 
-def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
+def dial(
+    address: Address, worker: int, layout: FlatLayout, groups: Sequence[HyperLayout], incarnation: int = 0
+) -> Channel:
     """Connects a worker to its session.
 
     Args:
         address: of rank 0's front door.
         worker: this rank.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
 
     Raises:

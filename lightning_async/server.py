@@ -18,6 +18,7 @@ from lightning_async.channels import ChannelOffice
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.session import Session, SessionError
 from lightning_async.tickets import Ledger
@@ -42,7 +43,7 @@ class Server:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies; workers must have the same.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have; workers must have the same.
         latch: the run's failure latch.
         door: where workers come in; None if rank 0 is alone.
         transport: how payloads travel.
@@ -54,7 +55,7 @@ class Server:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[int],
+        groups: Sequence[HyperLayout],
         latch: FailureLatch,
         door: FrontDoor | None = None,
         transport: Literal["auto", "shm", "gloo"] = "auto",

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 from lightning_async.failure import WorkerFailedError
 from lightning_async.holder import Holder, Push
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel
-from lightning_async.wire import Kind, Message, WireError, fit_text, unpack_bitmap
+from lightning_async.wire import Kind, Message, WireError, fit_text, unpack_bitmap, unpack_hypers
 
 __all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
 
@@ -37,7 +38,7 @@ class Session:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Session:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[int],
+        groups: Sequence[HyperLayout],
     ) -> None:
         self.worker = worker
         self.finished = False
@@ -56,6 +57,8 @@ class Session:
         self._ledger = ledger
         self._layout = layout
         self._groups = groups
+        # Of each optimizer what came last: the bytes, and the numbers in them.
+        self._hypers: list[tuple[bytes | None, tuple[float, ...]]] = [(None, ())] * len(groups)
         self._gradient = channel.buffers.gradient
         self._views = [layout.views(self._gradient, index) for index in range(len(groups))]
         self._parameters = channel.buffers.parameters
@@ -112,7 +115,7 @@ class Session:
             optimizer=message.optimizer,
             version_read=message.version,
             gradients=[view if there else None for view, there in zip(views, present, strict=True)],
-            groups=message.groups,
+            groups=self._hypers[message.optimizer][1],
             tickets=message.tickets,
             samples=message.samples,
             waited_s=message.waited_s,
@@ -139,11 +142,12 @@ class Session:
         expected = self._layout.segment_bytes(index)
         if message.payload_bytes != expected:
             self._refuse(f"it pushes {message.payload_bytes} bytes for optimizer {index}, which has {expected}")
-        if len(message.groups) != self._groups[index]:
-            self._refuse(f"it sends {len(message.groups)} param groups, the holder has {self._groups[index]}")
         if message.tickets > self._ledger.leased(self.worker):
             self._refuse(f"it reports {message.tickets} batches and was handed {self._ledger.leased(self.worker)}")
         try:
+            # They seldom change from one push to the next, and then there is nothing to check.
+            if message.groups != self._hypers[index][0]:
+                self._hypers[index] = (message.groups, unpack_hypers(message.groups, self._groups[index].count))
             return unpack_bitmap(message.present, len(self._views[index]))
         except WireError as error:
             self._refuse(str(error))

@@ -66,19 +66,20 @@ def checkpointed_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> 
     """An optimizer's state dict for a checkpoint: the holder's state, the shell's groups.
 
     The groups are the shell's because schedulers keep their notes in them (``initial_lr``), and because the holder's
-    choice of kernel is no one else's affair.
+    choice of kernel is no one else's affair. What the holder's steps have changed in its groups goes in, too.
     """
-    return {
-        "state": snapshot.optimizer_states[index]["state"],
-        "param_groups": optimizer.state_dict()["param_groups"],
-    }
+    groups = zip(optimizer.state_dict()["param_groups"], snapshot.adapted[index], strict=True)
+    return {**snapshot.optimizer_states[index], "param_groups": [group | adapted for group, adapted in groups]}
 
 
 def load_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads the hyper-parameters of a checkpointed state dict, and none of its state."""
-    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-    for group in optimizer.param_groups:
-        group["amsgrad"] = True
+    had_amsgrad = [group.get("amsgrad", False) for group in optimizer.param_groups]
+    optimizer.load_state_dict({**state, "state": {}})
+    for group, had in zip(optimizer.param_groups, had_amsgrad, strict=True):
+        # The checkpoint may be from Adam without it; the holder goes on with it.
+        if had:
+            group["amsgrad"] = True
 
 
 def load_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> None:

@@ -28,11 +28,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import average_buffers, broadcast_tensors
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
+from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
@@ -200,7 +202,11 @@ class AsyncStrategy(StartedRanks):
             make_shell(optimizer, functools.partial(self._push, index))
 
     def _accept_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuses an optimizer that rank 0 cannot step; makes what it is to be of one that it can."""
+        """Refuses an optimizer that rank 0 cannot step."""
+        try:
+            check_steppable(optimizer)
+        except UnsupportedOptimizerError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def setup(self, trainer: Trainer) -> None:

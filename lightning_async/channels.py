@@ -15,6 +15,7 @@ import torch
 from torch.distributed import TCPStore
 
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
@@ -133,7 +134,12 @@ class ChannelOffice:
 
 
 def dial(
-    address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0, lane: int = 0
+    address: Address,
+    worker: int,
+    layout: FlatLayout,
+    groups: Sequence[HyperLayout],
+    incarnation: int = 0,
+    lane: int = 0,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -141,7 +147,7 @@ def dial(
         address: of rank 0's front door.
         worker: this rank.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
         lane: which of the worker's lanes this is.
 

@@ -13,6 +13,7 @@ from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
@@ -59,7 +60,7 @@ class Engine:
     ) -> None:
         owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
         layout = FlatLayout(owned)
-        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        groups = [HyperLayout(optimizer) for optimizer in optimizers]
         self.layout = layout
         self.holder: Holder | None = None
         self.ledger: Ledger | None = None

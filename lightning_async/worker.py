@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import group_hyper
 from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -82,7 +82,7 @@ class Worker:
         self.version = 0
         self.waited_s = 0.0
         self._layout = layout
-        self._optimizers = optimizers
+        self._hypers = [HyperReader(optimizer, HyperLayout(optimizer)) for optimizer in optimizers]
         self._latch = latch
         self._lanes = [
             _Lane(channel, layout, len(optimizers))
@@ -198,7 +198,7 @@ class Worker:
             waited_s=self._last_wait_s,
             dtype=payload.dtype,
             payload_bytes=payload.nbytes,
-            groups=tuple(group_hyper(group) for group in self._optimizers[index].param_groups),
+            groups=self._hypers[index].packed(),
             present=pack_bitmap(present),
         )
         self._tickets = self._samples = 0

@@ -84,6 +84,14 @@ class CIFAR10DataModule(ImageDataModule):
         super().__init__(batch_size, eval_batch_size, augment, validation_samples, split_seed, num_workers)
         self.data_dir = Path(data_dir)
 
+    def prepare_data(self) -> None:
+        """Look for the files, on one rank of each machine.
+
+        Raises:
+            MissingDataError: if any is missing.
+        """
+        self._find()
+
     def load(self, part: Part) -> ImageSet:
         """Read the images of a part.
 
@@ -94,11 +102,14 @@ class CIFAR10DataModule(ImageDataModule):
             MissingDataError: if any of the six batches is missing.
             DamagedFileError: if a file is not what it should be.
         """
-        folder = self.data_dir / FOLDER if (self.data_dir / FOLDER).is_dir() else self.data_dir
-        paths = find_files("CIFAR-10 (python version)", folder, [*TRAIN_FILES, TEST_FILE], HOME_PAGE)
+        paths = self._find()
         batches = [
             image_batch(path, load_pickle(path), first_label=0, num_classes=10)
             for path in (paths[:-1] if part == "train" else paths[-1:])
         ]
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+
+    def _find(self) -> list[Path]:
+        folder = self.data_dir / FOLDER if (self.data_dir / FOLDER).is_dir() else self.data_dir
+        return find_files("CIFAR-10 (python version)", folder, [*TRAIN_FILES, TEST_FILE], HOME_PAGE)

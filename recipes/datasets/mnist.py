@@ -14,10 +14,7 @@ from recipes.datasets.images import ImageDataModule, ImageSet, per_channel
 __all__ = ["MNISTDataModule", "read_idx"]
 
 HOME_PAGE = "http://yann.lecun.com/exdb/mnist/ or https://github.com/zalandoresearch/fashion-mnist"
-FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 UNSIGNED_BYTE = 0x08
 
 
@@ -86,6 +83,14 @@ class MNISTDataModule(ImageDataModule):
         super().__init__(batch_size, eval_batch_size, augment, validation_samples, split_seed, num_workers)
         self.data_dir = Path(data_dir)
 
+    def prepare_data(self) -> None:
+        """Look for the files, on one rank of each machine.
+
+        Raises:
+            MissingDataError: if any is missing.
+        """
+        self._find()
+
     def load(self, part: Part) -> ImageSet:
         """Read the images of a part.
 
@@ -96,12 +101,14 @@ class MNISTDataModule(ImageDataModule):
             MissingDataError: if any of the four files is missing.
             DamagedFileError: if a file is not what it should be.
         """
-        names = [name for pair in FILES.values() for name in pair]
-        paths = dict(zip(names, find_files("MNIST", self.data_dir, names, HOME_PAGE, ".gz"), strict=True))
-        image_path, label_path = (paths[name] for name in FILES["train" if part == "train" else "test"])
+        paths = self._find()
+        image_path, label_path = paths[:2] if part == "train" else paths[2:]
         images, labels = read_idx(image_path), read_idx(label_path)
         if images.dim() != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise DamagedFileError(image_path, f"holds {list(images.shape)} instead of images of 28x28")
         if labels.shape != (len(images),) or labels.max() > 9:
             raise DamagedFileError(label_path, f"is not one label from 0 to 9 for each of {len(images)} images")
         return ImageSet(images.unsqueeze(1), labels.long())
+
+    def _find(self) -> list[Path]:
+        return find_files("MNIST", self.data_dir, FILES, HOME_PAGE, ".gz")

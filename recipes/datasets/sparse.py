@@ -144,6 +144,14 @@ class RCV1DataModule(SparseDataModule):
         self.data_dir = Path(data_dir)
         self.num_features = num_features
 
+    def prepare_data(self) -> None:
+        """Look for the files, on one rank of each machine.
+
+        Raises:
+            MissingDataError: if any is missing.
+        """
+        self._find()
+
     def load(self, part: Part) -> SparseSet:
         """Read the rows of a part.
 
@@ -154,5 +162,8 @@ class RCV1DataModule(SparseDataModule):
             MissingDataError: if either file is missing.
             DamagedFileError: if a file is not what it should be.
         """
-        paths = find_files("rcv1 (binary)", self.data_dir, [TRAIN_FILE, TEST_FILE], HOME_PAGE, ".bz2")
-        return read_libsvm(paths[0] if part == "train" else paths[1], self.num_features)
+        train, test = self._find()
+        return read_libsvm(train if part == "train" else test, self.num_features)
+
+    def _find(self) -> list[Path]:
+        return find_files("rcv1 (binary)", self.data_dir, [TRAIN_FILE, TEST_FILE], HOME_PAGE, ".bz2")

@@ -69,8 +69,9 @@ def test_what_is_missing_is_named_with_its_home_page(
     write(tmp_path)
     (tmp_path / lost).rename(tmp_path / "elsewhere")
 
+    # Before anything is read, and only on one rank.
     with pytest.raises(MissingDataError) as error:
-        data_class(data_dir=str(tmp_path)).setup("fit")
+        data_class(data_dir=str(tmp_path)).prepare_data()
 
     message = str(error.value)
     assert f"{tmp_path} has no {lost}" in message

@@ -53,7 +53,7 @@ def draw(comparison: Comparison, summaries: Sequence[Summary], folder: Path) -> 
     for plot in comparison.plots or [Plot()]:
         for part, members in _parts(comparison, plot, measured):
             figure = _DRAWERS[plot.kind](comparison, plot, members)
-            title = ": ".join(filter(None, [plot.title or _DEFAULT_TITLES[plot.kind], part]))
+            title = ": ".join(filter(None, [plot.title or f"{comparison.title}: {_DEFAULT_TITLES[plot.kind]}", part]))
             figure.suptitle(title, fontsize=12)
             files.append(folder / f"{_file_name(plot, part)}.png")
             figure.savefig(files[-1], dpi=130)
@@ -101,6 +101,7 @@ def _draw_curves(comparison: Comparison, plot: Plot, summaries: Sequence[Summary
                 _draw_curve(axes, summary, x, y, style)
             axes.grid(alpha=0.3)
             axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=6, integer=x_label != "seconds of training")
             if column == 0:
                 axes.set_ylabel(y_label)
             if row == len(rows) - 1:
@@ -179,7 +180,7 @@ _DRAWERS: Mapping[str, Callable[[Comparison, Plot, Sequence[Summary]], Figure]] 
     "final": _draw_final,
     "speedup": _draw_speedup,
 }
-_DEFAULT_TITLES = {"curves": "Training", "final": "After training", "speedup": "Speed-up"}
+_DEFAULT_TITLES = {"curves": "training", "final": "after training", "speedup": "speed-up"}
 
 
 def _figure(width: float, height: float) -> Figure:

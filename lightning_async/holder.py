@@ -71,11 +71,12 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Parameters and optimizer states of one version; owns its memory."""
+    """Parameters and optimizer states of one version, and the tickets that it was made of; owns its memory."""
 
     version: int
     parameters: Tensor
     optimizer_states: list[dict[str, Any]]
+    applied: tuple[tuple[int, int], ...] = ()
 
 
 class Holder:
@@ -175,11 +176,16 @@ class Holder:
             out.copy_(self._flat)
             return self._barrier.version
 
-    def snapshot(self) -> Snapshot:
-        """Parameters and optimizer states of one version."""
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
+        """Parameters and optimizer states of one version.
+
+        Args:
+            applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
+                are those of the same version.
+        """
         with self._changed:
             states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers]
-            return Snapshot(self._barrier.version, self._flat.clone(), states)
+            return Snapshot(self._barrier.version, self._flat.clone(), states, tuple(applied()))
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.

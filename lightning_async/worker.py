@@ -86,6 +86,15 @@ class Worker:
         reply = self._request(Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
         return range(reply.ticket, reply.ticket + reply.tickets)
 
+    def give_back(self, tickets: int, stream_over: bool) -> None:
+        """Gives back the newest ``tickets`` drawn, which there are no batches for.
+
+        Args:
+            tickets: how many.
+            stream_over: this rank's own stream has ended: it draws nothing more in this epoch.
+        """
+        self._request(Message(Kind.RETURN, worker=self.rank, tickets=tickets, outcome=int(stream_over)), Kind.ACK)
+
     def close_hand_out(self) -> None:
         """Ends the segment for every rank once the batches that are out have been computed."""
         self._request(Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
@@ -154,6 +163,9 @@ class Worker:
         if self._reading:
             self._request(Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
             self._reading = False
+        if self._drawn:
+            # They came with the answer to a push that ended the segment, after somebody else had given them back.
+            self.give_back(len(self._drawn), stream_over=False)
         self._drawn = None
 
     def refresh(self) -> None:

@@ -13,7 +13,6 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from typing_extensions import override
 
-from lightning_async.ranges import UNBOUNDED
 from lightning_async.streams import OwnStream, count_samples
 from lightning_async.tickets import TicketSampler
 
@@ -31,7 +30,6 @@ class TicketFetcher(_DataFetcher):
 
     Attributes:
         stream_length: batches of this rank's own stream, without the trainer's limit; None if nobody knows.
-        tickets: batches of an epoch over all ranks, where they have streams of their own.
     """
 
     def __init__(self, on_batch: Callable[[int], None]) -> None:
@@ -40,7 +38,6 @@ class TicketFetcher(_DataFetcher):
         self._sampler: TicketSampler | None = None
         self._stream = OwnStream(self._next_of_stream)
         self.stream_length: int | None = None
-        self.tickets = UNBOUNDED
 
     @override
     def setup(self, combined_loader: CombinedLoader) -> None:

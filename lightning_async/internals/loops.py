@@ -344,7 +344,7 @@ class AsyncFitLoop(_FitLoop):
             super().setup_data()
         fetcher = self._data_fetcher
         if isinstance(fetcher, TicketFetcher) and fetcher is not before and not fetcher.is_shared:
-            agree_on_size(self.trainer, fetcher, strategy.gather_objects)
+            agree_on_size(self.trainer, strategy.gather_objects)
 
     @override
     def on_advance_end(self) -> None:

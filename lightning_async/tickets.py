@@ -150,10 +150,11 @@ class Ledger:
             if stream_over:
                 self._over.add(worker)
                 self._without_batch.discard(worker)
-                if len(self._queues) > 1 or len(self._over) == self._workers:
-                    # Nobody else may, or can, draw what is left of this share.
-                    self._queues[worker % len(self._queues)].clear()
-                    self._allowance[worker % len(self._queues)] = 0
+            share = worker % len(self._queues)
+            if self._over.issuperset(range(share, self._workers, len(self._queues))):
+                # Nobody is left who could draw from it.
+                self._queues[share].clear()
+                self._allowance[share] = 0
 
     def leased(self, worker: int) -> int:
         """Number of tickets handed to ``worker`` and not applied."""

@@ -12,7 +12,7 @@ import torch
 from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
-from lightning_async.holder import Holder, Update
+from lightning_async.holder import Holder, Snapshot, Update
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
@@ -100,6 +100,12 @@ class Engine:
             assert address is not None
             channels = [dial(address, rank, layout, groups, lane=lane) for lane in range(lanes)]
         self.worker = Worker(rank, channels, layout, optimizers, latch)
+
+    def snapshot(self) -> Snapshot | None:
+        """Parameters, optimizer states and applied tickets of one version, on rank 0; None elsewhere."""
+        if self.holder is None or self.ledger is None:
+            return None
+        return self.holder.snapshot(self.ledger.applied)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""

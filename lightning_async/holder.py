@@ -70,19 +70,21 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Parameters and optimizer states of one version; owns its memory.
+    """Parameters and optimizer states of one version, and the tickets that it was made of; owns its memory.
 
     Args:
         version: the version.
         parameters: the flat buffer.
         optimizer_states: each optimizer's state dict.
         adapted: for each optimizer and param group the values that its own steps have changed.
+        applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
     """
 
     version: int
     parameters: Tensor
     optimizer_states: list[dict[str, Any]]
     adapted: list[list[dict[str, Any]]]
+    applied: tuple[tuple[int, int], ...] = ()
 
 
 class Holder:
@@ -213,12 +215,17 @@ class Holder:
             out.copy_(self._flat)
             return self._barrier.version
 
-    def snapshot(self) -> Snapshot:
-        """Parameters and optimizer states of one version."""
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
+        """Parameters and optimizer states of one version.
+
+        Args:
+            applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
+                are those of the same version.
+        """
         with self._changed:
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
-            return Snapshot(self._barrier.version, self._flat.clone(), states, adapted)
+            return Snapshot(self._barrier.version, self._flat.clone(), states, adapted, tuple(applied()))
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.

@@ -120,6 +120,9 @@ class Session:
         elif kind is Kind.SKIP:
             self._complete(message.tickets)
             self._acknowledge()
+        elif kind is Kind.RETURN:
+            self._give_back(message)
+            self._acknowledge()
         elif kind is Kind.LEAVE:
             self._holder.leave(self.worker, self.lane)
             self._acknowledge()
@@ -197,6 +200,12 @@ class Session:
     def _complete(self, tickets: int) -> None:
         try:
             self._ledger.complete(self.worker, tickets)
+        except ValueError as error:
+            self._refuse(str(error))
+
+    def _give_back(self, message: Message) -> None:
+        try:
+            self._ledger.give_back(self.worker, message.tickets, stream_over=bool(message.outcome))
         except ValueError as error:
             self._refuse(str(error))
 

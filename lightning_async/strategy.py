@@ -39,6 +39,7 @@ from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
 from lightning_async.registry import register
+from lightning_async.resume import EpochPlace, agree_on_order
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -60,11 +61,13 @@ class Stop:
     """What all ranks know when they have met at the end of a segment.
 
     Args:
+        tickets_done: batches of this epoch that are applied.
         tickets_left: batches of this epoch that nobody was handed.
         validation_requested: a rank asked for validation now.
         skip_rest: a rank wants to skip the rest of the epoch.
     """
 
+    tickets_done: int
     tickets_left: int
     validation_requested: bool
     skip_rest: bool
@@ -162,6 +165,11 @@ class AsyncStrategy(StartedRanks):
         self._snapshot: Snapshot | None = None
         self._version = 0
         self._version_at_backward = 0
+        # Whether the train data is one loader, which all ranks may share.
+        self.has_one_train_loader = True
+        # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
+        self._epoch_order: tuple[int, str] | None = None
+        self._resumed: EpochPlace | None = None
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -185,7 +193,8 @@ class AsyncStrategy(StartedRanks):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
-        if self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training:
+        training = self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training
+        if training and self.has_one_train_loader:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
 
@@ -236,6 +245,7 @@ class AsyncStrategy(StartedRanks):
         if self.world_size > 1:
             broadcast_tensors([*module.parameters(), *module.buffers()])
         self.sigterm_received = False
+        self._epoch_order = self._resumed = None
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
         try:
@@ -261,7 +271,8 @@ class AsyncStrategy(StartedRanks):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
-        if trainer.state.fn == TrainerFn.FITTING and trainer.training and _walks_one_order(dataloader):
+        training = trainer.state.fn == TrainerFn.FITTING and trainer.training
+        if training and self.has_one_train_loader and _walks_one_order(dataloader):
             share_loader(dataloader, self.world_size, trainer_state.run_seed())
         return dataloader
 
@@ -286,11 +297,30 @@ class AsyncStrategy(StartedRanks):
 
     # --- phases ------------------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, tickets: range) -> None:
-        """Fills the ledger with an epoch's tickets."""
-        if self._engine is not None and self._engine.ledger is not None:
+    def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
+        """Fills the ledger with what is left of an epoch; a collective call.
+
+        Args:
+            tickets: batches of the epoch over all ranks.
+            order: digest of this rank's order of batches; empty for a stream of its own.
+            tickets_done: how many a checkpoint's counters say are done, for one that does not say which.
+
+        Returns:
+            The place that a checkpoint has recorded, if this epoch is resumed from there.
+
+        Raises:
+            MisconfigurationException: if the ranks' orders differ.
+        """
+        assert self._engine is not None
+        self._epoch_order = (self._trainer.current_epoch, order)
+        agree_on_order(self.gather_objects(order))
+        resumed, self._resumed = self._resumed, None
+        place = None if resumed is None else resumed.within(*self._epoch_order)
+        applied = ((0, tickets_done),) if place is None else place.applied
+        if self._engine.ledger is not None:
             block = self._trainer.accumulate_grad_batches if self._automatic else 1
-            self._engine.ledger.begin_epoch(tickets, block=int(block))
+            self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
+        return place
 
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
@@ -317,8 +347,8 @@ class AsyncStrategy(StartedRanks):
         self.worker.refresh()
         if self.world_size > 1:
             average_buffers(self.lightning_module)
-        left = 0 if self._engine.ledger is None else self._engine.ledger.progress()[1]
-        return Stop(self.broadcast(left), validation_requested, skip_rest)
+        done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
+        return Stop(done, left, validation_requested, skip_rest)
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
@@ -338,15 +368,22 @@ class AsyncStrategy(StartedRanks):
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""
         raise SIGTERMException
 
+    @property
+    def snapshot_in_progress(self) -> Snapshot | None:
+        """What a checkpoint that is being put together consists of, on rank 0."""
+        return self._snapshot
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
-        if self._engine is None or self._engine.holder is None:
+        if self._engine is None:
             return state
-        # Parameters and optimizer states of one checkpoint come from one version.
-        self._snapshot = snapshot = self._engine.holder.snapshot()
+        # Parameters, optimizer states and applied batches of one checkpoint come from one version.
+        self._snapshot = snapshot = self._engine.snapshot()
+        if snapshot is None:
+            return state
         assert self.lightning_module is not None
         snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
         return state
@@ -360,9 +397,13 @@ class AsyncStrategy(StartedRanks):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        version = self.version if self._snapshot is None else self._snapshot.version
-        self._snapshot = None
-        checkpoint[_CHECKPOINT_KEY] = {"version": version, "world_size": self.world_size}
+        snapshot, self._snapshot = self._snapshot, None
+        version = self.version if snapshot is None else snapshot.version
+        noted: dict[str, Any] = {"version": version, "world_size": self.world_size}
+        if snapshot is not None and self._epoch_order is not None:
+            clock = loops.scheduler_clock(self._trainer)
+            noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
+        checkpoint[_CHECKPOINT_KEY] = noted
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -370,8 +411,11 @@ class AsyncStrategy(StartedRanks):
         assert self._engine is not None
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         version = int(checkpoint["global_step"]) * self.world_size
-        if saved.get("world_size") == self.world_size:
-            version = int(saved["version"])
+        if saved:
+            # The same clock with another number of ranks is another version.
+            same = saved["world_size"] == self.world_size
+            version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
+        self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         states = checkpoint["optimizer_states"]
         if self._engine.holder is not None and self._engine.holder.restore(version, states):
             rank_zero_warn(

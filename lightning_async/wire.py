@@ -97,6 +97,7 @@ class Kind(enum.IntEnum):
     ABORT = 14
     GOODBYE = 15
     READ = 16
+    RETURN = 17
 
 
 _KIND_OF_CODE = {int(kind): kind for kind in Kind}
@@ -113,10 +114,11 @@ class Message:
         optimizer: index of the optimizer.
         version: PUSH: the version read; PARAMETERS: the version sent.
         ticket: TICKETS, PARAMETERS: the first ticket handed out. PUSH: 1 if the answer is to bring the next tickets.
-        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed.
+        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed;
+            RETURN: how many are given back.
         samples: samples in the batches of these tickets.
         waited_s: PUSH: seconds that the worker's last round trip took.
-        outcome: PARAMETERS: what became of the push, a small code.
+        outcome: PARAMETERS: what became of the push, a small code. RETURN: 1 if the worker's stream has ended.
         dtype: element type of the payload; None without one.
         payload_bytes: size of the payload on the data channel.
         groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.

@@ -141,6 +141,18 @@ class Worker:
         reply = self._request(self._lane, Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
         return range(reply.ticket, reply.ticket + reply.tickets)
 
+    def give_back(self, tickets: int, stream_over: bool) -> None:
+        """Gives back the newest ``tickets`` drawn, which there are no batches for.
+
+        Args:
+            tickets: how many.
+            stream_over: this rank's own stream has ended: it draws nothing more in this epoch.
+        """
+        for lane in self._lanes:
+            self._take_answer(lane)
+        given = Message(Kind.RETURN, worker=self.rank, tickets=tickets, outcome=int(stream_over))
+        self._request(self._lane, given, Kind.ACK)
+
     def close_hand_out(self) -> None:
         """Ends the segment for every rank once the batches that are out have been computed."""
         self._request(self._lane, Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
@@ -228,6 +240,9 @@ class Worker:
             if lane.reading:
                 self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
                 lane.reading = False
+        if self._drawn:
+            # They came with the answer to a push that ended the segment, after somebody else had given them back.
+            self.give_back(sum(map(len, self._drawn)), stream_over=False)
         self._drawn.clear()
         self._over = False
 

@@ -196,6 +196,18 @@ def test_leave_close_and_goodbye() -> None:
     assert desk.ended() is None
 
 
+def test_what_a_worker_gives_back_is_handed_to_others() -> None:
+    desk = Desk(tickets=2)
+    assert desk.ask(ask(Kind.DRAW)).tickets == 1
+
+    assert desk.ask(ask(Kind.RETURN, tickets=1, outcome=1)).kind is Kind.ACK
+
+    assert desk.ask(ask(Kind.DRAW)).tickets == 0
+    assert [list(desk.ledger.draw(0)) for _ in range(3)] == [[0], [1], []]
+    reply = desk.ask(ask(Kind.RETURN, tickets=1))
+    assert (reply.kind, reply.text) == (Kind.REFUSE, "worker 1 gives back 1 batches but was handed 0")
+
+
 ANSWERS = (
     Kind.HELLO,
     Kind.WELCOME,

@@ -142,7 +142,7 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 
 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
-    names = "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ"
+    names = "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RETURN"
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}
 

@@ -80,6 +80,15 @@ def test_what_is_missing_is_named_with_its_home_page(
     assert message.count("_batch_") + message.count("ubyte") + message.count("/frog") <= 1
 
 
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    files = write_mnist(tmp_path)
+    for name in files:
+        (tmp_path / name).unlink()
+
+    with pytest.raises(MissingDataError, match=f"has no {', '.join(files)} "):
+        MNISTDataModule(str(tmp_path)).setup("test")
+
+
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
     write_cinic10(tmp_path)
     for image in (tmp_path / "train" / "ship").iterdir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import random
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -28,8 +29,8 @@ from recipes.datasets import (
     SyntheticImagesDataModule,
     SyntheticSparseDataModule,
 )
-from recipes.datasets.files import load_pickle
 from recipes.datasets.images import random_crop_and_flip
+from recipes.datasets.pickles import load_pickle
 from recipes.datasets.sparse import SparseRows
 from tests.data_files import (
     idx,
@@ -78,6 +79,15 @@ def test_what_is_missing_is_named_with_its_home_page(
     assert "http" in message
     # Nothing that is there is called missing.
     assert message.count("_batch_") + message.count("ubyte") + message.count("/frog") <= 1
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    files = write_mnist(tmp_path)
+    for name in files:
+        (tmp_path / name).unlink()
+
+    with pytest.raises(MissingDataError, match=f"has no {', '.join(files)} "):
+        MNISTDataModule(str(tmp_path)).setup("test")
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
@@ -203,16 +213,43 @@ def test_no_other_function_is_unpickled(name: str, tmp_path: Path) -> None:
         load_pickle(tmp_path / "batch")
 
 
+def test_a_pickle_with_any_bytes_changed_is_read_or_refused(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, samples=1)
+    whole = (tmp_path / "data_batch_1").read_bytes()
+    path = tmp_path / "changed"
+    generator = random.Random(0)
+
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        # Most of it is pixels, and any pixel will do.
+        content[generator.randrange(200)] = generator.randrange(256)
+        content[generator.randrange(len(content))] = generator.randrange(256)
+        path.write_bytes(content)
+        try:
+            load_pickle(path)
+        except DamagedFileError:
+            refused += 1
+
+    assert 30 < refused < 300
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays_of_every_protocol_are_unpickled(protocol: int, tmp_path: Path) -> None:
-    content = {"data": random_bytes(3, 5), b"mean": np.arange(4.0), "labels": [1, 2, 1000], "name": "x"}
+    content = {
+        "data": random_bytes(3, 5),
+        b"mean": np.arange(4.0),
+        "columns": np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3)),
+        "labels": [1, 2, 1000],
+    }
     (tmp_path / "batch").write_bytes(pickle.dumps(content, protocol=protocol))
 
     read = load_pickle(tmp_path / "batch")
 
-    assert list(read) == ["data", "mean", "labels", "name"]
-    assert np.array_equal(read["data"], content["data"])
+    assert list(read) == ["data", "mean", "columns", "labels"]
+    assert np.array_equal(read["data"], content["data"]) and read["data"].dtype == np.uint8
     assert np.array_equal(read["mean"], np.arange(4.0))
+    assert read["columns"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read["labels"] == [1, 2, 1000]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from tests.launch import launch
-from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
+from tests.models import TinyClassifier, fork_trainer, loader
 
 
 @pytest.mark.parametrize(

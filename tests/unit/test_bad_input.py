@@ -13,11 +13,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from tests.launch import launch
-from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
+from tests.models import TinyClassifier, fork_trainer, loader
 
 
 @pytest.mark.parametrize(
@@ -193,43 +192,6 @@ def test_a_gathering_in_a_training_step_is_refused(tmp_path: Path) -> None:
 
     assert "all_gather was called while the ranks train asynchronously" in message
     assert "Call it in validation or at the end of the epoch" in message
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter([(torch.zeros(6), 0, 0)] * 8)
-
-
-def sharded_by_hand() -> DataLoader[Any]:
-    data = indexed_data()
-    return DataLoader(data, batch_size=4, sampler=DistributedSampler(data, num_replicas=2, rank=0))
-
-
-@pytest.mark.parametrize(
-    ("make_data", "arguments"),
-    [
-        (lambda: DataLoader(Stream(), batch_size=4), {}),
-        (sharded_by_hand, {}),
-        (loader, {"use_distributed_sampler": False}),
-        (lambda: Stream(), {}),
-    ],
-    ids=["iterable", "sampler", "no-sampler", "no-loader"],
-)
-def test_data_without_one_order_for_all_ranks_is_refused(
-    tmp_path: Path, make_data: Callable[[], Any], arguments: dict[str, Any]
-) -> None:
-    message = refusal(tmp_path, TinyClassifier(), make_data(), **arguments)
-
-    assert "hands out the batches of a map-style torch DataLoader" in message
-    assert "Pass a DataLoader over a map-style Dataset, without a DistributedSampler of your own" in message
-    assert 'strategy="ddp"' in message
-
-
-def test_two_train_loaders_are_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path, TinyClassifier(), {"a": loader(), "b": loader()})
-
-    assert "one train DataLoader and was given 2" in message
-    assert "Combine the data sets in one DataLoader" in message
 
 
 def test_a_refusal_ends_all_ranks_soon_and_is_told_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_async import AsyncAMSGradStrategy
+from lightning_async import AsyncAMSGradStrategy, AsyncStrategy
 from lightning_async.cli import AsyncCLI, add_working_directory_to_path, main
 from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
@@ -63,6 +63,17 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
 
     assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
     assert cli.trainer.strategy.options.max_staleness == 7
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["--trainer.strategy=async"], ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.max_staleness=7"]],
+    ids=["name", "class"],
+)
+def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named: list[str]) -> None:
+    cli = AsyncCLI(["--config", RECIPE, *named], run=False)
+
+    assert type(cli.trainer.strategy) is AsyncStrategy
 
 
 @pytest.mark.parametrize(

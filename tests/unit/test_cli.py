@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AsyncAMSGradStrategy, WorkerFailedError
+from lightning_async import AsyncAMSGradStrategy, AsyncStrategy, WorkerFailedError
 from lightning_async.cli import AsyncCLI, add_working_directory_to_path, main
 from lightning_async.complaints import told_in_one_line
 from lightning_async.failure import RunFailure
@@ -67,6 +67,17 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
 
     assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
     assert cli.trainer.strategy.options.max_staleness == 7
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["--trainer.strategy=async"], ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.max_staleness=7"]],
+    ids=["name", "class"],
+)
+def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named: list[str]) -> None:
+    cli = AsyncCLI(["--config", RECIPE, *named], run=False)
+
+    assert type(cli.trainer.strategy) is AsyncStrategy
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,26 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.distributed import TCPStore
 
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
+from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.wire import Kind, Message
 
-__all__ = ["ChannelOffice", "dial"]
+__all__ = ["ChannelOffice", "WireNames", "dial"]
+
+# What gradients, and what parameters, are rounded to on a network.
+WireNames: TypeAlias = tuple[str, str]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +41,18 @@ class ChannelOffice:
         transport: "auto", or the only channel to offer.
         numel: size of the flat buffers.
         dtype: of the flat buffers.
+        wire: what payloads are rounded to on a network.
     """
 
-    def __init__(self, host: str, transport: Literal["auto", "shm", "gloo"], numel: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        host: str,
+        transport: Literal["auto", "shm", "gloo"],
+        numel: int,
+        dtype: torch.dtype,
+        wire: WireNames = ("fp32", "fp32"),
+    ) -> None:
+        self._wire = wire
         self._host = host
         self._transport = transport
         self._numel = numel
@@ -66,11 +81,12 @@ class ChannelOffice:
         """
         segment = self._segment(visitor)
         try:
-            pair = f"worker-{visitor.rank}-{visitor.incarnation}"
+            pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
             offer = {
                 "pair": pair,
                 "segment": segment.path if segment else None,
                 "store_port": self._store_port(segment),
+                "wire": self._wire,
             }
             connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
             connection.settimeout(None)
@@ -79,13 +95,13 @@ class ChannelOffice:
                 if answer.kind is Kind.ACK:
                     return SharedMemoryChannel(connection, segment.buffers)
                 self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
-                fallback = {"pair": pair, "segment": None, "store_port": self._store_port(None)}
+                fallback = offer | {"segment": None, "store_port": self._store_port(None)}
                 connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(fallback)))
         finally:
             if segment is not None:
                 segment.release()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE)
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire))
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -117,22 +133,31 @@ class ChannelOffice:
             return int(self._store.port)
 
 
-def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int], incarnation: int = 0) -> Channel:
+def dial(
+    address: Address,
+    worker: int,
+    layout: FlatLayout,
+    groups: Sequence[HyperLayout],
+    incarnation: int = 0,
+    lane: int = 0,
+) -> Channel:
     """Connects a worker to its session.
 
     Args:
         address: of rank 0's front door.
         worker: this rank.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
+        lane: which of the worker's lanes this is.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
         ChannelClosedError: if rank 0 cannot be reached.
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
-    connection, welcome = introduce(address, worker, DOORBELL, incarnation, model=model, host=host_identity())
+    claims = {"model": model, "host": host_identity(), "lane": lane}
+    connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
     offer = json.loads(welcome)
     if offer["segment"] is not None:
         try:
@@ -144,7 +169,13 @@ def dial(address: Address, worker: int, layout: FlatLayout, groups: Sequence[int
             connection.send(Message(Kind.ACK, worker=worker))
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
-    return GlooChannel(connection, Buffers.allocate(numel, dtype), store, offer["pair"], WORKER_SIDE)
+    buffers = Buffers.allocate(numel, dtype)
+    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]))
+
+
+def _dtypes(wire: Sequence[str]) -> WireDtypes:
+    gradients, parameters = wire
+    return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
 
 
 def _shares_memory(visitor: Visitor) -> bool:

@@ -13,6 +13,7 @@ from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
@@ -59,32 +60,46 @@ class Engine:
     ) -> None:
         owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
         layout = FlatLayout(owned)
-        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        groups = [HyperLayout(optimizer) for optimizer in optimizers]
         self.layout = layout
         self.holder: Holder | None = None
         self.ledger: Ledger | None = None
         self._server: Server | None = None
         self._stats = stats
         self._observers = observers
+        lanes = 2 if options.overlap and world_size > 1 else 1
+        bound = resolve_max_staleness(options.max_staleness, world_size)
+        if lanes > 1:
+            _check_overlap(bound, lanes * world_size, len(optimizers))
         if rank == 0:
             self.ledger = Ledger(world_size, options.batches)
             initial = layout.buffer()
             for index, parameters in enumerate(owned):
                 for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                     view.copy_(parameter.detach())
-            barrier = Barrier(
-                resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
-            )
+            barrier = Barrier(bound, options.on_stale, version=version)
             self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
             self._server = Server(
-                self.holder, self.ledger, layout, groups, latch, door, options.transport, on_refused=stats.refuse
+                self.holder,
+                self.ledger,
+                layout,
+                groups,
+                latch,
+                door,
+                options.transport,
+                on_refused=stats.refuse,
+                wire=(options.wire_dtype, options.parameter_wire_dtype),
             )
-            channel = self._server.local_channel()
+            if door is not None:
+                # Its updates are served by the reactor where they are to overlap with its training.
+                door.rank_0_rings = lanes > 1
         meet()
-        if rank != 0:
+        if self._server is not None and lanes == 1:
+            channels = [self._server.local_channel()]
+        else:
             assert address is not None
-            channel = dial(address, rank, layout, groups)
-        self.worker = Worker(rank, channel, layout, optimizers, latch)
+            channels = [dial(address, rank, layout, groups, lane=lane) for lane in range(lanes)]
+        self.worker = Worker(rank, channels, layout, optimizers, latch)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""
@@ -98,3 +113,16 @@ class Engine:
         self._stats.record(update)
         for observer in self._observers:
             observer(update, tickets)
+
+
+def _check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
+    if optimizers > 1:
+        raise ValueError(
+            f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "
+            "before the first one's step. Leave overlap out"
+        )
+    if bound is not None and bound < readers - 1:
+        raise ValueError(
+            f"overlap=True keeps two gradients of each rank under way, {readers} in all, and max_staleness={bound} "
+            f"lets {bound + 1} of them. Take max_staleness of at least {readers - 1}, or leave overlap out"
+        )

@@ -1,14 +1,12 @@
 """The holder: master parameters, optimizer state and version, in rank 0.
 
-Above `staleness.py` (the rule of who may proceed) and `amsgrad.py` (the update); below `server.py`, whose sessions
+Above `staleness.py` (the rule of who may proceed) and `update.py` (the update); below `server.py`, whose sessions
 are its only callers. Does no I/O and imports no Lightning.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import GroupHyper, adopt_amsgrad_state, holder_optimizer
 from lightning_async.failure import FailureLatch
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier, Verdict
-from lightning_async.update import FusedUpdate
+from lightning_async.update import HeldOptimizer
 
 __all__ = ["Holder", "Push", "Snapshot", "Update"]
 
@@ -34,20 +31,22 @@ class Push:
         optimizer: index of the optimizer that owns the parameters.
         version_read: version of the parameters that it was computed at.
         gradients: one tensor per parameter of the optimizer, None where the parameter took no part.
-        groups: the worker's current hyper-parameters, one entry per param group.
+        groups: the worker's current hyper-parameters, of all param groups, in the order of `HyperLayout`.
         tickets: number of batches that the gradient covers.
         samples: number of samples in them.
         waited_s: seconds that the worker's previous push and pull took.
+        lane: which of the worker's lanes it came by; each holds parameters of its own version (see `worker.py`).
     """
 
     worker: int
     optimizer: int
     version_read: int
     gradients: Sequence[Tensor | None]
-    groups: Sequence[GroupHyper]
+    groups: Sequence[float]
     tickets: int = 1
     samples: int = 0
     waited_s: float = 0.0
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +70,32 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Parameters and optimizer states of one version; owns its memory."""
+    """Parameters and optimizer states of one version; owns its memory.
+
+    Args:
+        version: the version.
+        parameters: the flat buffer.
+        optimizer_states: each optimizer's state dict.
+        adapted: for each optimizer and param group the values that its own steps have changed.
+    """
 
     version: int
     parameters: Tensor
     optimizer_states: list[dict[str, Any]]
+    adapted: list[list[dict[str, Any]]]
 
 
 class Holder:
-    """Master parameters, optimizer state and version; a monitor that does no I/O.
+    """Master parameters, optimizer state and version; a monitor that does no I/O and never waits.
 
     Every public method takes the lock, leaves the state consistent, and returns or fills copies. A push or a pull
-    that the barrier holds back blocks its caller, and nobody else, until it may proceed or the run fails.
+    that the barrier holds back is told so; its caller tries again after the next change (`wait_for_change`,
+    `subscribe`).
 
     Args:
         layout: where each parameter lies.
         parameters: initial values, a flat buffer of ``layout``; copied.
-        optimizers: the optimizers to stand in for (AMSGrad, Adam or AdamW), in the layout's order.
+        optimizers: the optimizers to stand in for, in the layout's order.
         barrier: who may proceed; owned by the holder from here on.
         latch: the run's failure latch.
         observer: called under the lock with every applied or dropped push; must be quick.
@@ -108,12 +116,13 @@ class Holder:
         self._latch = latch
         self._observer = observer
         self._changed = threading.Condition()
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._changes = 0
+        self._listeners: list[Callable[[], None]] = []
+        self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
             groups = [[torch.nn.Parameter(next(views)) for _ in group["params"]] for group in template.param_groups]
-            self._optimizers.append(holder_optimizer(template, groups))
-        self._updates = [FusedUpdate(optimizer) for optimizer in self._optimizers]
+            self._optimizers.append(HeldOptimizer(template, groups))
         latch.subscribe(lambda failure: self._wake())
 
     @property
@@ -122,52 +131,81 @@ class Holder:
         with self._changed:
             return self._barrier.version
 
-    def pull(self, worker: int, out: Tensor) -> int:
-        """Copies the parameters into ``out`` once the barrier lets ``worker`` read; returns their version.
+    @property
+    def changes(self) -> int:
+        """How often something has changed that a held-back caller may have waited for."""
+        return self._changes
+
+    def wait_for_change(self, seen: int) -> None:
+        """Waits until `changes` is no longer ``seen``, or the run fails."""
+        with self._changed:
+            while self._changes == seen and self._latch.failure is None:
+                self._changed.wait()
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
+        with self._changed:
+            self._listeners.append(listener)
+
+    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
+        """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
+
+        Whoever is held back keeps its place in the queue of readers.
 
         Raises:
-            WorkerFailedError: if the run fails while the worker waits.
+            ValueError: if the worker holds parameters already.
+            WorkerFailedError: if the run has failed.
         """
         with self._changed:
-            self._barrier.ask(worker)
-            self._wait(lambda: self._barrier.may_read(worker))
-            version = self._barrier.read(worker)
+            self._latch.check()
+            reader = (worker, lane)
+            self._barrier.ask(reader)
+            if not self._barrier.may_read(reader):
+                return None
+            version = self._barrier.read(reader)
             out.copy_(self._flat)
             # The next reader in the queue may go too: nobody else would tell it.
-            self._changed.notify_all()
+            self._tell()
             return version
 
-    def push(self, push: Push) -> Update:
-        """Applies a gradient once the barrier lets it, or drops it; returns what became of it.
+    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+        """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
+
+        Args:
+            push: the gradient.
+            parked_s: seconds that the barrier has held it back so far.
 
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
-            WorkerFailedError: if the run fails while the push waits.
+            WorkerFailedError: if the run has failed.
         """
         with self._changed:
-            worker = push.worker
-            held = self._barrier.outstanding.get(worker)
+            self._latch.check()
+            reader = (push.worker, push.lane)
+            held = self._barrier.held(reader)
             if held != push.version_read:
-                raise ValueError(f"worker {worker} pushes a gradient of version {push.version_read} but holds {held}")
-            started = time.monotonic()
-            self._wait(lambda: self._barrier.verdict(worker) is not Verdict.WAIT)
-            parked_s = time.monotonic() - started
-            applied = self._barrier.verdict(worker) is Verdict.APPLY
+                raise ValueError(
+                    f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
+                )
+            verdict = self._barrier.verdict(reader)
+            if verdict is Verdict.WAIT:
+                return None
+            applied = verdict is Verdict.APPLY
             if applied:
-                self._step(push)
-                staleness = self._barrier.apply(worker)
+                self._optimizers[push.optimizer].apply(push.gradients, push.groups)
+                staleness = self._barrier.apply(reader)
             else:
-                staleness = self._barrier.discard(worker)
+                staleness = self._barrier.discard(reader)
             update = Update(push, self._barrier.version, staleness, applied, parked_s)
             self._observer(update)
-            self._changed.notify_all()
+            self._tell()
             return update
 
-    def leave(self, worker: int) -> None:
+    def leave(self, worker: int, lane: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._changed:
-            self._barrier.leave(worker)
-            self._changed.notify_all()
+            self._barrier.leave((worker, lane))
+            self._tell()
 
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
@@ -178,8 +216,9 @@ class Holder:
     def snapshot(self) -> Snapshot:
         """Parameters and optimizer states of one version."""
         with self._changed:
-            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers]
-            return Snapshot(self._barrier.version, self._flat.clone(), states)
+            states = [optimizer.state_dict() for optimizer in self._optimizers]
+            adapted = [optimizer.adapted() for optimizer in self._optimizers]
+            return Snapshot(self._barrier.version, self._flat.clone(), states, adapted)
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.
@@ -190,23 +229,16 @@ class Holder:
         adopted = False
         with self._changed:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
-                own = copy.deepcopy(dict(state))
-                adopted |= adopt_amsgrad_state(own)
-                optimizer.load_state_dict(own)
-            for update in self._updates:
-                update.forget()
+                adopted |= optimizer.load(state)
             self._barrier.version = version
         return adopted
 
-    def _step(self, push: Push) -> None:
-        self._updates[push.optimizer](push.gradients, push.groups)
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            self._latch.check()
-            self._changed.wait()
-        self._latch.check()
+    def _tell(self) -> None:
+        self._changes += 1
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
 
     def _wake(self) -> None:
         with self._changed:
-            self._changed.notify_all()
+            self._tell()

@@ -28,14 +28,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import average_buffers, broadcast_tensors
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
-from lightning_async.options import ExchangeOptions
+from lightning_async.optimizers import check_steppable
+from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
+from lightning_async.registry import register
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -46,8 +49,9 @@ from lightning_async.shells import (
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
 
-__all__ = ["AsyncAMSGradStrategy"]
+__all__ = ["AsyncStrategy"]
 
+# One key for all strategies of this package: their checkpoints load in each other.
 _CHECKPOINT_KEY = "async_amsgrad"
 
 
@@ -66,16 +70,19 @@ class Stop:
     skip_rest: bool
 
 
-class AsyncAMSGradStrategy(StartedRanks):
-    """Asynchronous data-parallel training with an AMSGrad holder on rank 0 and bounded staleness.
+class AsyncStrategy(StartedRanks):
+    """Asynchronous data-parallel training with a holder on rank 0 and bounded staleness, for any torch optimizer.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
     order of arrival and answers with fresh parameters. Nobody waits for the slowest rank. Trainer arguments keep the
     meaning that they have under DDP.
 
+    Rank 0 steps the optimizer that ``configure_optimizers`` returns. `AsyncAMSGradStrategy` is the special case that
+    insists on AMSGrad, which is what the theory of asynchronous adaptive methods is about.
+
     Args:
         max_staleness: the bound τ: no gradient is applied after more than this many updates since its parameters were
-            read. ``"auto"`` is four per rank, 0 is serial AMSGrad, None sets no bound.
+            read. ``"auto"`` is four per rank, 0 is serial training, None sets no bound.
         on_stale: ``"wait"`` holds an update back where it would make another rank's gradient too stale; ``"drop"``
             waits for nobody and discards gradients that are too stale.
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
@@ -83,6 +90,11 @@ class AsyncAMSGradStrategy(StartedRanks):
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
             Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
+            that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
+            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -96,6 +108,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         MisconfigurationException: if an argument has no meaning.
     """
 
+    strategy_name = "async"
+
     def __init__(
         self,
         max_staleness: int | Literal["auto"] | None = "auto",
@@ -103,6 +117,9 @@ class AsyncAMSGradStrategy(StartedRanks):
         batches: Literal["shared", "sharded"] = "shared",
         transport: Literal["auto", "shm", "gloo"] = "auto",
         worker_timeout: float = 60.0,
+        overlap: bool = False,
+        wire_dtype: WireDtype = "fp32",
+        parameter_wire_dtype: WireDtype = "fp32",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -123,7 +140,16 @@ class AsyncAMSGradStrategy(StartedRanks):
             start_method=start_method,
         )
         try:
-            self.options = ExchangeOptions(max_staleness, on_stale, batches, transport, worker_timeout)
+            self.options = ExchangeOptions(
+                max_staleness=max_staleness,
+                on_stale=on_stale,
+                batches=batches,
+                transport=transport,
+                worker_timeout_s=worker_timeout,
+                overlap=overlap,
+                wire_dtype=wire_dtype,
+                parameter_wire_dtype=parameter_wire_dtype,
+            )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.worker_timeout_s = worker_timeout
@@ -185,10 +211,19 @@ class AsyncAMSGradStrategy(StartedRanks):
         super().setup_optimizers(trainer)
         if not any(map(trainer_state.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
-                "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
+                f"{self.strategy_name} needs an optimizer. Return lightning_async.AMSGrad(...) from "
+                "configure_optimizers."
             )
         for index, optimizer in enumerate(self.optimizers):
+            self._accept_optimizer(optimizer)
             make_shell(optimizer, functools.partial(self._push, index))
+
+    def _accept_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses an optimizer that rank 0 cannot step."""
+        try:
+            check_steppable(optimizer)
+        except UnsupportedOptimizerError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -218,7 +253,7 @@ class AsyncAMSGradStrategy(StartedRanks):
                 meet=super().barrier,
             )
         except ValueError as error:
-            raise MisconfigurationException(f"async_amsgrad cannot train this module: {error}") from error
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
         self.worker.version = self._version
         if self.is_global_zero and trainer.loggers:
             self._metrics = MetricsLogger(self.stats)
@@ -244,7 +279,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         if len(self.optimizers) > 1 and self._version_at_backward != self.version:
             raise MisconfigurationException(
                 f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed all "
-                "parameters. With async_amsgrad call manual_backward and step for one optimizer after the other."
+                f"parameters. With {self.strategy_name} call manual_backward and step for one optimizer after the "
+                "other."
             )
         self.worker.step(index)
 
@@ -382,19 +418,7 @@ class AsyncAMSGradStrategy(StartedRanks):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        entries: tuple[tuple[str, str], ...] = (
-            ("async_amsgrad", "popen"),
-            ("async_amsgrad_spawn", "spawn"),
-            ("async_amsgrad_fork", "fork"),
-            ("async_amsgrad_notebook", "fork"),
-        )
-        for name, start_method in entries:
-            strategy_registry.register(
-                name,
-                cls,
-                description=f"Asynchronous AMSGrad with bounded staleness, ranks started by {start_method}",
-                start_method=start_method,
-            )
+        register(cls, cls.strategy_name, strategy_registry)
 
 
 def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:

@@ -84,7 +84,7 @@ def ticket_sampler(combined_loader: CombinedLoader) -> TicketSampler:
     loaders = combined_loader.flattened
     if len(loaders) != 1:
         raise MisconfigurationException(
-            f"async_amsgrad hands out the batches of one train DataLoader and was given {len(loaders)}. "
+            f"lightning_async hands out the batches of one train DataLoader and was given {len(loaders)}. "
             'Combine the data sets in one DataLoader, or use strategy="ddp".'
         )
     sampler = getattr(loaders[0], "batch_sampler", None)
@@ -92,7 +92,7 @@ def ticket_sampler(combined_loader: CombinedLoader) -> TicketSampler:
         sampler = getattr(loaders[0], "sampler", None)
     if not isinstance(sampler, TicketSampler):
         raise MisconfigurationException(
-            "async_amsgrad hands out the batches of a map-style torch DataLoader whose order is the same on every "
+            "lightning_async hands out the batches of a map-style torch DataLoader whose order is the same on every "
             f"rank; it cannot take {type(loaders[0]).__name__} with this data set or sampler. Pass a DataLoader over "
             "a map-style Dataset, without a DistributedSampler of your own and without "
             'use_distributed_sampler=False, or use strategy="ddp".'

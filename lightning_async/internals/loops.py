@@ -33,7 +33,7 @@ from lightning_async.plan import EpochPlan, log_position
 from lightning_async.tickets import TicketSampler
 
 if TYPE_CHECKING:
-    from lightning_async.strategy import AsyncAMSGradStrategy
+    from lightning_async.strategy import AsyncStrategy
 
 __all__ = ["install", "uninstall"]
 
@@ -59,8 +59,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     _epoch: _Epoch
 
     @property
-    def _strategy(self) -> AsyncAMSGradStrategy:
-        return cast("AsyncAMSGradStrategy", self.trainer.strategy)
+    def _strategy(self) -> AsyncStrategy:
+        return cast("AsyncStrategy", self.trainer.strategy)
 
     @property
     def global_step(self) -> int:
@@ -280,7 +280,7 @@ class AsyncFitLoop(_FitLoop):
             chosen = _select_data_fetcher(trainer, stage)
             if isinstance(chosen, _DataLoaderIterDataFetcher):
                 raise MisconfigurationException(
-                    "async_amsgrad hands each batch out by its ticket and cannot give training_step the "
+                    f"{strategy.strategy_name} hands each batch out by its ticket and cannot give training_step the "
                     '`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy="ddp".'
                 )
             return TicketFetcher(strategy.begin_batch)

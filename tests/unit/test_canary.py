@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_async
-from lightning_async import collectives, strategy
+from lightning_async import amsgrad_strategy, collectives, strategy
 from lightning_async.internals import fetcher, launchers, loops, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
@@ -201,7 +201,8 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
         launchers.ScriptLauncher,
         launchers.ProcessLauncher,
         collectives.PhasedCollectives,
-        strategy.AsyncAMSGradStrategy,
+        strategy.AsyncStrategy,
+        amsgrad_strategy.AsyncAMSGradStrategy,
     ],
 )
 def test_every_override_overrides_something(kind: type) -> None:

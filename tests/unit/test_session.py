@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad
-from lightning_async.amsgrad import group_hyper
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.holder import Holder, Push, Update
+from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import APPLIED, DROPPED, Session, SessionError
 from lightning_async.staleness import Barrier
@@ -45,7 +45,9 @@ class Desk:
         self.ledger.open(tickets)
         self.applied: list[int] = []
         self.channel, theirs = fake_pair(self.layout.numel, worker_fault=fault)
-        self.session = Session(RANK, theirs, self.holder, self.ledger, self.layout, [1, 1])
+        self.session = Session(
+            RANK, theirs, self.holder, self.ledger, self.layout, list(map(HyperLayout, self.optimizers))
+        )
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
         self.thread.start()
@@ -72,7 +74,7 @@ class Desk:
             "worker": RANK,
             "dtype": torch.float32,
             "payload_bytes": 8,
-            "groups": (group_hyper(self.optimizers[0].param_groups[0]),),
+            "groups": HyperReader(self.optimizers[0], HyperLayout(self.optimizers[0])).packed(),
             "present": pack_bitmap([True]),
         }
         return Message(Kind.PUSH, **(fields | changes))
@@ -115,7 +117,7 @@ def test_pull_and_read_answer_with_parameters_and_their_version(kind: Kind) -> N
 
     assert (reply.kind, reply.version, reply.payload_bytes, reply.dtype) == (Kind.PARAMETERS, 7, 16, torch.float32)
     assert desk.payload().equal(torch.ones(4))
-    assert desk.barrier.outstanding == ({RANK: 7} if kind is Kind.PULL else {})
+    assert desk.barrier.outstanding == ({(RANK, 0): 7} if kind is Kind.PULL else {})
 
 
 def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_tickets() -> None:
@@ -130,7 +132,7 @@ def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_ticke
     assert (reply.ticket, reply.tickets) == (1, 1)
     torch.testing.assert_close(desk.payload(), torch.tensor([0.9, 0.9, 1.0, 1.0]))
     assert desk.applied == [0]
-    assert desk.barrier.outstanding == {RANK: 1}
+    assert desk.barrier.outstanding == {(RANK, 0): 1}
 
 
 def test_a_push_that_asks_for_tickets_when_there_are_none_leaves_the_barrier() -> None:
@@ -161,8 +163,8 @@ def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
     desk.ask(ask(Kind.PULL))
     desk.payload()
     out = desk.layout.buffer()
-    desk.holder.pull(0, out)
-    desk.holder.push(Push(0, 0, 0, [torch.ones(2)], desk.push().groups, tickets=0))
+    desk.holder.try_pull(0, out)
+    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], (), tickets=0))
 
     reply = desk.ask(desk.push(), torch.ones(2))
 
@@ -228,7 +230,7 @@ def test_every_kind_is_either_served_or_refused_by_name(kind: Kind) -> None:
 def test_a_run_that_has_failed_is_told_to_whoever_waits() -> None:
     desk = Desk(barrier=Barrier(0))
     out = desk.layout.buffer()
-    desk.holder.pull(0, out)
+    desk.holder.try_pull(0, out)
     threading.Timer(0.1, desk.latch.trip, (RunFailure(0, "it ran out of memory"),)).start()
 
     reply = desk.ask(ask(Kind.PULL))
@@ -323,7 +325,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
     worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    worker.version = 5
+    worker._lane.version = 5
     desk.parameters[0].grad = torch.ones(2)
 
     with pytest.raises(RequestRefusedError, match=r"refused rank 1: .* version 5 but holds 0"):
@@ -333,7 +335,11 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
 def test_rank_0s_own_worker_takes_the_same_path_without_a_thread() -> None:
     desk = Desk(tickets=4)
     worker_end, session_end, serve_with = in_process_pair(Buffers.allocate(desk.layout.numel, desk.layout.dtype))
-    serve_with(Session(0, session_end, desk.holder, desk.ledger, desk.layout, [1, 1]).serve_one)
+    serve_with(
+        Session(
+            0, session_end, desk.holder, desk.ledger, desk.layout, list(map(HyperLayout, desk.optimizers))
+        ).serve_one
+    )
     worker = Worker(0, worker_end, desk.layout, desk.optimizers, desk.latch)
     threads = threading.active_count()
 

@@ -223,6 +223,22 @@ def test_a_wrong_key_in_a_config_file_is_one_line_and_status_2(
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_command_without_a_trainer_refuses_options_before_it(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.yaml").write_text("compare: {recipe: a, out: b}\n" if command == "compare" else "{}\n")
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--config", str(tmp_path / "empty.yaml"), command])
+
+    assert exit_info.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: `{command}` takes no options before it: lightning-async {command} [options]\n"
+    )
+
+
 def test_the_working_directory_is_importable_and_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

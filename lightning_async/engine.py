@@ -6,8 +6,10 @@ Above `server.py` and `worker.py`; below `strategy.py`, which builds it for each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch
@@ -41,6 +43,7 @@ class Engine:
         observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
         version: the version to start from.
         meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
+        predecessor: an engine that this one takes the place of, since param groups were added: closed on every rank.
     """
 
     def __init__(
@@ -56,18 +59,23 @@ class Engine:
         observers: Sequence[UpdateObserver],
         version: int,
         meet: Callable[[], None],
+        predecessor: Engine | None = None,
     ) -> None:
-        owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+        groups = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        owned = [[parameter for group in of_one for parameter in group] for of_one in groups]
         layout = FlatLayout(owned)
-        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        group_counts = [len(of_one) for of_one in groups]
         self.layout = layout
         self.holder: Holder | None = None
         self.ledger: Ledger | None = None
         self._server: Server | None = None
+        self._owned = owned
+        self._groups = groups
         self._stats = stats
         self._observers = observers
         if rank == 0:
-            self.ledger = Ledger(world_size, options.batches)
+            kept = None if predecessor is None else predecessor.ledger
+            self.ledger = kept or Ledger(world_size, options.batches)
             initial = layout.buffer()
             for index, parameters in enumerate(owned):
                 for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
@@ -76,15 +84,29 @@ class Engine:
                 resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
             )
             self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
+            if predecessor is not None:
+                self._inherit(predecessor)
             self._server = Server(
-                self.holder, self.ledger, layout, groups, latch, door, options.transport, on_refused=stats.refuse
+                self.holder, self.ledger, layout, group_counts, latch, door, options.transport, on_refused=stats.refuse
             )
             channel = self._server.local_channel()
         meet()
         if rank != 0:
             assert address is not None
-            channel = dial(address, rank, layout, groups)
+            channel = dial(address, rank, layout, group_counts)
         self.worker = Worker(rank, channel, layout, optimizers, latch)
+        self.worker.version = version
+
+    def owns(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Whether the optimizers have the same parameters in the same groups as when this was built."""
+        return _identities(self._groups) == _identities(
+            [[group["params"] for group in optimizer.param_groups] for optimizer in optimizers]
+        )
+
+    def adopt_parameters(self) -> None:
+        """Lets the holder take over what was done to rank 0's parameters between segments."""
+        if self.holder is not None:
+            self.holder.adopt(self._owned)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""
@@ -92,9 +114,30 @@ class Engine:
         if self._server is not None:
             self._server.close()
 
+    def _inherit(self, predecessor: Engine) -> None:
+        """Gives the holder what the predecessor's has made of the parameters that it had."""
+        assert predecessor.holder is not None and self.holder is not None
+        before = predecessor.holder.snapshot()
+        known: dict[int, Tensor] = {}
+        states: dict[int, Any] = {}
+        for index, owned in enumerate(predecessor._owned):
+            views = predecessor.layout.views(before.parameters, index)
+            known |= {id(parameter): view for parameter, view in zip(owned, views, strict=True)}
+            state = before.optimizer_states[index]["state"]
+            states |= {id(parameter): state[i] for i, parameter in enumerate(owned) if i in state}
+        inherited = self.holder.snapshot().optimizer_states
+        for optimizer, owned in zip(inherited, self._owned, strict=True):
+            optimizer["state"] = {i: states[id(p)] for i, p in enumerate(owned) if id(p) in states}
+        self.holder.restore(before.version, inherited)
+        self.holder.adopt([[known.get(id(parameter), parameter) for parameter in owned] for owned in self._owned])
+
     def _observe(self, update: Update) -> None:
         assert self.ledger is not None
         tickets = self.ledger.complete(update.push.worker, update.push.tickets)
         self._stats.record(update)
         for observer in self._observers:
             observer(update, tickets)
+
+
+def _identities(groups: Sequence[Sequence[Sequence[Tensor]]]) -> list[list[list[int]]]:
+    return [[[id(parameter) for parameter in group] for group in of_one] for of_one in groups]

@@ -42,6 +42,8 @@ def make_shell(optimizer: Optimizer, push: Callable[[], None]) -> None:
         )
         for group in optimizer.param_groups:
             group["amsgrad"] = True
+        # For groups that are added later.
+        optimizer.defaults["amsgrad"] = True
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

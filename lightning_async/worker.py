@@ -147,14 +147,18 @@ class Worker:
         return reply.outcome != DROPPED
 
     def finish_segment(self) -> None:
-        """Reports batches that gave no gradient and leaves the barrier: this rank computes nothing for a while."""
+        """Leaves the barrier: this rank computes nothing for a while."""
+        self.skip()
+        self._drawn = None
+
+    def skip(self) -> None:
+        """Reports batches that gave no gradient, and gives the parameters back that nothing will be pushed for."""
         if self._tickets:
             self._request(Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
             self._tickets = self._samples = 0
         if self._reading:
             self._request(Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
             self._reading = False
-        self._drawn = None
 
     def refresh(self) -> None:
         """Lands the holder's parameters, past the barrier; for the synchronous phase."""

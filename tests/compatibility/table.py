@@ -106,7 +106,7 @@ class _Collector:
             for marker in item.iter_markers("compatibility"):
                 try:
                     self.markers.append((test, read_marker(*marker.args, **marker.kwargs)))
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError) as error:  # noqa: PERF203  # says which test it is
                     raise pytest.UsageError(f"{test}: {error}") from error
 
 

@@ -94,7 +94,8 @@ RETURN_THIS = (
     "Refused",
     "optimizers other than Adam, AdamW and AMSGrad; LBFGS",
     "refused",
-    "The holder's update is AMSGrad; LBFGS re-evaluates its closure. Return `lightning_async.AMSGrad` or `torch.optim.Adam(..., amsgrad=True)`.",
+    "The holder's update is AMSGrad; LBFGS re-evaluates its closure. "
+    "Return `lightning_async.AMSGrad` or `torch.optim.Adam(..., amsgrad=True)`.",
 )
 @pytest.mark.parametrize(
     ("make_optimizers", "problem", "advice"),
@@ -146,7 +147,8 @@ def one_each(module: TinyClassifier) -> list[torch.optim.Optimizer]:
     "Refused",
     "several backward passes before several optimizers step",
     "refused",
-    "Each step refreshes all parameters, so the others' gradients would be older than they say. Call `manual_backward` and `step` for one optimizer after the other.",
+    "Each step refreshes all parameters, so the others' gradients would be older than they say. "
+    "Call `manual_backward` and `step` for one optimizer after the other.",
 )
 def test_a_gradient_from_before_another_optimizers_step_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, Manual(one_each, one_after_the_other=False))

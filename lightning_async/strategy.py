@@ -236,6 +236,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         engine.adopt_parameters()
         if not engine.owns(self.optimizers):
             self._version = engine.worker.version
+            # Rank 0 must not shut the door on a rank that is still on its way to this engine.
+            self.barrier("param groups were added")
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
 

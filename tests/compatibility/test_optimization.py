@@ -319,9 +319,10 @@ def test_a_number_of_batches_to_accumulate_can_change_with_the_epoch(tmp_path: P
 class ByPlateau(Scheduled):
     """Watches a metric that never improves."""
 
-    def __init__(self, interval: str) -> None:
+    def __init__(self, interval: str, patience: int) -> None:
         super().__init__(step_lr)
         self.interval = interval
+        self.patience = patience
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("score", 1.0)
@@ -332,9 +333,8 @@ class ByPlateau(Scheduled):
 
     def configure_optimizers(self) -> Any:
         optimizer = AMSGrad(self.parameters(), lr=0.01)
-        by_step = self.interval == "step"
-        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4 if by_step else 0)
-        monitor = "score" if by_step else "val/score"
+        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=self.patience)
+        monitor = "score" if self.interval == "step" else "val/score"
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.interval, "monitor": monitor},
@@ -343,7 +343,7 @@ class ByPlateau(Scheduled):
 
 @pytest.mark.compatibility("Optimization", "`ReduceLROnPlateau` by epoch")
 def test_a_plateau_by_epoch_is_seen_when_ddp_sees_it(tmp_path: Path) -> None:
-    make_module = functools.partial(ByPlateau, "epoch")
+    make_module = functools.partial(ByPlateau, "epoch", 0)
 
     run = train(tmp_path, make_module, samples=96, validation_samples=12, max_epochs=3)
 
@@ -361,7 +361,7 @@ PLATEAU_BY_STEP = (
 
 @pytest.mark.compatibility("Optimization", "`ReduceLROnPlateau` by step", "differs", PLATEAU_BY_STEP)
 def test_a_plateau_by_step_is_looked_for_once_for_each_step_of_the_clock(tmp_path: Path) -> None:
-    make_module = functools.partial(ByPlateau, "step")
+    make_module = functools.partial(ByPlateau, "step", 4)
 
     run = train(tmp_path, make_module, samples=180, validation_samples=12)
 
@@ -385,7 +385,12 @@ def test_at_each_stop_all_ranks_take_rank_0s_plateau(tmp_path: Path) -> None:
             return loss
 
     run = train(
-        tmp_path, lambda: OnlyRankZeroImproves("step"), samples=192, validation_samples=12, val_check_interval=0.5
+        tmp_path,
+        lambda: OnlyRankZeroImproves("step", 0),
+        {"batches": "sharded"},
+        samples=192,
+        validation_samples=12,
+        val_check_interval=0.5,
     )
 
     updates = run.report(0)["updates"]

@@ -235,7 +235,8 @@ class Averaging(Reporting):
     "`WeightAveraging` and `EMAWeightAveraging`",
     "differs",
     "One average, rank 0's, updated once for each step of the clock with the parameters that rank 0 has then; "
-    "all ranks get it at each stop. A callback with an `on_train_batch_end` of its own averages on each rank by itself.",
+    "all ranks get it at each stop. A callback with an `on_train_batch_end` of its own averages on each rank "
+    "by itself.",
 )
 @pytest.mark.parametrize(
     ("make_callback", "averaged"),

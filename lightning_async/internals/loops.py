@@ -278,6 +278,10 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             return
         if not self._strategy.worker.has_unreported_batches:
             return
+        groups = trainer.optimizers[0].param_groups
+        if all(parameter.grad is None for group in groups for parameter in group["params"]):
+            # No batch gave a loss; a gradient scaler would complain.
+            return
         zero = torch.zeros(())
         self.automatic_optimization._optimizer_step(self.batch_idx, lambda: zero)
         trainer.strategy._lightning_optimizers[0].zero_grad()

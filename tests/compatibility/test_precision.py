@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_ranks_compute_in_the_precision_and_the_holder_keeps_at_least_float32(
     if kept.itemsize == 2:
         # Nothing would be gained if they were rounded too.
         assert not torch.equal(masters.to(kept).to(masters.dtype), masters)
+
+
+class NoLossAtTheEnd(Precise):
+    """Gives no loss after the first step, nor for the batches that are left over from whole blocks."""
+
+    def on_fit_start(self) -> None:
+        warnings.filterwarnings("ignore", "`training_step` returned `None`")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return None if self.trainer.global_step else loss
+
+
+@pytest.mark.parametrize("make_module", [Precise, NoLossAtTheEnd])
+def test_accumulated_batches_that_are_left_over_are_unscaled_if_there_is_a_gradient(
+    tmp_path: Path, make_module: Any
+) -> None:
+    run = train(tmp_path, make_module, accumulate_grad_batches=5, **arguments_for("16-mixed"))
+
+    updates = run.report(0)["updates"]
+    if make_module is Precise:
+        assert sorted(len(update["tickets"]) for update in updates) == [4, 5, 5, 5, 5]
+    assert sum(rank["batches"] for rank in run.reports()) == 24
+    for update in updates:
+        assert 0 < torch.cat([part.reshape(-1) for part in update["gradients"]]).norm() < 10
 
 
 class Overflowing(Precise):

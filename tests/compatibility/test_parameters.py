@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from lightning_async.shells import make_shell
 from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.launch import launch
 from tests.models import fork_trainer, loader
@@ -109,6 +110,16 @@ def test_a_run_with_added_param_groups_can_be_resumed(tmp_path: Path) -> None:
     assert [group["lr"] for group in after["param_groups"]] == [1e-2, 1e-3]
     assert [group["amsgrad"] for group in after["param_groups"]] == [True, True]
     assert [update["lrs"] for update in run.report(0)["updates"]] == [[1e-2, 1e-3]] * 24
+
+
+def test_amsgrad_is_on_for_groups_that_are_added_to_an_adam_without_it() -> None:
+    optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+
+    with pytest.warns(UserWarning, match="turns AMSGrad on"):
+        make_shell(optimizer, lambda: None)
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+
+    assert [group["amsgrad"] for group in optimizer.param_groups] == [True, True]
 
 
 @pytest.mark.compatibility("Optimization", "`add_param_group` by hand, around validation in mid-epoch")

@@ -4,13 +4,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs table bench clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, into site/"
+	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
 	@echo "make clean   remove $(VENV), caches and results"
 
@@ -33,6 +34,9 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+table: $(STAMP)
+	$(BIN)/python -m tests.compatibility.table
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.straggler

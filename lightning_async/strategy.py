@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -49,6 +49,7 @@ from lightning_async.shells import (
 )
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
+from lightning_async.wrappers import check_module
 
 __all__ = ["AsyncStrategy"]
 
@@ -239,7 +240,7 @@ class AsyncStrategy(StartedRanks):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self.lightning_module is not None and self._membership is not None
+        assert self.lightning_module is not None
         module = self.lightning_module
         keep_metrics_local(module.modules())
         if self.world_size > 1:
@@ -248,8 +249,15 @@ class AsyncStrategy(StartedRanks):
         self._epoch_order = self._resumed = None
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
+        self._engine = self._make_engine()
+        if self.is_global_zero and trainer.loggers:
+            self._metrics = MetricsLogger(self.stats)
+
+    def _make_engine(self, predecessor: Engine | None = None) -> Engine:
+        assert self.lightning_module is not None and self._membership is not None
         try:
-            self._engine = Engine(
+            check_module(self.lightning_module)
+            return Engine(
                 rank=self.global_rank,
                 world_size=self.world_size,
                 optimizers=self.optimizers,
@@ -261,12 +269,22 @@ class AsyncStrategy(StartedRanks):
                 observers=self.observers,
                 version=self._version,
                 meet=super().barrier,
+                predecessor=predecessor,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
-        self.worker.version = self._version
-        if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats)
+
+    def _follow_user_code(self) -> None:
+        """Takes over what hooks between segments did to parameters and param groups; a collective call."""
+        engine = self._engine
+        assert engine is not None
+        engine.adopt_parameters()
+        if not engine.owns(self.optimizers):
+            self._version = engine.worker.version
+            # Rank 0 must not shut the door on a rank that is still on its way to this engine.
+            self.barrier("param groups were added")
+            engine.close()
+            self._engine = self._make_engine(predecessor=engine)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -281,6 +299,20 @@ class AsyncStrategy(StartedRanks):
     def begin_batch(self, samples: int) -> None:
         """Notes that this rank computes a batch; waits for parameters if it holds none."""
         self.worker.begin_batch(samples)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._automatic and self.worker.has_unreported_batches:
+            # Nothing was pushed: training_step returned None, or the gradient scaler found an infinity.
+            self.worker.skip()
+        return output
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -324,6 +356,7 @@ class AsyncStrategy(StartedRanks):
 
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
+        self._follow_user_code()
         assert self._engine is not None
         if self._engine.ledger is not None:
             self._engine.ledger.open(tickets)
@@ -408,6 +441,8 @@ class AsyncStrategy(StartedRanks):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # A callback may have given the optimizers the param groups of the checkpoint.
+        self._follow_user_code()
         assert self._engine is not None
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         version = int(checkpoint["global_step"]) * self.world_size

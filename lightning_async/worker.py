@@ -230,21 +230,29 @@ class Worker:
         return applied
 
     def finish_segment(self) -> None:
-        """Reports batches that gave no gradient and leaves the barrier: this rank computes nothing for a while."""
+        """Leaves the barrier: this rank computes nothing for a while."""
         for lane in self._lanes:
             self._take_answer(lane)
-        if self._tickets:
-            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
-            self._tickets = self._samples = 0
+        self.skip()
         for lane in self._lanes:
-            if lane.reading:
-                self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
-                lane.reading = False
+            self._leave(lane)
         if self._drawn:
             # They came with the answer to a push that ended the segment, after somebody else had given them back.
             self.give_back(sum(map(len, self._drawn)), stream_over=False)
         self._drawn.clear()
         self._over = False
+
+    def skip(self) -> None:
+        """Reports batches that gave no gradient, and gives the parameters back that nothing will be pushed for."""
+        if self._tickets:
+            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
+            self._tickets = self._samples = 0
+        self._leave(self._lane)
+
+    def _leave(self, lane: _Lane) -> None:
+        if lane.reading:
+            self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
+            lane.reading = False
 
     def refresh(self) -> None:
         """Lands the holder's parameters, past the barrier; for the synchronous phase."""

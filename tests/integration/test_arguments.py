@@ -106,6 +106,7 @@ def test_max_steps_is_an_exact_number_of_updates(
     assert [(rank["version"], rank["step"]) for rank in run.reports()] == [(steps * RANKS, steps)] * RANKS
 
 
+@pytest.mark.compatibility("Optimization", "`accumulate_grad_batches`, also the leftover at an epoch's end")
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_accumulated_batches_make_one_update_and_only_an_epochs_last_one_is_smaller(
     tmp_path: Path, batches: Any
@@ -134,6 +135,7 @@ def test_accumulated_batches_make_one_update_and_only_an_epochs_last_one_is_smal
     assert run.report(0)["validated"] == [9 // 4, 18 // 4, 27 // 4, 36 // 4, 45 // 4]
 
 
+@pytest.mark.compatibility("Optimization", "gradient clipping by norm")
 def test_gradients_are_clipped_before_they_are_pushed(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         norms: list[float] = []

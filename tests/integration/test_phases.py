@@ -78,6 +78,14 @@ class StateKeeper(Callback):
         report(self.folder, trainer.global_rank, states=self.states, held=self.held, names=names)
 
 
+@pytest.mark.compatibility(
+    "Buffers",
+    "BatchNorm's running statistics and other floating-point buffers",
+    "differs",
+    "Averaged over the ranks at each stop (validation, an epoch's end, the end of fit); "
+    "DDP takes rank 0's before each forward.",
+)
+@pytest.mark.compatibility("Buffers", "integer and boolean buffers", note="Rank 0's at each stop.")
 def test_at_every_stop_all_ranks_hold_the_holders_parameters_and_common_buffers(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         callbacks = [StateKeeper(folder), ModelCheckpoint(folder / "checkpoints", monitor="val/loss")]

@@ -48,6 +48,12 @@ def test_an_argument_without_a_meaning_is_refused_with_those_that_have_one(
     assert [words for words in advice if words not in str(error.value)] == []
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`sync_batchnorm=True`",
+    "refused",
+    "It is a collective in each forward. Leave it out: buffers are averaged at each stop.",
+)
 def test_synchronised_batch_norm_is_refused_before_anything_is_launched(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r'sync_batchnorm=True.* Leave it out .*strategy="ddp"'):
         fork_trainer(tmp_path, 2, sync_batchnorm=True)
@@ -86,6 +92,13 @@ RETURN_THIS = (
 )
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "optimizers other than Adam, AdamW and AMSGrad; LBFGS",
+    "refused",
+    "The holder's update is AMSGrad; LBFGS re-evaluates its closure. "
+    "Return `lightning_async.AMSGrad` or `torch.optim.Adam(..., amsgrad=True)`.",
+)
 @pytest.mark.parametrize(
     ("make_optimizers", "problem", "advice"),
     [
@@ -132,6 +145,13 @@ def one_each(module: TinyClassifier) -> list[torch.optim.Optimizer]:
     return [AMSGrad(module.net[0].parameters()), AMSGrad(module.net[2].parameters())]
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "several backward passes before several optimizers step",
+    "refused",
+    "Each step refreshes all parameters, so the others' gradients would be older than they say. "
+    "Call `manual_backward` and `step` for one optimizer after the other.",
+)
 def test_a_gradient_from_before_another_optimizers_step_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, Manual(one_each, one_after_the_other=False))
 
@@ -151,6 +171,12 @@ def test_two_optimizers_one_after_the_other_are_trained(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "updates.pt") == 2 * 16
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "a parameter in two optimizers",
+    "refused",
+    "The holder keeps one state for each parameter. Give each parameter to one optimizer.",
+)
 def test_a_parameter_of_two_optimizers_is_refused(tmp_path: Path) -> None:
     def shared(module: TinyClassifier) -> list[torch.optim.Optimizer]:
         return [AMSGrad(module.parameters()), AMSGrad(module.net[0].parameters())]
@@ -161,6 +187,12 @@ def test_a_parameter_of_two_optimizers_is_refused(tmp_path: Path) -> None:
     assert "give each parameter to one optimizer" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "complex parameters",
+    "refused",
+    "The holder's buffer is of a real dtype. Keep real and imaginary part as two parameters.",
+)
 def test_parameters_that_are_not_real_numbers_are_refused(tmp_path: Path) -> None:
     class Complex(TinyClassifier):
         def __init__(self) -> None:
@@ -172,6 +204,12 @@ def test_parameters_that_are_not_real_numbers_are_refused(tmp_path: Path) -> Non
     assert "every parameter must be of a real floating-point dtype" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`training_step(dataloader_iter)`",
+    "refused",
+    "Batches are handed out one by one. Take `batch` (and `batch_idx`).",
+)
 def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> None:
     class TakesIterator(TinyClassifier):
         def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
@@ -183,6 +221,12 @@ def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> No
     assert "Take `batch` (and `batch_idx`) instead" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`all_gather` in `training_step`",
+    "refused",
+    "No two ranks are at the same batch. Call it in validation or at the end of the epoch.",
+)
 def test_a_gathering_in_a_training_step_is_refused(tmp_path: Path) -> None:
     class Gathers(TinyClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

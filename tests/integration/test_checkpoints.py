@@ -85,6 +85,8 @@ def checkpoint_every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
 
 
+@pytest.mark.compatibility("State", "ModelCheckpoint by epoch")
+@pytest.mark.compatibility("State", "resume at an epoch's end")
 def test_a_resumed_run_goes_on_from_the_same_version_state_and_place_in_the_data(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         seed_everything(3, verbose=False)
@@ -119,6 +121,7 @@ def batches_of(seen: list[int]) -> list[list[int]]:
     return [seen[start : start + 4] for start in range(0, len(seen), 4)]
 
 
+@pytest.mark.compatibility("State", "resume at an epoch's end")
 def test_a_run_of_one_rank_resumes_bit_for_bit(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         seed_everything(3, verbose=False)
@@ -185,6 +188,7 @@ def test_a_single_device_checkpoint_of_torchs_adam_resumes_here(tmp_path: Path, 
     assert run.output.count("from Adam without AMSGrad") == (not amsgrad)
 
 
+@pytest.mark.compatibility("State", "resume with another number of ranks")
 def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
@@ -212,6 +216,8 @@ class Scored(Module):
         report(Path.cwd(), self.global_rank, scores=scores, best_score=callback.best_model_score.item(), **noted)
 
 
+@pytest.mark.compatibility("State", "ModelCheckpoint by metric with top-k")
+@pytest.mark.compatibility("State", "ModelCheckpoint(save_last=True)")
 @pytest.mark.parametrize(
     "when",
     [
@@ -240,6 +246,11 @@ def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Pa
     assert {str(path) for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
+@pytest.mark.compatibility(
+    "State",
+    "ModelCheckpoint(every_n_train_steps=n)",
+    note="Once for each multiple of n that the clock of all ranks passes.",
+)
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path: Path, slow_rank: int) -> None:
     def script(folder: Path) -> None:
@@ -260,6 +271,8 @@ def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path:
     assert all("'every_n_train_steps': 3" in key for checkpoint in checkpoints for key in checkpoint["callbacks"])
 
 
+@pytest.mark.compatibility("State", "parameters and optimizer state of one checkpoint are of one version")
+@pytest.mark.compatibility("State", "a checkpoint file holds nothing of the holder's flat storage")
 def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_contents(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         versions: dict[int, Tensor] = {}

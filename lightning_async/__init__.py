@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.failure import WorkerFailedError
+from lightning_async.internals.twin import explain_to_twin
 from lightning_async.monitor import RunStats
 from lightning_async.strategy import AsyncAMSGradStrategy
 
@@ -14,3 +15,4 @@ __all__ = ["AMSGrad", "AsyncAMSGradStrategy", "RunStats", "WorkerFailedError"]
 __version__ = "0.1.0"
 
 AsyncAMSGradStrategy.register_strategies(StrategyRegistry)
+explain_to_twin(name for name in StrategyRegistry if name.startswith("async"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, DeviceStatsMonitor, LearningRateFinder, RichModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -302,3 +305,31 @@ def test_the_batch_size_finder_is_refused_with_the_way_to_run_it_first(tmp_path:
 
     assert run.returncode == 0, run.output
     assert run.report(0)["found"] > 2
+
+
+@compatible(
+    "pytorch_lightning's Trainer",
+    status="refused",
+    note="Its classes are not those of `lightning`: import `lightning.pytorch` instead.",
+)
+@pytest.mark.parametrize("first", ["lightning_async", "pytorch_lightning"])
+def test_the_twin_packages_trainer_says_what_to_import(tmp_path: Path, first: str) -> None:
+    def script(folder: Path) -> None:
+        warnings.simplefilter("ignore")
+        for name in [name for name in sys.modules if name.split(".")[0] in ("lightning_async", "pytorch_lightning")]:
+            del sys.modules[name]
+        StrategyRegistry.clear()
+        packages = [
+            importlib.import_module(name)
+            for name in sorted(["lightning_async", "pytorch_lightning"], key=lambda name: name != first)
+        ]
+        twin = next(package for package in packages if package.__name__ == "pytorch_lightning")
+        for name in ("async_amsgrad", "async_amsgrad_fork"):
+            with pytest.raises(MisconfigurationException, match=f'"{name}" works with .*import `lightning.pytorch`'):
+                twin.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
+        # Its own strategies are as they were.
+        assert type(twin.Trainer(accelerator="cpu", devices=2, strategy="ddp_fork").strategy).__name__ == "DDPStrategy"
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_async import AsyncAMSGradStrategy
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -77,20 +78,21 @@ class Watched(TinyClassifier):
 )
 def test_an_argument_makes_the_run_that_it_makes_under_ddp(tmp_path: Path, arguments: dict[str, Any]) -> None:
     def script(folder: Path) -> None:
-        for strategy in ("ddp_fork", "async_amsgrad_fork"):
-            (folder / strategy).mkdir()
-            trainer = fork_trainer(folder, RANKS, strategy, **arguments)
-            trainer.fit(Watched(folder / strategy), loader(96), loader(40))
+        for name in ("ddp", "shared", "sharded"):
+            (folder / name).mkdir()
+            ours = None if name == "ddp" else AsyncAMSGradStrategy(start_method="fork", batches=name)
+            trainer = fork_trainer(folder, RANKS, ours or "ddp_fork", **arguments)
+            trainer.fit(Watched(folder / name), loader(96), loader(40))
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
-    ddp, ours = (reports(tmp_path / strategy) for strategy in ("ddp_fork", "async_amsgrad_fork"))
-    assert [rank["agreed"] for rank in ours] == [rank["agreed"] for rank in ddp]
-    assert [samples(ours, epoch) for epoch in range(epochs(ours))] == [
-        samples(ddp, epoch) for epoch in range(epochs(ddp))
-    ]
-    assert sum(rank["batches"] for rank in ours) == sum(rank["batches"] for rank in ddp) > 0
+    ddp = reports(tmp_path / "ddp")
+    for ours in (reports(tmp_path / "shared"), reports(tmp_path / "sharded")):
+        assert [rank["agreed"] for rank in ours] == [rank["agreed"] for rank in ddp]
+        assert all(samples(ours, epoch) == samples(ddp, epoch) for epoch in range(epochs(ddp)))
+        assert epochs(ours) == epochs(ddp)
+        assert sum(rank["batches"] for rank in ours) == sum(rank["batches"] for rank in ddp) > 0
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:

@@ -145,6 +145,7 @@ def test_a_stop_before_min_steps_waits_for_them(tmp_path: Path) -> None:
 
 
 LIMIT_S = 0.2
+INTERVAL_S = 0.05
 
 
 @pytest.mark.parametrize(
@@ -166,14 +167,14 @@ def test_a_limit_of_time_ends_all_ranks_together(
             assert time.monotonic() - self.started >= LIMIT_S
 
     def script(folder: Path) -> None:
-        fork_trainer(folder, RANKS, max_epochs=-1, **arguments).fit(Timed(folder), loader(1200), loader(40))
+        fork_trainer(folder, RANKS, max_epochs=-1, **arguments).fit(Timed(folder), loader(2400), loader(40))
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
     ranks = run.reports()
     assert_ended_together(ranks)
-    assert (sum(rank["batches"] for rank in ranks) % 300 == 0) == ends_an_epoch
+    assert (sum(rank["batches"] for rank in ranks) % 600 == 0) == ends_an_epoch
     # As under DDP the last thing is a validation.
     sanity, step, _ = ranks[0]["agreed"]["validations"][-1]
     assert (sanity, step) == (False, ranks[0]["agreed"]["step"])
@@ -183,9 +184,16 @@ def test_a_limit_of_time_ends_all_ranks_together(
     "Loop", "val_check_interval (by time)", note="Rank 0's clock decides; the others validate with it."
 )
 def test_a_time_between_validations_is_kept_and_no_batch_is_lost(tmp_path: Path) -> None:
+    class Timed(Watched):
+        def on_train_start(self) -> None:
+            self.started = time.monotonic()
+
+        def on_train_end(self) -> None:
+            torch.save(time.monotonic() - self.started, self.folder / "seconds.pt")
+
     def script(folder: Path) -> None:
-        trainer = fork_trainer(folder, RANKS, max_epochs=1, val_check_interval=timedelta(seconds=0.05))
-        trainer.fit(Watched(folder), loader(1200), loader(40))
+        trainer = fork_trainer(folder, RANKS, max_epochs=1, val_check_interval=timedelta(seconds=INTERVAL_S))
+        trainer.fit(Timed(folder), loader(1200), loader(40))
 
     run = launch(script, tmp_path)
 
@@ -194,8 +202,8 @@ def test_a_time_between_validations_is_kept_and_no_batch_is_lost(tmp_path: Path)
     assert_ended_together(ranks)
     assert samples(ranks, 0) == list(range(1200))
     steps = [step for _, step, _ in ranks[0]["agreed"]["validations"]]
-    # Not at every batch, and more than the one at the end of the epoch.
-    assert 1 < len(steps) < 100
+    # None of them at the epoch's end, as under DDP, and no two within an interval.
+    assert 1 < len(steps) <= torch.load(tmp_path / "seconds.pt") / INTERVAL_S
     assert len(set(steps)) == len(steps)
 
 
@@ -229,4 +237,5 @@ def test_rank_0_logs_whenever_the_clock_has_passed_a_multiple(tmp_path: Path, sl
     # Two epochs of 26 steps.
     assert all((step + 1) % 5 == 0 for step in logged)
     assert logged == sorted(set(logged))
-    assert len(logged) >= (5 if slow_rank == 0 else 9)
+    # Of ten multiples: with this bound on staleness the clock passes no two of them during one batch.
+    assert len(logged) >= 6

@@ -82,7 +82,12 @@ def test_checkpoints_by_time_are_an_interval_apart(tmp_path: Path) -> None:
     assert 2 <= len(paths) <= run.report(0)["seconds"] / interval_s
 
 
-@pytest.mark.compatibility("State", "ModelCheckpoint(save_on_exception=True), OnExceptionCheckpoint")
+@pytest.mark.compatibility(
+    "State",
+    "ModelCheckpoint(save_on_exception=True), OnExceptionCheckpoint",
+    note="Whichever rank fails; DDP hangs (Lightning #20187). Not with forked or spawned ranks, whatever the strategy: "
+    "Lightning then calls on_exception in the process that has started them.",
+)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_exception_on_any_rank_leaves_a_checkpoint_of_the_holder(tmp_path: Path, rank: int) -> None:
     class Failing(TinyClassifier):

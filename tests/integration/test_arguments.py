@@ -44,6 +44,9 @@ class Counting(TinyClassifier):
         )
 
 
+@pytest.mark.compatibility("Loop", "limit_train_batches (int and float)")
+@pytest.mark.compatibility("Loop", "val_check_interval (int and float)")
+@pytest.mark.compatibility("Loop", "check_val_every_n_epoch (also None)")
 @pytest.mark.parametrize(
     ("arguments", "validated", "tickets"),
     [
@@ -77,6 +80,7 @@ def test_intervals_and_limits_are_counted_per_rank(
         assert (rank["version"], rank["step"]) == (tickets, tickets // RANKS)
 
 
+@pytest.mark.compatibility("Loop", "max_steps")
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
@@ -206,6 +210,7 @@ def test_schedulers_follow_the_clock_that_all_ranks_share(
         assert rank["lrs"] == pytest.approx([optimizer.param_groups[0]["lr"]], rel=1e-12)
 
 
+@pytest.mark.compatibility("Tools", "RichProgressBar, TQDMProgressBar")
 @pytest.mark.parametrize("progress_bar", [TQDMProgressBar, RichProgressBar])
 def test_progress_bars_run(tmp_path: Path, progress_bar: Any) -> None:
     def script(folder: Path) -> None:
@@ -219,6 +224,7 @@ def test_progress_bars_run(tmp_path: Path, progress_bar: Any) -> None:
     assert "Epoch 0" in run.output
 
 
+@pytest.mark.compatibility("Tools", "CSVLogger")
 def test_the_logger_gets_the_asynchronous_metrics(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         logger = CSVLogger(folder / "logs", name="", version="")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
@@ -43,6 +43,8 @@ from lightning_async.shells import (
     make_shell,
     snapshot_parameters,
 )
+from lightning_async.sinks import sink_for
+from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
 
@@ -221,7 +223,8 @@ class AsyncAMSGradStrategy(StartedRanks):
             raise MisconfigurationException(f"async_amsgrad cannot train this module: {error}") from error
         self.worker.version = self._version
         if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats)
+            self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
+            self._metrics.configure(self.configuration)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -263,6 +266,7 @@ class AsyncAMSGradStrategy(StartedRanks):
             self._engine.ledger.open(tickets)
         if self._metrics is not None:
             self._metrics.restart_clock()
+        self.stats.start_segment()
         self.barrier("a segment begins")
         Phase.asynchronous = True
 
@@ -275,6 +279,7 @@ class AsyncAMSGradStrategy(StartedRanks):
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
             any(wish) for wish in zip(*wishes, strict=True)
         )
+        self.stats.end_segment()
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
@@ -372,7 +377,24 @@ class AsyncAMSGradStrategy(StartedRanks):
     def log_statistics(self, step: int) -> None:
         """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
         if self._metrics is not None:
-            self._metrics.log(self._trainer.loggers, self.version, step)
+            self._metrics.log(self.version, step)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._metrics is not None:
+            self._metrics.finish()
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """How this run exchanges gradients: the strategy's arguments and the number of ranks; ready for JSON."""
+        bound = resolve_max_staleness(self.options.max_staleness, self.world_size)
+        return {
+            "strategy": type(self).__name__,
+            "ranks": self.world_size,
+            **asdict(self.options),
+            "max_staleness": bound,
+        }
 
     @property
     def _automatic(self) -> bool:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
 import lightning_async
@@ -314,6 +315,11 @@ def test_the_checkpoint_callback_keeps_its_notes_under_the_same_names() -> None:
     for name in trainer_state._CHECKPOINT_FIELDS:
         if name not in notes:
             fail("internals/trainer_state.py", f"ModelCheckpoint.{name}")
+
+
+def test_a_logger_keeps_its_prefix_under_the_same_names() -> None:
+    if WandbLogger(offline=True, prefix="p")._prefix != "p" or WandbLogger.LOGGER_JOIN_CHAR != "-":
+        fail("internals/trainer_state.py", "WandbLogger._prefix and .LOGGER_JOIN_CHAR")
 
 
 def test_a_logged_entry_has_the_same_fields() -> None:

@@ -8,9 +8,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.failure import WorkerFailedError
 from lightning_async.monitor import RunStats
+from lightning_async.seeing.callback import AsyncMonitor
 from lightning_async.strategy import AsyncAMSGradStrategy
 
-__all__ = ["AMSGrad", "AsyncAMSGradStrategy", "RunStats", "WorkerFailedError"]
+__all__ = ["AMSGrad", "AsyncAMSGradStrategy", "AsyncMonitor", "RunStats", "WorkerFailedError"]
 __version__ = "0.1.0"
 
 AsyncAMSGradStrategy.register_strategies(StrategyRegistry)

@@ -36,6 +36,7 @@ from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.options import ExchangeOptions
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
+from lightning_async.seeing.summary import print_summary
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -85,6 +86,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
             Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
+            were, and what to make of it.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -105,6 +108,7 @@ class AsyncAMSGradStrategy(StartedRanks):
         batches: Literal["shared", "sharded"] = "shared",
         transport: Literal["auto", "shm", "gloo"] = "auto",
         worker_timeout: float = 60.0,
+        summary: bool = True,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -132,6 +136,7 @@ class AsyncAMSGradStrategy(StartedRanks):
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers.
         self.observers: list[UpdateObserver] = []
+        self.summary = summary
         self.sigterm_received = False
         self._engine: Engine | None = None
         self._metrics: MetricsLogger | None = None
@@ -384,6 +389,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         super().on_train_end()
         if self._metrics is not None:
             self._metrics.finish()
+        if self.summary and self.is_global_zero:
+            print_summary(self.configuration, self.stats)
 
     @property
     def configuration(self) -> dict[str, Any]:

@@ -57,6 +57,9 @@ class Worker:
         self.rank = rank
         self.version = 0
         self.waited_s = 0.0
+        # Called with what this rank did from when to when, in nanoseconds of the monotonic clock: "draw", "push",
+        # "wait", "pull".
+        self.on_span: Callable[[str, int, int], None] | None = None
         self._channel = channel
         self._layout = layout
         self._optimizers = optimizers
@@ -182,16 +185,26 @@ class Worker:
                 f"the holder answers with {reply.payload_bytes} bytes of {reply.dtype}, "
                 f"this rank expects {self._arrived.nbytes} bytes of {self._arrived.dtype}"
             )
+        started = time.monotonic_ns()
         self._guarded(lambda: self._channel.receive_payload(self._arrived))
         self._binding.land()
         self.version = reply.version
+        if self.on_span is not None:
+            self.on_span("pull", started, time.monotonic_ns())
 
     def _request(self, message: Message, expected: Kind, payload: Tensor | None = None) -> Message:
         self._latch.check()
 
         def exchange() -> Message:
+            started = time.monotonic_ns()
             self._channel.send(message, payload)
-            return self._channel.receive()
+            sent = time.monotonic_ns()
+            answer = self._channel.receive()
+            if self.on_span is not None:
+                if message.kind is Kind.PUSH:
+                    self.on_span("push", started, sent)
+                self.on_span("draw" if message.kind is Kind.DRAW else "wait", sent, time.monotonic_ns())
+            return answer
 
         reply = self._guarded(exchange)
         if reply.kind is Kind.ABORT:

@@ -217,7 +217,7 @@ class AsyncMonitor(Callback):
                 "module": type(trainer.lightning_module).__name__,
                 "epochs": trainer.current_epoch + (not finished),
                 "global_step": trainer.global_step,
-                "batches per rank and epoch": float(trainer.num_training_batches),
+                "batches per rank and epoch": str(trainer.num_training_batches),
                 "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
                 "precision": str(trainer.precision),
                 "loss": "mean of rank 0's batches",

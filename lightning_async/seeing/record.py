@@ -126,6 +126,8 @@ class RunRecord:
         Raises:
             RecordError: if there is none, or another kind of file.
         """
+        if not run_dir.exists():
+            raise RecordError(f"{run_dir} does not exist")
         path = run_dir / RECORD_NAME if run_dir.is_dir() else run_dir
         if not path.exists():
             hint = "train with callbacks=[lightning_async.AsyncMonitor()] to have one"

@@ -38,7 +38,7 @@ class RunStats:
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
         evicted: ranks that were taken out of the run.
-        train_seconds: seconds of training so far, validation not counted.
+        train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
     def __init__(self, workers: int) -> None:
@@ -71,6 +71,11 @@ class RunStats:
             if self._segment_started is not None:
                 self.train_seconds += time.perf_counter() - self._segment_started
                 self._segment_started = None
+
+    def seconds_so_far(self) -> float:
+        """Seconds of training until now, validation not counted."""
+        with self._lock:
+            return self._train_seconds()
 
     def record(self, update: Update) -> None:
         """Counts an applied or dropped push."""

@@ -264,6 +264,13 @@ class AsyncAMSGradStrategy(StartedRanks):
             block = self._trainer.accumulate_grad_batches if self._automatic else 1
             self._engine.ledger.begin_epoch(tickets, block=int(block))
 
+    @property
+    def unfinished_tickets(self) -> int:
+        """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
+        assert self._engine is not None and self._engine.ledger is not None
+        ledger = self._engine.ledger
+        return ledger.progress()[1] + sum(map(ledger.leased, range(self.world_size)))
+
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
         assert self._engine is not None

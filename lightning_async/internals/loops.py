@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_async.internals.fetcher import TicketFetcher
 from lightning_async.internals.intervals import follow_clock, save_passed, unfollow_clock
+from lightning_async.internals.progress import follow_all_ranks, show_progress, unfollow_all_ranks
 from lightning_async.internals.results import align_results
 from lightning_async.plan import EpochPlan, log_position
 from lightning_async.tickets import TicketSampler
@@ -78,6 +79,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     def done(self) -> bool:
         """Whether to leave the epoch: decided by all ranks together, between segments."""
         return self._epoch.agreed and bool(super().done)
+
+    @property
+    def batches_of_all_ranks(self) -> int:
+        """Batches of this epoch that all ranks have finished, per rank, as DDP would count them; known on rank 0."""
+        plan = self._epoch.plan
+        return 0 if plan is None else plan.batches_done(plan.tickets - self._strategy.unfinished_tickets)
 
     @override
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
@@ -212,6 +219,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         complete = progress.tickets_left == 0 or progress.skip_rest
         self._count_as_ddp(epoch.plan.batches_done(epoch.tickets_done), complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         strategy.save_checkpoints(lambda: save_passed(trainer))
         if complete:
@@ -302,6 +310,7 @@ def install(trainer: Trainer) -> None:
     _become(trainer.fit_loop, AsyncFitLoop)
     _become(epoch_loop, AsyncEpochLoop)
     epoch_loop._epoch = _Epoch()
+    follow_all_ranks(trainer)
     follow_clock(trainer, lambda: epoch_loop._epoch.ticks)
     connector: Any = trainer._signal_connector
     strategy: Any = trainer.strategy
@@ -321,6 +330,7 @@ def uninstall(trainer: Trainer) -> None:
         _become(trainer.fit_loop, _FitLoop)
         _become(epoch_loop, _TrainingEpochLoop)
         unfollow_clock(trainer)
+        unfollow_all_ranks(trainer)
         del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

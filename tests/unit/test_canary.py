@@ -116,6 +116,15 @@ SIGNATURES = {
             "self, signum, _"
         ),
     },
+    "internals/progress.py": {
+        "lightning.pytorch.callbacks.TQDMProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.RichProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.ProgressBar.get_metrics": "self, trainer, pl_module",
+    },
     "internals/results.py": {
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
             "self, metadata, is_tensor"

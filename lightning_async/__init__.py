@@ -6,9 +6,9 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.amsgrad import AMSGrad
+from lightning_async.callback import AsyncMonitor
 from lightning_async.failure import WorkerFailedError
 from lightning_async.monitor import RunStats
-from lightning_async.seeing.callback import AsyncMonitor
 from lightning_async.strategy import AsyncAMSGradStrategy
 
 __all__ = ["AMSGrad", "AsyncAMSGradStrategy", "AsyncMonitor", "RunStats", "WorkerFailedError"]

@@ -187,7 +187,7 @@ def _loss(axes: Axes, record: RunRecord) -> None:
     width = max(1, len(losses) // 20)
     if width > 1:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(seconds[width - 1 :], smooth, color=_ONE, linewidth=1.8, label="running mean")
+        axes.plot(seconds[(width - 1) // 2 :][: len(smooth)], smooth, color=_ONE, linewidth=1.8, label="running mean")
         axes.legend()
     _label(axes, "seconds since the start", "loss")
 

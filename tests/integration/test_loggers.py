@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_async import AsyncAMSGradStrategy
+from lightning_async import strategy as strategy_module
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -145,3 +146,16 @@ def test_tensorboard_shows_histograms_and_other_loggers_scalars(tmp_path: Path) 
     assert [float(row["async/version"]) for row in rows if row["async/version"]][-1] == UPDATES
     assert "async/updates_per_second_rank_2" in rows[0]
     assert "async/staleness" not in rows[0]
+
+
+def without_a_logger(folder: Path) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("metrics are computed for nobody")
+
+    strategy_module.MetricsLogger = refuse  # type: ignore[assignment,misc]
+    fork_trainer(folder, 2, logger=False).fit(TinyClassifier(), loader(16))
+
+
+def test_without_a_logger_no_metric_is_computed(tmp_path: Path) -> None:
+    run = launch(without_a_logger, tmp_path)
+    assert run.returncode == 0, run.output

@@ -1,6 +1,6 @@
 """`AsyncMonitor`: a callback that leaves a record and a timeline of the run.
 
-Above `spans.py`, `trace.py` and `record.py`; uses the strategy's public attributes only.
+Above `strategy.py`, whose public attributes it uses, and `seeing/`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AsyncMonitor(Callback):
             relative to the folder.
         summary: whether rank 0 prints a short table at the end of fit; takes the place of the strategy's argument.
         folder: where the files go; None for the trainer's folder.
-        trace_spans: the most spans of each rank in the timeline (a step has six); 17 bytes each while the run lasts and
+        trace_spans: the most spans of each rank in the timeline (a step has five or six); 17 bytes each while the run lasts and
             about 75 in the file. Later ones are counted in the file's metadata.
 
     Raises:

@@ -40,8 +40,8 @@ class AsyncMonitor(Callback):
             relative to the folder.
         summary: whether rank 0 prints a short table at the end of fit; takes the place of the strategy's argument.
         folder: where the files go; None for the trainer's folder.
-        trace_spans: the most spans of each rank in the timeline (a step has five or six); 17 bytes each while the run lasts and
-            about 75 in the file. Later ones are counted in the file's metadata.
+        trace_spans: the most spans of each rank in the timeline (a step has five or six); 17 bytes each while the run
+            lasts and about 75 in the file. Later ones are counted in the file's metadata.
 
     Raises:
         MisconfigurationException: if an argument has no meaning, or if the folder is not a local one.

@@ -18,11 +18,11 @@ from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
 RANKS, UPDATES = 3, 60
-SLEEP_S = (0.002, 0.002, 0.02)
+SLEEP_S = (0.002, 0.002, 0.05)
 
 
 def monitored(folder: Path) -> None:
-    strategy = AsyncAMSGradStrategy(start_method="fork", max_staleness=5)
+    strategy = AsyncAMSGradStrategy(start_method="fork", max_staleness=5, batches="sharded")
     monitor = AsyncMonitor(trace="run.json", folder=folder / "seen")
     trainer = fork_trainer(folder, RANKS, strategy, callbacks=[monitor], max_epochs=2, limit_val_batches=1)
     data = loader(samples=4 * UPDATES // 2)
@@ -107,7 +107,7 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
     assert record.finished
     assert {**record.stats, "median_step_seconds_by_rank": None} == {**stats, "median_step_seconds_by_rank": None}
     assert record.configuration["max_staleness"] == 5
-    assert median(record.step_seconds[2]) >= 0.018 > 3 * median(record.step_seconds[0]) > 0.0
+    assert median(record.step_seconds[2]) >= 0.9 * SLEEP_S[2]
     assert record.series[-1].updates == UPDATES
     assert [point.updates for point in record.series] == sorted(point.updates for point in record.series)
     assert any(point.loss is not None and 0.0 < point.loss < 2.0 for point in record.series)
@@ -117,7 +117,7 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
 def test_rank_0_prints_one_table_with_a_verdict(run: Launched) -> None:
     output = " ".join(run.output.split())
     assert output.count(f"{UPDATES} updates in ") == 1
-    assert "Rank 2 takes " in output
+    assert "he barrier cost" in output
     for rank in range(RANKS):
         assert f"│ {rank} │" in output
 

@@ -71,7 +71,7 @@ def test_a_rank_computes_and_waits_as_long_as_it_trains(run: Launched) -> None:
         assert sum(name == "push" for _, _, name in spans) == batches[rank]
         assert totals["compute"] >= batches[rank] * SLEEP_S[rank]
         covered = sum(totals[name] for name in ("data", "compute", "sync")) + _exchange(spans)
-        assert covered <= (spans[-1][1] - spans[0][0]) / 1e6
+        assert covered <= (max(stop for _, stop, _ in spans) - spans[0][0]) / 1e6
         # What is left is Lightning's own work between the two.
         assert covered >= 0.6 * run.report(0)["stats"]["train_seconds"]
 

@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.amsgrad_strategy import AsyncAMSGradStrategy
+from lightning_async.callback import AsyncMonitor
 from lightning_async.failure import WorkerFailedError
 from lightning_async.internals.twin import explain_to_twin
 from lightning_async.monitor import RunStats
@@ -16,6 +17,7 @@ from lightning_async.strategy import AsyncStrategy
 __all__ = [
     "AMSGrad",
     "AsyncAMSGradStrategy",
+    "AsyncMonitor",
     "AsyncStrategy",
     "RunStats",
     "SimulatedDelayStrategy",

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_async.holder import Push, Update
 from lightning_async.monitor import MetricsLogger, RunStats
+from lightning_async.sinks import sink_for
 
 __all__ = ["Delays", "PastIterates", "SimulatedDelayStrategy"]
 
@@ -237,7 +238,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
                 "max_delay or a smaller model."
             )
         self.stats = RunStats(workers=1)
-        self._metrics = MetricsLogger(self.stats) if trainer.loggers else None
+        self._metrics = (
+            MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers]) if trainer.loggers else None
+        )
         self._drawn_for, self._delay, self._batches = None, 0, 0
         if self.max_delay > 0:
             rank_zero_info(f"SimulatedDelayStrategy keeps {sizes}.")
@@ -324,7 +327,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
             self._iterates.version = version
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         if self._metrics is not None and every > 0 and version % every == 0:
-            self._metrics.log(trainer.loggers, version, version - 1)
+            self._metrics.log(version, version - 1)
 
     @property
     def _module(self) -> LightningModule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
@@ -40,6 +40,7 @@ from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
 from lightning_async.registry import register
 from lightning_async.resume import EpochPlace, agree_on_order
+from lightning_async.seeing.summary import print_summary
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -47,6 +48,8 @@ from lightning_async.shells import (
     make_shell,
     snapshot_parameters,
 )
+from lightning_async.sinks import sink_for
+from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
 from lightning_async.wrappers import check_module
@@ -99,6 +102,8 @@ class AsyncStrategy(StartedRanks):
         wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
             (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
         parameter_wire_dtype: the same for parameters.
+        summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
+            were, and what to make of it.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -124,6 +129,7 @@ class AsyncStrategy(StartedRanks):
         overlap: bool = False,
         wire_dtype: WireDtype = "fp32",
         parameter_wire_dtype: WireDtype = "fp32",
+        summary: bool = True,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -160,6 +166,7 @@ class AsyncStrategy(StartedRanks):
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers.
         self.observers: list[UpdateObserver] = []
+        self.summary = summary
         self.sigterm_received = False
         self._engine: Engine | None = None
         self._metrics: MetricsLogger | None = None
@@ -251,7 +258,8 @@ class AsyncStrategy(StartedRanks):
         self.stats = RunStats(self.world_size)
         self._engine = self._make_engine()
         if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats)
+            self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
+            self._metrics.configure(self.configuration)
 
     def _make_engine(self, predecessor: Engine | None = None) -> Engine:
         assert self.lightning_module is not None and self._membership is not None
@@ -285,6 +293,7 @@ class AsyncStrategy(StartedRanks):
             self.barrier("param groups were added")
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
+            self.worker.on_span = engine.worker.on_span
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -354,6 +363,13 @@ class AsyncStrategy(StartedRanks):
             self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
         return place
 
+    @property
+    def unfinished_tickets(self) -> int:
+        """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
+        assert self._engine is not None and self._engine.ledger is not None
+        ledger = self._engine.ledger
+        return ledger.progress()[1] + sum(map(ledger.leased, range(self.world_size)))
+
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
         self._follow_user_code()
@@ -362,6 +378,7 @@ class AsyncStrategy(StartedRanks):
             self._engine.ledger.open(tickets)
         if self._metrics is not None:
             self._metrics.restart_clock()
+        self.stats.start_segment()
         self.barrier("a segment begins")
         Phase.asynchronous = True
 
@@ -374,6 +391,7 @@ class AsyncStrategy(StartedRanks):
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
             any(wish) for wish in zip(*wishes, strict=True)
         )
+        self.stats.end_segment()
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
@@ -487,7 +505,26 @@ class AsyncStrategy(StartedRanks):
     def log_statistics(self, step: int) -> None:
         """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
         if self._metrics is not None:
-            self._metrics.log(self._trainer.loggers, self.version, step)
+            self._metrics.log(self.version, step)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._metrics is not None:
+            self._metrics.finish()
+        if self.summary and self.is_global_zero:
+            print_summary(self.configuration, self.stats)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """How this run exchanges gradients: the strategy's arguments and the number of ranks; ready for JSON."""
+        bound = resolve_max_staleness(self.options.max_staleness, self.world_size)
+        return {
+            "strategy": type(self).__name__,
+            "ranks": self.world_size,
+            **asdict(self.options),
+            "max_staleness": bound,
+        }
 
     @property
     def _automatic(self) -> bool:

@@ -31,10 +31,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_async.internals.averaging import average_with_clock, forget_clock, share_averages
+from lightning_async.internals.counters import rewrite_as_ddp
 from lightning_async.internals.fetcher import TicketFetcher
 from lightning_async.internals.intervals import follow_clock, save_passed, unfollow_clock
 from lightning_async.internals.optimization import AsyncAutomaticOptimization, share_plateaus
-from lightning_async.internals.progress import rewrite_as_ddp
+from lightning_async.internals.progress import follow_all_ranks, show_progress, unfollow_all_ranks
 from lightning_async.internals.results import align_results
 from lightning_async.internals.sizes import agree_on_size, epoch_size
 from lightning_async.phases import Phase
@@ -90,6 +91,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     def done(self) -> bool:
         """Whether to leave the epoch: decided by all ranks together, between segments."""
         return self._epoch.agreed and bool(super().done)
+
+    @property
+    def batches_of_all_ranks(self) -> int:
+        """Batches of this epoch that all ranks have finished, per rank, as DDP would count them; known on rank 0."""
+        plan = self._epoch.plan
+        return 0 if plan is None else plan.batches_done(plan.tickets - self._strategy.unfinished_tickets)
 
     @override
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
@@ -283,6 +290,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
         self._count_as_ddp(epoch.plan.batches_done(position), complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         share_averages(trainer)
         strategy.save_checkpoints(lambda: save_passed(trainer))
@@ -397,6 +405,7 @@ def install(trainer: Trainer) -> None:
     _become(epoch_loop, AsyncEpochLoop)
     _become(epoch_loop.automatic_optimization, AsyncAutomaticOptimization)
     epoch_loop._epoch = _Epoch()
+    follow_all_ranks(trainer)
     follow_clock(trainer, lambda: epoch_loop._epoch.ticks)
     average_with_clock(trainer, lambda: epoch_loop._epoch.ticks)
     connector: Any = trainer._signal_connector
@@ -426,6 +435,7 @@ def uninstall(trainer: Trainer) -> None:
         _become(epoch_loop.automatic_optimization, _AutomaticOptimization)
         unfollow_clock(trainer)
         forget_clock(trainer)
+        unfollow_all_ranks(trainer)
         del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

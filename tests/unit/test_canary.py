@@ -20,11 +20,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
 import lightning_async
 from lightning_async import amsgrad_strategy, collectives, strategy
-from lightning_async.internals import fetcher, launchers, loops, optimization, progress, results, trainer_state
+from lightning_async.internals import counters, fetcher, launchers, loops, optimization, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
 WATCHED = ("lightning", "torch", "torchmetrics")
@@ -125,6 +126,15 @@ SIGNATURES = {
     "internals/averaging.py": {
         f"{AVERAGING}.on_train_batch_end": "self, trainer, pl_module, outputs, batch, batch_idx",
         f"{AVERAGING}.should_update": "self, step_idx, epoch_idx",
+    },
+    "internals/progress.py": {
+        "lightning.pytorch.callbacks.TQDMProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.RichProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.ProgressBar.get_metrics": "self, trainer, pl_module",
     },
     "internals/results.py": {
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
@@ -344,6 +354,11 @@ def test_the_averaging_callback_keeps_its_model_and_step_under_the_same_names() 
             fail("internals/averaging.py", f"WeightAveraging.{name}")
 
 
+def test_a_logger_keeps_its_prefix_under_the_same_names() -> None:
+    if WandbLogger(offline=True, prefix="p")._prefix != "p" or WandbLogger.LOGGER_JOIN_CHAR != "-":
+        fail("internals/trainer_state.py", "WandbLogger._prefix and .LOGGER_JOIN_CHAR")
+
+
 def test_a_logged_entry_has_the_same_fields() -> None:
     fields = {field.name for field in dataclasses.fields(results._Metadata)}
     for name in set(results._PLAIN_FIELDS) - fields:
@@ -388,16 +403,16 @@ def test_the_fit_loop_asks_for_its_loaders_by_the_name_in_its_module() -> None:
 def test_an_epoch_loops_counters_are_saved_under_the_same_names(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     state = trainer.fit_loop.epoch_loop.state_dict(None, "loop.")
-    progress.rewrite_as_ddp(state, "loop.", batches=3, batches_before=10, clock=7)
+    counters.rewrite_as_ddp(state, "loop.", batches=3, batches_before=10, clock=7)
     copy = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
 
     loop = copy.fit_loop.epoch_loop
     loop.load_state_dict(state, "loop.")
 
-    counters = (loop.batch_progress.current.ready, loop.batch_progress.total.completed, loop.batch_idx)
+    counts = (loop.batch_progress.current.ready, loop.batch_progress.total.completed, loop.batch_idx)
     steps = (loop.automatic_optimization.optim_progress, loop.manual_optimization.optim_step_progress.total)
-    if (*counters, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
-        fail("internals/progress.py", "the names of the counters in an epoch loop's state_dict")
+    if (*counts, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
+        fail("internals/counters.py", "the names of the counters in an epoch loop's state_dict")
 
 
 def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:

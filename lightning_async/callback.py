@@ -190,7 +190,7 @@ class AsyncMonitor(Callback):
         self._updates.add(update.push.worker, update.staleness, update.parked_s, update.applied)
 
     def _note(self, strategy: AsyncStrategy, wall_s: float) -> None:
-        stats = strategy.stats.as_dict()
+        stats = strategy.stats.counts()
         loss = None if self._loss_sum is None else float(self._loss_sum) / self._loss_count
         self._loss_sum, self._loss_count = None, 0
         self._series.add(

@@ -118,8 +118,8 @@ class RunStats:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
-    def as_dict(self) -> dict[str, Any]:
-        """A copy that JSON can hold."""
+    def counts(self) -> dict[str, Any]:
+        """A copy of the counters, in little time."""
         with self._lock:
             return {
                 "updates": self.updates,
@@ -133,8 +133,13 @@ class RunStats:
                 "rejected": self.rejected,
                 "evicted": list(self.evicted),
                 "train_seconds": self._train_seconds(),
-                "median_step_seconds_by_rank": {rank: median(steps or [0.0]) for rank, steps in self._steps.items()},
             }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counters and each rank's median step, 0.0 where it is unknown; JSON can hold it."""
+        # The holder waits for whoever has the lock, so nothing is sorted under it.
+        medians = {rank: median(self.step_seconds(rank) or [0.0]) for rank in self._steps}
+        return {**self.counts(), "median_step_seconds_by_rank": medians}
 
     def summary(self) -> dict[str, float]:
         """The run in a few numbers; those of one rank end in ``_rank_r``. Empty if there was no update."""
@@ -188,7 +193,7 @@ class MetricsLogger:
     def __init__(self, stats: RunStats, sinks: Sequence[MetricsSink]) -> None:
         self._stats = stats
         self._sinks = sinks
-        self._seen = stats.as_dict()
+        self._seen = stats.counts()
         self._since = time.perf_counter()
 
     def configure(self, configuration: dict[str, Any]) -> None:
@@ -202,7 +207,7 @@ class MetricsLogger:
 
     def log(self, version: int, step: int) -> None:
         """Writes the metrics at ``step``; nothing if no update came in since."""
-        now, stats = time.perf_counter(), self._stats.as_dict()
+        now, stats = time.perf_counter(), self._stats.counts()
         updates = stats["updates"] - self._seen["updates"]
         if updates == 0:
             return

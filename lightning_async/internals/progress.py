@@ -44,7 +44,7 @@ class BarMetrics:
         seconds = stats.seconds_so_far() - self._seconds
         updates = stats.updates - self._updates
         if updates > 0 and seconds >= (_REFRESH_S if self._shown else _FIRST_AFTER_S):
-            ages = sum(age * count for age, count in stats.as_dict()["staleness"].items())
+            ages = sum(age * count for age, count in stats.counts()["staleness"].items())
             self._shown = {
                 "upd/s": f"{updates / seconds:.0f}" if updates >= 10 * seconds else f"{updates / seconds:.2g}",
                 "staleness": f"{(ages - self._ages) / updates:.1f}",

@@ -162,9 +162,6 @@ def test_a_fit_that_is_over_leaves_the_holders_state_in_the_modules_optimizer(tm
     assert run.report(0) == {"steps": 10, "state": 6}
 
 
-@pytest.mark.compatibility(
-    "Refused", "LBFGS", status="refused", note="its closure is evaluated again at other parameters"
-)
 def test_an_optimizer_that_cannot_be_stepped_elsewhere_is_refused(tmp_path: Path) -> None:
     class Module(TinyClassifier):
         def configure_optimizers(self) -> Any:

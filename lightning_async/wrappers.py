@@ -1,4 +1,4 @@
-"""Modules that run collectives in their forward or backward, which have no place where ranks do not run together.
+"""Modules that cannot be trained: those with collectives of their own, for which ranks would have to run together.
 
 Below `strategy.py`. Knows no Lightning.
 """
@@ -19,12 +19,16 @@ _ADVICE = {
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuses a module in which ranks would wait for one another.
+    """Refuses a module in which ranks would wait for one another, or whose gradients cannot be exchanged.
 
     Raises:
         ValueError: if there is such a module in it; the message says which, and what to do.
     """
     for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ValueError(
+                f"{name or 'the module itself'} has sparse gradients, which Adam cannot use. Set sparse=False"
+            )
         # By name: the packages are large, and not all of them are installed.
         for kind in type(part).__mro__:
             if kind.__name__ in _ADVICE and kind.__module__.partition(".")[0] in ("torch", "deepspeed"):

@@ -90,7 +90,7 @@ def merge_markers(markers: Iterable[tuple[str, Row]]) -> list[Row]:
         row.notes += [note for note in found.notes if note not in row.notes]
         if test not in row.tests:
             row.tests.append(test)
-    return sorted(rows.values(), key=lambda row: (SECTIONS.index(row.section), row.name.casefold()))
+    return sorted(rows.values(), key=lambda row: (SECTIONS.index(row.section), row.name.replace("`", "").casefold()))
 
 
 class _Collector:

@@ -172,7 +172,8 @@ class Skipping(Reporting):
 @pytest.mark.compatibility(
     "Optimization",
     "`training_step` that returns None for some batches",
-    note="Lightning itself refuses it under DDP. Such a batch counts as done and makes no step.",
+    note="Such a batch counts as done and makes no step. Lightning itself refuses it under DDP "
+    "([#5243](https://github.com/Lightning-AI/pytorch-lightning/issues/5243)).",
 )
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_a_batch_without_a_loss_is_done_and_makes_no_update(tmp_path: Path, batches: str) -> None:

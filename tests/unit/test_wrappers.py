@@ -57,6 +57,17 @@ def test_a_part_with_collectives_of_its_own_is_refused_by_name(part: nn.Module, 
         check_module(module)
 
 
+@pytest.mark.compatibility(
+    "Refused", "embeddings with `sparse=True`", "refused", "Adam cannot use their gradients. Set `sparse=False`."
+)
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused(kind: Any) -> None:
+    check_module(nn.ModuleList([kind(4, 2)]))
+
+    with pytest.raises(ValueError, match=r"0 has sparse gradients.* Set sparse=False"):
+        check_module(nn.ModuleList([kind(4, 2, sparse=True)]))
+
+
 def test_plain_modules_and_classes_of_the_same_name_pass() -> None:
     own = type("DeepSpeedEngine", (nn.Module,), {})()
 

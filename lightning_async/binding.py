@@ -51,7 +51,9 @@ class Binding:
             if parameter.dtype is view.dtype and parameter.is_contiguous() and parameter.device == view.device:
                 parameter.data = view
                 self._bound.append(parameter)
-        self._hooks = self._install_hooks() if layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES else []
+        # On a GPU one copy of all gradients is a single kernel; a hook would launch one for each.
+        hooked = layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES and buffers.gradient.device.type == "cpu"
+        self._hooks = self._install_hooks() if hooked else []
 
     def gather(self, index: int) -> list[bool]:
         """Brings the gradients of one optimizer into the buffer; returns which parameters have one."""

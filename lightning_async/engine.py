@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_async.channels import dial
+from lightning_async.devices import RankDevices, place_holder
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
@@ -17,8 +18,10 @@ from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
 from lightning_async.server import Server
+from lightning_async.site import HolderSite
 from lightning_async.staleness import Barrier, resolve_max_staleness
 from lightning_async.tickets import Ledger
+from lightning_async.transport.staged import on_device
 from lightning_async.worker import Worker
 
 __all__ = ["Engine", "UpdateObserver"]
@@ -41,6 +44,7 @@ class Engine:
         observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
         version: the version to start from.
         meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
+        devices: where this rank computes; its host by default.
     """
 
     def __init__(
@@ -56,7 +60,11 @@ class Engine:
         observers: Sequence[UpdateObserver],
         version: int,
         meet: Callable[[], None],
+        devices: RankDevices | None = None,
     ) -> None:
+        devices = devices or RankDevices()
+        # Asked on every rank, so that all of them refuse what cannot be.
+        place = place_holder(options.holder_device, options.transport, devices.facts)
         owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
         layout = FlatLayout(owned)
         groups = [len(optimizer.param_groups) for optimizer in optimizers]
@@ -75,16 +83,26 @@ class Engine:
             barrier = Barrier(
                 resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
             )
-            self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
+            site = HolderSite(devices.own, devices.mine) if place == "cuda" else HolderSite()
+            self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
             self._server = Server(
-                self.holder, self.ledger, layout, groups, latch, door, options.transport, on_refused=stats.refuse
+                self.holder,
+                self.ledger,
+                layout,
+                groups,
+                latch,
+                door,
+                options.transport,
+                on_refused=stats.refuse,
+                site=site,
+                workers=world_size,
             )
             channel = self._server.local_channel()
         meet()
         if rank != 0:
             assert address is not None
-            channel = dial(address, rank, layout, groups)
-        self.worker = Worker(rank, channel, layout, optimizers, latch)
+            channel = dial(address, rank, layout, groups, devices=devices)
+        self.worker = Worker(rank, on_device(channel, devices.own), layout, optimizers, latch)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.buffers import average_buffers, broadcast_tensors
+from lightning_async.devices import RankDevices, describe_device
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
@@ -81,8 +82,10 @@ class AsyncAMSGradStrategy(StartedRanks):
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
-            Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
+            Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
+            ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -101,8 +104,9 @@ class AsyncAMSGradStrategy(StartedRanks):
         max_staleness: int | Literal["auto"] | None = "auto",
         on_stale: Literal["wait", "drop"] = "wait",
         batches: Literal["shared", "sharded"] = "shared",
-        transport: Literal["auto", "shm", "gloo"] = "auto",
+        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         worker_timeout: float = 60.0,
+        holder_device: Literal["auto", "cpu", "cuda"] = "auto",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -123,7 +127,9 @@ class AsyncAMSGradStrategy(StartedRanks):
             start_method=start_method,
         )
         try:
-            self.options = ExchangeOptions(max_staleness, on_stale, batches, transport, worker_timeout)
+            self.options = ExchangeOptions(
+                max_staleness, on_stale, batches, transport, worker_timeout, holder_device=holder_device
+            )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.worker_timeout_s = worker_timeout
@@ -216,12 +222,18 @@ class AsyncAMSGradStrategy(StartedRanks):
                 observers=self.observers,
                 version=self._version,
                 meet=super().barrier,
+                devices=self._devices(),
             )
         except ValueError as error:
             raise MisconfigurationException(f"async_amsgrad cannot train this module: {error}") from error
         self.worker.version = self._version
         if self.is_global_zero and trainer.loggers:
             self._metrics = MetricsLogger(self.stats)
+
+    def _devices(self) -> RankDevices:
+        """Where this rank computes, and what all ranks say of their GPUs; a collective call if there are GPUs."""
+        own, mine = self.root_device, describe_device(self.root_device)
+        return RankDevices(own, mine, () if mine is None else self.gather_objects(mine))
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -23,17 +23,17 @@ _SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 @dataclass(frozen=True)
 class RankDevices:
-    """Where this rank computes, and what every rank says of its GPU.
+    """Where this rank computes, and where the holder lives.
 
     Args:
         own: this rank's device.
         mine: `describe_device` of it.
-        facts: `describe_device` of every rank, in the order of ranks; empty if no rank has a GPU.
+        holder: from `place_holder`.
     """
 
     own: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mine: DeviceFacts = None
-    facts: Sequence[DeviceFacts] = ()
+    holder: Literal["cpu", "cuda"] = "cpu"
 
 
 def describe_device(device: torch.device) -> DeviceFacts:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_async.channels import dial
-from lightning_async.devices import RankDevices, place_holder
+from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Update
@@ -44,7 +44,7 @@ class Engine:
         observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
         version: the version to start from.
         meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
-        devices: where this rank computes; its host by default.
+        devices: where this rank computes and where the holder lives; the host by default.
     """
 
     def __init__(
@@ -63,8 +63,6 @@ class Engine:
         devices: RankDevices | None = None,
     ) -> None:
         devices = devices or RankDevices()
-        # Asked on every rank, so that all of them refuse what cannot be.
-        place = place_holder(options.holder_device, options.transport, devices.facts)
         owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
         layout = FlatLayout(owned)
         groups = [len(optimizer.param_groups) for optimizer in optimizers]
@@ -83,7 +81,7 @@ class Engine:
             barrier = Barrier(
                 resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
             )
-            site = HolderSite(devices.own, devices.mine) if place == "cuda" else HolderSite()
+            site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
             self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
             self._server = Server(
                 self.holder,

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.buffers import average_buffers, broadcast_tensors
-from lightning_async.devices import RankDevices, describe_device
+from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
@@ -231,9 +231,14 @@ class AsyncAMSGradStrategy(StartedRanks):
             self._metrics = MetricsLogger(self.stats)
 
     def _devices(self) -> RankDevices:
-        """Where this rank computes, and what all ranks say of their GPUs; a collective call if there are GPUs."""
+        """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
         own, mine = self.root_device, describe_device(self.root_device)
-        return RankDevices(own, mine, () if mine is None else self.gather_objects(mine))
+        everyone = () if mine is None else self.gather_objects(mine)
+        try:
+            # Asked on every rank, so that all of them refuse what cannot be.
+            return RankDevices(own, mine, place_holder(self.options.holder_device, self.options.transport, everyone))
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}.") from error
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

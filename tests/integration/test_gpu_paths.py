@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, engine, nccl_office, site
-from lightning_async.devices import RankDevices
+from lightning_async.devices import RankDevices, place_holder
 from lightning_async.transport.staged import StagedChannel
 from tests.integration.test_equality import (
     BATCH_SIZE,
@@ -90,7 +90,8 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         facts = [gpu(rank) for rank in range(self.world_size)]
         if way == "nccl and staged":
             facts[1] = gpu(0)
-        return RankDevices(host, facts[self.global_rank], facts)
+        place = place_holder(self.options.holder_device, self.options.transport, facts)
+        return RankDevices(host, facts[self.global_rank], place)
 
     monkeypatch.setattr(AsyncAMSGradStrategy, "_devices", devices)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AMSGrad
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.amsgrad import group_hyper
 from lightning_async.devices import describe_device, nccl_obstacle, place_holder
-from lightning_async.failure import FailureLatch
+from lightning_async.failure import FailureLatch, WorkerFailedError
 from lightning_async.holder import Holder, Push
 from lightning_async.layout import FlatLayout
 from lightning_async.options import ExchangeOptions
 from lightning_async.site import DeviceHolder, HolderSite
 from lightning_async.staleness import Barrier
+from tests.models import TinyClassifier, fork_trainer, loader
 
 
 def gpu(number: int, **other: Any) -> dict[str, Any]:
@@ -159,3 +163,31 @@ def test_a_holder_in_a_lane_computes_what_a_holder_computes() -> None:
     assert (version, other_version, depths, lane.depth) == (7, 7, [1, 1, 1], 0)
     assert torch.equal(values, other_values) and torch.equal(snapshot.parameters, other.parameters)
     assert str(snapshot.optimizer_states) == str(other.optimizer_states)
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "backend"),
+    [
+        (["cuda:0", "cuda:1"], None, "nccl"),
+        (["cuda:0", "cuda:0"], None, "gloo"),
+        (["cuda:0", "cuda:0"], "mpi", "mpi"),
+        (["cpu", "cpu"], None, "gloo"),
+    ],
+)
+def test_ranks_that_share_a_gpu_meet_over_gloo(devices: list[str], asked: str | None, backend: str) -> None:
+    strategy = AsyncAMSGradStrategy(
+        parallel_devices=[torch.device(device) for device in devices],
+        cluster_environment=LightningEnvironment(),
+        process_group_backend=asked,
+    )
+
+    assert strategy._get_process_group_backend() == backend
+
+
+def test_a_strategy_refuses_what_no_rank_can_have(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="holder_device must be one of"):
+        AsyncAMSGradStrategy(holder_device="gpu")  # type: ignore[arg-type]
+
+    strategy = AsyncAMSGradStrategy(holder_device="cuda", start_method="fork")
+    with pytest.raises(WorkerFailedError, match=r'MisconfigurationException: holder_device="cuda" was asked for'):
+        fork_trainer(tmp_path, 1, strategy).fit(TinyClassifier(), loader())

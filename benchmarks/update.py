@@ -39,12 +39,11 @@ def measure(shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
     holder = Holder(layout, layout.buffer(), [optimizer], Barrier(8), FailureLatch())
     gradient, out = layout.buffer().normal_(), layout.buffer()
     views, groups = layout.views(gradient, 0), tuple(map(group_hyper, optimizer.param_groups))
-    version = holder.pull(0, out)
+    holder.try_pull(0, out)
 
     def exchange() -> None:
-        nonlocal version
-        holder.push(Push(0, 0, version, views, groups))
-        version = holder.pull(0, out)
+        holder.try_push(Push(0, 0, holder.version, views, groups))
+        holder.try_pull(0, out)
 
     moments: list[list[Any]] = [[torch.zeros(shape) for shape in shapes] for _ in range(3)]
     steps = [torch.zeros(()) for _ in shapes]

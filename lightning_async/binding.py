@@ -37,9 +37,16 @@ class Binding:
         parameters: the parameters of each optimizer, in the layout's order; their values are kept.
         layout: where each parameter lies.
         buffers: this rank's side of the channel.
+        moves_gradients: whether gradients may stay in the buffer until the next step.
     """
 
-    def __init__(self, parameters: Sequence[Sequence[Tensor]], layout: FlatLayout, buffers: Buffers) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Sequence[Tensor]],
+        layout: FlatLayout,
+        buffers: Buffers,
+        moves_gradients: bool = True,
+    ) -> None:
         self._gradients = [layout.views(buffers.gradient, index) for index in range(len(parameters))]
         self._owned = [list(owned) for owned in parameters]
         views = [view for index in range(len(parameters)) for view in layout.views(buffers.parameters, index)]
@@ -51,14 +58,20 @@ class Binding:
             if parameter.dtype is view.dtype and parameter.is_contiguous() and parameter.device == view.device:
                 parameter.data = view
                 self._bound.append(parameter)
+        large = layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES
         # On a GPU one copy of all gradients is a single kernel; a hook would launch one for each.
-        hooked = layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES and buffers.gradient.device.type == "cpu"
-        self._hooks = self._install_hooks() if hooked else []
+        on_host = buffers.gradient.device.type == "cpu"
+        self._hooks = self._install_hooks() if moves_gradients and large and on_host else []
 
-    def gather(self, index: int) -> list[bool]:
-        """Brings the gradients of one optimizer into the buffer; returns which parameters have one."""
+    def gather(self, index: int, into: Sequence[Tensor] | None = None) -> list[bool]:
+        """Brings the gradients of one optimizer into the buffer; returns which parameters have one.
+
+        Args:
+            index: the optimizer.
+            into: views to copy them to in place of the buffer's, one per parameter.
+        """
         present, targets, sources = [], [], []
-        for parameter, view in zip(self._owned[index], self._gradients[index], strict=True):
+        for parameter, view in zip(self._owned[index], into or self._gradients[index], strict=True):
             gradient = parameter.grad
             present.append(gradient is not None)
             if gradient is not None and gradient.data_ptr() != view.data_ptr():

@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.distributed import Store, TCPStore
@@ -20,11 +20,16 @@ from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.nccl_office import NcclOffice, accept_nccl
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel
+from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.wire import Kind, Message
 
-__all__ = ["ChannelOffice", "dial"]
+__all__ = ["ChannelOffice", "WireNames", "dial"]
+
+# What gradients, and what parameters, are rounded to on a network.
+WireNames: TypeAlias = tuple[str, str]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ class ChannelOffice:
         transport: "auto", or the only channel to offer.
         numel: size of the flat buffers.
         dtype: of the flat buffers.
+        wire: what payloads are rounded to on a network.
         device: of the holder.
         facts: what rank 0 says of its GPU if the holder is there; None otherwise.
         workers: number of ranks.
@@ -48,10 +54,12 @@ class ChannelOffice:
         transport: Literal["auto", "shm", "gloo", "nccl"],
         numel: int,
         dtype: torch.dtype,
+        wire: WireNames = ("fp32", "fp32"),
         device: torch.device | None = None,
         facts: DeviceFacts = None,
         workers: int = 1,
     ) -> None:
+        self._wire = wire
         self._host = host
         self._transport = transport
         self._numel = numel
@@ -86,11 +94,12 @@ class ChannelOffice:
             return channel
         segment = self._segment(visitor)
         try:
-            pair = f"worker-{visitor.rank}-{visitor.incarnation}"
+            pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
             offer = {
                 "pair": pair,
                 "segment": segment.path if segment else None,
                 "store_port": self._store_port(segment),
+                "wire": self._wire,
             }
             connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
             connection.settimeout(None)
@@ -99,13 +108,13 @@ class ChannelOffice:
                 if answer.kind is Kind.ACK:
                     return SharedMemoryChannel(connection, segment.buffers)
                 self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
-                fallback = {"pair": pair, "segment": None, "store_port": self._store_port(None)}
+                fallback = offer | {"segment": None, "store_port": self._store_port(None)}
                 connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(fallback)))
         finally:
             if segment is not None:
                 segment.release()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE)
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire))
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -149,6 +158,7 @@ def dial(
     layout: FlatLayout,
     groups: Sequence[int],
     incarnation: int = 0,
+    lane: int = 0,
     devices: RankDevices | None = None,
 ) -> Channel:
     """Connects a worker to its session.
@@ -159,6 +169,7 @@ def dial(
         layout: where each parameter lies.
         groups: number of param groups of each optimizer.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
+        lane: which of the worker's lanes this is.
         devices: where this rank computes; its host by default.
 
     Raises:
@@ -167,7 +178,7 @@ def dial(
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     devices = devices or RankDevices()
-    claims = {"model": model, "host": host_identity(), "device": devices.mine}
+    claims = {"model": model, "host": host_identity(), "lane": lane, "device": devices.mine}
     connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
 
     def gpu_buffers() -> Buffers:
@@ -186,7 +197,13 @@ def dial(
             connection.send(Message(Kind.ACK, worker=worker))
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
-    return GlooChannel(connection, Buffers.allocate(numel, dtype), store, offer["pair"], WORKER_SIDE)
+    buffers = Buffers.allocate(numel, dtype)
+    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]))
+
+
+def _dtypes(wire: Sequence[str]) -> WireDtypes:
+    gradients, parameters = wire
+    return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
 
 
 def _shares_memory(visitor: Visitor) -> bool:

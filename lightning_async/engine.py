@@ -72,15 +72,17 @@ class Engine:
         self._server: Server | None = None
         self._stats = stats
         self._observers = observers
+        lanes = 2 if options.overlap and world_size > 1 else 1
+        bound = resolve_max_staleness(options.max_staleness, world_size)
+        if lanes > 1:
+            _check_overlap(bound, lanes * world_size, len(optimizers))
         if rank == 0:
             self.ledger = Ledger(world_size, options.batches)
             initial = layout.buffer()
             for index, parameters in enumerate(owned):
                 for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                     view.copy_(parameter.detach())
-            barrier = Barrier(
-                resolve_max_staleness(options.max_staleness, world_size), options.on_stale, version=version
-            )
+            barrier = Barrier(bound, options.on_stale, version=version)
             site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
             self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
             self._server = Server(
@@ -92,15 +94,20 @@ class Engine:
                 door,
                 options.transport,
                 on_refused=stats.refuse,
+                wire=(options.wire_dtype, options.parameter_wire_dtype),
                 site=site,
                 workers=world_size,
             )
-            channel = self._server.local_channel()
+            if door is not None:
+                # Its updates are served by the reactor where they are to overlap with its training.
+                door.rank_0_rings = lanes > 1
         meet()
-        if rank != 0:
+        if self._server is not None and lanes == 1:
+            channels = [self._server.local_channel()]
+        else:
             assert address is not None
-            channel = dial(address, rank, layout, groups, devices=devices)
-        self.worker = Worker(rank, on_device(channel, devices.own), layout, optimizers, latch)
+            channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]
+        self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""
@@ -114,3 +121,16 @@ class Engine:
         self._stats.record(update)
         for observer in self._observers:
             observer(update, tickets)
+
+
+def _check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
+    if optimizers > 1:
+        raise ValueError(
+            f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "
+            "before the first one's step. Leave overlap out"
+        )
+    if bound is not None and bound < readers - 1:
+        raise ValueError(
+            f"overlap=True keeps two gradients of each rank under way, {readers} in all, and max_staleness={bound} "
+            f"lets {bound + 1} of them. Take max_staleness of at least {readers - 1}, or leave overlap out"
+        )

@@ -60,6 +60,11 @@ class Visitor:
     incarnation: int
     claims: dict[str, Any]
 
+    @property
+    def lane(self) -> int:
+        """Which of the rank's lanes a doorbell is for."""
+        return int(self.claims.get("lane", 0) == 1)
+
 
 class FrontDoor:
     """Accepts connections until closed; a short-lived thread per visitor.
@@ -77,6 +82,8 @@ class FrontDoor:
         # Served while training; before and after, a doorbell finds nobody.
         self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
+        # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
+        self.rank_0_rings = False
         self._listener = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
         self._thread = threading.Thread(target=self._accept, name="front-door", daemon=True)
@@ -150,7 +157,8 @@ class FrontDoor:
             raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
         if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
-        if role not in (LIFELINE, DOORBELL) or not 0 < hello.worker < self._workers:
+        first = 0 if role == DOORBELL and self.rank_0_rings else 1
+        if role not in (LIFELINE, DOORBELL) or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
         return Visitor(hello.worker, hello.incarnation, claims), role
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +37,7 @@ class Push:
         tickets: number of batches that the gradient covers.
         samples: number of samples in them.
         waited_s: seconds that the worker's previous push and pull took.
+        lane: which of the worker's lanes it came by; each holds parameters of its own version (see `worker.py`).
     """
 
     worker: int
@@ -48,6 +48,7 @@ class Push:
     tickets: int = 1
     samples: int = 0
     waited_s: float = 0.0
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,11 @@ class Snapshot:
 
 
 class Holder:
-    """Master parameters, optimizer state and version; a monitor that does no I/O.
+    """Master parameters, optimizer state and version; a monitor that does no I/O and never waits.
 
     Every public method takes the lock, leaves the state consistent, and returns or fills copies. A push or a pull
-    that the barrier holds back blocks its caller, and nobody else, until it may proceed or the run fails.
+    that the barrier holds back is told so; its caller tries again after the next change (`wait_for_change`,
+    `subscribe`).
 
     Args:
         layout: where each parameter lies.
@@ -108,6 +110,8 @@ class Holder:
         self._latch = latch
         self._observer = observer
         self._changed = threading.Condition()
+        self._changes = 0
+        self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -122,52 +126,81 @@ class Holder:
         with self._changed:
             return self._barrier.version
 
-    def pull(self, worker: int, out: Tensor) -> int:
-        """Copies the parameters into ``out`` once the barrier lets ``worker`` read; returns their version.
+    @property
+    def changes(self) -> int:
+        """How often something has changed that a held-back caller may have waited for."""
+        return self._changes
+
+    def wait_for_change(self, seen: int) -> None:
+        """Waits until `changes` is no longer ``seen``, or the run fails."""
+        with self._changed:
+            while self._changes == seen and self._latch.failure is None:
+                self._changed.wait()
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
+        with self._changed:
+            self._listeners.append(listener)
+
+    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
+        """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
+
+        Whoever is held back keeps its place in the queue of readers.
 
         Raises:
-            WorkerFailedError: if the run fails while the worker waits.
+            ValueError: if the worker holds parameters already.
+            WorkerFailedError: if the run has failed.
         """
         with self._changed:
-            self._barrier.ask(worker)
-            self._wait(lambda: self._barrier.may_read(worker))
-            version = self._barrier.read(worker)
+            self._latch.check()
+            reader = (worker, lane)
+            self._barrier.ask(reader)
+            if not self._barrier.may_read(reader):
+                return None
+            version = self._barrier.read(reader)
             out.copy_(self._flat)
             # The next reader in the queue may go too: nobody else would tell it.
-            self._changed.notify_all()
+            self._tell()
             return version
 
-    def push(self, push: Push) -> Update:
-        """Applies a gradient once the barrier lets it, or drops it; returns what became of it.
+    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+        """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
+
+        Args:
+            push: the gradient.
+            parked_s: seconds that the barrier has held it back so far.
 
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
-            WorkerFailedError: if the run fails while the push waits.
+            WorkerFailedError: if the run has failed.
         """
         with self._changed:
-            worker = push.worker
-            held = self._barrier.outstanding.get(worker)
+            self._latch.check()
+            reader = (push.worker, push.lane)
+            held = self._barrier.held(reader)
             if held != push.version_read:
-                raise ValueError(f"worker {worker} pushes a gradient of version {push.version_read} but holds {held}")
-            started = time.monotonic()
-            self._wait(lambda: self._barrier.verdict(worker) is not Verdict.WAIT)
-            parked_s = time.monotonic() - started
-            applied = self._barrier.verdict(worker) is Verdict.APPLY
+                raise ValueError(
+                    f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
+                )
+            verdict = self._barrier.verdict(reader)
+            if verdict is Verdict.WAIT:
+                return None
+            applied = verdict is Verdict.APPLY
             if applied:
-                self._step(push)
-                staleness = self._barrier.apply(worker)
+                self._updates[push.optimizer](push.gradients, push.groups)
+                staleness = self._barrier.apply(reader)
             else:
-                staleness = self._barrier.discard(worker)
+                staleness = self._barrier.discard(reader)
             update = Update(push, self._barrier.version, staleness, applied, parked_s)
             self._observer(update)
-            self._changed.notify_all()
+            self._tell()
             return update
 
-    def leave(self, worker: int) -> None:
+    def leave(self, worker: int, lane: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._changed:
-            self._barrier.leave(worker)
-            self._changed.notify_all()
+            self._barrier.leave((worker, lane))
+            self._tell()
 
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
@@ -198,15 +231,12 @@ class Holder:
             self._barrier.version = version
         return adopted
 
-    def _step(self, push: Push) -> None:
-        self._updates[push.optimizer](push.gradients, push.groups)
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            self._latch.check()
-            self._changed.wait()
-        self._latch.check()
+    def _tell(self) -> None:
+        self._changes += 1
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
 
     def _wake(self) -> None:
         with self._changed:
-            self._changed.notify_all()
+            self._tell()

@@ -13,12 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_async.failure import FailureLatch, RunFailure
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import HEADER_BYTES, Kind, Message, WireError, decode, decode_header, fit_text
+from lightning_async.wire import Kind, Message, WireError, fit_text
 
 __all__ = ["Lifelines"]
 
@@ -32,7 +32,6 @@ class _Peer:
     rank: int
     connection: ControlConnection
     last_seen: float
-    received: bytearray = field(default_factory=bytearray)
 
 
 class Lifelines:
@@ -147,16 +146,13 @@ class Lifelines:
                     self._lose(peer, f"gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
 
     def _read(self, peer: _Peer) -> None:
-        data = peer.connection.read_some()
-        if not data:
-            reason = self._describe_end(peer.rank) or "its process is gone: the connection was closed"
-            self._lose(peer, reason)
-            return
-        peer.last_seen = time.monotonic()
-        peer.received += data
         try:
-            for message in _take_messages(peer.received):
+            messages = peer.connection.receive_available()
+            peer.last_seen = time.monotonic()
+            for message in messages:
                 self._handle(peer, message)
+        except ChannelClosedError:
+            self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
         except WireError as error:
             self._lose(peer, f"its lifeline does not follow the protocol: {error}")
 
@@ -180,15 +176,3 @@ class Lifelines:
             if self._peers.pop(peer.rank, None) is not None:
                 self._selector.unregister(peer.connection.fileno())
                 peer.connection.close()
-
-
-def _take_messages(received: bytearray) -> list[Message]:
-    messages = []
-    while len(received) >= HEADER_BYTES:
-        header = decode_header(bytes(received[:HEADER_BYTES]))
-        end = HEADER_BYTES + header.trailer_bytes
-        if len(received) < end:
-            break
-        messages.append(decode(bytes(received[:HEADER_BYTES]), bytes(received[HEADER_BYTES:end])))
-        del received[:end]
-    return messages

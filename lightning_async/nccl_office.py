@@ -33,7 +33,7 @@ _HOLDER_SIDE, _WORKER_SIDE = 0, 1
 
 
 class Turns:
-    """Lets ranks pass one at a time, in their order.
+    """Lets channels be made one at a time: first every rank's first lane, in the order of ranks, then the others.
 
     Args:
         workers: number of ranks; rank 0 needs no turn.
@@ -41,28 +41,28 @@ class Turns:
 
     def __init__(self, workers: int) -> None:
         self._changed = threading.Condition()
-        self._expected = set(range(1, workers))
+        self._expected = {(0, rank) for rank in range(1, workers)}
         self._busy = False
         self._closed = False
 
-    def take(self, rank: int) -> None:
-        """Waits until every lower rank has had its turn, and nobody has one.
+    def take(self, rank: int, lane: int) -> None:
+        """Waits until everyone before has had a turn, and nobody has one.
 
         Raises:
             ChannelClosedError: if `close` is called meanwhile.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or (not self._busy and not any(other < rank for other in self._expected))
+                lambda: self._closed or (not self._busy and not any(other < (lane, rank) for other in self._expected))
             )
             if self._closed:
                 raise ChannelClosedError("the run ends")
             self._busy = True
 
-    def give(self, rank: int, taken: bool) -> None:
-        """Ends a turn, or says that ``rank`` needs none."""
+    def give(self, rank: int, lane: int, taken: bool) -> None:
+        """Ends a turn, or says that none is needed."""
         with self._changed:
-            self._expected.discard(rank)
+            self._expected.discard((lane, rank))
             if taken:
                 self._busy = False
             self._changed.notify_all()
@@ -114,23 +114,26 @@ class NcclOffice:
             HandshakeError: if only NCCL is wanted and cannot be had.
             ChannelClosedError: if the worker goes away meanwhile, or the run ends.
         """
+        if visitor.rank == 0:
+            # Its own worker, where that one is served like the others.
+            return None
         taken = False
         try:
             obstacle = nccl_obstacle(self._facts, visitor.claims.get("device"))
             if obstacle is None:
-                pair = f"nccl-{visitor.rank}-{visitor.incarnation}"
+                pair = f"nccl-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
                 port, store = self._store()
                 offer = {"nccl": {"pair": pair, "store_port": port}}
                 connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
                 connection.settimeout(None)
-                self._turns.take(visitor.rank)
+                self._turns.take(visitor.rank, visitor.lane)
                 taken = True
                 connection.send(Message(Kind.ACK, worker=visitor.rank))
                 channel, obstacle = self._connect(visitor.rank, connection, store, pair)
                 if channel is not None:
                     return channel
         finally:
-            self._turns.give(visitor.rank, taken)
+            self._turns.give(visitor.rank, visitor.lane, taken)
         if self._insists:
             raise HandshakeError(
                 f'transport="nccl" was asked for, and rank {visitor.rank} cannot use it: {obstacle}. '

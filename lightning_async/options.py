@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
-__all__ = ["ExchangeOptions"]
+__all__ = ["ExchangeOptions", "WireDtype"]
+
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,9 @@ class ExchangeOptions:
         batches: "shared" hands batches to whoever asks, "sharded" gives every rank an equal share.
         transport: how payloads travel.
         worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
+        overlap: whether a rank computes its next batch while its push and pull are under way.
+        wire_dtype: what gradients are rounded to on their way across a network.
+        parameter_wire_dtype: what parameters are rounded to on their way across a network.
         holder_device: where parameters and optimizer states live: "cpu" is rank 0's host, "cuda" its GPU, "auto" its
             GPU if every other rank is reached by NCCL.
 
@@ -35,6 +40,9 @@ class ExchangeOptions:
     batches: Literal["shared", "sharded"] = "shared"
     transport: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     worker_timeout_s: float = 60.0
+    overlap: bool = False
+    wire_dtype: WireDtype = "fp32"
+    parameter_wire_dtype: WireDtype = "fp32"
     holder_device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -44,11 +52,14 @@ class ExchangeOptions:
             raise ValueError(
                 f'max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not {bound!r}.'
             )
-        choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
+        choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("on_stale", self.on_stale, ("wait", "drop")),
             ("batches", self.batches, ("shared", "sharded")),
             ("transport", self.transport, ("auto", "shm", "gloo", "nccl")),
             ("holder_device", self.holder_device, ("auto", "cpu", "cuda")),
+            ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
+            ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
+            ("overlap", self.overlap, (False, True)),
         )
         for name, value, allowed in choices:
             if value not in allowed:

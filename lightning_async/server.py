@@ -1,6 +1,6 @@
-"""Rank 0's server: gives each worker its session, its channel and its thread.
+"""Rank 0's server: gives each worker its session, its channel, and somebody who serves it.
 
-Above `session.py`, `frontdoor.py` and `transport/`; below `strategy.py`. Knows no Lightning.
+Above `reactor.py`, `session.py`, `frontdoor.py` and `transport/`; below `engine.py`. Knows no Lightning.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Literal
 import torch
 from threadpoolctl import threadpool_limits
 
-from lightning_async.channels import ChannelOffice
+from lightning_async.channels import ChannelOffice, WireNames
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
 from lightning_async.layout import FlatLayout, describe_model
+from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
 from lightning_async.site import HolderSite
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.inprocess import in_process_pair
+from lightning_async.transport.shm import SharedMemoryChannel
 from lightning_async.wire import WireError
 
 __all__ = ["Server"]
@@ -37,7 +39,7 @@ _WAKE_TIMEOUT_S = 1.0
 
 
 class Server:
-    """Rank 0's sessions: one thread per remote worker, none for its own.
+    """Rank 0's sessions: one thread for all workers in shared memory, one for each other worker, none for its own.
 
     Args:
         holder: the holder.
@@ -50,6 +52,7 @@ class Server:
         site: where the holder lives; rank 0's host by default.
         workers: number of ranks.
         on_refused: called when a connection or a request is refused.
+        wire: what payloads are rounded to on a network.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Server:
         door: FrontDoor | None = None,
         transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         on_refused: Callable[[], None] = lambda: None,
+        wire: WireNames = ("fp32", "fp32"),
         site: HolderSite | None = None,
         workers: int = 1,
     ) -> None:
@@ -75,8 +79,10 @@ class Server:
         self._site = site or HolderSite()
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
-        self._threads: dict[int, threading.Thread] = {}
+        self._threads: dict[tuple[int, int], threading.Thread] = {}
+        self._present: set[tuple[int, int]] = set()
         self._closing = False
+        self._reactor = Reactor(holder, self._end_served, use_one_thread)
         self._office: ChannelOffice | None = None
         if door is not None:
             self._office = ChannelOffice(
@@ -84,6 +90,7 @@ class Server:
                 transport,
                 layout.numel,
                 layout.dtype,
+                wire,
                 self._site.device,
                 self._site.facts,
                 workers,
@@ -107,8 +114,10 @@ class Server:
             self._closing = True
             threads, channels = list(self._threads.values()), list(self._channels)
             self._channels.clear()
+        patience_s = 0.0 if self._latch.failure is not None else timeout_s
+        self._reactor.close(patience_s)
         for thread in threads:
-            thread.join(timeout=0.0 if self._latch.failure is not None else timeout_s)
+            thread.join(timeout=patience_s)
         # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
         # when it comes back while the interpreter shuts down.
         if self._office is not None:
@@ -119,8 +128,8 @@ class Server:
         for thread in threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _session(self, worker: int, channel: Channel) -> Session:
-        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups)
+    def _session(self, worker: int, channel: Channel, lane: int = 0) -> Session:
+        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, lane)
 
     def _answer_door(self, visitor: Visitor, connection: ControlConnection) -> None:
         theirs = visitor.claims.get("model")
@@ -134,9 +143,9 @@ class Server:
         assert self._office is not None
         self._office.check(visitor)
         with self._lock:
-            present = self._threads.get(visitor.rank)
-        if present is not None and present.is_alive():
-            raise HandshakeError(f"rank {visitor.rank} is here already")
+            if (visitor.rank, visitor.lane) in self._present:
+                raise HandshakeError(f"rank {visitor.rank} is here already")
+            self._present.add((visitor.rank, visitor.lane))
         thread = threading.Thread(
             target=self._serve,
             args=(visitor, connection),
@@ -144,39 +153,54 @@ class Server:
             daemon=True,
         )
         with self._lock:
-            self._threads[visitor.rank] = thread
+            self._threads[visitor.rank, visitor.lane] = thread
         thread.start()
 
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
-        use_one_thread()
         self._site.adopt_thread()
-        worker = visitor.rank
         assert self._office is not None
+        error: BaseException | None = None
         try:
             channel = self._site.stage(self._office.open(visitor, connection))
             with self._lock:
                 self._channels.append(channel)
-            session = self._session(worker, channel)
+            session = self._session(visitor.rank, channel, visitor.lane)
+            if isinstance(channel, SharedMemoryChannel):
+                self._reactor.add(session, connection)
+                return
+            use_one_thread()
             while not session.finished:
                 session.serve_one()
-        except WorkerFailedError:
+        except Exception as raised:
+            error = raised
+        self._end(visitor.rank, visitor.lane, error)
+        connection.close()
+
+    def _end_served(self, session: Session, error: BaseException | None) -> None:
+        # In a thread of its own: it may wait for the lifeline's news while the reactor serves the others.
+        threading.Thread(
+            target=self._end, args=(session.worker, session.lane, error), name="session-end", daemon=True
+        ).start()
+
+    def _end(self, worker: int, lane: int, error: BaseException | None) -> None:
+        with self._lock:
+            self._present.discard((worker, lane))
+        if error is None:
+            return
+        if isinstance(error, WorkerFailedError):
             log.debug("the session of rank %d ends with the run", worker)
-        except SessionError as error:
+        elif isinstance(error, SessionError):
             self._on_refused()
             self._latch.trip(RunFailure(worker, str(error)))
-            # The worker may be waiting for the payload of the refused request to be taken.
-            channel.close()
-        except HandshakeError as error:
+        elif isinstance(error, HandshakeError):
             self._latch.trip(RunFailure(worker, str(error)))
-        except (WireError, ChannelClosedError) as error:
+        elif isinstance(error, (WireError, ChannelClosedError)):
             if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
                 self._latch.trip(RunFailure(worker, str(error)))
-        except Exception as error:
-            # Whatever goes wrong in this thread must end the run: its worker waits for an answer.
-            log.exception("the session of rank %d failed", worker)
+        else:
+            # Whatever goes wrong here must end the run: the worker waits for an answer.
+            log.error("the session of rank %d failed", worker, exc_info=error)
             self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
-        finally:
-            connection.close()
 
 
 def use_one_thread() -> None:

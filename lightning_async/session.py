@@ -1,20 +1,24 @@
 """A session: what the holder's side does for one worker, message by message.
 
-Above `holder.py` and `tickets.py`; below `server.py`, which gives each session a thread and a channel. The session of
-rank 0's own worker runs in that worker's thread; the code is the same.
+Above `holder.py` and `tickets.py`; below `server.py`, which gives each session a channel and somebody to drive it: the
+reactor's one thread for all workers in shared memory, a thread of its own for a worker across a network, and rank 0's
+own worker's thread for that one. The code is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
+
+from torch import Tensor
 
 from lightning_async.failure import WorkerFailedError
 from lightning_async.holder import Holder, Push
 from lightning_async.layout import FlatLayout
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel
-from lightning_async.wire import Kind, Message, WireError, fit_text, unpack_bitmap
+from lightning_async.wire import Kind, Message, WireError, fit_text, pack_bitmap, unpack_bitmap
 
 __all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
 
@@ -38,6 +42,7 @@ class Session:
         ledger: the ledger.
         layout: where each parameter lies.
         groups: number of param groups of each optimizer.
+        lane: which of the worker's lanes this is.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class Session:
         ledger: Ledger,
         layout: FlatLayout,
         groups: Sequence[int],
+        lane: int = 0,
     ) -> None:
         self.worker = worker
+        self.lane = lane
         self.finished = False
         self._channel = channel
         self._holder = holder
@@ -57,11 +64,15 @@ class Session:
         self._layout = layout
         self._groups = groups
         self._gradient = channel.buffers.gradient
-        self._views = [layout.views(self._gradient, index) for index in range(len(groups))]
+        self._segments = [layout.segment(self._gradient, index) for index in range(len(groups))]
+        self._views: list[list[Tensor | None]] = [
+            [*layout.views(self._gradient, index)] for index in range(len(groups))
+        ]
+        self._all_present = [pack_bitmap([True] * len(views)) for views in self._views]
         self._parameters = channel.buffers.parameters
 
     def serve_one(self) -> None:
-        """Receives one request and answers it.
+        """Receives one request and answers it, waiting for both in the calling thread.
 
         Raises:
             SessionError: if the request does not fit the session; the worker was told.
@@ -69,10 +80,28 @@ class Session:
             WorkerFailedError: if the run has failed; the worker was told.
         """
         message = self._channel.receive()
+        seen = self._holder.changes
+        for _ in self.serve(message):
+            self._holder.wait_for_change(seen)
+            seen = self._holder.changes
+
+    def serve(self, message: Message) -> Iterator[None]:
+        """Answers one request; yields for as long as the barrier holds it back, to be resumed after a change.
+
+        Raises:
+            SessionError: if the request does not fit the session; the worker was told.
+            ChannelClosedError: if the worker is gone.
+            WorkerFailedError: if the run has failed; the worker was told.
+        """
         if message.worker != self.worker:
             self._refuse(f"its message claims to come from worker {message.worker}")
         try:
-            self._answer(message)
+            if message.kind is Kind.PUSH:
+                yield from self._push(message)
+            elif message.kind is Kind.PULL:
+                yield from self._pull()
+            else:
+                self._answer(message)
         except WorkerFailedError as error:
             failure = error.failure
             self._channel.send(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
@@ -80,20 +109,16 @@ class Session:
 
     def _answer(self, message: Message) -> None:
         kind = message.kind
-        if kind is Kind.PUSH:
-            self._push(message)
-        elif kind is Kind.DRAW:
+        if kind is Kind.DRAW:
             tickets = self._ledger.draw(self.worker)
             self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
-        elif kind is Kind.PULL:
-            self._send_parameters(self._pull())
         elif kind is Kind.READ:
             self._send_parameters(self._holder.read(self._parameters))
         elif kind is Kind.SKIP:
             self._complete(message.tickets)
             self._acknowledge()
         elif kind is Kind.LEAVE:
-            self._holder.leave(self.worker)
+            self._holder.leave(self.worker, self.lane)
             self._acknowledge()
         elif kind is Kind.CLOSE:
             self._ledger.close()
@@ -103,22 +128,27 @@ class Session:
         else:
             self._refuse(f"a worker may not send {kind.name}")
 
-    def _push(self, message: Message) -> None:
-        present = self._check_push(message)
-        self._channel.receive_payload(self._layout.segment(self._gradient, message.optimizer))
-        views = self._views[message.optimizer]
+    def _push(self, message: Message) -> Iterator[None]:
+        gradients = self._check_push(message)
+        self._channel.receive_payload(self._segments[message.optimizer])
         push = Push(
-            worker=self.worker,
-            optimizer=message.optimizer,
-            version_read=message.version,
-            gradients=[view if there else None for view, there in zip(views, present, strict=True)],
-            groups=message.groups,
-            tickets=message.tickets,
-            samples=message.samples,
-            waited_s=message.waited_s,
+            self.worker,
+            message.optimizer,
+            message.version,
+            gradients,
+            message.groups,
+            message.tickets,
+            message.samples,
+            message.waited_s,
+            self.lane,
         )
         try:
-            update = self._holder.push(push)
+            update = self._holder.try_push(push)
+            if update is None:
+                arrived = time.monotonic()
+                while update is None:
+                    yield
+                    update = self._holder.try_push(push, time.monotonic() - arrived)
         except ValueError as error:
             self._refuse(str(error))
         outcome = APPLIED if update.applied else DROPPED
@@ -128,9 +158,9 @@ class Session:
         if message.ticket and not tickets:
             self._send_parameters(self._holder.read(self._parameters), outcome)
         else:
-            self._send_parameters(self._holder.pull(self.worker, self._parameters), outcome, tickets)
+            yield from self._pull(outcome, tickets)
 
-    def _check_push(self, message: Message) -> list[bool]:
+    def _check_push(self, message: Message) -> list[Tensor | None]:
         index = message.optimizer
         if index >= len(self._groups):
             self._refuse(f"it pushes for optimizer {index} of {len(self._groups)}")
@@ -143,16 +173,22 @@ class Session:
             self._refuse(f"it sends {len(message.groups)} param groups, the holder has {self._groups[index]}")
         if message.tickets > self._ledger.leased(self.worker):
             self._refuse(f"it reports {message.tickets} batches and was handed {self._ledger.leased(self.worker)}")
+        views = self._views[index]
+        if message.present == self._all_present[index]:
+            return views
         try:
-            return unpack_bitmap(message.present, len(self._views[index]))
+            present = unpack_bitmap(message.present, len(views))
         except WireError as error:
             self._refuse(str(error))
+        return [view if there else None for view, there in zip(views, present, strict=True)]
 
-    def _pull(self) -> int:
+    def _pull(self, outcome: int = 0, tickets: range = range(0)) -> Iterator[None]:
         try:
-            return self._holder.pull(self.worker, self._parameters)
+            while (version := self._holder.try_pull(self.worker, self._parameters, self.lane)) is None:
+                yield
         except ValueError as error:
             self._refuse(str(error))
+        self._send_parameters(version, outcome, tickets)
 
     def _complete(self, tickets: int) -> None:
         try:

@@ -75,14 +75,14 @@ class DeviceHolder(Holder):
             super().__init__(*arguments, **more)
 
     @override
-    def pull(self, worker: int, out: Tensor) -> int:
+    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
         with self._lane.entered():
-            return super().pull(worker, out)
+            return super().try_pull(worker, out, lane)
 
     @override
-    def push(self, push: Push) -> Update:
+    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
         with self._lane.entered():
-            return super().push(push)
+            return super().try_push(push, parked_s)
 
     @override
     def read(self, out: Tensor) -> int:

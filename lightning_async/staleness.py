@@ -13,8 +13,8 @@ of them can still be applied in time is single-machine scheduling, which earlies
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Literal, TypeAlias
 
 __all__ = [
     "Barrier",
@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 AUTO_STALENESS_PER_RANK = 4
+
+# Whoever holds parameters; the holder names it by rank and lane.
+Reader: TypeAlias = Hashable
 
 
 def feasible(reads: Iterable[int], version: int, max_staleness: int | None) -> bool:
@@ -212,9 +215,9 @@ class Barrier:
         self.max_staleness = max_staleness
         self.on_stale = on_stale
         self._version = version
-        self._reads: dict[int, int] = {}
+        self._reads: dict[Reader, int] = {}
         # A dict, as the ordered set that the standard library lacks.
-        self._readers: dict[int, None] = {}
+        self._readers: dict[Reader, None] = {}
         # The only case in which anybody ever waits.
         self._waits_for = max_staleness if on_stale == "wait" else None
 
@@ -227,20 +230,24 @@ class Barrier:
     def version(self, version: int) -> None:
         _check_version(version)
         if self._reads:
-            raise ValueError(f"The version cannot be set while workers {sorted(self._reads)} hold an earlier one.")
+            raise ValueError(f"The version cannot be set while workers {[*self._reads]} hold an earlier one.")
         self._version = version
 
     @property
-    def outstanding(self) -> Mapping[int, int]:
+    def outstanding(self) -> Mapping[Reader, int]:
         """Worker -> version read, for every worker that holds parameters; a copy."""
         return dict(self._reads)
 
+    def held(self, worker: Reader) -> int | None:
+        """The version that a worker holds; None if it is not outstanding."""
+        return self._reads.get(worker)
+
     @property
-    def waiting(self) -> tuple[int, ...]:
+    def waiting(self) -> tuple[Reader, ...]:
         """The workers that have asked and not read, in the order of their asking."""
         return tuple(self._readers)
 
-    def ask(self, worker: int) -> None:
+    def ask(self, worker: Reader) -> None:
         """Puts a worker at the end of the queue of readers; where it is queued already it keeps its place.
 
         Args:
@@ -253,7 +260,7 @@ class Barrier:
             raise ValueError(f"Worker {worker} still holds version {self._reads[worker]} and cannot read again.")
         self._readers.setdefault(worker)
 
-    def may_read(self, worker: int) -> bool:
+    def may_read(self, worker: Reader) -> bool:
         """Whether `read` would succeed now.
 
         Args:
@@ -270,7 +277,7 @@ class Barrier:
         # `readable`, given the invariant: the newcomer's is the latest deadline, and it comes last.
         return len(self._reads) <= self._waits_for and next(iter(self._readers), None) == worker
 
-    def read(self, worker: int) -> int:
+    def read(self, worker: Reader) -> int:
         """Makes a worker outstanding at the present version and takes it out of the queue.
 
         Args:
@@ -288,7 +295,7 @@ class Barrier:
         self._reads[worker] = self._version
         return self._version
 
-    def verdict(self, worker: int) -> Verdict:
+    def verdict(self, worker: Reader) -> Verdict:
         """What becomes of a worker's push if it is decided now.
 
         Args:
@@ -308,7 +315,7 @@ class Barrier:
         rest = [other_read for other, other_read in self._reads.items() if other != worker]
         return Verdict.APPLY if admissible(rest, self._version, self._waits_for) else Verdict.WAIT
 
-    def apply(self, worker: int) -> int:
+    def apply(self, worker: Reader) -> int:
         """Counts a worker's update; it is outstanding no more.
 
         Args:
@@ -322,7 +329,7 @@ class Barrier:
         """
         return self._settle(worker, Verdict.APPLY)
 
-    def discard(self, worker: int) -> int:
+    def discard(self, worker: Reader) -> int:
         """Drops a worker's push without an update; it is outstanding no more.
 
         Args:
@@ -336,7 +343,7 @@ class Barrier:
         """
         return self._settle(worker, Verdict.DROP)
 
-    def leave(self, worker: int) -> None:
+    def leave(self, worker: Reader) -> None:
         """Forgets a worker wherever it stands: released without a push, or evicted. Idempotent.
 
         Args:
@@ -345,7 +352,7 @@ class Barrier:
         self._reads.pop(worker, None)
         self._readers.pop(worker, None)
 
-    def _settle(self, worker: int, expected: Verdict) -> int:
+    def _settle(self, worker: Reader, expected: Verdict) -> int:
         verdict = self.verdict(worker)
         if verdict is not expected:
             raise ValueError(
@@ -356,7 +363,7 @@ class Barrier:
             self._version += 1
         return staleness
 
-    def _version_read(self, worker: int) -> int:
+    def _version_read(self, worker: Reader) -> int:
         try:
             return self._reads[worker]
         except KeyError:

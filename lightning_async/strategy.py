@@ -34,7 +34,7 @@ from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
-from lightning_async.options import ExchangeOptions
+from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
 from lightning_async.shells import (
@@ -84,6 +84,11 @@ class AsyncAMSGradStrategy(StartedRanks):
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
             Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+        overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
+            that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
+            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         accelerator: see `DDPStrategy`.
@@ -106,6 +111,9 @@ class AsyncAMSGradStrategy(StartedRanks):
         batches: Literal["shared", "sharded"] = "shared",
         transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         worker_timeout: float = 60.0,
+        overlap: bool = False,
+        wire_dtype: WireDtype = "fp32",
+        parameter_wire_dtype: WireDtype = "fp32",
         holder_device: Literal["auto", "cpu", "cuda"] = "auto",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -128,7 +136,15 @@ class AsyncAMSGradStrategy(StartedRanks):
         )
         try:
             self.options = ExchangeOptions(
-                max_staleness, on_stale, batches, transport, worker_timeout, holder_device=holder_device
+                max_staleness=max_staleness,
+                on_stale=on_stale,
+                batches=batches,
+                transport=transport,
+                worker_timeout_s=worker_timeout,
+                overlap=overlap,
+                wire_dtype=wire_dtype,
+                parameter_wire_dtype=parameter_wire_dtype,
+                holder_device=holder_device,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error

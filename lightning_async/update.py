@@ -31,12 +31,13 @@ class FusedUpdate:
         self._optimizer = optimizer
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._state: list[list[list[Tensor]]] | None = None
+        # The step counts of all parameters: one addition for all of them, where the kernel reads them.
+        self._counts = torch.zeros(len(self._parameters), device=self._parameters[0].device)
 
     def forget(self) -> None:
         """To be called when the optimizer has loaded another state."""
         self._state = None
 
-    @torch.no_grad()
     def __call__(self, gradients: Sequence[Tensor | None], hypers: Sequence[GroupHyper]) -> None:
         """Applies one update.
 
@@ -50,11 +51,11 @@ class FusedUpdate:
         if self._state is None or any(gradient is None for gradient in gradients):
             self._step(gradients)
             return
+        self._counts.add_(1)
         start = 0
         for group, (parameters, *moments, steps) in zip(groups, self._state, strict=True):
             taken = gradients[start : start + len(parameters)]
             start += len(parameters)
-            torch._foreach_add_(steps, 1)
             told = steps
             if not group["bias_correction"]:
                 told = [torch.full_like(step, STEP_AT_INFINITY) for step in steps[:1]] * len(steps)
@@ -87,7 +88,15 @@ class FusedUpdate:
         groups, state = self._optimizer.param_groups, self._optimizer.state
         if not all(group["fused"] for group in groups) or any(not state.get(p) for p in self._parameters):
             return None
+        for parameter, count in zip(self._parameters, self._counts.unbind(), strict=True):
+            count.copy_(state[parameter]["step"])
+            state[parameter]["step"] = count
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+        # Detached, autograd has no part in what happens to the parameters.
         return [
-            [list(group["params"]), *([state[p][name] for p in group["params"]] for name in names)] for group in groups
+            [
+                [parameter.detach() for parameter in group["params"]],
+                *([state[p][name] for p in group["params"]] for name in names),
+            ]
+            for group in groups
         ]

@@ -31,6 +31,7 @@ __all__ = [
     "Message",
     "ProtocolVersionError",
     "WireError",
+    "assemble",
     "decode",
     "decode_header",
     "encode",
@@ -274,7 +275,7 @@ def decode(header: Bytes, trailer: Bytes) -> Message:
     Raises:
         WireError: if the bytes are no message of this protocol.
     """
-    return _assemble(decode_header(header), trailer)
+    return assemble(decode_header(header), trailer)
 
 
 def read_message(receive_exactly: Callable[[int], Bytes]) -> Message:
@@ -298,7 +299,7 @@ def read_message(receive_exactly: Callable[[int], Bytes]) -> Message:
     """
     header = decode_header(receive_exactly(HEADER_BYTES))
     trailer_bytes = header.trailer_bytes
-    return _assemble(header, receive_exactly(trailer_bytes) if trailer_bytes else b"")
+    return assemble(header, receive_exactly(trailer_bytes) if trailer_bytes else b"")
 
 
 def pack_bitmap(flags: Sequence[bool]) -> bytes:
@@ -359,7 +360,19 @@ def fit_text(text: str) -> str:
     return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
-def _assemble(header: Header, trailer: Bytes) -> Message:
+def assemble(header: Header, trailer: Bytes) -> Message:
+    """Turns a header that `decode_header` has read, and its trailer, into a message.
+
+    Args:
+        header: the header.
+        trailer: exactly as many bytes as the header announces.
+
+    Returns:
+        The message.
+
+    Raises:
+        WireError: if the trailer does not fit.
+    """
     if len(trailer) != header.trailer_bytes:
         raise WireError(
             f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, and {len(trailer)} arrived."

@@ -6,6 +6,7 @@ Above `transport/` and `layout.py`; below `strategy.py` and `loops.py`. Knows no
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import Kind, Message, pack_bitmap
 
 __all__ = ["RequestRefusedError", "Worker"]
@@ -32,15 +33,38 @@ class RequestRefusedError(RuntimeError):
     """The holder refused a request of this worker; the message says why."""
 
 
+class _Lane:
+    """One of the worker's conversations with the holder.
+
+    Attributes:
+        version: version of the parameters that it last read, at which its next gradient is computed.
+        reading: whether the holder counts on a gradient from this lane.
+        unanswered: the push that was sent and not answered yet.
+    """
+
+    def __init__(self, channel: Channel, layout: FlatLayout, optimizers: int) -> None:
+        self.channel = channel
+        self.gradients = [layout.views(channel.buffers.gradient, index) for index in range(optimizers)]
+        self.version = 0
+        self.reading = False
+        self.unanswered: Message | None = None
+
+
 class Worker:
     """One rank's view of the holder.
 
     Fresh parameters land at a step boundary only, while this rank waits for them: writing them while a forward or
     backward runs would silently falsify the gradient.
 
+    With one channel a step waits for its answer. With two, the lanes take turns: while the holder works on the push of
+    one, this rank computes the next batch at the parameters that the other read one step earlier. To the holder and its
+    barrier each lane is a reader of its own, so the version that a gradient was computed at is the one that counts.
+    The lane that read first always pushes first: else the barrier could hold its push back for the sake of the other
+    one, which waits for this very answer.
+
     Args:
         rank: this rank.
-        channel: the worker's end of its channel.
+        channels: the worker's end of its channel, or of two.
         layout: where each parameter lies.
         optimizers: the module's optimizers, in the layout's order; read for gradients and hyper-parameters.
         latch: the run's failure latch.
@@ -49,7 +73,7 @@ class Worker:
     def __init__(
         self,
         rank: int,
-        channel: Channel,
+        channels: Channel | Sequence[Channel],
         layout: FlatLayout,
         optimizers: Sequence[torch.optim.Optimizer],
         latch: FailureLatch,
@@ -57,21 +81,38 @@ class Worker:
         self.rank = rank
         self.version = 0
         self.waited_s = 0.0
-        self._channel = channel
         self._layout = layout
         self._optimizers = optimizers
         self._latch = latch
-        self._reading = False
+        self._lanes = [
+            _Lane(channel, layout, len(optimizers))
+            for channel in ([channels] if isinstance(channels, Channel) else channels)
+        ]
+        self._turn = 0
+        # Tickets that were drawn and not handed on, in the order in which the holder leased them.
+        self._drawn: deque[range] = deque()
+        self._over = False
         self._tickets = 0
         self._samples = 0
-        # Tickets that came with the answer to a push; None if none were asked for.
-        self._drawn: range | None = None
         # With several optimizers a batch has several pushes, and only its last would have to ask.
         self._draws_with_push = len(optimizers) == 1
         self._last_wait_s = 0.0
-        self._gradient = channel.buffers.gradient
-        self._arrived = channel.buffers.parameters
-        self._binding = Binding([_parameters(optimizer) for optimizer in optimizers], layout, channel.buffers)
+        buffers = self._lanes[0].channel.buffers
+        self._landing = buffers.parameters
+        if self._overlaps:
+            # A landing of its own, so that the lane that is not computed with can be filled meanwhile.
+            self._landing = torch.empty_like(self._landing)
+            buffers = Buffers(buffers.gradient, self._landing)
+        owned = [_parameters(optimizer) for optimizer in optimizers]
+        self._binding = Binding(owned, layout, buffers, moves_gradients=not self._overlaps)
+
+    @property
+    def _overlaps(self) -> bool:
+        return len(self._lanes) > 1
+
+    @property
+    def _lane(self) -> _Lane:
+        return self._lanes[self._turn]
 
     @property
     def has_unreported_batches(self) -> bool:
@@ -80,28 +121,49 @@ class Worker:
 
     def draw(self) -> range:
         """Draws the next tickets; empty if this rank's segment is over."""
-        if self._drawn is not None:
-            drawn, self._drawn = self._drawn, None
-            return drawn
-        reply = self._request(Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
+        if not self._drawn:
+            for lane in self._lanes:
+                self._take_answer(lane)
+        if self._drawn:
+            return self._drawn.popleft()
+        if self._over:
+            self._over = False
+            return range(0)
+        tickets = self._draw()
+        if tickets and self._overlaps and not any(lane.reading for lane in self._lanes):
+            # One for each lane; from here on every answer brings the next.
+            self._drawn.append(self._draw())
+            if not self._drawn[0]:
+                self._drawn.clear()
+        return tickets
+
+    def _draw(self) -> range:
+        reply = self._request(self._lane, Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
         return range(reply.ticket, reply.ticket + reply.tickets)
 
     def close_hand_out(self) -> None:
         """Ends the segment for every rank once the batches that are out have been computed."""
-        self._request(Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
+        self._request(self._lane, Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
 
     def begin_batch(self, samples: int) -> None:
         """Notes that a batch is being computed; pulls parameters first if this rank holds none."""
         self._latch.check()
-        if not self._reading:
+        if not self._lane.reading:
             self.pull()
         self._tickets += 1
         self._samples += samples
 
     def pull(self) -> None:
         """Lands the holder's parameters, once the barrier lets this rank read."""
-        self._pull(Kind.PULL)
-        self._reading = True
+        for lane in self._lanes:
+            self._take_answer(lane)
+        for lane in self._lanes:
+            if not lane.reading:
+                self._pull(lane, Kind.PULL)
+                lane.reading = True
+        if self._overlaps:
+            self._turn = min(range(len(self._lanes)), key=lambda index: self._lanes[index].version)
+        self._land()
 
     def step(self, index: int) -> bool:
         """Pushes the gradients of one optimizer and lands the parameters that come back.
@@ -110,23 +172,27 @@ class Worker:
             index: the optimizer.
 
         Returns:
-            False if the holder dropped the push as too stale, or if no parameter has a gradient.
+            False if the holder dropped the push as too stale, or if no parameter has a gradient. With two lanes that
+            is not known yet, and a push that was sent counts as applied.
 
         Raises:
             WorkerFailedError: if the run has failed.
         """
         started = time.perf_counter()
-        present = self._binding.gather(index)
+        lane = self._lane
+        present = self._binding.gather(index, lane.gradients[index] if self._overlaps else None)
         if not any(present):
             return False
-        payload = self._layout.segment(self._gradient, index)
-        asks = self._draws_with_push and self._drawn is None
+        if self._overlaps:
+            # The answer has come while this batch was computed. One push at a time keeps a worker's pushes in order.
+            self._take_answer(self._lanes[1 - self._turn])
+        payload = self._layout.segment(lane.channel.buffers.gradient, index)
         message = Message(
             Kind.PUSH,
             worker=self.rank,
             optimizer=index,
-            version=self.version,
-            ticket=int(asks),
+            version=lane.version,
+            ticket=int(self._draws_with_push and len(self._drawn) < len(self._lanes)),
             tickets=self._tickets,
             samples=self._samples,
             waited_s=self._last_wait_s,
@@ -136,71 +202,105 @@ class Worker:
             present=pack_bitmap(present),
         )
         self._tickets = self._samples = 0
-        reply = self._request(message, Kind.PARAMETERS, payload)
-        self._land(reply)
-        if asks:
-            self._drawn = range(reply.ticket, reply.ticket + reply.tickets)
-            # Without further tickets the holder counts on nothing more from this rank.
-            self._reading = bool(self._drawn)
+        self._latch.check()
+        self._guarded(lambda: lane.channel.send(message, payload))
+        lane.unanswered = message
+        applied = True
+        if self._overlaps:
+            self._turn = 1 - self._turn
+            if self._lane.reading:
+                self._land()
+        else:
+            applied = self._take_answer(lane)
+            self._land()
         self._last_wait_s = time.perf_counter() - started
         self.waited_s += self._last_wait_s
-        return reply.outcome != DROPPED
+        return applied
 
     def finish_segment(self) -> None:
         """Reports batches that gave no gradient and leaves the barrier: this rank computes nothing for a while."""
+        for lane in self._lanes:
+            self._take_answer(lane)
         if self._tickets:
-            self._request(Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
+            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
             self._tickets = self._samples = 0
-        if self._reading:
-            self._request(Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
-            self._reading = False
-        self._drawn = None
+        for lane in self._lanes:
+            if lane.reading:
+                self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
+                lane.reading = False
+        self._drawn.clear()
+        self._over = False
 
     def refresh(self) -> None:
         """Lands the holder's parameters, past the barrier; for the synchronous phase."""
-        self._pull(Kind.READ)
+        self._pull(self._lane, Kind.READ)
+        self._land()
 
     def close(self) -> None:
         """Says goodbye and closes the channel."""
         try:
-            self._channel.send(Message(Kind.GOODBYE, worker=self.rank))
+            for lane in self._lanes:
+                lane.channel.send(Message(Kind.GOODBYE, worker=self.rank))
         except ChannelClosedError:
             # The run has failed and everyone knows; there is nobody to say goodbye to.
             return
         finally:
-            self._channel.close()
+            for lane in self._lanes:
+                lane.channel.close()
             self._binding.release()
 
-    def _pull(self, kind: Kind) -> None:
+    def _take_answer(self, lane: _Lane) -> bool:
+        """Waits for the answer to the lane's push, if one is due; False if the push was dropped."""
+        sent, lane.unanswered = lane.unanswered, None
+        if sent is None:
+            return True
+        reply = self._receive(lane, sent, Kind.PARAMETERS)
+        self._take_parameters(lane, reply)
+        if sent.ticket:
+            if reply.tickets:
+                self._drawn.append(range(reply.ticket, reply.ticket + reply.tickets))
+            self._over = not reply.tickets
+            # Without further tickets the holder counts on nothing more from this lane.
+            lane.reading = bool(reply.tickets)
+        return reply.outcome != DROPPED
+
+    def _pull(self, lane: _Lane, kind: Kind) -> None:
         started = time.perf_counter()
-        self._land(self._request(Message(kind, worker=self.rank), Kind.PARAMETERS))
+        self._take_parameters(lane, self._request(lane, Message(kind, worker=self.rank), Kind.PARAMETERS))
         self.waited_s += time.perf_counter() - started
 
-    def _land(self, reply: Message) -> None:
-        if reply.payload_bytes != self._arrived.nbytes or reply.dtype is not self._arrived.dtype:
+    def _take_parameters(self, lane: _Lane, reply: Message) -> None:
+        arrived = lane.channel.buffers.parameters
+        if reply.payload_bytes != arrived.nbytes or reply.dtype is not arrived.dtype:
             raise RequestRefusedError(
                 f"the holder answers with {reply.payload_bytes} bytes of {reply.dtype}, "
-                f"this rank expects {self._arrived.nbytes} bytes of {self._arrived.dtype}"
+                f"this rank expects {arrived.nbytes} bytes of {arrived.dtype}"
             )
-        self._guarded(lambda: self._channel.receive_payload(self._arrived))
+        self._guarded(lambda: lane.channel.receive_payload(arrived))
+        lane.version = reply.version
+
+    def _land(self) -> None:
+        """Makes the parameters that this turn's lane has read the module's own."""
+        lane = self._lane
+        if self._overlaps:
+            self._landing.copy_(lane.channel.buffers.parameters)
         self._binding.land()
-        self.version = reply.version
+        self.version = lane.version
 
-    def _request(self, message: Message, expected: Kind, payload: Tensor | None = None) -> Message:
+    def _request(self, lane: _Lane, message: Message, expected: Kind) -> Message:
         self._latch.check()
+        self._guarded(lambda: lane.channel.send(message))
+        return self._receive(lane, message, expected)
 
-        def exchange() -> Message:
-            self._channel.send(message, payload)
-            return self._channel.receive()
-
-        reply = self._guarded(exchange)
+    def _receive(self, lane: _Lane, sent: Message, expected: Kind) -> Message:
+        reply = self._guarded(lane.channel.receive)
         if reply.kind is Kind.ABORT:
             self._latch.trip(RunFailure(reply.worker, reply.text, announced=self.rank != 0))
             self._latch.check()
         if reply.kind is Kind.REFUSE:
             raise RequestRefusedError(f"the holder refused rank {self.rank}: {reply.text}")
         if reply.kind is not expected:
-            raise RequestRefusedError(f"the holder answers {message.kind.name} with {reply.kind.name}")
+            raise RequestRefusedError(f"the holder answers {sent.kind.name} with {reply.kind.name}")
         return reply
 
     def _guarded(self, exchange: Callable[[], _T]) -> _T:

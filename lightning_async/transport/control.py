@@ -10,7 +10,7 @@ import select
 import socket
 
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.wire import Message, encode, read_message
+from lightning_async.wire import HEADER_BYTES, Message, assemble, decode_header, encode, read_message
 
 __all__ = ["ControlConnection", "connect"]
 
@@ -26,6 +26,8 @@ class ControlConnection:
         # Messages are small and each is waited for: without this, Nagle's algorithm holds them back.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
+        # What `receive_available` has read of a message that is not complete yet.
+        self._partial = b""
 
     def fileno(self) -> int:
         """The socket's descriptor, for a selector."""
@@ -69,12 +71,33 @@ class ControlConnection:
         """
         return read_message(self._receive_exactly)
 
-    def read_some(self) -> bytes:
-        """What has arrived, at most 64 KiB; empty bytes mean that the peer has closed. For use with a selector."""
+    def receive_available(self) -> list[Message]:
+        """The messages that have arrived whole, without waiting; for use with a selector that says "readable".
+
+        Raises:
+            ChannelClosedError: if the peer has closed.
+            WireError: if the bytes are not messages of this protocol.
+        """
         try:
-            return self._socket.recv(65536)
-        except OSError:
-            return b""
+            data = self._socket.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise ChannelClosedError(f"connection lost while receiving: {error}") from error
+        if not data:
+            raise ChannelClosedError("connection closed")
+        data = self._partial + data
+        messages, start = [], 0
+        while len(data) - start >= HEADER_BYTES:
+            body = start + HEADER_BYTES
+            header = decode_header(data[start:body])
+            end = body + header.trailer_bytes
+            if len(data) < end:
+                break
+            messages.append(assemble(header, data[body:end]))
+            start = end
+        self._partial = data[start:]
+        return messages
 
     def peer_has_left(self) -> bool:
         """Whether the peer has closed its side, even if something that it sent before is still unread."""

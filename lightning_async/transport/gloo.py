@@ -6,7 +6,7 @@ Above `control.py`, which carries the messages; built by `server.py` and `worker
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,23 @@ from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.wire import Message
 
-__all__ = ["HOLDER_SIDE", "WORKER_SIDE", "GlooChannel"]
+__all__ = ["HOLDER_SIDE", "WORKER_SIDE", "GlooChannel", "WireDtypes"]
 
 HOLDER_SIDE, WORKER_SIDE = 0, 1
 _CONNECT_TIMEOUT_S = 60.0
 # A payload is posted by both sides within a round trip of its message, so its deadline is that of a slow network.
 _PAYLOAD_BASE_S = 10.0
 _SLOWEST_BYTES_PER_S = 10e6
+
+
+class WireDtypes(NamedTuple):
+    """What payloads are rounded to while they travel; None leaves them as they are."""
+
+    gradients: torch.dtype | None = None
+    parameters: torch.dtype | None = None
+
+
+_UNROUNDED = WireDtypes()
 
 
 class GlooChannel(Channel):
@@ -38,15 +48,27 @@ class GlooChannel(Channel):
         store: where the two sides find each other; shared by all workers.
         name: unique name of this worker's incarnation.
         side: `HOLDER_SIDE` or `WORKER_SIDE`.
+        wire: what payloads are rounded to on their way; both sides must say the same.
 
     Raises:
         ChannelClosedError: if the other side does not come.
     """
 
-    def __init__(self, control: ControlConnection, buffers: Buffers, store: Store, name: str, side: int) -> None:
+    def __init__(
+        self,
+        control: ControlConnection,
+        buffers: Buffers,
+        store: Store,
+        name: str,
+        side: int,
+        wire: WireDtypes = _UNROUNDED,
+    ) -> None:
         super().__init__(buffers)
         self._control = control
         self._side = side
+        sent, received = (wire.parameters, wire.gradients) if side == HOLDER_SIDE else wire
+        self._outgoing = _staging(buffers, sent)
+        self._incoming = _staging(buffers, received)
         # torch's type stubs know only a part of this class.
         gloo: Any = ProcessGroupGloo
         options = gloo._Options()
@@ -60,8 +82,11 @@ class GlooChannel(Channel):
     def send(self, message: Message, payload: Tensor | None = None) -> None:
         """See `Channel.send`."""
         self._control.send(message)
-        if payload is not None:
-            self._finish(self._group().send([payload], 1 - self._side, 0), payload)
+        if payload is None:
+            return
+        if self._outgoing is not None:
+            payload = _rounded(payload, self._outgoing[: payload.numel()])
+        self._finish(self._group().send([payload], 1 - self._side, 0), payload)
 
     def receive(self) -> Message:
         """See `Channel.receive`."""
@@ -69,7 +94,10 @@ class GlooChannel(Channel):
 
     def receive_payload(self, out: Tensor) -> None:
         """See `Channel.receive_payload`."""
-        self._finish(self._group().recv([out], 1 - self._side, 0), out)
+        arriving = out if self._incoming is None else self._incoming[: out.numel()]
+        self._finish(self._group().recv([arriving], 1 - self._side, 0), arriving)
+        if arriving is not out:
+            out.copy_(arriving)
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -90,3 +118,17 @@ class GlooChannel(Channel):
             # Gloo closes the pair for good on any error.
             self._pair = None
             raise ChannelClosedError(f"the payload did not pass: {error}") from error
+
+
+def _staging(buffers: Buffers, dtype: torch.dtype | None) -> Tensor | None:
+    if dtype is None or dtype is buffers.gradient.dtype:
+        return None
+    return torch.empty(buffers.gradient.numel(), dtype=dtype)
+
+
+def _rounded(payload: Tensor, staging: Tensor) -> Tensor:
+    if staging.dtype is torch.float16:
+        # Its largest number is small enough that one large gradient would arrive as infinity and spoil the state.
+        largest = torch.finfo(torch.float16).max
+        payload = payload.clamp(-largest, largest)
+    return staging.copy_(payload)

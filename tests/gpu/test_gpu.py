@@ -81,7 +81,7 @@ class OnGpu(Oddly):
 
     def on_train_end(self) -> None:
         strategy: Any = self.trainer.strategy
-        channel, holder = strategy.worker._channel, strategy._engine.holder
+        channel, holder = strategy.worker._lanes[0].channel, strategy._engine.holder
         report(
             Path.cwd(),
             self.global_rank,

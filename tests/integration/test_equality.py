@@ -194,8 +194,11 @@ def replay(module: TinyClassifier, updates: list[dict[str, Any]], samples: int) 
         ({"max_staleness": 2}, {"accumulate_grad_batches": 2}),
         ({"max_staleness": 1, "on_stale": "drop"}, {}),
         ({"max_staleness": 3, "batches": "sharded"}, {}),
+        ({"max_staleness": 5, "overlap": True}, {}),
+        ({"max_staleness": "auto", "overlap": True, "transport": "gloo"}, {"accumulate_grad_batches": 2}),
+        ({"max_staleness": 5, "overlap": True, "on_stale": "drop", "batches": "sharded"}, {}),
     ],
-    ids=["in-turns", "shm", "gloo", "accumulated", "drop", "sharded"],
+    ids=["in-turns", "shm", "gloo", "accumulated", "drop", "sharded", "overlap", "overlap-gloo", "overlap-drop"],
 )
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any]

@@ -11,8 +11,13 @@ from tests.models import TinyClassifier, fork_trainer, loader
 
 
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (2, 2), (4, 0), (4, 2)])
-def test_an_epoch_covers_every_sample_once(tmp_path: Path, ranks: int, workers: int, batches: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "workers", "overlap"),
+    [(2, 0, False), (2, 2, False), (4, 0, False), (4, 2, False), (4, 0, True), (2, 2, True)],
+)
+def test_an_epoch_covers_every_sample_once(
+    tmp_path: Path, ranks: int, workers: int, overlap: bool, batches: str
+) -> None:
     def script(folder: Path) -> None:
         from lightning_async import AsyncAMSGradStrategy
 
@@ -20,7 +25,8 @@ def test_an_epoch_covers_every_sample_once(tmp_path: Path, ranks: int, workers: 
             def on_train_end(self) -> None:
                 report(folder, self.global_rank, seen=self.seen, step=self.trainer.global_step)
 
-        trainer = fork_trainer(folder, ranks, AsyncAMSGradStrategy(batches=batches, start_method="fork"), max_epochs=2)
+        strategy = AsyncAMSGradStrategy(batches=batches, overlap=overlap, start_method="fork")
+        trainer = fork_trainer(folder, ranks, strategy, max_epochs=2)
         trainer.fit(Module(sleep_s=(0.0, 0.01)), loader(samples=61, num_workers=workers, shuffle=True))
 
     run = launch(script, tmp_path)

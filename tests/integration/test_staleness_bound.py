@@ -15,11 +15,13 @@ RANKS = 4
 BATCHES = 120
 
 
-def train_on_uneven_ranks(folder: Path, max_staleness: int | None, on_stale: Literal["wait", "drop"]) -> dict[str, Any]:
+def train_on_uneven_ranks(
+    folder: Path, max_staleness: int | None, on_stale: Literal["wait", "drop"], **options: Any
+) -> dict[str, Any]:
     """The statistics of two epochs, as the process that started the ranks has them afterwards."""
 
     def script(folder: Path) -> None:
-        strategy = AsyncAMSGradStrategy(max_staleness, on_stale, start_method="fork")
+        strategy = AsyncAMSGradStrategy(max_staleness, on_stale, start_method="fork", **options)
         trainer = fork_trainer(folder, RANKS, strategy, max_epochs=2)
         module = TinyClassifier(sleep_s=(0.001, 0.002, 0.004, 0.008))
         trainer.fit(module, loader(samples=BATCHES // 2, batch_size=1))
@@ -66,3 +68,15 @@ def test_no_applied_gradient_is_staler_than_the_bound_when_stale_ones_are_droppe
     assert max(stats["staleness"]) <= max_staleness
     # The slowest rank takes eight times as long as the fastest: by then some of its gradients are too old.
     assert 0 < stats["dropped"] < BATCHES
+
+
+@pytest.mark.parametrize(("max_staleness", "transport"), [(7, "shm"), (9, "gloo"), (None, "shm")])
+def test_no_applied_gradient_is_staler_than_the_bound_when_ranks_overlap(
+    tmp_path: Path, max_staleness: int | None, transport: str
+) -> None:
+    stats = train_on_uneven_ranks(tmp_path, max_staleness, "wait", overlap=True, transport=transport)
+
+    assert_consistent(stats)
+    assert stats["updates"] == BATCHES
+    # Each rank's own two gradients alone make one stale by one.
+    assert 1 <= max(stats["staleness"]) <= (max_staleness or BATCHES)

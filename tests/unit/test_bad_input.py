@@ -29,6 +29,9 @@ from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
         ],
         *[({"on_stale": value}, ["on_stale", "'wait'", "'drop'", repr(value)]) for value in ("skip", None)],
         ({"batches": "equal"}, ["batches", "'shared'", "'sharded'", "'equal'"]),
+        ({"wire_dtype": "int8"}, ["wire_dtype", "'bf16'", "'fp16'", "'int8'"]),
+        ({"parameter_wire_dtype": None}, ["parameter_wire_dtype", "'bf16'", "None"]),
+        ({"overlap": "yes"}, ["overlap", "True", "'yes'"]),
         ({"transport": "pigeon"}, ["transport", "'auto'", "'gloo'", "'pigeon'"]),
         *[
             ({"worker_timeout": value}, ["worker_timeout", "positive number of seconds", repr(value)])

@@ -21,6 +21,7 @@ from lightning_async.layout import FlatLayout
 from lightning_async.options import ExchangeOptions
 from lightning_async.site import DeviceHolder, HolderSite
 from lightning_async.staleness import Barrier
+from lightning_async.update import FusedUpdate
 from tests.models import TinyClassifier, fork_trainer, loader
 
 
@@ -110,6 +111,14 @@ def test_a_gpu_is_known_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(torch.device("cuda", 1)) == {"uuid": "f5b2-11", "nccl": "2.27.3", "shares": True}
 
 
+def test_an_update_counts_its_steps_where_its_parameters_are() -> None:
+    elsewhere = torch.nn.Parameter(torch.ones(4, device="meta"))
+
+    update = FusedUpdate(AMSGrad([elsewhere], lr=0.1))
+
+    assert update._counts.device == elsewhere.device
+
+
 class RecordedLane:
     """Keeps what was entered; what happens outside of it would be on rank 0's own stream."""
 
@@ -130,7 +139,7 @@ class RecordedLane:
 def test_a_holder_on_a_gpu_does_everything_with_tensors_in_its_lane() -> None:
     public = {name for name, member in vars(Holder).items() if not name.startswith("_") and callable(member)}
     # These touch no tensor.
-    public -= {"leave"}
+    public -= {"leave", "subscribe", "wait_for_change"}
 
     assert public <= set(vars(DeviceHolder)), "a method of Holder that uses the device must enter the lane"
 
@@ -152,8 +161,9 @@ def test_a_holder_in_a_lane_computes_what_a_holder_computes() -> None:
     for holder in (plain, ours):
         out = torch.zeros(4)
         for step in range(3):
-            version = holder.pull(1, out)
-            holder.push(Push(1, 0, version, [out + step], groups))
+            version = holder.try_pull(1, out)
+            assert version is not None
+            holder.try_push(Push(1, 0, version, [out + step], groups))
         snapshot = holder.snapshot()
         holder.restore(7, snapshot.optimizer_states)
         seen.append((holder.read(out), out, snapshot))

@@ -41,12 +41,21 @@ class Cluster:
         if gradients is None:
             gradients = [torch.ones(shape) for shape in self.layout.shapes[0]]
         groups = [group_hyper(group) for group in self.template.param_groups]
-        return self.holder.push(Push(worker, 0, version, gradients, groups))
+        push = Push(worker, 0, version, gradients, groups)
+        seen, arrived = self.holder.changes, time.monotonic()
+        while (update := self.holder.try_push(push, time.monotonic() - arrived)) is None:
+            self.holder.wait_for_change(seen)
+            seen = self.holder.changes
+        return update
 
     def pull(self, worker: int) -> tuple[int, Tensor]:
         """The version and the parameters that a worker gets."""
         out = self.layout.buffer()
-        return self.holder.pull(worker, out), out
+        seen = self.holder.changes
+        while (version := self.holder.try_pull(worker, out)) is None:
+            self.holder.wait_for_change(seen)
+            seen = self.holder.changes
+        return version, out
 
     def parameters(self) -> Tensor:
         out = self.layout.buffer()
@@ -166,7 +175,7 @@ def test_a_reader_that_may_go_tells_the_next(attempt: int) -> None:
     cluster.pull(0)
     cluster.pull(1)
     # Rank 3 waits first, and is the second in the queue.
-    cluster.barrier.ask(2)
+    cluster.barrier.ask((2, 0))
     waiting = [Rank(lambda: cluster.pull(3)), Rank(lambda: cluster.pull(2))]
     assert all(rank.waits() for rank in waiting)
 

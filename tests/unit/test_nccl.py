@@ -197,13 +197,13 @@ def test_turns_come_in_the_order_of_ranks_and_one_at_a_time() -> None:
 
     def visit(rank: int) -> None:
         if rank == 2:
-            turns.give(rank, taken=False)
+            turns.give(rank, 0, taken=False)
             return
-        turns.take(rank)
+        turns.take(rank, 0)
         order.append(("in", rank))
         time.sleep(0.01)
         order.append(("out", rank))
-        turns.give(rank, taken=True)
+        turns.give(rank, 0, taken=True)
 
     threads = [threading.Thread(target=visit, args=(rank,)) for rank in (4, 3, 2, 1)]
     for thread in threads:
@@ -216,7 +216,7 @@ def test_turns_come_in_the_order_of_ranks_and_one_at_a_time() -> None:
 
 def test_closing_ends_the_wait_for_a_turn() -> None:
     turns = Turns(3)
-    thread, errors = in_thread(lambda: turns.take(2))
+    thread, errors = in_thread(lambda: turns.take(2, 0))
 
     turns.close()
     thread.join(5.0)
@@ -306,7 +306,7 @@ def test_communicators_are_made_one_at_a_time_in_the_order_of_ranks(run: Callabl
         thread.join(20)
         assert errors == []
 
-    assert fabric.connected == [f"nccl-{rank}-0" for rank in range(1, workers)]
+    assert fabric.connected == [f"nccl-{rank}-0-0" for rank in range(1, workers)]
     assert {type(channel) for channel in here.channels.values()} == {NcclChannel}
 
 
@@ -337,7 +337,7 @@ def test_a_communicator_that_cannot_be_made_gives_way_to_host_memory(
     run: Callable[..., Run], fabric: Fabric, caplog: pytest.LogCaptureFixture, side: int
 ) -> None:
     def refuse(name: str, which: int) -> None:
-        if (name, which) == ("nccl-1-0", side):
+        if (name, which) == ("nccl-1-0-0", side):
             raise RuntimeError("unhandled system error")
 
     fabric.refuse = refuse
@@ -386,14 +386,14 @@ def test_a_worker_that_nccl_cannot_reach_is_not_offered_it(
     first, second = here.dial(1, claims), here.dial(2)
 
     assert [type(first), type(second)] == [SharedMemoryChannel, NcclChannel]
-    assert fabric.connected == ["nccl-2-0"]
+    assert fabric.connected == ["nccl-2-0-0"]
 
 
 def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Callable[..., Run], fabric: Fabric) -> None:
     here = run(3)
 
     def die(name: str, side: int) -> None:
-        if (name, side) == ("nccl-1-0", 1):
+        if (name, side) == ("nccl-1-0-0", 1):
             doomed[0].shutdown()
             raise RuntimeError("killed")
 

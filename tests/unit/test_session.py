@@ -115,7 +115,7 @@ def test_pull_and_read_answer_with_parameters_and_their_version(kind: Kind) -> N
 
     assert (reply.kind, reply.version, reply.payload_bytes, reply.dtype) == (Kind.PARAMETERS, 7, 16, torch.float32)
     assert desk.payload().equal(torch.ones(4))
-    assert desk.barrier.outstanding == ({RANK: 7} if kind is Kind.PULL else {})
+    assert desk.barrier.outstanding == ({(RANK, 0): 7} if kind is Kind.PULL else {})
 
 
 def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_tickets() -> None:
@@ -130,7 +130,7 @@ def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_ticke
     assert (reply.ticket, reply.tickets) == (1, 1)
     torch.testing.assert_close(desk.payload(), torch.tensor([0.9, 0.9, 1.0, 1.0]))
     assert desk.applied == [0]
-    assert desk.barrier.outstanding == {RANK: 1}
+    assert desk.barrier.outstanding == {(RANK, 0): 1}
 
 
 def test_a_push_that_asks_for_tickets_when_there_are_none_leaves_the_barrier() -> None:
@@ -161,8 +161,8 @@ def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
     desk.ask(ask(Kind.PULL))
     desk.payload()
     out = desk.layout.buffer()
-    desk.holder.pull(0, out)
-    desk.holder.push(Push(0, 0, 0, [torch.ones(2)], desk.push().groups, tickets=0))
+    desk.holder.try_pull(0, out)
+    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], desk.push().groups, tickets=0))
 
     reply = desk.ask(desk.push(), torch.ones(2))
 
@@ -228,7 +228,7 @@ def test_every_kind_is_either_served_or_refused_by_name(kind: Kind) -> None:
 def test_a_run_that_has_failed_is_told_to_whoever_waits() -> None:
     desk = Desk(barrier=Barrier(0))
     out = desk.layout.buffer()
-    desk.holder.pull(0, out)
+    desk.holder.try_pull(0, out)
     threading.Timer(0.1, desk.latch.trip, (RunFailure(0, "it ran out of memory"),)).start()
 
     reply = desk.ask(ask(Kind.PULL))
@@ -323,7 +323,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
     worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    worker.version = 5
+    worker._lane.version = 5
     desk.parameters[0].grad = torch.ones(2)
 
     with pytest.raises(RequestRefusedError, match=r"refused rank 1: .* version 5 but holds 0"):

@@ -42,6 +42,8 @@ _PAYLOAD_BASE_S = 10.0
 _SLOWEST_BYTES_PER_S = 10e6
 # How often whoever waits for a payload looks whether its peer is still there.
 _LOOK_S = 0.1
+# Held by whoever has changed the environment for a moment.
+_ENVIRONMENT = threading.Lock()
 
 
 class Communicator(Protocol):
@@ -292,12 +294,13 @@ def _watchdog_that_leaves_the_process_alone() -> Iterator[None]:
     # A process group reads this once, when it is made. By default its watchdog ends the whole process when one
     # communicator is lost, which here is the loss of one worker, and is dealt with elsewhere.
     name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with _ENVIRONMENT:
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before

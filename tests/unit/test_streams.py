@@ -182,14 +182,15 @@ class Group:
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
         assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
         assert options._timeout.total_seconds() > 1000
-        gloo: Any = ProcessGroupGloo
-        theirs = gloo._Options()
-        theirs._devices = [gloo.create_device(hostname="127.0.0.1")]
-        self.pair = gloo(store, rank, size, theirs)
+        self.place = (store, rank, size)
         self.did: list[str] = []
         Group.made.append(self)
 
     def eager_connect_single_device(self, device: torch.device) -> None:
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        self.pair = gloo(*self.place, options)
         self.did.append(f"connects {device}")
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.record import save
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.engine import Engine
 from lightning_async.failure import FailureLatch
@@ -35,24 +36,30 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["44K", "11.2M"], choices=list(SHAPES))
+    parser.add_argument("--wire-dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--transports", nargs="+", default=["shm", "gloo"])
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    found = []
     print("parameters transport workers  updates/s   us/update")
     for size in arguments.sizes:
         for transport in arguments.transports:
             for workers in arguments.workers:
-                rate = updates_per_second(SHAPES[size], workers, transport, arguments.seconds)
+                rate = updates_per_second(SHAPES[size], workers, transport, arguments.seconds, arguments.wire_dtype)
+                found.append({"size": size, "transport": transport, "workers": workers, "updates_per_second": rate})
                 print(f"{size:>10} {transport:>9} {workers:>7} {rate:>10.0f} {1e6 / rate:>11.0f}", flush=True)
+    save("ceiling" if arguments.wire_dtype == "fp32" else f"ceiling_{arguments.wire_dtype}", vars(arguments), found)
 
 
-def updates_per_second(shapes: list[tuple[int, ...]], workers: int, transport: str, seconds: float) -> float:
+def updates_per_second(
+    shapes: list[tuple[int, ...]], workers: int, transport: str, seconds: float, wire_dtype: str = "fp32"
+) -> float:
     """Updates a second that ``workers`` processes get out of one holder, after a second of warming up."""
     context = multiprocessing.get_context("spawn")
     ready, results = context.SimpleQueue(), context.SimpleQueue()
-    processes = [context.Process(target=_hold, args=(ready, results, shapes, workers, transport, seconds))]
+    processes = [context.Process(target=_hold, args=(ready, results, shapes, workers, transport, wire_dtype, seconds))]
     processes[0].start()
     address = ready.get()
     for rank in range(1, workers + 1):
@@ -71,13 +78,21 @@ def _optimizer(shapes: list[tuple[int, ...]]) -> AMSGrad:
 
 
 def _hold(
-    ready: Any, results: Any, shapes: list[tuple[int, ...]], workers: int, transport: Any, seconds: float
+    ready: Any,
+    results: Any,
+    shapes: list[tuple[int, ...]],
+    workers: int,
+    transport: Any,
+    wire_dtype: Any,
+    seconds: float,
 ) -> None:
     torch.set_num_threads(1)
     latch = FailureLatch()
     door = FrontDoor("127.0.0.1", workers + 1, Lifelines(0, latch, 60.0))
     stats = RunStats(workers + 1)
-    options = ExchangeOptions(max_staleness=None, transport=transport)
+    options = ExchangeOptions(
+        max_staleness=None, transport=transport, wire_dtype=wire_dtype, parameter_wire_dtype=wire_dtype
+    )
     engine = Engine(
         rank=0,
         world_size=workers + 1,

@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
 
-__all__ = ["LENET5_PARAMETERS", "measure"]
+__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "measure"]
 
 LENET5_PARAMETERS = 44_426
+RESNET18_PARAMETERS = 11_173_962
 
 
 class SleepingModule(LightningModule):
-    """A parameter vector whose gradient costs next to nothing; each rank sleeps its step time.
+    """Parameters whose gradient costs little more than writing it; each rank sleeps its step time.
 
     Args:
         parameters: number of parameters.
@@ -59,8 +60,8 @@ def measure(strategy: Any, step_s: Sequence[float], batches: int, parameters: in
         parameters: number of parameters of the model.
 
     Returns:
-        ``batches_per_second`` over all ranks, and for asynchronous strategies ``waiting``: the fraction of its time
-        that the mean rank spent in push and pull.
+        ``batches_per_second`` over all ranks, ``start_s`` from the call of fit to the first batch, and for
+        asynchronous strategies ``waiting``: the fraction of its time that the mean rank spent in push and pull.
     """
     # A process per measurement, so that none inherits the threads and process groups of another.
     context = multiprocessing.get_context("spawn")
@@ -83,7 +84,7 @@ def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, param
             super().on_train_end()
             if self.global_rank == 0:
                 seconds = self.ended - self.started
-                found = {"batches_per_second": batches / seconds}
+                found = {"batches_per_second": batches / seconds, "start_s": self.started - called}
                 stats = getattr(self.trainer.strategy, "stats", None)
                 if stats is not None:
                     found["waiting"] = sum(stats.wait_seconds_by_rank.values()) / (seconds * ranks)
@@ -101,5 +102,6 @@ def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, param
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    called = time.perf_counter()
     trainer.fit(module, DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1))
     queue.put(results.get())

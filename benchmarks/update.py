@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from benchmarks.ceiling import SHAPES
-from lightning_async.amsgrad import AMSGrad, group_hyper
+from lightning_async.amsgrad import AMSGrad
 from lightning_async.failure import FailureLatch
 from lightning_async.holder import Holder, Push
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier
 
@@ -38,7 +39,7 @@ def measure(shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
     layout = FlatLayout([parameters])
     holder = Holder(layout, layout.buffer(), [optimizer], Barrier(8), FailureLatch())
     gradient, out = layout.buffer().normal_(), layout.buffer()
-    views, groups = layout.views(gradient, 0), tuple(map(group_hyper, optimizer.param_groups))
+    views, groups = layout.views(gradient, 0), HyperLayout(optimizer).read(optimizer.param_groups)
     holder.try_pull(0, out)
 
     def exchange() -> None:

@@ -6,11 +6,13 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.amsgrad import AMSGrad
+from lightning_async.amsgrad_strategy import AsyncAMSGradStrategy
 from lightning_async.failure import WorkerFailedError
 from lightning_async.monitor import RunStats
-from lightning_async.strategy import AsyncAMSGradStrategy
+from lightning_async.strategy import AsyncStrategy
 
-__all__ = ["AMSGrad", "AsyncAMSGradStrategy", "RunStats", "WorkerFailedError"]
+__all__ = ["AMSGrad", "AsyncAMSGradStrategy", "AsyncStrategy", "RunStats", "WorkerFailedError"]
 __version__ = "0.1.0"
 
-AsyncAMSGradStrategy.register_strategies(StrategyRegistry)
+for _strategy in (AsyncAMSGradStrategy, AsyncStrategy):
+    _strategy.register_strategies(StrategyRegistry)

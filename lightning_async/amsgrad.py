@@ -1,8 +1,7 @@
 r"""AMSGrad as a torch optimizer, and what the holder makes of a user's optimizer.
 
-Neighbours: `worker.py` sends `group_hyper` of the user's optimizer with every push, `holder.py` steps a
-`holder_optimizer` over its own buffers, `strategy.py` asks `check_optimizer` and converts its refusal.
-No Lightning here.
+Neighbours: `update.py` steps a `holder_optimizer` over the holder's buffers, `amsgrad_strategy.py` asks
+`check_optimizer` and converts its refusal. No Lightning here.
 """
 
 from __future__ import annotations
@@ -15,30 +14,25 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_async.wire import GroupHyper
+from lightning_async.hyper import KERNEL_KEYS
 
 __all__ = [
     "AMSGrad",
-    "GroupHyper",
     "UnsupportedOptimizerError",
     "adopt_amsgrad_state",
     "check_optimizer",
-    "group_hyper",
     "holder_optimizer",
-    "set_group_hyper",
 ]
 
 # A step count at which 1 - beta**step is exactly 1 for every beta below 1, and that adding 1 does not change.
 STEP_AT_INFINITY = 1e30
 
-# How the update is computed, not what it is: a loaded state dict has no say in it.
-_KERNEL_KEYS = ("fused", "foreach", "capturable", "differentiable")
 # What an older or another optimizer's state dict may lack.
 _KEPT_IF_MISSING = ("bias_correction", "decoupled_weight_decay", "maximize")
 
 _ADVICE = (
     "Return lightning_async.AMSGrad(...) or torch.optim.Adam(..., amsgrad=True) from configure_optimizers, "
-    'or use strategy="ddp".'
+    'or use strategy="async", which takes other optimizers too, or strategy="ddp".'
 )
 
 
@@ -135,7 +129,7 @@ class AMSGrad(torch.optim.Adam):
         adopt_amsgrad_state(state_dict)
         # A different number of groups is left for torch to refuse.
         for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            loaded.update({key: own[key] for key in _KERNEL_KEYS})
+            loaded.update({key: own[key] for key in KERNEL_KEYS})
             for key in _KEPT_IF_MISSING:
                 loaded.setdefault(key, own[key])
         super().load_state_dict(state_dict)
@@ -208,15 +202,15 @@ def holder_optimizer(
         )
     groups: list[dict[str, Any]] = []
     for source, tensors in zip(template.param_groups, params, strict=True):
-        hyper = group_hyper(source)
+        beta1, beta2 = source["betas"]
         fusible = all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)
         groups.append(
             {
                 "params": list(tensors),
-                "lr": hyper.lr,
-                "betas": (hyper.beta1, hyper.beta2),
-                "eps": hyper.eps,
-                "weight_decay": hyper.weight_decay,
+                "lr": float(source["lr"]),
+                "betas": (float(beta1), float(beta2)),
+                "eps": float(source["eps"]),
+                "weight_decay": float(source["weight_decay"]),
                 "decoupled_weight_decay": source.get("decoupled_weight_decay", isinstance(template, torch.optim.AdamW)),
                 "bias_correction": source.get("bias_correction", True),
                 "maximize": source.get("maximize", False),
@@ -264,40 +258,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> bool:
                 f"neither a CUDA graph nor autograd can record it. Leave {flag} out. {_ADVICE}"
             )
     return all(group.get("amsgrad", False) for group in optimizer.param_groups)
-
-
-def group_hyper(group: dict[str, Any]) -> GroupHyper:
-    """The hyper-parameters of a param group as plain floats.
-
-    Args:
-        group: a param group of Adam, AdamW or `AMSGrad`; its values may be one-element tensors.
-
-    Returns:
-        The floats.
-
-    Examples:
-        >>> optimizer = AMSGrad([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.5))
-        >>> group_hyper(optimizer.param_groups[0])
-        GroupHyper(lr=0.5, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0)
-    """
-    beta1, beta2 = group["betas"]
-    return GroupHyper(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
-
-
-def set_group_hyper(group: dict[str, Any], hyper: GroupHyper) -> None:
-    """Gives a param group other hyper-parameters.
-
-    Args:
-        group: a param group of Adam, AdamW or `AMSGrad`. A learning rate that is a tensor stays that tensor.
-        hyper: the new values.
-    """
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(hyper.lr)
-    else:
-        group["lr"] = hyper.lr
-    group["betas"] = (hyper.beta1, hyper.beta2)
-    group["eps"] = hyper.eps
-    group["weight_decay"] = hyper.weight_decay
 
 
 def adopt_amsgrad_state(optimizer_state: dict[str, Any]) -> bool:

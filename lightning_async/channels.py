@@ -16,6 +16,7 @@ from torch.distributed import Store, TCPStore
 
 from lightning_async.devices import DeviceFacts, RankDevices
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.nccl_office import NcclOffice, accept_nccl
 from lightning_async.transport.base import Buffers, Channel
@@ -156,7 +157,7 @@ def dial(
     address: Address,
     worker: int,
     layout: FlatLayout,
-    groups: Sequence[int],
+    groups: Sequence[HyperLayout],
     incarnation: int = 0,
     lane: int = 0,
     devices: RankDevices | None = None,
@@ -167,7 +168,7 @@ def dial(
         address: of rank 0's front door.
         worker: this rank.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
         lane: which of the worker's lanes this is.
         devices: where this rank computes; its host by default.

@@ -25,6 +25,8 @@ class PhasedCollectives(DDPStrategy):
     other, or pair calls that do not belong together.
     """
 
+    # What a user calls the strategy, for messages.
+    strategy_name: str
     _warned_of_local_reduce = False
 
     def gather_objects(self, mine: _T) -> list[_T]:
@@ -58,8 +60,9 @@ class PhasedCollectives(DDPStrategy):
         if self.world_size > 1 and not self._warned_of_local_reduce:
             self._warned_of_local_reduce = True
             rank_zero_warn(
-                "async_amsgrad does not reduce over the ranks while they train: values logged with on_step=True and "
-                "sync_dist=True are rank 0's own. Values logged on_epoch are reduced at the end of the epoch."
+                f"{self.strategy_name} does not reduce over the ranks while they train: values logged with "
+                "on_step=True and sync_dist=True are rank 0's own. Values logged on_epoch are reduced at the end of "
+                "the epoch."
             )
         return tensor
 

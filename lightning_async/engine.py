@@ -13,7 +13,8 @@ from lightning_async.channels import dial
 from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
-from lightning_async.holder import Holder, Update
+from lightning_async.holder import Holder, Snapshot, Update
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
@@ -65,7 +66,7 @@ class Engine:
         devices = devices or RankDevices()
         owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
         layout = FlatLayout(owned)
-        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        groups = [HyperLayout(optimizer) for optimizer in optimizers]
         self.layout = layout
         self.holder: Holder | None = None
         self.ledger: Ledger | None = None
@@ -108,6 +109,12 @@ class Engine:
             assert address is not None
             channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]
         self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
+
+    def snapshot(self) -> Snapshot | None:
+        """Parameters, optimizer states and applied tickets of one version, on rank 0; None elsewhere."""
+        if self.holder is None or self.ledger is None:
+            return None
+        return self.holder.snapshot(self.ledger.applied)
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""

@@ -1,12 +1,11 @@
 """The holder: master parameters, optimizer state and version, in rank 0.
 
-Above `staleness.py` (the rule of who may proceed) and `amsgrad.py` (the update); below `server.py`, whose sessions
+Above `staleness.py` (the rule of who may proceed) and `update.py` (the update); below `server.py`, whose sessions
 are its only callers. Does no I/O and imports no Lightning.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import GroupHyper, adopt_amsgrad_state, holder_optimizer
 from lightning_async.failure import FailureLatch
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier, Verdict
-from lightning_async.update import FusedUpdate
+from lightning_async.update import HeldOptimizer
 
 __all__ = ["Holder", "Push", "Snapshot", "Update"]
 
@@ -33,7 +31,7 @@ class Push:
         optimizer: index of the optimizer that owns the parameters.
         version_read: version of the parameters that it was computed at.
         gradients: one tensor per parameter of the optimizer, None where the parameter took no part.
-        groups: the worker's current hyper-parameters, one entry per param group.
+        groups: the worker's current hyper-parameters, of all param groups, in the order of `HyperLayout`.
         tickets: number of batches that the gradient covers.
         samples: number of samples in them.
         waited_s: seconds that the worker's previous push and pull took.
@@ -44,7 +42,7 @@ class Push:
     optimizer: int
     version_read: int
     gradients: Sequence[Tensor | None]
-    groups: Sequence[GroupHyper]
+    groups: Sequence[float]
     tickets: int = 1
     samples: int = 0
     waited_s: float = 0.0
@@ -72,11 +70,21 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Parameters and optimizer states of one version; owns its memory."""
+    """Parameters and optimizer states of one version, and the tickets that it was made of; owns its memory.
+
+    Args:
+        version: the version.
+        parameters: the flat buffer.
+        optimizer_states: each optimizer's state dict.
+        adapted: for each optimizer and param group the values that its own steps have changed.
+        applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
+    """
 
     version: int
     parameters: Tensor
     optimizer_states: list[dict[str, Any]]
+    adapted: list[list[dict[str, Any]]]
+    applied: tuple[tuple[int, int], ...] = ()
 
 
 class Holder:
@@ -89,7 +97,7 @@ class Holder:
     Args:
         layout: where each parameter lies.
         parameters: initial values, a flat buffer of ``layout``; copied.
-        optimizers: the optimizers to stand in for (AMSGrad, Adam or AdamW), in the layout's order.
+        optimizers: the optimizers to stand in for, in the layout's order.
         barrier: who may proceed; owned by the holder from here on.
         latch: the run's failure latch.
         observer: called under the lock with every applied or dropped push; must be quick.
@@ -112,12 +120,11 @@ class Holder:
         self._changed = threading.Condition()
         self._changes = 0
         self._listeners: list[Callable[[], None]] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
             groups = [[torch.nn.Parameter(next(views)) for _ in group["params"]] for group in template.param_groups]
-            self._optimizers.append(holder_optimizer(template, groups))
-        self._updates = [FusedUpdate(optimizer) for optimizer in self._optimizers]
+            self._optimizers.append(HeldOptimizer(template, groups))
         latch.subscribe(lambda failure: self._wake())
 
     @property
@@ -187,7 +194,7 @@ class Holder:
                 return None
             applied = verdict is Verdict.APPLY
             if applied:
-                self._updates[push.optimizer](push.gradients, push.groups)
+                self._optimizers[push.optimizer].apply(push.gradients, push.groups)
                 staleness = self._barrier.apply(reader)
             else:
                 staleness = self._barrier.discard(reader)
@@ -208,11 +215,17 @@ class Holder:
             out.copy_(self._flat)
             return self._barrier.version
 
-    def snapshot(self) -> Snapshot:
-        """Parameters and optimizer states of one version."""
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
+        """Parameters and optimizer states of one version.
+
+        Args:
+            applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
+                are those of the same version.
+        """
         with self._changed:
-            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers]
-            return Snapshot(self._barrier.version, self._flat.clone(), states)
+            states = [optimizer.state_dict() for optimizer in self._optimizers]
+            adapted = [optimizer.adapted() for optimizer in self._optimizers]
+            return Snapshot(self._barrier.version, self._flat.clone(), states, adapted, tuple(applied()))
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.
@@ -223,11 +236,7 @@ class Holder:
         adopted = False
         with self._changed:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
-                own = copy.deepcopy(dict(state))
-                adopted |= adopt_amsgrad_state(own)
-                optimizer.load_state_dict(own)
-            for update in self._updates:
-                update.forget()
+                adopted |= optimizer.load(state)
             self._barrier.version = version
         return adopted
 

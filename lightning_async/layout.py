@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.hyper import HyperLayout
+
 __all__ = ["FlatLayout", "describe_model"]
 
 
@@ -83,11 +85,15 @@ class FlatLayout:
         return {"parameters": self.numel, "dtype": str(self.dtype).removeprefix("torch."), "shapes": digest}
 
 
-def describe_model(layout: FlatLayout, groups: Sequence[int]) -> dict[str, Any]:
+def describe_model(layout: FlatLayout, groups: Sequence[HyperLayout]) -> dict[str, Any]:
     """What a worker and the holder must agree on before the first payload, as JSON values.
 
     Args:
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
     """
-    return {**layout.fingerprint(), "groups": list(groups)}
+    return {
+        **layout.fingerprint(),
+        "groups": [len(hypers.names) for hypers in groups],
+        "optimizers": [f"{hypers.kind} {hypers.digest()}" for hypers in groups],
+    }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_async.ranges import UNBOUNDED
+
 __all__ = ["EpochPlan", "log_position"]
 
 
@@ -50,7 +52,13 @@ class EpochPlan:
         """Batches per rank that DDP would have counted."""
         if tickets_done >= self.tickets:
             return self.batches
+        if self.tickets == UNBOUNDED:
+            return -(-tickets_done // self.world_size)
         return min(tickets_done // self.world_size, self.batches - 1)
+
+    def end(self, tickets_done: int) -> int:
+        """The ticket that counts as the epoch's end when nothing is left of it after ``tickets_done``."""
+        return self.tickets if self.tickets < UNBOUNDED else tickets_done
 
     def until_stop(self, tickets_done: int) -> int:
         """Tickets to hand out before the next validation or the end of the epoch."""
@@ -62,7 +70,7 @@ class EpochPlan:
             position += self.validate_every
         if position - self.batches_before >= self.batches:
             return remaining
-        return self._ticket_at(position) - tickets_done
+        return min(self._ticket_at(position) - tickets_done, remaining)
 
     def validation_due(self, tickets_done: int) -> bool:
         """Whether the interval ends here; an epoch that was left early in mid-batch is at no interval's end."""

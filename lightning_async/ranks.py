@@ -35,9 +35,9 @@ class StartedRanks(PhasedCollectives):
     def _configure_launcher(self) -> None:
         if self._layer_sync is not None:
             raise MisconfigurationException(
-                "async_amsgrad cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a collective in "
-                "every forward, and the ranks do not run forward together. Leave it out (running statistics are "
-                'averaged over the ranks before each validation), or use strategy="ddp".'
+                f"{self.strategy_name} cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a "
+                "collective in every forward, and the ranks do not run forward together. Leave it out (running "
+                'statistics are averaged over the ranks before each validation), or use strategy="ddp".'
             )
         if self._start_method == "popen":
             self._launcher = ScriptLauncher(self)

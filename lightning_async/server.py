@@ -18,6 +18,7 @@ from lightning_async.channels import ChannelOffice, WireNames
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
@@ -45,7 +46,7 @@ class Server:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies; workers must have the same.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have; workers must have the same.
         latch: the run's failure latch.
         door: where workers come in; None if rank 0 is alone.
         transport: how payloads travel.
@@ -60,7 +61,7 @@ class Server:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[int],
+        groups: Sequence[HyperLayout],
         latch: FailureLatch,
         door: FrontDoor | None = None,
         transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",

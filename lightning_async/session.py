@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lightning_async.failure import WorkerFailedError
 from lightning_async.holder import Holder, Push
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel
-from lightning_async.wire import Kind, Message, WireError, fit_text, pack_bitmap, unpack_bitmap
+from lightning_async.wire import Kind, Message, WireError, fit_text, pack_bitmap, unpack_bitmap, unpack_hypers
 
 __all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
 
@@ -41,7 +42,7 @@ class Session:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies.
-        groups: number of param groups of each optimizer.
+        groups: which hyper-parameters each optimizer's param groups have.
         lane: which of the worker's lanes this is.
     """
 
@@ -52,7 +53,7 @@ class Session:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[int],
+        groups: Sequence[HyperLayout],
         lane: int = 0,
     ) -> None:
         self.worker = worker
@@ -63,6 +64,8 @@ class Session:
         self._ledger = ledger
         self._layout = layout
         self._groups = groups
+        # Of each optimizer what came last: the bytes, and the numbers in them.
+        self._hypers: list[tuple[bytes | None, tuple[float, ...]]] = [(None, ())] * len(groups)
         self._gradient = channel.buffers.gradient
         self._segments = [layout.segment(self._gradient, index) for index in range(len(groups))]
         self._views: list[list[Tensor | None]] = [
@@ -117,6 +120,9 @@ class Session:
         elif kind is Kind.SKIP:
             self._complete(message.tickets)
             self._acknowledge()
+        elif kind is Kind.RETURN:
+            self._give_back(message)
+            self._acknowledge()
         elif kind is Kind.LEAVE:
             self._holder.leave(self.worker, self.lane)
             self._acknowledge()
@@ -136,7 +142,7 @@ class Session:
             message.optimizer,
             message.version,
             gradients,
-            message.groups,
+            self._hypers[message.optimizer][1],
             message.tickets,
             message.samples,
             message.waited_s,
@@ -169,14 +175,15 @@ class Session:
         expected = self._layout.segment_bytes(index)
         if message.payload_bytes != expected:
             self._refuse(f"it pushes {message.payload_bytes} bytes for optimizer {index}, which has {expected}")
-        if len(message.groups) != self._groups[index]:
-            self._refuse(f"it sends {len(message.groups)} param groups, the holder has {self._groups[index]}")
         if message.tickets > self._ledger.leased(self.worker):
             self._refuse(f"it reports {message.tickets} batches and was handed {self._ledger.leased(self.worker)}")
         views = self._views[index]
-        if message.present == self._all_present[index]:
-            return views
         try:
+            # They seldom change from one push to the next, and then there is nothing to check.
+            if message.groups != self._hypers[index][0]:
+                self._hypers[index] = (message.groups, unpack_hypers(message.groups, self._groups[index].count))
+            if message.present == self._all_present[index]:
+                return views
             present = unpack_bitmap(message.present, len(views))
         except WireError as error:
             self._refuse(str(error))
@@ -193,6 +200,12 @@ class Session:
     def _complete(self, tickets: int) -> None:
         try:
             self._ledger.complete(self.worker, tickets)
+        except ValueError as error:
+            self._refuse(str(error))
+
+    def _give_back(self, message: Message) -> None:
+        try:
+            self._ledger.give_back(self.worker, message.tickets, stream_over=bool(message.outcome))
         except ValueError as error:
             self._refuse(str(error))
 

@@ -10,12 +10,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.holder import Snapshot
 from lightning_async.layout import FlatLayout
 
@@ -27,21 +24,7 @@ def make_shell(optimizer: Optimizer, push: Callable[[], None]) -> None:
 
     The method is replaced on the instance: torch's schedulers have put one there already, and a subclass would come
     too late.
-
-    Raises:
-        MisconfigurationException: if AMSGrad cannot stand in for the optimizer.
     """
-    try:
-        is_amsgrad = check_optimizer(optimizer)
-    except UnsupportedOptimizerError as error:
-        raise MisconfigurationException(str(error)) from error
-    if not is_amsgrad:
-        rank_zero_warn(
-            f"async_amsgrad turns AMSGrad on for the {type(optimizer).__name__} that configure_optimizers returned. "
-            "Return it with amsgrad=True, or lightning_async.AMSGrad(...), to say so yourself."
-        )
-        for group in optimizer.param_groups:
-            group["amsgrad"] = True
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -83,19 +66,20 @@ def checkpointed_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> 
     """An optimizer's state dict for a checkpoint: the holder's state, the shell's groups.
 
     The groups are the shell's because schedulers keep their notes in them (``initial_lr``), and because the holder's
-    choice of kernel is no one else's affair.
+    choice of kernel is no one else's affair. What the holder's steps have changed in its groups goes in, too.
     """
-    return {
-        "state": snapshot.optimizer_states[index]["state"],
-        "param_groups": optimizer.state_dict()["param_groups"],
-    }
+    groups = zip(optimizer.state_dict()["param_groups"], snapshot.adapted[index], strict=True)
+    return {**snapshot.optimizer_states[index], "param_groups": [group | adapted for group, adapted in groups]}
 
 
 def load_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads the hyper-parameters of a checkpointed state dict, and none of its state."""
-    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-    for group in optimizer.param_groups:
-        group["amsgrad"] = True
+    had_amsgrad = [group.get("amsgrad", False) for group in optimizer.param_groups]
+    optimizer.load_state_dict({**state, "state": {}})
+    for group, had in zip(optimizer.param_groups, had_amsgrad, strict=True):
+        # The checkpoint may be from Adam without it; the holder goes on with it.
+        if had:
+            group["amsgrad"] = True
 
 
 def load_state(optimizer: Optimizer, snapshot: Snapshot, index: int) -> None:

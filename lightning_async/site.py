@@ -6,7 +6,8 @@ Above `holder.py` and `transport/staged.py`; used by `engine.py` and `server.py`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -90,12 +91,15 @@ class DeviceHolder(Holder):
             return super().read(out)
 
     @override
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
         """Parameters and optimizer states of one version, in host memory, so that they load anywhere."""
         with self._lane.entered():
-            taken = super().snapshot()
-            return Snapshot(
-                taken.version, taken.parameters.cpu(), [_on_host(state) for state in taken.optimizer_states]
+            taken = super().snapshot(applied)
+            return dataclasses.replace(
+                taken,
+                parameters=taken.parameters.cpu(),
+                optimizer_states=_on_host(taken.optimizer_states),
+                adapted=_on_host(taken.adapted),
             )
 
     @override

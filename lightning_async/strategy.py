@@ -28,15 +28,19 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import average_buffers, broadcast_tensors
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
+from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
+from lightning_async.registry import register
+from lightning_async.resume import EpochPlace, agree_on_order
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -47,8 +51,9 @@ from lightning_async.shells import (
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
 
-__all__ = ["AsyncAMSGradStrategy"]
+__all__ = ["AsyncStrategy"]
 
+# One key for all strategies of this package: their checkpoints load in each other.
 _CHECKPOINT_KEY = "async_amsgrad"
 
 
@@ -57,26 +62,31 @@ class Stop:
     """What all ranks know when they have met at the end of a segment.
 
     Args:
+        tickets_done: batches of this epoch that are applied.
         tickets_left: batches of this epoch that nobody was handed.
         validation_requested: a rank asked for validation now.
         skip_rest: a rank wants to skip the rest of the epoch.
     """
 
+    tickets_done: int
     tickets_left: int
     validation_requested: bool
     skip_rest: bool
 
 
-class AsyncAMSGradStrategy(StartedRanks):
-    """Asynchronous data-parallel training with an AMSGrad holder on rank 0 and bounded staleness.
+class AsyncStrategy(StartedRanks):
+    """Asynchronous data-parallel training with a holder on rank 0 and bounded staleness, for any torch optimizer.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
     order of arrival and answers with fresh parameters. Nobody waits for the slowest rank. Trainer arguments keep the
     meaning that they have under DDP.
 
+    Rank 0 steps the optimizer that ``configure_optimizers`` returns. `AsyncAMSGradStrategy` is the special case that
+    insists on AMSGrad, which is what the theory of asynchronous adaptive methods is about.
+
     Args:
         max_staleness: the bound τ: no gradient is applied after more than this many updates since its parameters were
-            read. ``"auto"`` is four per rank, 0 is serial AMSGrad, None sets no bound.
+            read. ``"auto"`` is four per rank, 0 is serial training, None sets no bound.
         on_stale: ``"wait"`` holds an update back where it would make another rank's gradient too stale; ``"drop"``
             waits for nobody and discards gradients that are too stale.
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
@@ -103,6 +113,8 @@ class AsyncAMSGradStrategy(StartedRanks):
     Raises:
         MisconfigurationException: if an argument has no meaning.
     """
+
+    strategy_name = "async"
 
     def __init__(
         self,
@@ -158,6 +170,11 @@ class AsyncAMSGradStrategy(StartedRanks):
         self._snapshot: Snapshot | None = None
         self._version = 0
         self._version_at_backward = 0
+        # Whether the train data is one loader, which all ranks may share.
+        self.has_one_train_loader = True
+        # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
+        self._epoch_order: tuple[int, str] | None = None
+        self._resumed: EpochPlace | None = None
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -181,7 +198,8 @@ class AsyncAMSGradStrategy(StartedRanks):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
-        if self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training:
+        training = self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training
+        if training and self.has_one_train_loader:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
 
@@ -207,10 +225,19 @@ class AsyncAMSGradStrategy(StartedRanks):
         super().setup_optimizers(trainer)
         if not any(map(trainer_state.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
-                "async_amsgrad needs an optimizer. Return lightning_async.AMSGrad(...) from configure_optimizers."
+                f"{self.strategy_name} needs an optimizer. Return lightning_async.AMSGrad(...) from "
+                "configure_optimizers."
             )
         for index, optimizer in enumerate(self.optimizers):
+            self._accept_optimizer(optimizer)
             make_shell(optimizer, functools.partial(self._push, index))
+
+    def _accept_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses an optimizer that rank 0 cannot step."""
+        try:
+            check_steppable(optimizer)
+        except UnsupportedOptimizerError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -223,6 +250,7 @@ class AsyncAMSGradStrategy(StartedRanks):
         if self.world_size > 1:
             broadcast_tensors([*module.parameters(), *module.buffers()])
         self.sigterm_received = False
+        self._epoch_order = self._resumed = None
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
         try:
@@ -241,7 +269,7 @@ class AsyncAMSGradStrategy(StartedRanks):
                 devices=self._devices(),
             )
         except ValueError as error:
-            raise MisconfigurationException(f"async_amsgrad cannot train this module: {error}") from error
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
         self.worker.version = self._version
         if self.is_global_zero and trainer.loggers:
             self._metrics = MetricsLogger(self.stats)
@@ -259,7 +287,8 @@ class AsyncAMSGradStrategy(StartedRanks):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
-        if trainer.state.fn == TrainerFn.FITTING and trainer.training and _walks_one_order(dataloader):
+        training = trainer.state.fn == TrainerFn.FITTING and trainer.training
+        if training and self.has_one_train_loader and _walks_one_order(dataloader):
             share_loader(dataloader, self.world_size, trainer_state.run_seed())
         return dataloader
 
@@ -277,17 +306,37 @@ class AsyncAMSGradStrategy(StartedRanks):
         if len(self.optimizers) > 1 and self._version_at_backward != self.version:
             raise MisconfigurationException(
                 f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed all "
-                "parameters. With async_amsgrad call manual_backward and step for one optimizer after the other."
+                f"parameters. With {self.strategy_name} call manual_backward and step for one optimizer after the "
+                "other."
             )
         self.worker.step(index)
 
     # --- phases ------------------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, tickets: range) -> None:
-        """Fills the ledger with an epoch's tickets."""
-        if self._engine is not None and self._engine.ledger is not None:
+    def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
+        """Fills the ledger with what is left of an epoch; a collective call.
+
+        Args:
+            tickets: batches of the epoch over all ranks.
+            order: digest of this rank's order of batches; empty for a stream of its own.
+            tickets_done: how many a checkpoint's counters say are done, for one that does not say which.
+
+        Returns:
+            The place that a checkpoint has recorded, if this epoch is resumed from there.
+
+        Raises:
+            MisconfigurationException: if the ranks' orders differ.
+        """
+        assert self._engine is not None
+        self._epoch_order = (self._trainer.current_epoch, order)
+        agree_on_order(self.gather_objects(order))
+        resumed, self._resumed = self._resumed, None
+        place = None if resumed is None else resumed.within(*self._epoch_order)
+        applied = ((0, tickets_done),) if place is None else place.applied
+        if self._engine.ledger is not None:
             block = self._trainer.accumulate_grad_batches if self._automatic else 1
-            self._engine.ledger.begin_epoch(tickets, block=int(block))
+            self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
+        return place
 
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
@@ -314,8 +363,8 @@ class AsyncAMSGradStrategy(StartedRanks):
         self.worker.refresh()
         if self.world_size > 1:
             average_buffers(self.lightning_module)
-        left = 0 if self._engine.ledger is None else self._engine.ledger.progress()[1]
-        return Stop(self.broadcast(left), validation_requested, skip_rest)
+        done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
+        return Stop(done, left, validation_requested, skip_rest)
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
@@ -335,15 +384,22 @@ class AsyncAMSGradStrategy(StartedRanks):
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""
         raise SIGTERMException
 
+    @property
+    def snapshot_in_progress(self) -> Snapshot | None:
+        """What a checkpoint that is being put together consists of, on rank 0."""
+        return self._snapshot
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
-        if self._engine is None or self._engine.holder is None:
+        if self._engine is None:
             return state
-        # Parameters and optimizer states of one checkpoint come from one version.
-        self._snapshot = snapshot = self._engine.holder.snapshot()
+        # Parameters, optimizer states and applied batches of one checkpoint come from one version.
+        self._snapshot = snapshot = self._engine.snapshot()
+        if snapshot is None:
+            return state
         assert self.lightning_module is not None
         snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
         return state
@@ -357,9 +413,13 @@ class AsyncAMSGradStrategy(StartedRanks):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        version = self.version if self._snapshot is None else self._snapshot.version
-        self._snapshot = None
-        checkpoint[_CHECKPOINT_KEY] = {"version": version, "world_size": self.world_size}
+        snapshot, self._snapshot = self._snapshot, None
+        version = self.version if snapshot is None else snapshot.version
+        noted: dict[str, Any] = {"version": version, "world_size": self.world_size}
+        if snapshot is not None and self._epoch_order is not None:
+            clock = loops.scheduler_clock(self._trainer)
+            noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
+        checkpoint[_CHECKPOINT_KEY] = noted
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -367,8 +427,11 @@ class AsyncAMSGradStrategy(StartedRanks):
         assert self._engine is not None
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         version = int(checkpoint["global_step"]) * self.world_size
-        if saved.get("world_size") == self.world_size:
-            version = int(saved["version"])
+        if saved:
+            # The same clock with another number of ranks is another version.
+            same = saved["world_size"] == self.world_size
+            version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
+        self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         states = checkpoint["optimizer_states"]
         if self._engine.holder is not None and self._engine.holder.restore(version, states):
             rank_zero_warn(
@@ -415,19 +478,7 @@ class AsyncAMSGradStrategy(StartedRanks):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        entries: tuple[tuple[str, str], ...] = (
-            ("async_amsgrad", "popen"),
-            ("async_amsgrad_spawn", "spawn"),
-            ("async_amsgrad_fork", "fork"),
-            ("async_amsgrad_notebook", "fork"),
-        )
-        for name, start_method in entries:
-            strategy_registry.register(
-                name,
-                cls,
-                description=f"Asynchronous AMSGrad with bounded staleness, ranks started by {start_method}",
-                start_method=start_method,
-            )
+        register(cls, cls.strategy_name, strategy_registry)
 
 
 def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:

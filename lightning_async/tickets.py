@@ -7,13 +7,19 @@ which are applied; the sampler turns the tickets that its rank drew into the ind
 
 from __future__ import annotations
 
+import hashlib
+import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from lightning_async.ranges import UNBOUNDED, RangeSet, TicketQueue
 
 __all__ = ["BatchSource", "Ledger", "TicketSampler", "share_loader"]
 
@@ -44,29 +50,33 @@ class Ledger:
         self._workers = workers
         self._batches = batches
         self._block = 1
-        self._queues: list[deque[int]] = [deque()]
+        self._queues = [TicketQueue([])]
         self._allowance = [0]
+        self._closed = False
         self._leased: dict[int, deque[int]] = {worker: deque() for worker in range(workers)}
         self._without_batch: set[int] = set()
-        self._applied = 0
+        self._over: set[int] = set()
+        self._applied = RangeSet()
 
-    def begin_epoch(self, tickets: range, block: int = 1) -> None:
+    def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
         """Starts an epoch.
 
         Args:
-            tickets: the tickets that remain of the epoch (all of them, unless it is resumed).
+            tickets: the epoch's tickets, up to `ranges.UNBOUNDED` if its end is not known. What comes before the first
+                one counts as applied.
             block: tickets handed out at once: the number of micro-batches that make one update, so that the
                 micro-batches of an update stay on one worker.
+            applied: tickets that are done already, as ``(start, stop)``: an epoch that is resumed.
         """
         with self._lock:
             self._block = block
-            queues = 1 if self._batches == "shared" else self._workers
-            self._queues = [deque() for _ in range(queues)]
-            for ticket in tickets:
-                self._queues[(ticket // block) % queues].append(ticket)
-            self._allowance = [0] * queues
+            self._applied = RangeSet([(0, tickets.start), *applied])
+            left = self._applied.missing(tickets.stop)
+            shares = 1 if self._batches == "shared" else self._workers
+            self._queues = [TicketQueue(left, block, share, shares) for share in range(shares)]
+            self._allowance = [0] * shares
             self._without_batch = set(range(self._workers))
-            self._applied = 0
+            self._over = set()
             # Batches that were on their way when an epoch was left early are lost with it.
             for leased in self._leased.values():
                 leased.clear()
@@ -74,15 +84,14 @@ class Ledger:
     def open(self, tickets: int) -> None:
         """Opens a segment in which the next ``tickets`` tickets, in the global order, may be drawn."""
         with self._lock:
-            owners = sorted((ticket, index) for index, queue in enumerate(self._queues) for ticket in queue)[:tickets]
-            self._allowance = [0] * len(self._queues)
-            for _, index in owners:
-                self._allowance[index] += 1
+            end = self._end_of_next(tickets)
+            self._allowance = [queue.count_below(end) for queue in self._queues]
+            self._closed = False
 
     def close(self) -> None:
         """Ends the segment early: no further ticket is handed out until the next one opens."""
         with self._lock:
-            self._allowance = [0] * len(self._queues)
+            self._closed = True
 
     def draw(self, worker: int) -> range:
         """Hands the next block of tickets to ``worker``; an empty range means that its segment is over.
@@ -91,21 +100,21 @@ class Ledger:
         an epoch must have been logged on every one of them.
         """
         with self._lock:
-            index = worker % len(self._queues)
-            queue, allowance = self._queues[index], self._allowance[index]
-            if len(self._queues) == 1 and worker not in self._without_batch:
-                allowance -= len(self._without_batch) * self._block
-            if allowance <= 0:
+            if self._closed or worker in self._over:
                 return range(0)
-            first = queue.popleft()
-            stop = first + 1
-            while stop - first < min(self._block, allowance) and queue and queue[0] == stop:
-                queue.popleft()
-                stop += 1
-            self._allowance[index] -= stop - first
-            self._leased[worker].extend(range(first, stop))
-            self._without_batch.discard(worker)
-            return range(first, stop)
+            index = worker % len(self._queues)
+            allowance = self._allowance[index]
+            if len(self._queues) == 1 and self._without_batch and worker not in self._without_batch:
+                allowance -= len(self._without_batch) * self._block
+                if allowance < self._block:
+                    # A part of a block would make two updates of one.
+                    return range(0)
+            drawn = self._queues[index].take(allowance)
+            if drawn:
+                self._allowance[index] -= len(drawn)
+                self._leased[worker].extend(drawn)
+                self._without_batch.discard(worker)
+            return drawn
 
     def complete(self, worker: int, tickets: int) -> tuple[int, ...]:
         """Marks the oldest ``tickets`` leases of ``worker`` as applied and returns them.
@@ -117,8 +126,35 @@ class Ledger:
             leased = self._leased[worker]
             if tickets > len(leased):
                 raise ValueError(f"worker {worker} reports {tickets} batches but was handed {len(leased)}")
-            self._applied += tickets
-            return tuple(leased.popleft() for _ in range(tickets))
+            done = tuple(leased.popleft() for _ in range(tickets))
+            for ticket in done:
+                self._applied.add(ticket, ticket + 1)
+            return done
+
+    def give_back(self, worker: int, tickets: int, stream_over: bool) -> None:
+        """Takes back the newest ``tickets`` leases of ``worker``, which it has no batches for.
+
+        Args:
+            worker: the worker.
+            tickets: how many.
+            stream_over: the worker's own stream has ended: it gets nothing more in this epoch.
+
+        Raises:
+            ValueError: if the worker holds fewer leases than it gives back.
+        """
+        with self._lock:
+            leased = self._leased[worker]
+            if tickets > len(leased):
+                raise ValueError(f"worker {worker} gives back {tickets} batches but was handed {len(leased)}")
+            self._put_back(leased.pop() for _ in range(tickets))
+            if stream_over:
+                self._over.add(worker)
+                self._without_batch.discard(worker)
+            share = worker % len(self._queues)
+            if self._over.issuperset(range(share, self._workers, len(self._queues))):
+                # Nobody is left who could draw from it.
+                self._queues[share].clear()
+                self._allowance[share] = 0
 
     def leased(self, worker: int) -> int:
         """Number of tickets handed to ``worker`` and not applied."""
@@ -130,17 +166,36 @@ class Ledger:
         with self._lock:
             leased = self._leased[worker]
             count = len(leased)
-            for ticket in reversed(leased):
-                index = (ticket // self._block) % len(self._queues)
-                self._queues[index].appendleft(ticket)
-                self._allowance[index] += 1
+            self._put_back(leased)
             leased.clear()
             return count
 
     def progress(self) -> tuple[int, int]:
-        """``(applied, not yet handed out)``: how many tickets of this epoch."""
+        """``(applied, not yet handed out)``: how many tickets of this epoch, what it was resumed with included."""
         with self._lock:
-            return self._applied, sum(len(queue) for queue in self._queues)
+            return len(self._applied), sum(queue.count for queue in self._queues)
+
+    def applied(self) -> list[tuple[int, int]]:
+        """The tickets of this epoch that are applied, as ``(start, stop)`` in rising order."""
+        with self._lock:
+            return self._applied.pairs()
+
+    def _put_back(self, tickets: Iterable[int]) -> None:
+        for ticket in tickets:
+            index = (ticket // self._block) % len(self._queues)
+            self._queues[index].put_back(ticket)
+            self._allowance[index] += 1
+
+    def _end_of_next(self, tickets: int) -> int:
+        """The ticket that the next ``tickets`` undrawn ones come before."""
+        low, high = 0, UNBOUNDED
+        while low < high:
+            middle = (low + high) // 2
+            if sum(queue.count_below(middle) for queue in self._queues) < tickets:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
 
 class BatchSource:
@@ -149,8 +204,8 @@ class BatchSource:
     Args:
         batches: the loader's batch sampler (or its sampler, where the loader does not batch); it must know its
             length.
-        seed: the seed of the run. Samplers that draw from torch's global generator are run under ``seed + epoch``,
-            so that all ranks walk the same order.
+        seed: the seed of the run. Samplers that draw from a global generator (Python's, NumPy's, torch's) are run
+            under ``seed + epoch``, so that all ranks walk the same order.
     """
 
     def __init__(self, batches: Any, seed: int) -> None:
@@ -161,11 +216,14 @@ class BatchSource:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Draws the order of ``epoch``."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed + epoch)
+    def begin_epoch(self, epoch: int) -> str:
+        """Draws the order of ``epoch`` and returns its digest: two orders are the same if their digests are."""
+        with _seeded(self._seed + epoch):
             self._order = list(self.batches)
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self._order:
+            digest.update(repr(batch).encode())
+        return digest.hexdigest()
 
     def __getitem__(self, ticket: int) -> Any:
         return self._order[ticket]
@@ -219,9 +277,9 @@ class TicketSampler:
         """Batches of an epoch *per rank*, as under DDP, so that limits and intervals keep their meaning."""
         return -(-len(self._source) // self._world_size)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Draws the global order of ``epoch``."""
-        self._source.begin_epoch(epoch)
+    def begin_epoch(self, epoch: int) -> str:
+        """Draws the global order of ``epoch``; returns its digest."""
+        return self._source.begin_epoch(epoch)
 
     def open(self, draw: Callable[[], Sequence[int]]) -> None:
         """Starts a segment whose tickets come from ``draw``; an empty answer means that it is over."""
@@ -262,6 +320,21 @@ class TicketSampler:
             self._drawn.extend(self._draw())
             self._exhausted = not self._drawn
         return bool(self._drawn)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Runs samplers of any make under one seed; leaves the generators as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def share_loader(loader: DataLoader[Any], world_size: int, seed: int) -> TicketSampler:

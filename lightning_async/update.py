@@ -1,23 +1,158 @@
-"""The holder's update: the optimizer's kernel, called without gathering its arguments anew.
+"""The holder's optimizers: any torch optimizer by its own step, AMSGrad by its kernel.
 
-Above `amsgrad.py`; below `holder.py`.
+Above `amsgrad.py`, `optimizers.py` and `hyper.py`; below `holder.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_async.amsgrad import STEP_AT_INFINITY, GroupHyper, set_group_hyper
+from lightning_async.amsgrad import STEP_AT_INFINITY, AMSGrad, adopt_amsgrad_state, holder_optimizer
+from lightning_async.hyper import KERNEL_KEYS, HyperLayout, make_plain
+from lightning_async.optimizers import is_amsgrad, rebuild
 
-__all__ = ["FusedUpdate"]
+__all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
 
 
-class FusedUpdate:
-    """An optimizer's update with the kernel's arguments made once, for a holder that steps thousands of times a second.
+class HeldOptimizer:
+    """One optimizer of the holder: its update, its hyper-parameters and its state.
+
+    Args:
+        template: the module's optimizer, with no state that matters.
+        params: for every param group of the template, the tensors that take the place of its parameters.
+    """
+
+    def __init__(self, template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> None:
+        self.hypers = HyperLayout(template)
+        self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
+        self._update = _update_of(self.optimizer)
+        for group, source, names in zip(
+            self.optimizer.param_groups, template.param_groups, self.hypers.names, strict=True
+        ):
+            for key in names:
+                # What the user keeps in a group of AMSGrad travels, too, and is of no use there.
+                group.setdefault(key, source[key])
+        self._assigned: Sequence[float] = self.hypers.read(template.param_groups)
+        self._before_steps = self._own_values()
+
+    def apply(self, gradients: Sequence[Tensor | None], hypers: Sequence[float]) -> None:
+        """Applies one update.
+
+        Args:
+            gradients: one per parameter, None where it takes no part.
+            hypers: the hyper-parameters of all param groups, in the order of `HyperLayout`; none for those of before.
+        """
+        if hypers and hypers != self._assigned:
+            self.hypers.assign(self.optimizer.param_groups, hypers, self._assigned)
+            self._assigned = hypers
+        self._update(gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the optimizer's state dict."""
+        return copy.deepcopy(self.optimizer.state_dict())
+
+    def adapted(self) -> list[dict[str, Any]]:
+        """For each param group the values that the optimizer's own steps have changed; empty for most optimizers."""
+        if isinstance(self.optimizer, AMSGrad):
+            return [{} for _ in self.optimizer.param_groups]
+        scratch = copy.deepcopy(self._before_steps)
+        self.hypers.assign(scratch, self._assigned, self.hypers.read(scratch))
+        return [
+            {key: value for key, value in own.items() if key not in expected or not _same(value, expected[key])}
+            for own, expected in zip(self._own_values(), scratch, strict=True)
+        ]
+
+    def load(self, state: Mapping[str, Any]) -> bool:
+        """Loads a state dict in torch's format; the kernel stays.
+
+        Returns:
+            True if AMSGrad took the state of an Adam without it, and started the maximum from its ``exp_avg_sq``.
+        """
+        own = copy.deepcopy(dict(state))
+        adopted = isinstance(self.optimizer, AMSGrad) and adopt_amsgrad_state(own)
+        # A different number of groups is left for torch to refuse.
+        for mine, loaded in zip(self.optimizer.param_groups, own["param_groups"], strict=False):
+            loaded.update({key: mine[key] for key in KERNEL_KEYS if key in mine})
+            for key in mine.keys() - loaded.keys() - {"params"}:
+                loaded[key] = mine[key]
+        self.optimizer.load_state_dict(own)
+        for group in self.optimizer.param_groups:
+            make_plain(group)
+        self._update.forget()
+        self._assigned = self.hypers.read(self.optimizer.param_groups)
+        self._before_steps = self._own_values()
+        return adopted
+
+    def _own_values(self) -> list[dict[str, Any]]:
+        skipped = {"params", *KERNEL_KEYS}
+        return [
+            copy.deepcopy({key: value for key, value in group.items() if key not in skipped})
+            for group in self.optimizer.param_groups
+        ]
+
+
+class StepUpdate:
+    """An optimizer's update by its own ``step``.
+
+    Args:
+        optimizer: over the holder's tensors; its state is the state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def forget(self) -> None:
+        """To be called when the optimizer has loaded another state."""
+
+    @torch.no_grad()
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Applies one update, with one gradient per parameter, None where it takes no part."""
+        self._step(gradients)
+
+    def _step(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class FusedSGDUpdate(StepUpdate):
+    """The update of SGD with momentum by torch's fused kernel, which wants all momentum buffers or none.
+
+    Where some parameters have had their first gradient and others have it now, these are stepped first, by themselves.
+
+    Args:
+        optimizer: `torch.optim.SGD`, which treats each parameter by itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._complete = False
+
+    def forget(self) -> None:
+        """To be called when the optimizer has loaded another state."""
+        self._complete = False
+
+    def _step(self, gradients: Sequence[Tensor | None]) -> None:
+        if not self._complete:
+            state = self._optimizer.state
+            fresh = [state.get(parameter, {}).get("momentum_buffer") is None for parameter in self._parameters]
+            self._complete = not any(fresh)
+            if any(fresh) and not all(fresh):
+                super()._step([gradient if new else None for gradient, new in zip(gradients, fresh, strict=True)])
+                gradients = [None if new else gradient for gradient, new in zip(gradients, fresh, strict=True)]
+        super()._step(gradients)
+
+
+class FusedUpdate(StepUpdate):
+    """AMSGrad's update with the kernel's arguments made once, for a holder that steps thousands of times a second.
 
     ``optimizer.step`` spends twice the kernel's time on small models gathering the same lists again. This calls the
     same kernel on the same tensors; where a parameter has no gradient, or the tensors cannot be fused, it is
@@ -28,8 +163,7 @@ class FusedUpdate:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        super().__init__(optimizer)
         self._state: list[list[list[Tensor]]] | None = None
         # The step counts of all parameters: one addition for all of them, where the kernel reads them.
         self._counts = torch.zeros(len(self._parameters), device=self._parameters[0].device)
@@ -38,18 +172,12 @@ class FusedUpdate:
         """To be called when the optimizer has loaded another state."""
         self._state = None
 
-    def __call__(self, gradients: Sequence[Tensor | None], hypers: Sequence[GroupHyper]) -> None:
-        """Applies one update.
-
-        Args:
-            gradients: one per parameter, None where it takes no part.
-            hypers: the hyper-parameters of each param group.
-        """
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Applies one update, with one gradient per parameter, None where it takes no part."""
         groups = self._optimizer.param_groups
-        for group, hyper in zip(groups, hypers, strict=True):
-            set_group_hyper(group, hyper)
         if self._state is None or any(gradient is None for gradient in gradients):
             self._step(gradients)
+            self._state = self._gather()
             return
         self._counts.add_(1)
         start = 0
@@ -76,14 +204,6 @@ class FusedUpdate:
                 found_inf=None,
             )
 
-    def _step(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
-        for parameter in self._parameters:
-            parameter.grad = None
-        self._state = self._gather()
-
     def _gather(self) -> list[list[list[Tensor]]] | None:
         groups, state = self._optimizer.param_groups, self._optimizer.state
         if not all(group["fused"] for group in groups) or any(not state.get(p) for p in self._parameters):
@@ -100,3 +220,17 @@ class FusedUpdate:
             ]
             for group in groups
         ]
+
+
+def _update_of(optimizer: torch.optim.Optimizer) -> StepUpdate:
+    if isinstance(optimizer, AMSGrad):
+        return FusedUpdate(optimizer)
+    if type(optimizer) is torch.optim.SGD and any(group["fused"] for group in optimizer.param_groups):
+        return FusedSGDUpdate(optimizer)
+    return StepUpdate(optimizer)
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    return bool(first == second)

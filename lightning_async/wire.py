@@ -20,12 +20,11 @@ import torch
 
 __all__ = [
     "HEADER_BYTES",
-    "MAX_GROUPS",
+    "MAX_HYPERS",
     "MAX_PRESENT_BYTES",
     "MAX_TEXT_BYTES",
     "MAX_TRAILER_BYTES",
     "PROTOCOL_VERSION",
-    "GroupHyper",
     "Header",
     "Kind",
     "Message",
@@ -37,27 +36,29 @@ __all__ = [
     "encode",
     "fit_text",
     "pack_bitmap",
+    "pack_hypers",
     "read_message",
     "unpack_bitmap",
+    "unpack_hypers",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
-MAX_GROUPS = 4096
+MAX_HYPERS = 1 << 15
 MAX_PRESENT_BYTES = 1 << 20
 MAX_TEXT_BYTES = 16 << 10
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _MAGIC = b"LASY"
-# magic, protocol, kind, dtype, groups, outcome, worker, incarnation, optimizer, tickets, version, ticket,
+# magic, protocol, kind, dtype, hyper-parameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
 # samples, payload bytes, waited_s, bitmap bytes, text bytes. The first six bytes and the size of 128 stay the
 # same in every protocol version, so that each side can read the other's first header and name the mismatch.
 _HEADER = struct.Struct("<4sHBBHHIIIIQQQQdII52x")
-_GROUP = struct.Struct("<5d")
+_HYPER_BYTES = 8
 
 HEADER_BYTES = _HEADER.size
-MAX_TRAILER_BYTES = MAX_GROUPS * _GROUP.size + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
+MAX_TRAILER_BYTES = MAX_HYPERS * _HYPER_BYTES + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
 
 _CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
     None: 0,
@@ -96,19 +97,10 @@ class Kind(enum.IntEnum):
     ABORT = 14
     GOODBYE = 15
     READ = 16
+    RETURN = 17
 
 
 _KIND_OF_CODE = {int(kind): kind for kind in Kind}
-
-
-class GroupHyper(NamedTuple):
-    """The hyper-parameters of one param group that may change from step to step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +114,14 @@ class Message:
         optimizer: index of the optimizer.
         version: PUSH: the version read; PARAMETERS: the version sent.
         ticket: TICKETS, PARAMETERS: the first ticket handed out. PUSH: 1 if the answer is to bring the next tickets.
-        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed.
+        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed;
+            RETURN: how many are given back.
         samples: samples in the batches of these tickets.
         waited_s: PUSH: seconds that the worker's last round trip took.
-        outcome: PARAMETERS: what became of the push, a small code.
+        outcome: PARAMETERS: what became of the push, a small code. RETURN: 1 if the worker's stream has ended.
         dtype: element type of the payload; None without one.
         payload_bytes: size of the payload on the data channel.
-        groups: the worker's present hyper-parameters, one entry per param group.
+        groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
         text: HELLO: JSON; REFUSE, ABORT: the reason.
     """
@@ -145,7 +138,7 @@ class Message:
     outcome: int = 0
     dtype: torch.dtype | None = None
     payload_bytes: int = 0
-    groups: tuple[GroupHyper, ...] = ()
+    groups: bytes = b""
     present: bytes = b""
     text: str = ""
 
@@ -155,7 +148,7 @@ class Header(NamedTuple):
 
     kind: Kind
     dtype: torch.dtype | None
-    group_count: int
+    hyper_count: int
     outcome: int
     worker: int
     incarnation: int
@@ -172,7 +165,7 @@ class Header(NamedTuple):
     @property
     def trailer_bytes(self) -> int:
         """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
-        return self.group_count * _GROUP.size + self.present_bytes + self.text_bytes
+        return self.hyper_count * _HYPER_BYTES + self.present_bytes + self.text_bytes
 
 
 def encode(message: Message) -> bytes:
@@ -196,7 +189,10 @@ def encode(message: Message) -> bytes:
     present, groups = message.present, message.groups
     try:
         text = message.text.encode()
-        _check_sizes(len(groups), len(present), len(text))
+        hyper_count, rest = divmod(len(groups), _HYPER_BYTES)
+        if rest:
+            raise WireError(f"{len(groups)} bytes are no whole number of hyper-parameters.")
+        _check_sizes(hyper_count, len(present), len(text))
         _check_seconds(message.waited_s)
         parts = [
             _HEADER.pack(
@@ -204,7 +200,7 @@ def encode(message: Message) -> bytes:
                 PROTOCOL_VERSION,
                 Kind(message.kind),
                 _CODE_OF_DTYPE[message.dtype],
-                len(groups),
+                hyper_count,
                 message.outcome,
                 message.worker,
                 message.incarnation,
@@ -219,10 +215,7 @@ def encode(message: Message) -> bytes:
                 len(text),
             )
         ]
-        for group in groups:
-            _check_hyper(group)
-            parts.append(_GROUP.pack(*group))
-        parts += (present, text)
+        parts += (groups, present, text)
         return b"".join(parts)
     except (struct.error, OverflowError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise WireError(f"{_name(message)} cannot be encoded: {error!r}.") from error
@@ -257,7 +250,7 @@ def decode_header(header: Bytes) -> Header:
     if dtype_code not in _DTYPE_OF_CODE:
         raise WireError(f"There is no payload type with the number {dtype_code}.")
     fields = Header(kind, _DTYPE_OF_CODE[dtype_code], *numbers)
-    _check_sizes(fields.group_count, fields.present_bytes, fields.text_bytes)
+    _check_sizes(fields.hyper_count, fields.present_bytes, fields.text_bytes)
     _check_seconds(fields.waited_s)
     return fields
 
@@ -344,6 +337,51 @@ def unpack_bitmap(data: Bytes, count: int) -> list[bool]:
     return [digit == "1" for digit in reversed(f"{bits:0{count}b}")] if count else []
 
 
+def pack_hypers(values: Sequence[float]) -> bytes:
+    """Packs hyper-parameters as doubles.
+
+    Args:
+        values: the numbers.
+
+    Returns:
+        Eight bytes for each.
+
+    Raises:
+        WireError: if one is not finite or no number.
+
+    Examples:
+        >>> unpack_hypers(pack_hypers([0.5, 0.9]), 2)
+        (0.5, 0.9)
+    """
+    try:
+        data = struct.pack(f"<{len(values)}d", *values)
+    except struct.error as error:
+        raise WireError(f"Hyper-parameters must be numbers: {error}.") from error
+    unpack_hypers(data, len(values))
+    return data
+
+
+def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
+    """Unpacks what `pack_hypers` packed.
+
+    Args:
+        data: the packed numbers.
+        count: how many it must hold.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        WireError: if it holds more or fewer, or one is not finite.
+    """
+    if len(data) != count * _HYPER_BYTES:
+        raise WireError(f"It sends {len(data) // _HYPER_BYTES} hyper-parameters, the holder has {count}.")
+    values = struct.unpack(f"<{count}d", data)
+    if not all(map(isfinite, values)):
+        raise WireError(f"Hyper-parameters must be finite, and these are not: {values}.")
+    return values
+
+
 def fit_text(text: str) -> str:
     """Makes any text one that can be sent: unencodable characters replaced, the end cut off if too long.
 
@@ -377,14 +415,11 @@ def assemble(header: Header, trailer: Bytes) -> Message:
         raise WireError(
             f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, and {len(trailer)} arrived."
         )
-    groups: tuple[GroupHyper, ...] = ()
-    present, text = b"", ""
+    groups, present, text = b"", b"", ""
     if trailer:
-        groups_end = header.group_count * _GROUP.size
+        groups_end = header.hyper_count * _HYPER_BYTES
         present_end = groups_end + header.present_bytes
-        groups = tuple(map(GroupHyper._make, _GROUP.iter_unpack(trailer[:groups_end])))
-        for group in groups:
-            _check_hyper(group)
+        groups = bytes(trailer[:groups_end])
         present = bytes(trailer[groups_end:present_end])
         try:
             text = str(trailer[present_end:], "utf-8")
@@ -410,9 +445,9 @@ def assemble(header: Header, trailer: Bytes) -> Message:
     )
 
 
-def _check_sizes(group_count: int, present_bytes: int, text_bytes: int) -> None:
-    if group_count > MAX_GROUPS:
-        raise WireError(f"{group_count} param groups are more than the {MAX_GROUPS} that a message may have.")
+def _check_sizes(hyper_count: int, present_bytes: int, text_bytes: int) -> None:
+    if hyper_count > MAX_HYPERS:
+        raise WireError(f"{hyper_count} hyper-parameters are more than the {MAX_HYPERS} that a message may have.")
     if present_bytes > MAX_PRESENT_BYTES:
         raise WireError(f"A bitmap of {present_bytes} bytes is longer than the {MAX_PRESENT_BYTES} allowed.")
     if text_bytes > MAX_TEXT_BYTES:
@@ -422,11 +457,6 @@ def _check_sizes(group_count: int, present_bytes: int, text_bytes: int) -> None:
 def _check_seconds(waited_s: float) -> None:
     if not (isfinite(waited_s) and waited_s >= 0.0):
         raise WireError(f"A time must be finite and not negative, and waited_s is {waited_s}.")
-
-
-def _check_hyper(group: GroupHyper) -> None:
-    if not all(map(isfinite, group)):
-        raise WireError(f"Hyper-parameters must be finite, and these are not: {group}.")
 
 
 def _name(message: Message) -> str:

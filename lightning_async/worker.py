@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_async.amsgrad import group_hyper
 from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -82,7 +82,7 @@ class Worker:
         self.version = 0
         self.waited_s = 0.0
         self._layout = layout
-        self._optimizers = optimizers
+        self._hypers = [HyperReader(optimizer, HyperLayout(optimizer)) for optimizer in optimizers]
         self._latch = latch
         self._lanes = [
             _Lane(channel, layout, len(optimizers))
@@ -141,6 +141,18 @@ class Worker:
         reply = self._request(self._lane, Message(Kind.DRAW, worker=self.rank), Kind.TICKETS)
         return range(reply.ticket, reply.ticket + reply.tickets)
 
+    def give_back(self, tickets: int, stream_over: bool) -> None:
+        """Gives back the newest ``tickets`` drawn, which there are no batches for.
+
+        Args:
+            tickets: how many.
+            stream_over: this rank's own stream has ended: it draws nothing more in this epoch.
+        """
+        for lane in self._lanes:
+            self._take_answer(lane)
+        given = Message(Kind.RETURN, worker=self.rank, tickets=tickets, outcome=int(stream_over))
+        self._request(self._lane, given, Kind.ACK)
+
     def close_hand_out(self) -> None:
         """Ends the segment for every rank once the batches that are out have been computed."""
         self._request(self._lane, Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
@@ -198,7 +210,7 @@ class Worker:
             waited_s=self._last_wait_s,
             dtype=payload.dtype,
             payload_bytes=payload.nbytes,
-            groups=tuple(group_hyper(group) for group in self._optimizers[index].param_groups),
+            groups=self._hypers[index].packed(),
             present=pack_bitmap(present),
         )
         self._tickets = self._samples = 0
@@ -228,6 +240,9 @@ class Worker:
             if lane.reading:
                 self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
                 lane.reading = False
+        if self._drawn:
+            # They came with the answer to a push that ended the segment, after somebody else had given them back.
+            self.give_back(sum(map(len, self._drawn)), stream_over=False)
         self._drawn.clear()
         self._over = False
 

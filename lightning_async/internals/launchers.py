@@ -93,7 +93,10 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     def _watch(self, processes: list[subprocess.Popen[bytes]]) -> None:
         # The lifelines see most deaths first; this sees those that come before they exist.
-        while any(process.poll() is None for process in processes):
+        running = True
+        while running:
+            # Asked before the statuses are looked at, so that those of the last to end are looked at too.
+            running = any(process.poll() is None for process in processes)
             for local_rank, process in enumerate(processes, start=1):
                 if process.poll():
                     time.sleep(_EXIT_STATUS_TIMEOUT_S)

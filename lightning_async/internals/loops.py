@@ -9,6 +9,7 @@ public methods they call; above `fetcher.py`, `results.py` and `plan.py`.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,20 +23,24 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource, _request_dataloader
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_async.internals.fetcher import TicketFetcher
 from lightning_async.internals.intervals import follow_clock, save_passed, unfollow_clock
+from lightning_async.internals.progress import rewrite_as_ddp
 from lightning_async.internals.results import align_results
+from lightning_async.internals.sizes import agree_on_size, epoch_size
+from lightning_async.phases import Phase
 from lightning_async.plan import EpochPlan, log_position
-from lightning_async.tickets import TicketSampler
 
 if TYPE_CHECKING:
-    from lightning_async.strategy import AsyncAMSGradStrategy
+    from lightning_async.strategy import AsyncStrategy
 
-__all__ = ["install", "uninstall"]
+__all__ = ["install", "scheduler_clock", "uninstall"]
 
 
 @dataclass
@@ -51,6 +56,7 @@ class _Epoch:
     ticks: range = range(0)
     scheduled_batch: int | None = None
     validation_requested: bool = False
+    validated_at: int = -1
 
 
 class AsyncEpochLoop(_TrainingEpochLoop):
@@ -59,8 +65,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     _epoch: _Epoch
 
     @property
-    def _strategy(self) -> AsyncAMSGradStrategy:
-        return cast("AsyncAMSGradStrategy", self.trainer.strategy)
+    def _strategy(self) -> AsyncStrategy:
+        return cast("AsyncStrategy", self.trainer.strategy)
 
     @property
     def global_step(self) -> int:
@@ -84,6 +90,27 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         before = self.batch_progress.total.ready - self.batch_progress.current.ready
         self._epoch = _Epoch(batches_before=before, clock=self.global_step)
         super().on_run_start(data_fetcher)
+
+    @override
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict(destination, prefix)
+        epoch, snapshot = self._epoch, self._strategy.snapshot_in_progress
+        if Phase.asynchronous and epoch.plan is not None and snapshot is not None:
+            # The epoch is not over before all ranks have met, so at least one batch is to come.
+            done = sum(stop - start for start, stop in snapshot.applied)
+            batches = min(epoch.plan.batches_done(done), epoch.plan.batches - 1)
+            clock = snapshot.version // self.trainer.world_size
+            rewrite_as_ddp(state, prefix, batches, epoch.batches_before, clock)
+        return state
+
+    @override
+    def reset(self) -> None:
+        with warnings.catch_warnings():
+            fetcher = self.trainer.fit_loop._data_fetcher
+            if isinstance(fetcher, TicketFetcher) and fetcher.is_shared:
+                # The ledger resumes it, whatever the loader can do.
+                warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            super().reset()
 
     @override
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -169,11 +196,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if super().done:
             return
         if epoch.plan is None:
-            epoch.plan = self._plan_epoch(fetcher.sampler)
-            fetcher.sampler.begin_epoch(trainer.current_epoch)
-            done = self.batch_progress.current.ready
-            epoch.tickets_done = epoch.plan.tickets if done >= epoch.plan.batches else done * trainer.world_size
-            strategy.begin_epoch(range(epoch.tickets_done, epoch.plan.tickets))
+            epoch.plan = self._plan_epoch(fetcher)
+            self._begin_epoch(fetcher, epoch.plan)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
         if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
             updates = self.max_steps * trainer.world_size - strategy.version
@@ -182,18 +206,34 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % int(trainer.accumulate_grad_batches)
         strategy.enter_asynchronous_phase(tickets)
-        fetcher.open(strategy.worker.draw)
+        fetcher.open(strategy.worker.draw, strategy.worker.give_back)
         epoch.training, epoch.agreed = True, False
 
-    def _plan_epoch(self, sampler: TicketSampler) -> EpochPlan:
+    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        done = self.batch_progress.current.ready
+        epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
+        order = fetcher.begin_epoch(trainer.current_epoch)
+        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done)
+        if place is not None:
+            epoch.tickets_done = sum(stop - start for start, stop in place.applied)
+            # The number of ranks may be another one now.
+            self._count_as_ddp(plan.batches_done(epoch.tickets_done), is_last=False)
+            # What the schedulers had yet to catch up with when the checkpoint was saved between two batches.
+            epoch.clock = place.clock
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        # A stream, as under DDP, begins anew and is as much shorter.
+        fetcher.fetched = self.batch_progress.current.ready
+
+    def _plan_epoch(self, fetcher: TicketFetcher) -> EpochPlan:
         trainer = self.trainer
-        batches = int(trainer.num_training_batches)
+        batches, tickets = epoch_size(trainer, fetcher)
         every: int | None = None
         if self._should_check_val_epoch() and trainer.val_check_batch not in (None, float("inf")):
             every = int(trainer.val_check_batch)
         across_epochs = trainer.check_val_every_n_epoch is None
         return EpochPlan(
-            tickets=min(sampler.global_batches, batches * trainer.world_size),
+            tickets=tickets,
             batches=batches,
             world_size=trainer.world_size,
             validate_every=every,
@@ -208,9 +248,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         strategy.worker.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
-        epoch.tickets_done = epoch.plan.tickets - progress.tickets_left
-        complete = progress.tickets_left == 0 or progress.skip_rest
-        self._count_as_ddp(epoch.plan.batches_done(epoch.tickets_done), complete)
+        epoch.tickets_done = progress.tickets_done
+        exhausted = progress.tickets_left == 0
+        complete = exhausted or progress.skip_rest
+        # Streams may end before, or at an end that nobody knew of.
+        position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
+        self._count_as_ddp(epoch.plan.batches_done(position), complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         strategy.save_checkpoints(lambda: save_passed(trainer))
@@ -219,9 +262,11 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         self._batches_that_stepped = max(0, self.global_step - 1)
         strategy.log_statistics(self._batches_that_stepped)
         stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
-        due = epoch.plan.validation_due(epoch.tickets_done) or stopping or progress.validation_requested
+        due = epoch.plan.validation_due(position) or stopping or progress.validation_requested
         due = due or (complete and trainer.val_check_batch == float("inf"))
-        if due and self._should_check_val_epoch():
+        # Where the streams turn out to have ended at the last stop already, there is nothing new to validate.
+        if due and position != epoch.validated_at and self._should_check_val_epoch():
+            epoch.validated_at = position
             self._validate()
         epoch.validation_requested = False
         self._batches_that_stepped = self.global_step
@@ -280,13 +325,26 @@ class AsyncFitLoop(_FitLoop):
             chosen = _select_data_fetcher(trainer, stage)
             if isinstance(chosen, _DataLoaderIterDataFetcher):
                 raise MisconfigurationException(
-                    "async_amsgrad hands each batch out by its ticket and cannot give training_step the "
+                    f"{strategy.strategy_name} hands each batch out by its ticket and cannot give training_step the "
                     '`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy="ddp".'
                 )
             return TicketFetcher(strategy.begin_batch)
 
-        with _replaced(_fit_loop_module, "_select_data_fetcher", select):
+        def request(source: _DataLoaderSource) -> Any:
+            loaders = _request_dataloader(source)
+            flattened = (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened
+            strategy.has_one_train_loader = len(flattened) == 1
+            return loaders
+
+        before = self._data_fetcher
+        with (
+            _replaced(_fit_loop_module, "_select_data_fetcher", select),
+            _replaced(_fit_loop_module, "_request_dataloader", request),
+        ):
             super().setup_data()
+        fetcher = self._data_fetcher
+        if isinstance(fetcher, TicketFetcher) and fetcher is not before and not fetcher.is_shared:
+            agree_on_size(self.trainer, strategy.gather_objects)
 
     @override
     def on_advance_end(self) -> None:
@@ -312,6 +370,13 @@ def install(trainer: Trainer) -> None:
         strategy.sigterm_received = True
 
     connector._sigterm_notifier_fn = on_sigterm
+
+
+def scheduler_clock(trainer: Trainer) -> int:
+    """Steps of the shared clock that this rank's learning-rate schedulers have made."""
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    clock: int = epoch_loop._epoch.clock
+    return clock
 
 
 def uninstall(trainer: Trainer) -> None:

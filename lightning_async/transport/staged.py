@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.pinning import pin, unpin
-from lightning_async.transport.streams import SideStream, side_stream
+from lightning_async.transport.side_stream import SideStream, side_stream
 from lightning_async.wire import Message
 
 __all__ = ["StagedChannel", "on_device"]

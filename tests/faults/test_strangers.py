@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import struct
 import threading
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad, frontdoor
-from lightning_async.amsgrad import group_hyper
 from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
 from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.lifeline import Lifelines
 from lightning_async.monitor import RunStats
@@ -31,7 +32,7 @@ from lightning_async.staleness import Barrier
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
-from lightning_async.wire import HEADER_BYTES, Kind, Message, encode, pack_bitmap
+from lightning_async.wire import HEADER_BYTES, Kind, Message, encode, pack_bitmap, pack_hypers
 from lightning_async.worker import RequestRefusedError, Worker
 from tests.faults.injector import pid_of
 from tests.faults.train import Run, train
@@ -49,7 +50,8 @@ class Host:
         self.parameters = model()
         optimizer = AMSGrad(self.parameters, lr=0.1)
         self.layout = FlatLayout([self.parameters])
-        self.groups = [1]
+        self.groups = [HyperLayout(optimizer)]
+        self.hypers = self.groups[0].read(optimizer.param_groups)
         self.latch = FailureLatch()
         self.stats = RunStats(RANKS)
         self.lifelines = Lifelines(0, self.latch, timeout_s=30.0)
@@ -250,7 +252,7 @@ def push(host: Host, **changes: Any) -> Message:
         "samples": 4,
         "dtype": torch.float32,
         "payload_bytes": host.layout.numel * 4,
-        "groups": (group_hyper(AMSGrad(model()).param_groups[0]),),
+        "groups": pack_hypers(host.hypers),
         "present": pack_bitmap([True, True]),
     }
     return Message(Kind.PUSH, **(fields | changes))
@@ -264,8 +266,15 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
     "other optimizer": (lambda host: push(host, optimizer=1), "it pushes for optimizer 1 of 1"),
     "short bitmap": (lambda host: push(host, present=b""), "A bitmap of 2 flags has 1 bytes, and 0 arrived"),
     "bitmap past the end": (lambda host: push(host, present=b"\x07"), "bits set past the last"),
-    "more groups": (lambda host: push(host, groups=push(host).groups * 2), "it sends 2 param groups, the holder has 1"),
-    "no groups": (lambda host: push(host, groups=()), "it sends 0 param groups, the holder has 1"),
+    "more hyper-parameters": (
+        lambda host: push(host, groups=push(host).groups * 2),
+        "It sends 16 hyper-parameters, the holder has 8",
+    ),
+    "no hyper-parameters": (lambda host: push(host, groups=b""), "It sends 0 hyper-parameters, the holder has 8"),
+    "hyper-parameters that are not finite": (
+        lambda host: push(host, groups=b"\0" * 56 + struct.pack("<d", math.nan)),
+        "Hyper-parameters must be finite",
+    ),
     "more tickets": (lambda host: push(host, tickets=2), "it reports 2 batches and was handed 1"),
     "another's name": (lambda host: push(host, worker=2), "claims to come from worker 2"),
     "a version that it does not hold": (lambda host: push(host, version=5), "a gradient of version 5 but holds 0"),
@@ -313,23 +322,22 @@ def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> 
 
 @pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
 def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
-    """A callback that unfreezes layers adds a param group on the worker, of which the holder knows nothing."""
+    """A rank whose param groups have a number more, which the handshake would have noticed."""
     latch = FailureLatch()
     lifelines = Lifelines(1, latch, timeout_s=30.0)
     lifelines.add(0, introduce(host.door.address, 1, LIFELINE)[0])
     parameters = model()
     optimizer = AMSGrad(parameters)
+    optimizer.param_groups[0]["more"] = 1.0
     channel = dial(host.door.address, 1, host.layout, host.groups)
     worker = Worker(1, channel, host.layout, [optimizer], latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    worker._parameters = [parameters]
 
     started = time.monotonic()
-    with pytest.raises((WorkerFailedError, RequestRefusedError), match="2 param groups, the holder has 1"):
+    with pytest.raises((WorkerFailedError, RequestRefusedError), match="9 hyper-parameters, the holder has 8"):
         worker.step(0)
 
     assert time.monotonic() - started < 5.0

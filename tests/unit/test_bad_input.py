@@ -83,7 +83,7 @@ class WithOptimizers(TinyClassifier):
 
 RETURN_THIS = (
     "Return lightning_async.AMSGrad(...) or torch.optim.Adam(..., amsgrad=True) from configure_optimizers, "
-    'or use strategy="ddp".'
+    'or use strategy="async", which takes other optimizers too, or strategy="ddp".'
 )
 
 

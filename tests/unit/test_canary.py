@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_async
-from lightning_async import collectives, strategy
-from lightning_async.internals import fetcher, launchers, loops, results, trainer_state
+from lightning_async import amsgrad_strategy, collectives, strategy
+from lightning_async.internals import fetcher, launchers, loops, progress, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
 WATCHED = ("lightning", "torch", "torchmetrics")
@@ -95,6 +95,8 @@ SIGNATURES = {
     },
     "internals/loops.py": {
         f"{EPOCH_LOOP}.on_run_start": "self, data_fetcher",
+        f"{EPOCH_LOOP}.state_dict": "self, destination, prefix",
+        f"{EPOCH_LOOP}.reset": "self",
         f"{EPOCH_LOOP}.advance": "self, data_fetcher",
         f"{EPOCH_LOOP}.on_advance_end": "self, data_fetcher",
         f"{EPOCH_LOOP}.update_lr_schedulers": "self, interval, update_plateau_schedulers",
@@ -107,6 +109,7 @@ SIGNATURES = {
         f"{FIT_LOOP}.setup_data": "self",
         f"{FIT_LOOP}.on_advance_end": "self",
         "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
+        "lightning.pytorch.trainer.connectors.data_connector._request_dataloader": "data_source",
         "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step": (
             "self, batch_idx, train_step_and_backward_closure"
@@ -202,7 +205,8 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
         launchers.ScriptLauncher,
         launchers.ProcessLauncher,
         collectives.PhasedCollectives,
-        strategy.AsyncAMSGradStrategy,
+        strategy.AsyncStrategy,
+        amsgrad_strategy.AsyncAMSGradStrategy,
     ],
 )
 def test_every_override_overrides_something(kind: type) -> None:
@@ -288,6 +292,7 @@ TRAINER_ATTRIBUTES = {
         "should_stop",
         "strategy._lightning_optimizers",
     ],
+    "internals/sizes.py": ["fit_loop.max_batches", "fit_loop._last_train_dl_reload_epoch", "val_check_batch"],
     "internals/trainer_state.py": ["_signal_connector.received_sigterm", "checkpoint_callbacks"],
     "ranks.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
 }
@@ -351,6 +356,33 @@ def test_a_time_based_interval_is_counted_from_the_same_moment() -> None:
 def test_the_fit_loop_selects_its_fetcher_by_the_name_in_its_module() -> None:
     if "_select_data_fetcher(trainer, " not in inspect.getsource(loops._FitLoop.setup_data):
         fail("internals/loops.py", "_FitLoop.setup_data calling the global _select_data_fetcher(trainer, stage)")
+
+
+def test_the_fit_loop_asks_for_its_loaders_by_the_name_in_its_module() -> None:
+    if "_request_dataloader(source)" not in inspect.getsource(loops._FitLoop.setup_data):
+        fail("internals/loops.py", "_FitLoop.setup_data calling the global _request_dataloader(source)")
+
+
+def test_an_epoch_loops_counters_are_saved_under_the_same_names(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    state = trainer.fit_loop.epoch_loop.state_dict(None, "loop.")
+    progress.rewrite_as_ddp(state, "loop.", batches=3, batches_before=10, clock=7)
+    copy = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+
+    loop = copy.fit_loop.epoch_loop
+    loop.load_state_dict(state, "loop.")
+
+    counters = (loop.batch_progress.current.ready, loop.batch_progress.total.completed, loop.batch_idx)
+    steps = (loop.automatic_optimization.optim_progress, loop.manual_optimization.optim_step_progress.total)
+    if (*counters, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
+        fail("internals/progress.py", "the names of the counters in an epoch loop's state_dict")
+
+
+def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:
+    if "You're resuming from a checkpoint that ended before the epoch ended" not in inspect.getsource(
+        resolve(f"{EPOCH_LOOP}.reset", "internals/loops.py")
+    ):
+        fail("internals/loops.py", "the warning of a checkpoint that ended before the epoch ended")
 
 
 def test_a_stop_iteration_may_be_temporary() -> None:

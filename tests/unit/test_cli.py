@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AsyncAMSGradStrategy
+from lightning_async import AsyncAMSGradStrategy, WorkerFailedError
 from lightning_async.cli import AsyncCLI, add_working_directory_to_path, main
+from lightning_async.complaints import told_in_one_line
+from lightning_async.failure import RunFailure
 from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
 from recipes.digits import DigitsDataModule
@@ -71,6 +75,15 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
         (["fit", "--config", RECIPE, "--trainer.bogus=1"], "trainer.bogus"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         ([], "subcommand"),
+        (["fitt"], "'compare', 'report'"),
+        (["fit", "--config", RECIPE, "--trainer.max_epochs=abc"], "trainer.max_epochs"),
+        (["fit", "--config", RECIPE, "--model=recipes.nowhere.Model"], "no attribute 'nowhere'"),
+        (["fit", "--config", RECIPE, "--model.init_args.bogus=1"], "Option 'bogus' is not accepted"),
+        (["compare"], "required: recipe, out"),
+        (["compare", "--config", "missing.yaml"], "missing.yaml"),
+        (["compare", "--recipe", "missing.yaml", "--out", "x", "--variants=[{name: a}]"], "missing.yaml"),
+        (["compare", "--recipe", RECIPE, "--out", "x"], "nothing to compare"),
+        (["compare", "--recipe", RECIPE, "--out", "x", "--variants=[{name: a, bogus: 1}]"], "bogus"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(
@@ -83,6 +96,105 @@ def test_a_wrong_argument_is_one_line_and_status_2(
     assert exit_info.value.code == 2
     assert complaint in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy='nosuch'"),
+        (["fit", "--config", RECIPE, "--trainer.devices=0"], "devices='0'"),
+        (["test", "--config", RECIPE, *QUICK[:2], "--ckpt_path=missing.ckpt"], "missing.ckpt"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line_and_status_2(
+    arguments: list[str], complaint: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+
+    errors = [line for line in capfd.readouterr().err.splitlines() if "rror" in line or "Traceback" in line]
+    assert exit_info.value.code == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert complaint in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (WorkerFailedError(RunFailure(2, "ValueError: no")), 1, "error: rank 2 failed: ValueError: no\n"),
+        (MisconfigurationException("two\n  lines"), 2, "error: two; lines\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_without_need_of_a_traceback_becomes_an_exit_status(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
+    monkeypatch.setattr("signal.signal", lambda signum, handler: None)
+
+    with pytest.raises(SystemExit) as exit_info, told_in_one_line():
+        raise error
+
+    assert exit_info.value.code == status
+    assert capsys.readouterr().err == said
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "1")
+
+    with pytest.raises(MisconfigurationException), told_in_one_line():
+        raise MisconfigurationException("no")
+
+
+def test_an_error_of_the_users_code_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), told_in_one_line():
+        raise ZeroDivisionError
+
+
+def test_help_lists_every_command_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+
+    help_text = capsys.readouterr().out
+    commands = help_text.partition("(required)\n")[2].partition("\n\n")[0].splitlines()
+    assert exit_info.value.code == 0
+    assert help_text.startswith("usage: lightning-async ")
+    assert [line.split()[0] for line in commands] == ["fit", "validate", "test", "predict", "compare", "report"]
+    assert all(len(line.split()) > 3 for line in commands)
+    assert "--print_completion" in help_text
+
+
+def test_the_help_of_compare_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["compare", "--help"])
+
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert exit_info.value.code == 0
+    assert "usage: lightning-async compare --config FILE [options]" in help_text
+    assert "--baseline BASELINE name of the variant that the others' speed is related to" in help_text
+
+
+def test_report_gets_its_arguments_and_gives_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def report_main(argv: list[str]) -> int:
+        given.append(argv)
+        return 3
+
+    monkeypatch.setitem(sys.modules, "lightning_async.report", SimpleNamespace(report_main=report_main))
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", "runs/a", "--out=x.html"])
+
+    assert exit_info.value.code == 3
+    assert given == [["runs/a", "--out=x.html"]]
 
 
 def test_a_wrong_key_in_a_config_file_is_one_line_and_status_2(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad
-from lightning_async.amsgrad import group_hyper
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.holder import Holder, Push, Update
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier
 
@@ -40,7 +40,7 @@ class Cluster:
         """Pushes ones, or ``gradients``."""
         if gradients is None:
             gradients = [torch.ones(shape) for shape in self.layout.shapes[0]]
-        groups = [group_hyper(group) for group in self.template.param_groups]
+        groups = HyperLayout(self.template).read(self.template.param_groups)
         push = Push(worker, 0, version, gradients, groups)
         seen, arrived = self.holder.changes, time.monotonic()
         while (update := self.holder.try_push(push, time.monotonic() - arrived)) is None:

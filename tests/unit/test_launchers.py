@@ -150,3 +150,18 @@ def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
     ended = Ended(tmp_path, [1, -9], node=2)
 
     assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("others", [[], ["sleep 60"]])
+def test_a_child_that_ended_before_it_was_watched_is_reported(
+    script: Any, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    reported: list[tuple[int, str]] = []
+    script._strategy = SimpleNamespace(report_failure=lambda rank, reason: reported.append((rank, reason)))
+    script.procs = [child("false"), *map(child, others)]
+    script.procs[0].wait()
+
+    script._watch(script.procs)
+
+    assert reported == [(1, "its process exited with code 1")]

@@ -19,6 +19,7 @@ from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import FrontDoor
 from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.lifeline import Lifelines
 from lightning_async.nccl_office import Turns
@@ -233,6 +234,7 @@ class Run:
         self.latch = FailureLatch()
         self.door = FrontDoor("127.0.0.1", workers, Lifelines(0, self.latch, 60.0))
         template = AMSGrad([self.initial], lr=0.1)
+        self.hypers = [HyperLayout(template)]
         self.holder = Holder(self.layout, torch.ones(NUMEL), [template], Barrier(None), self.latch)
         self.ledger = Ledger(workers)
         self.ledger.begin_epoch(range(1000))
@@ -241,7 +243,7 @@ class Run:
             self.holder,
             self.ledger,
             self.layout,
-            [1],
+            self.hypers,
             self.latch,
             self.door,
             transport,
@@ -252,7 +254,7 @@ class Run:
 
     def dial(self, rank: int, claims: dict[str, Any] | None = None) -> Channel:
         devices = RankDevices(CPU, claims if claims is not None else gpu(rank))
-        channel = dial(self.door.address, rank, self.layout, [1], devices=devices)
+        channel = dial(self.door.address, rank, self.layout, self.hypers, devices=devices)
         self.channels[rank] = channel
         return channel
 

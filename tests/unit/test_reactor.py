@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_async import AMSGrad
-from lightning_async.amsgrad import group_hyper
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
@@ -57,7 +57,9 @@ class Office:
             self.ends.append(ControlConnection(mine))
             self.ends[-1].settimeout(10.0)
             channel = SharedMemoryChannel(theirs, Buffers.allocate(4, torch.float32))
-            self.reactor.add(Session(worker, channel, self.holder, ledger, layout, [1]), theirs)
+            self.reactor.add(
+                Session(worker, channel, self.holder, ledger, layout, [HyperLayout(self.optimizer)]), theirs
+            )
 
     def push(self, worker: int, version: int) -> Message:
         return Message(
@@ -66,7 +68,7 @@ class Office:
             version=version,
             dtype=torch.float32,
             payload_bytes=16,
-            groups=(group_hyper(self.optimizer.param_groups[0]),),
+            groups=HyperReader(self.optimizer, HyperLayout(self.optimizer)).packed(),
             present=pack_bitmap([True]),
         )
 

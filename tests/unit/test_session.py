@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad
-from lightning_async.amsgrad import group_hyper
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.holder import Holder, Push, Update
+from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import APPLIED, DROPPED, Session, SessionError
 from lightning_async.staleness import Barrier
@@ -45,7 +45,9 @@ class Desk:
         self.ledger.open(tickets)
         self.applied: list[int] = []
         self.channel, theirs = fake_pair(self.layout.numel, worker_fault=fault)
-        self.session = Session(RANK, theirs, self.holder, self.ledger, self.layout, [1, 1])
+        self.session = Session(
+            RANK, theirs, self.holder, self.ledger, self.layout, list(map(HyperLayout, self.optimizers))
+        )
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
         self.thread.start()
@@ -72,7 +74,7 @@ class Desk:
             "worker": RANK,
             "dtype": torch.float32,
             "payload_bytes": 8,
-            "groups": (group_hyper(self.optimizers[0].param_groups[0]),),
+            "groups": HyperReader(self.optimizers[0], HyperLayout(self.optimizers[0])).packed(),
             "present": pack_bitmap([True]),
         }
         return Message(Kind.PUSH, **(fields | changes))
@@ -162,7 +164,7 @@ def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
     desk.payload()
     out = desk.layout.buffer()
     desk.holder.try_pull(0, out)
-    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], desk.push().groups, tickets=0))
+    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], (), tickets=0))
 
     reply = desk.ask(desk.push(), torch.ones(2))
 
@@ -192,6 +194,18 @@ def test_leave_close_and_goodbye() -> None:
     assert desk.ask(ask(Kind.DRAW)).tickets == 0
     desk.channel.send(ask(Kind.GOODBYE))
     assert desk.ended() is None
+
+
+def test_what_a_worker_gives_back_is_handed_to_others() -> None:
+    desk = Desk(tickets=2)
+    assert desk.ask(ask(Kind.DRAW)).tickets == 1
+
+    assert desk.ask(ask(Kind.RETURN, tickets=1, outcome=1)).kind is Kind.ACK
+
+    assert desk.ask(ask(Kind.DRAW)).tickets == 0
+    assert [list(desk.ledger.draw(0)) for _ in range(3)] == [[0], [1], []]
+    reply = desk.ask(ask(Kind.RETURN, tickets=1))
+    assert (reply.kind, reply.text) == (Kind.REFUSE, "worker 1 gives back 1 batches but was handed 0")
 
 
 ANSWERS = (
@@ -333,7 +347,11 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
 def test_rank_0s_own_worker_takes_the_same_path_without_a_thread() -> None:
     desk = Desk(tickets=4)
     worker_end, session_end, serve_with = in_process_pair(Buffers.allocate(desk.layout.numel, desk.layout.dtype))
-    serve_with(Session(0, session_end, desk.holder, desk.ledger, desk.layout, [1, 1]).serve_one)
+    serve_with(
+        Session(
+            0, session_end, desk.holder, desk.ledger, desk.layout, list(map(HyperLayout, desk.optimizers))
+        ).serve_one
+    )
     worker = Worker(0, worker_end, desk.layout, desk.optimizers, desk.latch)
     threads = threading.active_count()
 

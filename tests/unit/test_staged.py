@@ -14,8 +14,8 @@ from lightning_async.transport import pinning, staged
 from lightning_async.transport.base import Buffers
 from lightning_async.transport.fake import FakeChannel, fake_pair
 from lightning_async.transport.inprocess import in_process_pair
+from lightning_async.transport.side_stream import SideStream
 from lightning_async.transport.staged import StagedChannel, on_device
-from lightning_async.transport.streams import SideStream
 from lightning_async.wire import Kind, Message
 
 NUMEL = 6

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
+from lightning_async.ranges import UNBOUNDED
 from lightning_async.tickets import BatchSource, Ledger, TicketSampler, share_loader
 
 pytestmark = pytest.mark.timeout(60)
@@ -43,7 +44,7 @@ class Model:
     def __init__(self, tickets: range) -> None:
         self.free = set(tickets)
         self.leased: dict[int, deque[int]] = {}
-        self.applied: list[int] = []
+        self.applied: list[int] = list(range(tickets.start))
 
     def draw(self, ledger: Ledger, worker: int) -> range:
         drawn = ledger.draw(worker)
@@ -112,8 +113,74 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
         continue
     for worker, leased in model.leased.items():
         model.complete(ledger, worker, len(leased))
-    assert sorted(model.applied) == list(tickets)
-    assert ledger.progress() == (total, 0)
+    assert sorted(model.applied) == list(range(tickets.stop))
+    assert ledger.progress() == (tickets.stop, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(total=st.integers(0, 30), block=st.integers(1, 3), runs=st.integers(1, 4), data=st.data())
+def test_every_ticket_is_applied_once_relative_to_the_checkpoint_that_a_run_goes_on_from(
+    total: int, block: int, runs: int, data: st.DataObject
+) -> None:
+    saved: list[tuple[int, int]] = []
+
+    for run in range(runs):
+        # Each run has its own number of ranks; what was handed out and not applied when the last one ended is lost.
+        workers, mode = data.draw(st.integers(1, 4)), data.draw(modes)
+        before = [ticket for start, stop in saved for ticket in range(start, stop)]
+        ledger = Ledger(workers, mode)
+        ledger.begin_epoch(range(total), block, saved)
+        assert ledger.applied() == saved
+        model = Model(range(total))
+        model.free.difference_update(before)
+        model.applied = list(before)
+        ledger.open(data.draw(st.integers(0, total)))
+        last = run == runs - 1
+        for op in data.draw(operations(workers)):
+            if op.name == "draw":
+                model.draw(ledger, op.worker)
+            elif op.name == "complete":
+                model.complete(ledger, op.worker, op.count)
+            elif op.name == "open":
+                ledger.open(op.count)
+            if data.draw(st.booleans()):
+                saved = ledger.applied()
+                assert [ticket for pair in saved for ticket in range(*pair)] == sorted(model.applied)
+        if last:
+            ledger.open(total)
+            while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
+                continue
+            for worker, leased in model.leased.items():
+                model.complete(ledger, worker, len(leased))
+            assert sorted(model.applied) == list(range(total))
+
+
+def test_what_a_worker_gives_back_is_for_others_and_its_kept_first_batch_too() -> None:
+    ledger = Ledger(2, "shared")
+    ledger.begin_epoch(range(4), block=2)
+    ledger.open(4)
+    assert [list(ledger.draw(worker)) for worker in (0, 0)] == [[0, 1], []]
+
+    ledger.give_back(0, 1, stream_over=True)
+    ledger.give_back(1, 0, stream_over=False)
+
+    assert list(ledger.draw(0)) == []
+    assert [list(ledger.draw(1)) for _ in range(3)] == [[1], [2, 3], []]
+    with pytest.raises(ValueError, match="gives back 4 batches but was handed 3"):
+        ledger.give_back(1, 4, stream_over=True)
+
+
+def test_an_epoch_is_over_when_every_stream_is() -> None:
+    ledger = Ledger(2, "shared")
+    ledger.begin_epoch(range(UNBOUNDED))
+    ledger.open(UNBOUNDED)
+    ledger.complete(0, len(ledger.draw(0)))
+
+    ledger.give_back(0, 0, stream_over=True)
+    assert ledger.progress()[1] > 0
+    ledger.give_back(1, len(ledger.draw(1)), stream_over=True)
+
+    assert ledger.progress() == (1, 0)
 
 
 @given(mode=modes, workers=st.integers(1, 4), total=st.integers(0, 40), segments=st.lists(st.integers(0, 15)))

@@ -1,0 +1,131 @@
+"""The benchmarks' plots, from what they have written to `benchmarks/results`: ``python -m benchmarks.plots``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.record import load
+
+OURS, THEIRS, THIRD, IDEAL = "#1f6feb", "#d9730d", "#3d9970", "#8a8f98"
+
+
+def main() -> None:
+    """Draws every plot whose benchmark has been run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    plots: dict[str, Callable[[Axes, Any], None]] = {
+        "scaling": scaling,
+        "straggler": straggler,
+        "ceiling": ceiling,
+        "overhead": overhead,
+        "time_to_accuracy": time_to_accuracy,
+    }
+    for name, draw in plots.items():
+        record = load(name)
+        if record is None:
+            print(f"{name}: not run yet")
+            continue
+        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        draw(axes, record["found"])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        figure.savefig(out / f"benchmark_{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+        print(f"{name}: drawn")
+
+
+def scaling(axes: Axes, found: list[dict[str, Any]]) -> None:
+    """Speed-up against the number of ranks."""
+    largest = max(row["ranks"] for row in found)
+    axes.plot([1, largest], [1, largest], color=IDEAL, linestyle="--", label="ideal")
+    for name, colour in (("async_amsgrad", OURS), ("ddp", THEIRS)):
+        rows = [row for row in found if row["strategy"] == name]
+        axes.plot([row["ranks"] for row in rows], [row["speed_up"] for row in rows], "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("speed-up")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def straggler(axes: Axes, found: list[dict[str, Any]]) -> None:
+    """Batches per second beside what the ranks can do alone."""
+    names = ["ideal, each rank alone", "async_amsgrad", "ddp"]
+    width = 0.8 / len(names)
+    for index, (name, colour) in enumerate(zip(names, (IDEAL, OURS, THEIRS), strict=True)):
+        rates = [row["batches_per_second"][name] for row in found]
+        bars = axes.bar([place + index * width for place in range(len(found))], rates, width, color=colour, label=name)
+        axes.bar_label(bars, fmt="{:.1f}", padding=2)
+    axes.set_xticks(
+        [place + width for place in range(len(found))], [f"{row['parameters']:,} parameters" for row in found]
+    )
+    axes.set_ylabel("batches per second")
+    axes.margins(y=0.25)
+    axes.legend(loc="upper right", ncols=3, frameon=False, fontsize="small")
+
+
+def ceiling(axes: Axes, found: list[dict[str, Any]]) -> None:
+    """Updates per second against the number of workers."""
+    styles = {"shm": "o-", "gloo": "s--"}
+    colours = {"44K": OURS, "11.2M": THEIRS, "100M": THIRD}
+    for size, transport in dict.fromkeys((row["size"], row["transport"]) for row in found):
+        rows = [row for row in found if (row["size"], row["transport"]) == (size, transport)]
+        axes.plot(
+            [row["workers"] for row in rows],
+            [row["updates_per_second"] for row in rows],
+            styles[transport],
+            color=colours[size],
+            label=f"{size}, {transport}",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("workers")
+    axes.set_ylabel("updates per second")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def overhead(axes: Axes, found: list[dict[str, Any]]) -> None:
+    """Samples per second over DDP's."""
+    ratios = [row["async_amsgrad"] / row["ddp"] for row in found]
+    bars = axes.bar([f"{row['model']}\n{row['ranks']} rank(s)" for row in found], ratios, 0.6, color=OURS)
+    axes.bar_label(bars, fmt="{:.3f}", padding=2)
+    axes.axhline(1.0, color=THEIRS, label="ddp")
+    axes.set_ylabel("samples per second over ddp's")
+    axes.margins(y=0.2)
+    axes.legend(loc="lower right")
+
+
+def time_to_accuracy(axes: Axes, found: list[dict[str, Any]]) -> None:
+    """Seconds to the accuracy, for each seed."""
+    width = 0.38
+    for offset, name, colour in ((0.0, "async_amsgrad", OURS), (width, "ddp", THEIRS)):
+        reached = [(place, row[name]) for place, row in enumerate(found) if row[name]]
+        bars = axes.bar(
+            [place + offset for place, _ in reached], [s for _, s in reached], width, color=colour, label=name
+        )
+        axes.bar_label(bars, fmt="{:.1f}", padding=2)
+    axes.set_xticks([place + width / 2 for place in range(len(found))], [f"seed {row['seed']}" for row in found])
+    axes.set_ylabel("seconds to the accuracy")
+    axes.margins(y=0.25)
+    axes.legend(loc="upper right", ncols=2, frameon=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,9 @@ class Binding:
                 parameter.data = view
                 self._bound.append(parameter)
         large = layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES
-        self._hooks = self._install_hooks() if moves_gradients and large else []
+        # On a GPU one copy of all gradients is a single kernel; a hook would launch one for each.
+        on_host = buffers.gradient.device.type == "cpu"
+        self._hooks = self._install_hooks() if moves_gradients and large and on_host else []
 
     def gather(self, index: int, into: Sequence[Tensor] | None = None) -> list[bool]:
         """Brings the gradients of one optimizer into the buffer; returns which parameters have one.

@@ -20,7 +20,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = N
     """
     with torch.no_grad():
         for tensor in tensors:
-            shared = tensor.detach().to(device or tensor.device).contiguous()
+            shared = _reachable(tensor.detach().to(device or tensor.device).contiguous())
             dist.broadcast(shared, src=0)
             tensor.copy_(shared)
 
@@ -36,7 +36,9 @@ def average_buffers(module: nn.Module) -> None:
         if floating:
             # One collective for all of them, in float64: there the sum of equal values is exact and does not overflow,
             # so a mask or a table that no rank has touched stays what it is.
-            flat = torch.cat([buffer.reshape(-1).to(torch.float64) for buffer in floating])
+            # A module on a GPU may keep some of its buffers on the host.
+            device = floating[0].device
+            flat = _reachable(torch.cat([buffer.reshape(-1).to(device, torch.float64) for buffer in floating]))
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
             for buffer, mean in zip(
@@ -44,3 +46,14 @@ def average_buffers(module: nn.Module) -> None:
             ):
                 buffer.copy_(mean.view_as(buffer))
     broadcast_tensors(others)
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it on this rank's GPU if the default group has only NCCL, which knows no host memory."""
+    if tensor.is_cuda or dist.get_backend() != "nccl":
+        return tensor
+    return tensor.to(_gpu())
+
+
+def _gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

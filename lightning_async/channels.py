@@ -1,6 +1,6 @@
-"""How a worker and the holder agree on a channel: shared memory on one host, Gloo otherwise.
+"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, Gloo otherwise.
 
-Above `transport/`; below `server.py`, which offers, and `engine.py`, which dials.
+Above `transport/` and `nccl_office.py`; below `server.py`, which offers, and `engine.py`, which dials.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 
+from lightning_async.devices import DeviceFacts, RankDevices
 from lightning_async.frontdoor import DOORBELL, Address, HandshakeError, Visitor, introduce
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
+from lightning_async.nccl_office import NcclOffice, accept_nccl
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
@@ -42,15 +44,21 @@ class ChannelOffice:
         numel: size of the flat buffers.
         dtype: of the flat buffers.
         wire: what payloads are rounded to on a network.
+        device: of the holder.
+        facts: what rank 0 says of its GPU if the holder is there; None otherwise.
+        workers: number of ranks.
     """
 
     def __init__(
         self,
         host: str,
-        transport: Literal["auto", "shm", "gloo"],
+        transport: Literal["auto", "shm", "gloo", "nccl"],
         numel: int,
         dtype: torch.dtype,
         wire: WireNames = ("fp32", "fp32"),
+        device: torch.device | None = None,
+        facts: DeviceFacts = None,
+        workers: int = 1,
     ) -> None:
         self._wire = wire
         self._host = host
@@ -59,6 +67,10 @@ class ChannelOffice:
         self._dtype = dtype
         self._lock = threading.Lock()
         self._store: Any = None
+        self._nccl: NcclOffice | None = None
+        if device is not None and facts is not None and transport in ("auto", "nccl"):
+            insists = transport == "nccl"
+            self._nccl = NcclOffice(device, facts, workers, numel, dtype, insists, self._client)
 
     def check(self, visitor: Visitor) -> None:
         """Refuses a worker for which there is no channel.
@@ -77,8 +89,10 @@ class ChannelOffice:
 
         Raises:
             ChannelClosedError: if the worker goes away meanwhile.
-            HandshakeError: if only shared memory is wanted and cannot be had.
+            HandshakeError: if only shared memory or NCCL is wanted and cannot be had.
         """
+        if self._nccl is not None and (channel := self._nccl.open(visitor, connection)) is not None:
+            return channel
         segment = self._segment(visitor)
         try:
             pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
@@ -105,6 +119,8 @@ class ChannelOffice:
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
+        if self._nccl is not None:
+            self._nccl.close()
         with self._lock:
             self._store = None
 
@@ -132,6 +148,10 @@ class ChannelOffice:
                 self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
             return int(self._store.port)
 
+    def _client(self) -> tuple[int, Store]:
+        port = self._store_port(None)
+        return port, self._store.clone()
+
 
 def dial(
     address: Address,
@@ -140,6 +160,7 @@ def dial(
     groups: Sequence[HyperLayout],
     incarnation: int = 0,
     lane: int = 0,
+    devices: RankDevices | None = None,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -150,15 +171,23 @@ def dial(
         groups: which hyper-parameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
         lane: which of the worker's lanes this is.
+        devices: where this rank computes; its host by default.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
         ChannelClosedError: if rank 0 cannot be reached.
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
-    claims = {"model": model, "host": host_identity(), "lane": lane}
+    devices = devices or RankDevices()
+    claims = {"model": model, "host": host_identity(), "lane": lane, "device": devices.mine}
     connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
-    offer = json.loads(welcome)
+
+    def gpu_buffers() -> Buffers:
+        return Buffers.allocate(numel, dtype, devices.own)
+
+    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own)
+    if isinstance(offer, Channel):
+        return offer
     if offer["segment"] is not None:
         try:
             buffers = SharedSegment.attach(offer["segment"], numel, dtype)

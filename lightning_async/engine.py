@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.channels import dial
+from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Holder, Snapshot, Update
@@ -20,8 +21,10 @@ from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
 from lightning_async.server import Server
+from lightning_async.site import HolderSite
 from lightning_async.staleness import Barrier, resolve_max_staleness
 from lightning_async.tickets import Ledger
+from lightning_async.transport.staged import on_device
 from lightning_async.worker import Worker
 
 __all__ = ["Engine", "UpdateObserver"]
@@ -45,6 +48,7 @@ class Engine:
         version: the version to start from.
         meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
         predecessor: an engine that this one takes the place of, since param groups were added: closed on every rank.
+        devices: where this rank computes and where the holder lives; the host by default.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class Engine:
         version: int,
         meet: Callable[[], None],
         predecessor: Engine | None = None,
+        devices: RankDevices | None = None,
     ) -> None:
+        devices = devices or RankDevices()
         grouped = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
         owned = [[parameter for group in of_one for parameter in group] for of_one in grouped]
         layout = FlatLayout(owned)
@@ -86,7 +92,8 @@ class Engine:
                 for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                     view.copy_(parameter.detach())
             barrier = Barrier(bound, options.on_stale, version=version)
-            self.holder = Holder(layout, initial, optimizers, barrier, latch, self._observe)
+            site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
+            self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
             if predecessor is not None:
                 self._inherit(predecessor)
             self._server = Server(
@@ -99,6 +106,8 @@ class Engine:
                 options.transport,
                 on_refused=stats.refuse,
                 wire=(options.wire_dtype, options.parameter_wire_dtype),
+                site=site,
+                workers=world_size,
             )
             if door is not None:
                 # Its updates are served by the reactor where they are to overlap with its training.
@@ -108,8 +117,8 @@ class Engine:
             channels = [self._server.local_channel()]
         else:
             assert address is not None
-            channels = [dial(address, rank, layout, groups, lane=lane) for lane in range(lanes)]
-        self.worker = Worker(rank, channels, layout, optimizers, latch)
+            channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]
+        self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
         self.worker.version = version
 
     def owns(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:

@@ -23,6 +23,8 @@ class ExchangeOptions:
         overlap: whether a rank computes its next batch while its push and pull are under way.
         wire_dtype: what gradients are rounded to on their way across a network.
         parameter_wire_dtype: what parameters are rounded to on their way across a network.
+        holder_device: where parameters and optimizer states live: "cpu" is rank 0's host, "cuda" its GPU, "auto" its
+            GPU if every other rank is reached by NCCL.
 
     Raises:
         ValueError: if a value has no meaning; the message says which have.
@@ -36,11 +38,12 @@ class ExchangeOptions:
     max_staleness: int | Literal["auto"] | None = "auto"
     on_stale: Literal["wait", "drop"] = "wait"
     batches: Literal["shared", "sharded"] = "shared"
-    transport: Literal["auto", "shm", "gloo"] = "auto"
+    transport: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     worker_timeout_s: float = 60.0
     overlap: bool = False
     wire_dtype: WireDtype = "fp32"
     parameter_wire_dtype: WireDtype = "fp32"
+    holder_device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -52,7 +55,8 @@ class ExchangeOptions:
         choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("on_stale", self.on_stale, ("wait", "drop")),
             ("batches", self.batches, ("shared", "sharded")),
-            ("transport", self.transport, ("auto", "shm", "gloo")),
+            ("transport", self.transport, ("auto", "shm", "gloo", "nccl")),
+            ("holder_device", self.holder_device, ("auto", "cpu", "cuda")),
             ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
             ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
             ("overlap", self.overlap, (False, True)),
@@ -60,6 +64,11 @@ class ExchangeOptions:
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+        if self.transport == "nccl" and self.holder_device == "cpu":
+            raise ValueError(
+                'transport="nccl" moves data between GPUs, so the holder is on rank 0\'s: leave holder_device="cpu" '
+                'out, or take transport="auto".'
+            )
         timeout: object = self.worker_timeout_s
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")

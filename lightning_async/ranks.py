@@ -45,6 +45,14 @@ class StartedRanks(PhasedCollectives):
         else:
             self._launcher = ProcessLauncher(self, start_method=self._start_method)
 
+    @override
+    def _get_process_group_backend(self) -> str:
+        devices = self.parallel_devices or []
+        if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
+            # NCCL refuses a group in which two ranks have the same GPU.
+            return "gloo"
+        return super()._get_process_group_backend()
+
     def guard_run(self) -> AbstractContextManager[None]:
         """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
         self.set_world_ranks()

@@ -22,8 +22,9 @@ from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
+from lightning_async.site import HolderSite
 from lightning_async.tickets import Ledger
-from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
+from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.inprocess import in_process_pair
 from lightning_async.transport.shm import SharedMemoryChannel
@@ -49,6 +50,8 @@ class Server:
         latch: the run's failure latch.
         door: where workers come in; None if rank 0 is alone.
         transport: how payloads travel.
+        site: where the holder lives; rank 0's host by default.
+        workers: number of ranks.
         on_refused: called when a connection or a request is refused.
         wire: what payloads are rounded to on a network.
     """
@@ -61,9 +64,11 @@ class Server:
         groups: Sequence[HyperLayout],
         latch: FailureLatch,
         door: FrontDoor | None = None,
-        transport: Literal["auto", "shm", "gloo"] = "auto",
+        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         on_refused: Callable[[], None] = lambda: None,
         wire: WireNames = ("fp32", "fp32"),
+        site: HolderSite | None = None,
+        workers: int = 1,
     ) -> None:
         self._holder = holder
         self._ledger = ledger
@@ -72,6 +77,7 @@ class Server:
         self._latch = latch
         self._door = door
         self._on_refused = on_refused
+        self._site = site or HolderSite()
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
         self._threads: dict[tuple[int, int], threading.Thread] = {}
@@ -80,13 +86,22 @@ class Server:
         self._reactor = Reactor(holder, self._end_served, use_one_thread)
         self._office: ChannelOffice | None = None
         if door is not None:
-            self._office = ChannelOffice(door.address.host, transport, layout.numel, layout.dtype, wire)
+            self._office = ChannelOffice(
+                door.address.host,
+                transport,
+                layout.numel,
+                layout.dtype,
+                wire,
+                self._site.device,
+                self._site.facts,
+                workers,
+            )
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
 
     def local_channel(self, worker: int = 0) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread."""
-        mine, theirs, serve_with = in_process_pair(Buffers.allocate(self._layout.numel, self._layout.dtype))
+        mine, theirs, serve_with = in_process_pair(self._site.buffers(self._layout.numel, self._layout.dtype))
         serve_with(self._session(worker, theirs).serve_one)
         with self._lock:
             self._channels.append(theirs)
@@ -143,10 +158,11 @@ class Server:
         thread.start()
 
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
+        self._site.adopt_thread()
         assert self._office is not None
         error: BaseException | None = None
         try:
-            channel = self._office.open(visitor, connection)
+            channel = self._site.stage(self._office.open(visitor, connection))
             with self._lock:
                 self._channels.append(channel)
             session = self._session(visitor.rank, channel, visitor.lane)

@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import average_buffers, broadcast_tensors
+from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine, UpdateObserver
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
@@ -95,7 +96,7 @@ class AsyncStrategy(StartedRanks):
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
-            Gloo for the others; ``"shm"`` and ``"gloo"`` insist on one.
+            Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
         worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
         overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
             that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
@@ -104,6 +105,8 @@ class AsyncStrategy(StartedRanks):
         parameter_wire_dtype: the same for parameters.
         summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
             were, and what to make of it.
+        holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
+            ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -124,12 +127,13 @@ class AsyncStrategy(StartedRanks):
         max_staleness: int | Literal["auto"] | None = "auto",
         on_stale: Literal["wait", "drop"] = "wait",
         batches: Literal["shared", "sharded"] = "shared",
-        transport: Literal["auto", "shm", "gloo"] = "auto",
+        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         worker_timeout: float = 60.0,
         overlap: bool = False,
         wire_dtype: WireDtype = "fp32",
         parameter_wire_dtype: WireDtype = "fp32",
         summary: bool = True,
+        holder_device: Literal["auto", "cpu", "cuda"] = "auto",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -159,6 +163,7 @@ class AsyncStrategy(StartedRanks):
                 overlap=overlap,
                 wire_dtype=wire_dtype,
                 parameter_wire_dtype=parameter_wire_dtype,
+                holder_device=holder_device,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
@@ -278,6 +283,7 @@ class AsyncStrategy(StartedRanks):
                 version=self._version,
                 meet=super().barrier,
                 predecessor=predecessor,
+                devices=self._devices(),
             )
         except ValueError as error:
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
@@ -294,6 +300,16 @@ class AsyncStrategy(StartedRanks):
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
             self.worker.on_span = engine.worker.on_span
+
+    def _devices(self) -> RankDevices:
+        """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
+        own, mine = self.root_device, describe_device(self.root_device)
+        everyone = () if mine is None else self.gather_objects(mine)
+        try:
+            # Asked on every rank, so that all of them refuse what cannot be.
+            return RankDevices(own, mine, place_holder(self.options.holder_device, self.options.transport, everyone))
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}.") from error
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -165,8 +165,8 @@ class FusedUpdate(StepUpdate):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
         self._state: list[list[list[Tensor]]] | None = None
-        # The step counts of all parameters: one addition for all of them.
-        self._counts = torch.zeros(len(self._parameters))
+        # The step counts of all parameters: one addition for all of them, where the kernel reads them.
+        self._counts = torch.zeros(len(self._parameters), device=self._parameters[0].device)
 
     def forget(self) -> None:
         """To be called when the optimizer has loaded another state."""

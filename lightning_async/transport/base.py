@@ -1,7 +1,8 @@
 """What a channel is: one worker's ordered exchange of messages and payloads with the holder.
 
-Implemented by `shm.py` (another process on the holder's host), `gloo.py` (any other process), `inprocess.py` (rank 0's
-own worker) and `fake.py` (tests). Used by `worker.py` and `server.py`.
+Implemented by `shm.py` (another process on the holder's host), `gloo.py` (any other process), `nccl.py` (GPU to GPU),
+`inprocess.py` (rank 0's own worker), `staged.py` (around another one, for buffers on a GPU) and `fake.py` (tests). Used
+by `worker.py` and `server.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Buffers:
     parameters: Tensor
 
     @classmethod
-    def allocate(cls, numel: int, dtype: torch.dtype) -> Buffers:
-        """Zeroed buffers in this process's own memory."""
-        return cls(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype))
+    def allocate(cls, numel: int, dtype: torch.dtype, device: torch.device | None = None) -> Buffers:
+        """Zeroed buffers in this process's own memory, or on ``device``."""
+        return cls(torch.zeros(numel, dtype=dtype, device=device), torch.zeros(numel, dtype=dtype, device=device))
 
 
 class Channel(ABC):

@@ -6,6 +6,7 @@ not; so whoever waits without a payload under way waits here. Used by `gloo.py`,
 
 from __future__ import annotations
 
+import select
 import socket
 
 from lightning_async.transport.base import ChannelClosedError
@@ -97,6 +98,24 @@ class ControlConnection:
             start = end
         self._partial = data[start:]
         return messages
+
+    def peer_has_left(self) -> bool:
+        """Whether the peer has closed its side, even if something that it sent before is still unread."""
+        # Linux alone tells a half-closed connection from one with something to read.
+        return self._poll(getattr(select, "POLLRDHUP", 0))
+
+    def is_readable(self) -> bool:
+        """Whether `receive` would find something: the beginning of a message, or the end of the connection."""
+        return self._poll(select.POLLIN)
+
+    def _poll(self, events: int) -> bool:
+        poll = select.poll()
+        try:
+            poll.register(self._socket, events)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            # Closed from here.
+            return True
 
     def shutdown(self) -> None:
         """Wakes a thread that waits in `receive`, which then raises; the socket stays owned."""

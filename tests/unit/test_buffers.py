@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_async import buffers
 from lightning_async.buffers import average_buffers, broadcast_tensors
 
 
@@ -42,6 +44,34 @@ def test_what_all_ranks_agree_on_stays_exactly_what_it_is() -> None:
         assert buffer.dtype is before[name].dtype
         assert buffer.equal(before[name]), name
         assert buffer.data_ptr() == storages[name]
+
+
+def test_what_nccl_cannot_reach_goes_through_the_gpu_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Copied(torch.Tensor):
+        """What has been moved; the host's memory stands for a GPU's."""
+
+    reached: list[type] = []
+
+    def collective(tensor: torch.Tensor, **arguments: Any) -> None:
+        reached.append(type(tensor))
+        tensor.fill_(3)
+
+    module = Buffers()
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "broadcast", collective)
+    monkeypatch.setattr(dist, "all_reduce", collective)
+    monkeypatch.setattr(buffers, "_gpu", lambda: "gpu")
+    real = torch.Tensor.to
+
+    def move(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return tensor.clone().as_subclass(Copied) if arguments == ("gpu",) else real(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "to", move)
+    average_buffers(module)
+
+    assert reached == [Copied] * 3
+    assert module.count.item() == 3
+    assert module.mean.tolist() == [[3.0, 3.0]]
 
 
 def test_a_module_without_buffers_is_left_alone() -> None:

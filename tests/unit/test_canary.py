@@ -176,6 +176,7 @@ SIGNATURES = {
         f"{DDP}.setup_environment": "self",
         f"{DDP}.setup_optimizers": "self, trainer",
         f"{DDP}.set_world_ranks": "self",
+        f"{DDP}._get_process_group_backend": "self",
         f"{DDP}.connect": "self, model",
         f"{DDP}.process_dataloader": "self, dataloader",
         f"{DDP}.pre_backward": "self, closure_loss",
@@ -485,3 +486,17 @@ def test_gloo_can_be_built_for_two_ranks_without_a_default_group() -> None:
         gloo(PrefixStore("canary", HashStore()), 0, 1, options)
     except (AttributeError, TypeError) as error:
         fail("transport/gloo.py", f"ProcessGroupGloo(store, rank, size, _Options with _timeout, _devices): {error}")
+
+
+def test_torch_describes_the_nccl_group_as_it_is_used() -> None:
+    # Without CUDA there is no such class; its description comes with every build.
+    stub = ast.parse((Path(torch.__file__).parent / "_C" / "_distributed_c10d.pyi").read_text())
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    known = {
+        name: {member.name for member in classes[name].body if isinstance(member, (ast.FunctionDef, ast.ClassDef))}
+        for name in ("Backend", "ProcessGroupNCCL")
+    }
+
+    missing = {"Options", "abort"} - known["ProcessGroupNCCL"] | {"eager_connect_single_device"} - known["Backend"]
+    if missing:
+        fail("transport/nccl.py", f"ProcessGroupNCCL having {missing}")

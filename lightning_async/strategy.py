@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
@@ -16,69 +16,41 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.amsgrad import UnsupportedOptimizerError
-from lightning_async.buffers import average_buffers, broadcast_tensors
+from lightning_async.buffers import broadcast_tensors
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine, UpdateObserver
-from lightning_async.holder import Snapshot
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions, WireDtype
 from lightning_async.phases import Phase, keep_metrics_local
-from lightning_async.ranks import StartedRanks
 from lightning_async.registry import register
-from lightning_async.resume import EpochPlace, agree_on_order
 from lightning_async.seeing.summary import print_summary
+from lightning_async.segments import SegmentedRanks
 from lightning_async.shells import (
-    checkpointed_state,
-    load_groups,
     load_state,
     make_shell,
-    snapshot_parameters,
 )
 from lightning_async.sinks import sink_for
 from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
-from lightning_async.worker import Worker
 from lightning_async.wrappers import check_module
 
 __all__ = ["AsyncStrategy"]
 
-# One key for all strategies of this package: their checkpoints load in each other.
-_CHECKPOINT_KEY = "async_amsgrad"
 
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """What all ranks know when they have met at the end of a segment.
-
-    Args:
-        tickets_done: batches of this epoch that are applied.
-        tickets_left: batches of this epoch that nobody was handed.
-        validation_requested: a rank asked for validation now.
-        skip_rest: a rank wants to skip the rest of the epoch.
-    """
-
-    tickets_done: int
-    tickets_left: int
-    validation_requested: bool
-    skip_rest: bool
-
-
-class AsyncStrategy(StartedRanks):
+class AsyncStrategy(SegmentedRanks):
     """Asynchronous data-parallel training with a holder on rank 0 and bounded staleness, for any torch optimizer.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
@@ -173,34 +145,12 @@ class AsyncStrategy(StartedRanks):
         self.observers: list[UpdateObserver] = []
         self.summary = summary
         self.sigterm_received = False
-        self._engine: Engine | None = None
         self._metrics: MetricsLogger | None = None
-        self._snapshot: Snapshot | None = None
-        self._version = 0
         self._version_at_backward = 0
         # Whether the train data is one loader, which all ranks may share.
         self.has_one_train_loader = True
-        # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
-        self._epoch_order: tuple[int, str] | None = None
-        self._resumed: EpochPlace | None = None
 
     # --- who and where -----------------------------------------------------------------------------------------------
-
-    @property
-    def worker(self) -> Worker:
-        """This rank's worker; exists during fit."""
-        assert self._engine is not None
-        return self._engine.worker
-
-    @property
-    def version(self) -> int:
-        """The version k of the parameters that this rank holds: updates applied by all ranks."""
-        return self._version if self._engine is None else self.worker.version
-
-    @property
-    def clock(self) -> int:
-        """The global clock, k // N: what ``trainer.global_step`` shows."""
-        return self.version // self.world_size
 
     @property
     @override
@@ -210,11 +160,6 @@ class AsyncStrategy(StartedRanks):
         if training and self.has_one_train_loader:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 
@@ -352,148 +297,16 @@ class AsyncStrategy(StartedRanks):
             )
         self.worker.step(index)
 
-    # --- phases ------------------------------------------------------------------------------------------------------
-
-    def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
-        """Fills the ledger with what is left of an epoch; a collective call.
-
-        Args:
-            tickets: batches of the epoch over all ranks.
-            order: digest of this rank's order of batches; empty for a stream of its own.
-            tickets_done: how many a checkpoint's counters say are done, for one that does not say which.
-
-        Returns:
-            The place that a checkpoint has recorded, if this epoch is resumed from there.
-
-        Raises:
-            MisconfigurationException: if the ranks' orders differ.
-        """
-        assert self._engine is not None
-        self._epoch_order = (self._trainer.current_epoch, order)
-        agree_on_order(self.gather_objects(order))
-        resumed, self._resumed = self._resumed, None
-        place = None if resumed is None else resumed.within(*self._epoch_order)
-        applied = ((0, tickets_done),) if place is None else place.applied
-        if self._engine.ledger is not None:
-            block = self._trainer.accumulate_grad_batches if self._automatic else 1
-            self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
-        return place
-
-    @property
-    def unfinished_tickets(self) -> int:
-        """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
-        assert self._engine is not None and self._engine.ledger is not None
-        ledger = self._engine.ledger
-        return ledger.progress()[1] + sum(map(ledger.leased, range(self.world_size)))
-
+    @override
     def enter_asynchronous_phase(self, tickets: int) -> None:
-        """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
         self._follow_user_code()
-        assert self._engine is not None
-        if self._engine.ledger is not None:
-            self._engine.ledger.open(tickets)
-        if self._metrics is not None:
-            self._metrics.restart_clock()
-        self.stats.start_segment()
-        self.barrier("a segment begins")
-        Phase.asynchronous = True
-
-    def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
-        """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
-        assert self._engine is not None and self.lightning_module is not None
-        Phase.asynchronous = False
-        trainer = self._trainer
-        wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
-        trainer.should_stop, sigterm, validation_requested, skip_rest = (
-            any(wish) for wish in zip(*wishes, strict=True)
-        )
-        self.stats.end_segment()
-        if sigterm:
-            trainer_state.set_received_sigterm(trainer)
-        # Every rank's last push was answered before it came here, so these parameters are final.
-        self.worker.refresh()
-        if self.world_size > 1:
-            average_buffers(self.lightning_module)
-        done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
-        return Stop(done, left, validation_requested, skip_rest)
-
-    def save_checkpoints(self, save: Callable[[], None]) -> None:
-        """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
-
-        A collective call. What came due since a rank's last batch is not the same on all ranks, so rank 0 decides.
-        """
-        if self.is_global_zero:
-            Phase.asynchronous = True
-            try:
-                save()
-            finally:
-                Phase.asynchronous = False
-        fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
-        trainer_state.set_checkpoint_fields(self._trainer, fields)
-
-    def raise_sigterm(self) -> None:
-        """Leaves the fit after a SIGTERM that all ranks have agreed on."""
-        raise SIGTERMException
-
-    @property
-    def snapshot_in_progress(self) -> Snapshot | None:
-        """What a checkpoint that is being put together consists of, on rank 0."""
-        return self._snapshot
-
-    # --- state -------------------------------------------------------------------------------------------------------
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        if self._engine is None:
-            return state
-        # Parameters, optimizer states and applied batches of one checkpoint come from one version.
-        self._snapshot = snapshot = self._engine.snapshot()
-        if snapshot is None:
-            return state
-        assert self.lightning_module is not None
-        snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
-        return state
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._snapshot is None:
-            return super().optimizer_state(optimizer)
-        own = getattr(optimizer, "_optimizer", optimizer)
-        return checkpointed_state(own, self._snapshot, self.optimizers.index(own))
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        snapshot, self._snapshot = self._snapshot, None
-        version = self.version if snapshot is None else snapshot.version
-        noted: dict[str, Any] = {"version": version, "world_size": self.world_size}
-        if snapshot is not None and self._epoch_order is not None:
-            clock = loops.scheduler_clock(self._trainer)
-            noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
-        checkpoint[_CHECKPOINT_KEY] = noted
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        super().enter_asynchronous_phase(tickets)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # A callback may have given the optimizers the param groups of the checkpoint.
         self._follow_user_code()
-        assert self._engine is not None
-        saved = checkpoint.get(_CHECKPOINT_KEY, {})
-        version = int(checkpoint["global_step"]) * self.world_size
-        if saved:
-            # The same clock with another number of ranks is another version.
-            same = saved["world_size"] == self.world_size
-            version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
-        self._resumed = EpochPlace.load(saved) if "applied" in saved else None
-        states = checkpoint["optimizer_states"]
-        if self._engine.holder is not None and self._engine.holder.restore(version, states):
-            rank_zero_warn(
-                "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
-            )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            # The module's optimizer only carries hyper-parameters; the state is the holder's.
-            load_groups(optimizer, state)
-        self.worker.version = version
+        super().load_optimizer_state_dict(checkpoint)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -541,11 +354,6 @@ class AsyncStrategy(StartedRanks):
             **asdict(self.options),
             "max_staleness": bound,
         }
-
-    @property
-    def _automatic(self) -> bool:
-        assert self.lightning_module is not None
-        return self.lightning_module.automatic_optimization
 
     @classmethod
     @override

@@ -157,7 +157,11 @@ class Worker:
         self._request(self._lane, given, Kind.ACK)
 
     def close_hand_out(self) -> None:
-        """Ends the segment for every rank once the batches that are out have been computed."""
+        """Ends the segment for every rank once the batches that are being computed are done."""
+        if self._drawn:
+            # They came with the last answer; a rank that wants to stop begins no further batch.
+            self.give_back(sum(map(len, self._drawn)), stream_over=False)
+            self._drawn.clear()
         self._request(self._lane, Message(Kind.CLOSE, worker=self.rank), Kind.ACK)
 
     def begin_batch(self, samples: int) -> None:

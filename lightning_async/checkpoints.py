@@ -1,0 +1,116 @@
+"""What the ranks' strategy saves and loads: the holder's parameters, states and version, in torch's own format.
+
+Below `strategy.py`; above `ranks.py`, `engine.py`, `shells.py` and `resume.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_async.engine import Engine
+from lightning_async.holder import Snapshot
+from lightning_async.internals import loops
+from lightning_async.ranks import StartedRanks
+from lightning_async.resume import EpochPlace
+from lightning_async.shells import checkpointed_state, load_groups, snapshot_parameters
+from lightning_async.worker import Worker
+
+__all__ = ["CheckpointedRanks"]
+
+# One key for all strategies of this package: their checkpoints load in each other.
+_CHECKPOINT_KEY = "async_amsgrad"
+
+
+class CheckpointedRanks(StartedRanks):
+    """Started ranks that exchange gradients, as far as checkpoints and the version are concerned."""
+
+    _engine: Engine | None = None
+    _snapshot: Snapshot | None = None
+    _version = 0
+    # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
+    _epoch_order: tuple[int, str] | None = None
+    _resumed: EpochPlace | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """This rank's worker; exists during fit."""
+        assert self._engine is not None
+        return self._engine.worker
+
+    @property
+    def version(self) -> int:
+        """The version k of the parameters that this rank holds: updates applied by all ranks."""
+        return self._version if self._engine is None else self.worker.version
+
+    @property
+    def clock(self) -> int:
+        """The global clock, k // N: what ``trainer.global_step`` shows."""
+        return self.version // self.world_size
+
+    @property
+    def snapshot_in_progress(self) -> Snapshot | None:
+        """What a checkpoint that is being put together consists of, on rank 0."""
+        return self._snapshot
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        if self._engine is None:
+            return state
+        # Parameters, optimizer states and applied batches of one checkpoint come from one version.
+        self._snapshot = snapshot = self._engine.snapshot()
+        if snapshot is None:
+            return state
+        assert self.lightning_module is not None
+        snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
+        return state
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._snapshot is None:
+            return super().optimizer_state(optimizer)
+        own = getattr(optimizer, "_optimizer", optimizer)
+        return checkpointed_state(own, self._snapshot, self.optimizers.index(own))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        version = self.version if snapshot is None else snapshot.version
+        noted: dict[str, Any] = {"version": version, "world_size": self.world_size}
+        if snapshot is not None and self._epoch_order is not None:
+            clock = loops.scheduler_clock(self._trainer)
+            noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
+        checkpoint[_CHECKPOINT_KEY] = noted
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        saved = checkpoint.get(_CHECKPOINT_KEY, {})
+        version = int(checkpoint["global_step"]) * self.world_size
+        if saved:
+            # The same clock with another number of ranks is another version.
+            same = saved["world_size"] == self.world_size
+            version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
+        self._resumed = EpochPlace.load(saved) if "applied" in saved else None
+        states = checkpoint["optimizer_states"]
+        if self._engine.holder is not None and self._engine.holder.restore(version, states):
+            rank_zero_warn(
+                "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            # The module's optimizer only carries hyper-parameters; the state is the holder's.
+            load_groups(optimizer, state)
+        self.worker.version = version
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer

@@ -291,19 +291,20 @@ OWN_STREAMS: dict[str, Callable[[Noting], Any]] = {
 @pytest.mark.compatibility("Data", "IterableDataset, sized or not")
 @pytest.mark.compatibility("Data", "a DistributedSampler of the user's own, use_distributed_sampler=False")
 @pytest.mark.compatibility("Data", "CombinedLoader: min_size, max_size, max_size_cycle")
-@both
 @pytest.mark.parametrize("kind", OWN_STREAMS)
-def test_every_rank_walks_the_stream_that_it_walks_under_ddp(tmp_path: Path, kind: str, batches: Hand) -> None:
+def test_every_rank_walks_the_stream_that_it_walks_under_ddp(tmp_path: Path, kind: str) -> None:
     arguments: dict[str, Any] = {"use_distributed_sampler": kind != "own sampler", "validation": loader(6)}
     reference = fit(tmp_path / "ddp", OWN_STREAMS[kind], batches=None, **arguments)
 
-    run = fit(tmp_path / "async", OWN_STREAMS[kind], batches=batches, **arguments)
+    shared = fit(tmp_path / "shared", OWN_STREAMS[kind], batches="shared", **arguments)
+    sharded = fit(tmp_path / "sharded", OWN_STREAMS[kind], batches="sharded", **arguments)
 
-    for epoch in range(2):
-        assert by_rank(run, epoch) == by_rank(reference, epoch)
-    for mine, theirs in zip(run.reports(), reference.reports(), strict=True):
-        assert (mine["step"], mine["batches"]) == (theirs["step"], theirs["batches"])
-        assert mine["validated"] == theirs["validated"]
+    for run in (shared, sharded):
+        for epoch in range(2):
+            assert by_rank(run, epoch) == by_rank(reference, epoch)
+        for mine, theirs in zip(run.reports(), reference.reports(), strict=True):
+            assert (mine["step"], mine["batches"]) == (theirs["step"], theirs["batches"])
+            assert mine["validated"] == theirs["validated"]
 
 
 @pytest.mark.compatibility("Data", "plain loaders, use_distributed_sampler=False")
@@ -332,8 +333,11 @@ def test_streams_of_unlike_length_are_each_walked_to_their_end(tmp_path: Path, b
 
 
 @both
-@pytest.mark.parametrize("arguments", [{"limit_train_batches": 5}, {"max_steps": 10, "max_epochs": -1}], ids=str)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [({"limit_train_batches": 5}, 0), ({"limit_train_batches": 5}, 2), ({"max_steps": 10, "max_epochs": -1}, 0)],
+    ids=str,
+)
 def test_streams_without_end_are_drawn_from_up_to_the_limit(
     tmp_path: Path, batches: Hand, arguments: dict[str, Any], workers: int
 ) -> None:

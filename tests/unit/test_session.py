@@ -365,3 +365,21 @@ def test_rank_0s_own_worker_takes_the_same_path_without_a_thread() -> None:
     worker.close()
     with pytest.raises(ChannelClosedError):
         session_end.receive()
+
+
+def test_tickets_that_came_with_the_push_that_ended_a_segment_are_given_back() -> None:
+    desk = Desk(tickets=3)
+    worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
+    worker._draws_with_push = True
+    assert list(worker.draw()) == [0]
+    worker.begin_batch(samples=4)
+    desk.parameters[0].grad = torch.ones(2)
+    assert worker.step(0)
+    assert desk.ledger.leased(RANK) == 1
+
+    worker.finish_segment()
+
+    assert desk.ledger.leased(RANK) == 0
+    assert desk.ledger.progress() == (1, 2)
+    worker.close()
+    assert desk.ended() is None

@@ -4,15 +4,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test strangers lint docs table bench clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
 	@echo "make test    the test suite"
+	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, into site/"
+	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
-	@echo "make clean   remove $(VENV), caches and results"
+	@echo "make clean   remove $(VENV), $(VENV)-strangers, caches and results"
 
 # Installed once, and again when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -26,6 +28,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+strangers:
+	$(PYTHON) -m venv $(VENV)-strangers
+	$(VENV)-strangers/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e . -r tests/strangers/requirements.txt
+	$(VENV)-strangers/bin/python -m pytest -m strangers tests/strangers
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,8 +42,11 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
+table: $(STAMP)
+	$(BIN)/python -m tests.compatibility.table
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.straggler
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs
+	rm -rf $(VENV) $(VENV)-strangers site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs

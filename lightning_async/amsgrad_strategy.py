@@ -38,3 +38,5 @@ class AsyncAMSGradStrategy(AsyncStrategy):
             )
             for group in optimizer.param_groups:
                 group["amsgrad"] = True
+            # For groups that are added later.
+            optimizer.defaults["amsgrad"] = True

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 __all__ = ["average_buffers", "broadcast_tensors"]
 
 
-def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Overwrites the tensors with rank 0's, in place; a collective call."""
+def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+    """Overwrites the tensors with rank 0's, in place; a collective call.
+
+    Args:
+        tensors: what to share.
+        device: where the default group can send them from, if they may lie elsewhere.
+    """
     with torch.no_grad():
         for tensor in tensors:
-            shared = _reachable(tensor.detach().contiguous())
+            shared = _reachable(tensor.detach().to(device or tensor.device).contiguous())
             dist.broadcast(shared, src=0)
             tensor.copy_(shared)
 

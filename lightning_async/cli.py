@@ -108,6 +108,17 @@ class AsyncCLI(LightningCLI):
                 parser = compare_parser() if name == "compare" else ConciseParser(description=_SUMMARIES[name])
                 commands.add_subcommand(name, parser)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments; a command that runs no Trainer is not for this class.
+
+        Raises:
+            SystemExit: with status 2 if the arguments are wrong.
+        """
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if command in _OTHER_COMMANDS:
+            parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
+
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; what they refuse is an error of the configuration.
 

@@ -6,8 +6,10 @@ Above `server.py` and `worker.py`; below `strategy.py`, which builds it for each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_async.channels import dial
 from lightning_async.devices import RankDevices
@@ -45,6 +47,7 @@ class Engine:
         observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
         version: the version to start from.
         meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
+        predecessor: an engine that this one takes the place of, since param groups were added: closed on every rank.
         devices: where this rank computes and where the holder lives; the host by default.
     """
 
@@ -61,16 +64,20 @@ class Engine:
         observers: Sequence[UpdateObserver],
         version: int,
         meet: Callable[[], None],
+        predecessor: Engine | None = None,
         devices: RankDevices | None = None,
     ) -> None:
         devices = devices or RankDevices()
-        owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+        grouped = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        owned = [[parameter for group in of_one for parameter in group] for of_one in grouped]
         layout = FlatLayout(owned)
         groups = [HyperLayout(optimizer) for optimizer in optimizers]
         self.layout = layout
         self.holder: Holder | None = None
         self.ledger: Ledger | None = None
         self._server: Server | None = None
+        self._owned = owned
+        self._grouped = grouped
         self._stats = stats
         self._observers = observers
         lanes = 2 if options.overlap and world_size > 1 else 1
@@ -78,7 +85,8 @@ class Engine:
         if lanes > 1:
             _check_overlap(bound, lanes * world_size, len(optimizers))
         if rank == 0:
-            self.ledger = Ledger(world_size, options.batches)
+            kept = None if predecessor is None else predecessor.ledger
+            self.ledger = kept or Ledger(world_size, options.batches)
             initial = layout.buffer()
             for index, parameters in enumerate(owned):
                 for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
@@ -86,6 +94,8 @@ class Engine:
             barrier = Barrier(bound, options.on_stale, version=version)
             site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
             self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
+            if predecessor is not None:
+                self._inherit(predecessor)
             self._server = Server(
                 self.holder,
                 self.ledger,
@@ -109,6 +119,18 @@ class Engine:
             assert address is not None
             channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]
         self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
+        self.worker.version = version
+
+    def owns(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Whether the optimizers have the same parameters in the same groups as when this was built."""
+        return _identities(self._grouped) == _identities(
+            [[group["params"] for group in optimizer.param_groups] for optimizer in optimizers]
+        )
+
+    def adopt_parameters(self) -> None:
+        """Lets the holder take over what was done to rank 0's parameters between segments."""
+        if self.holder is not None:
+            self.holder.adopt(self._owned)
 
     def snapshot(self) -> Snapshot | None:
         """Parameters, optimizer states and applied tickets of one version, on rank 0; None elsewhere."""
@@ -121,6 +143,23 @@ class Engine:
         self.worker.close()
         if self._server is not None:
             self._server.close()
+
+    def _inherit(self, predecessor: Engine) -> None:
+        """Gives the holder what the predecessor's has made of the parameters that it had."""
+        assert predecessor.holder is not None and self.holder is not None
+        before = predecessor.holder.snapshot()
+        known: dict[int, Tensor] = {}
+        states: dict[int, Any] = {}
+        for index, owned in enumerate(predecessor._owned):
+            views = predecessor.layout.views(before.parameters, index)
+            known |= {id(parameter): view for parameter, view in zip(owned, views, strict=True)}
+            state = before.optimizer_states[index]["state"]
+            states |= {id(parameter): state[i] for i, parameter in enumerate(owned) if i in state}
+        inherited = self.holder.snapshot().optimizer_states
+        for optimizer, owned in zip(inherited, self._owned, strict=True):
+            optimizer["state"] = {i: states[id(p)] for i, p in enumerate(owned) if id(p) in states}
+        self.holder.restore(before.version, inherited)
+        self.holder.adopt([[known.get(id(parameter), parameter) for parameter in owned] for owned in self._owned])
 
     def _observe(self, update: Update) -> None:
         assert self.ledger is not None
@@ -141,3 +180,7 @@ def _check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
             f"overlap=True keeps two gradients of each rank under way, {readers} in all, and max_staleness={bound} "
             f"lets {bound + 1} of them. Take max_staleness of at least {readers - 1}, or leave overlap out"
         )
+
+
+def _identities(groups: Sequence[Sequence[Sequence[Tensor]]]) -> list[list[list[int]]]:
+    return [[[id(parameter) for parameter in group] for group in of_one] for of_one in groups]

@@ -203,6 +203,20 @@ class Holder:
             self._tell()
             return update
 
+    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """Takes over parameters that differ from its own; nobody may be computing.
+
+        Args:
+            parameters: for each optimizer its parameters. Where they are rounded (a module in bfloat16), the holder
+                keeps its own values as long as they round to these.
+        """
+        with self._changed:
+            for index, owned in enumerate(parameters):
+                for view, parameter in zip(self._layout.views(self._flat, index), owned, strict=True):
+                    own = view.to(device=parameter.device, dtype=parameter.dtype)
+                    if not torch.equal(own, parameter.detach()):
+                        view.copy_(parameter.detach())
+
     def leave(self, worker: int, lane: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._changed:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_async.collectives import PhasedCollectives
 from lightning_async.failure import RunFailure
+from lightning_async.finders import refuse_finders
 from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership
 
@@ -78,6 +79,8 @@ class StartedRanks(PhasedCollectives):
 
     @override
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        refuse_finders(self.lightning_module.trainer)
         super().setup_environment()
         assert self._membership is not None and self.cluster_environment is not None
         host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address

@@ -86,6 +86,11 @@ class DeviceHolder(Holder):
             return super().try_push(push, parked_s)
 
     @override
+    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        with self._lane.entered():
+            super().adopt(parameters)
+
+    @override
     def read(self, out: Tensor) -> int:
         with self._lane.entered():
             return super().read(out)

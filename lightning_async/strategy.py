@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -41,6 +41,7 @@ from lightning_async.phases import Phase, keep_metrics_local
 from lightning_async.ranks import StartedRanks
 from lightning_async.registry import register
 from lightning_async.resume import EpochPlace, agree_on_order
+from lightning_async.seeing.summary import print_summary
 from lightning_async.shells import (
     checkpointed_state,
     load_groups,
@@ -48,8 +49,11 @@ from lightning_async.shells import (
     make_shell,
     snapshot_parameters,
 )
+from lightning_async.sinks import sink_for
+from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
 from lightning_async.worker import Worker
+from lightning_async.wrappers import check_module
 
 __all__ = ["AsyncStrategy"]
 
@@ -99,6 +103,8 @@ class AsyncStrategy(StartedRanks):
         wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
             (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
         parameter_wire_dtype: the same for parameters.
+        summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
+            were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         accelerator: see `DDPStrategy`.
@@ -126,6 +132,7 @@ class AsyncStrategy(StartedRanks):
         overlap: bool = False,
         wire_dtype: WireDtype = "fp32",
         parameter_wire_dtype: WireDtype = "fp32",
+        summary: bool = True,
         holder_device: Literal["auto", "cpu", "cuda"] = "auto",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -164,6 +171,7 @@ class AsyncStrategy(StartedRanks):
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers.
         self.observers: list[UpdateObserver] = []
+        self.summary = summary
         self.sigterm_received = False
         self._engine: Engine | None = None
         self._metrics: MetricsLogger | None = None
@@ -244,7 +252,7 @@ class AsyncStrategy(StartedRanks):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self.lightning_module is not None and self._membership is not None
+        assert self.lightning_module is not None
         module = self.lightning_module
         keep_metrics_local(module.modules())
         if self.world_size > 1:
@@ -253,8 +261,16 @@ class AsyncStrategy(StartedRanks):
         self._epoch_order = self._resumed = None
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
+        self._engine = self._make_engine()
+        if self.is_global_zero and trainer.loggers:
+            self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
+            self._metrics.configure(self.configuration)
+
+    def _make_engine(self, predecessor: Engine | None = None) -> Engine:
+        assert self.lightning_module is not None and self._membership is not None
         try:
-            self._engine = Engine(
+            check_module(self.lightning_module)
+            return Engine(
                 rank=self.global_rank,
                 world_size=self.world_size,
                 optimizers=self.optimizers,
@@ -266,13 +282,24 @@ class AsyncStrategy(StartedRanks):
                 observers=self.observers,
                 version=self._version,
                 meet=super().barrier,
+                predecessor=predecessor,
                 devices=self._devices(),
             )
         except ValueError as error:
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
-        self.worker.version = self._version
-        if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats)
+
+    def _follow_user_code(self) -> None:
+        """Takes over what hooks between segments did to parameters and param groups; a collective call."""
+        engine = self._engine
+        assert engine is not None
+        engine.adopt_parameters()
+        if not engine.owns(self.optimizers):
+            self._version = engine.worker.version
+            # Rank 0 must not shut the door on a rank that is still on its way to this engine.
+            self.barrier("param groups were added")
+            engine.close()
+            self._engine = self._make_engine(predecessor=engine)
+            self.worker.on_span = engine.worker.on_span
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
@@ -297,6 +324,20 @@ class AsyncStrategy(StartedRanks):
     def begin_batch(self, samples: int) -> None:
         """Notes that this rank computes a batch; waits for parameters if it holds none."""
         self.worker.begin_batch(samples)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._automatic and self.worker.has_unreported_batches:
+            # Nothing was pushed: training_step returned None, or the gradient scaler found an infinity.
+            self.worker.skip()
+        return output
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -338,13 +379,22 @@ class AsyncStrategy(StartedRanks):
             self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
         return place
 
+    @property
+    def unfinished_tickets(self) -> int:
+        """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
+        assert self._engine is not None and self._engine.ledger is not None
+        ledger = self._engine.ledger
+        return ledger.progress()[1] + sum(map(ledger.leased, range(self.world_size)))
+
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
+        self._follow_user_code()
         assert self._engine is not None
         if self._engine.ledger is not None:
             self._engine.ledger.open(tickets)
         if self._metrics is not None:
             self._metrics.restart_clock()
+        self.stats.start_segment()
         self.barrier("a segment begins")
         Phase.asynchronous = True
 
@@ -357,6 +407,7 @@ class AsyncStrategy(StartedRanks):
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
             any(wish) for wish in zip(*wishes, strict=True)
         )
+        self.stats.end_segment()
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
@@ -424,6 +475,8 @@ class AsyncStrategy(StartedRanks):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # A callback may have given the optimizers the param groups of the checkpoint.
+        self._follow_user_code()
         assert self._engine is not None
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         version = int(checkpoint["global_step"]) * self.world_size
@@ -468,7 +521,26 @@ class AsyncStrategy(StartedRanks):
     def log_statistics(self, step: int) -> None:
         """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
         if self._metrics is not None:
-            self._metrics.log(self._trainer.loggers, self.version, step)
+            self._metrics.log(self.version, step)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._metrics is not None:
+            self._metrics.finish()
+        if self.summary and self.is_global_zero:
+            print_summary(self.configuration, self.stats)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """How this run exchanges gradients: the strategy's arguments and the number of ranks; ready for JSON."""
+        bound = resolve_max_staleness(self.options.max_staleness, self.world_size)
+        return {
+            "strategy": type(self).__name__,
+            "ranks": self.world_size,
+            **asdict(self.options),
+            "max_staleness": bound,
+        }
 
     @property
     def _automatic(self) -> bool:

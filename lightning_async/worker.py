@@ -81,6 +81,9 @@ class Worker:
         self.rank = rank
         self.version = 0
         self.waited_s = 0.0
+        # Called with what this rank did from when to when, in nanoseconds of the monotonic clock: "draw", "push",
+        # "wait", "pull".
+        self.on_span: Callable[[str, int, int], None] | None = None
         self._layout = layout
         self._hypers = [HyperReader(optimizer, HyperLayout(optimizer)) for optimizer in optimizers]
         self._latch = latch
@@ -215,7 +218,9 @@ class Worker:
         )
         self._tickets = self._samples = 0
         self._latch.check()
+        pushed = time.monotonic_ns()
         self._guarded(lambda: lane.channel.send(message, payload))
+        self._tell_span("push", pushed)
         lane.unanswered = message
         applied = True
         if self._overlaps:
@@ -230,21 +235,29 @@ class Worker:
         return applied
 
     def finish_segment(self) -> None:
-        """Reports batches that gave no gradient and leaves the barrier: this rank computes nothing for a while."""
+        """Leaves the barrier: this rank computes nothing for a while."""
         for lane in self._lanes:
             self._take_answer(lane)
-        if self._tickets:
-            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
-            self._tickets = self._samples = 0
+        self.skip()
         for lane in self._lanes:
-            if lane.reading:
-                self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
-                lane.reading = False
+            self._leave(lane)
         if self._drawn:
             # They came with the answer to a push that ended the segment, after somebody else had given them back.
             self.give_back(sum(map(len, self._drawn)), stream_over=False)
         self._drawn.clear()
         self._over = False
+
+    def skip(self) -> None:
+        """Reports batches that gave no gradient, and gives the parameters back that nothing will be pushed for."""
+        if self._tickets:
+            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
+            self._tickets = self._samples = 0
+        self._leave(self._lane)
+
+    def _leave(self, lane: _Lane) -> None:
+        if lane.reading:
+            self._request(lane, Message(Kind.LEAVE, worker=self.rank), Kind.ACK)
+            lane.reading = False
 
     def refresh(self) -> None:
         """Lands the holder's parameters, past the barrier; for the synchronous phase."""
@@ -296,11 +309,17 @@ class Worker:
 
     def _land(self) -> None:
         """Makes the parameters that this turn's lane has read the module's own."""
+        started = time.monotonic_ns()
         lane = self._lane
         if self._overlaps:
             self._landing.copy_(lane.channel.buffers.parameters)
         self._binding.land()
         self.version = lane.version
+        self._tell_span("pull", started)
+
+    def _tell_span(self, name: str, started: int) -> None:
+        if self.on_span is not None:
+            self.on_span(name, started, time.monotonic_ns())
 
     def _request(self, lane: _Lane, message: Message, expected: Kind) -> Message:
         self._latch.check()
@@ -308,7 +327,9 @@ class Worker:
         return self._receive(lane, message, expected)
 
     def _receive(self, lane: _Lane, sent: Message, expected: Kind) -> Message:
+        started = time.monotonic_ns()
         reply = self._guarded(lane.channel.receive)
+        self._tell_span("draw" if sent.kind is Kind.DRAW else "wait", started)
         if reply.kind is Kind.ABORT:
             self._latch.trip(RunFailure(reply.worker, reply.text, announced=self.rank != 0))
             self._latch.check()

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from recipes.datasets.cinic10 import CLASSES
+from recipes.datasets.sparse import SparseRows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -122,3 +125,11 @@ def write_rcv1(folder: Path, samples: int = 24, packed: bool = False) -> dict[st
         else:
             (folder / name).write_bytes(text)
     return files
+
+
+def dense(rows: SparseRows, num_features: int) -> Tensor:
+    """A batch of sparse rows as an ordinary matrix."""
+    lengths = torch.diff(rows.starts, append=torch.tensor([len(rows.values)], dtype=torch.int32))
+    matrix = torch.zeros(len(rows.starts), num_features)
+    matrix[torch.arange(len(lengths)).repeat_interleave(lengths), rows.columns.long()] = rows.values
+    return matrix

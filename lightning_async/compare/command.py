@@ -128,6 +128,7 @@ def compare_main(args: Sequence[str] | None = None) -> int:
     comparison = read_comparison(config)
     console = Console()
     out = Path(comparison.out)
+    jobs: list[Job] = []
     try:
         planned = plan_runs(comparison)
         jobs = _jobs(comparison, planned, out)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_async.compare.config import Comparison, Label
 
-__all__ = ["PlannedRun", "PlannedVariant", "argument_list", "digest", "plan_runs", "plan_variants"]
+__all__ = ["PlannedRun", "PlannedVariant", "argument_list", "digest", "joined", "plan_runs", "plan_variants"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class PlannedRun:
         return {**self.variant.arguments, "seed_everything": self.seed}
 
 
+def joined(labels: Mapping[str, Label]) -> str:
+    """Make a name of the names along the axes.
+
+    Args:
+        labels: the name on each axis.
+
+    Returns:
+        The names, with the axis before a number.
+
+    Examples:
+        >>> joined({"optimizer": "SGD", "delay": 5})
+        'SGD, delay 5'
+    """
+    return ", ".join(label if isinstance(label, str) else f"{axis} {label}" for axis, label in labels.items())
+
+
 def plan_variants(comparison: Comparison) -> list[PlannedVariant]:
     """Combine the axes.
 
@@ -81,7 +97,7 @@ def plan_variants(comparison: Comparison) -> list[PlannedVariant]:
                 arguments.pop(key, None)
                 arguments[key] = value
         labels = {axis: variant.name for axis, variant in zip(axes, combination, strict=True)}
-        planned.append(PlannedVariant(_joined(labels), labels, arguments))
+        planned.append(PlannedVariant(joined(labels), labels, arguments))
     folders = [_slug(variant.name) for variant in planned]
     if len(set(folders)) < len(folders):
         raise ValueError(f"variants need names that differ in letters or digits, got {[v.name for v in planned]}")
@@ -139,10 +155,6 @@ def digest(recipe: str, run: PlannedRun, environment: Mapping[str, str]) -> str:
     """
     parts = [recipe, argument_list(run.arguments), sorted(environment.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _joined(labels: Mapping[str, Label]) -> str:
-    return ", ".join(label if isinstance(label, str) else f"{axis} {label}" for axis, label in labels.items())
 
 
 def _slug(name: str) -> str:

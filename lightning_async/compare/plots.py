@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_async.compare.config import Comparison, Label, Plot
+from lightning_async.compare.config import Comparison, Plot
+from lightning_async.compare.plan import joined
 from lightning_async.compare.results import Point, Summary
 from lightning_async.compare.tables import ratio
 
@@ -53,7 +54,7 @@ def draw(comparison: Comparison, summaries: Sequence[Summary], folder: Path) -> 
     for plot in comparison.plots or [Plot()]:
         for part, members in _parts(comparison, plot, measured):
             figure = _DRAWERS[plot.kind](comparison, plot, members)
-            title = ": ".join(filter(None, [plot.title or f"{comparison.title}: {_DEFAULT_TITLES[plot.kind]}", part]))
+            title = ": ".join(filter(None, [plot.title or comparison.title, part]))
             figure.suptitle(title, fontsize=12)
             files.append(folder / f"{_file_name(plot, part)}.png")
             figure.savefig(files[-1], dpi=130)
@@ -98,7 +99,7 @@ def _draw_curves(comparison: Comparison, plot: Plot, summaries: Sequence[Summary
         for column, (x_label, x) in enumerate(columns):
             axes: Axes = grid[row][column]
             for summary, style in zip(summaries, styles, strict=True):
-                _draw_curve(axes, summary, x, y, style)
+                _draw_curve(axes, summary, x, y, {**style, "label": _label(summary, {plot.separate})})
             axes.grid(alpha=0.3)
             axes.set_xlim(left=0)
             axes.locator_params(axis="x", nbins=6, integer=x_label != "seconds of training")
@@ -128,7 +129,7 @@ def _draw_curve(axes: Axes, summary: Summary, x: _Reading, y: _Reading, style: _
     if not curve:
         return
     xs, means, lows, highs = zip(*curve, strict=True)
-    axes.plot(xs, means, label=summary.variant.name, linewidth=1.5, **style)
+    axes.plot(xs, means, linewidth=1.5, **style)
     if len(runs) > 1:
         axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -167,10 +168,9 @@ def _draw_speedup(comparison: Comparison, plot: Plot, summaries: Sequence[Summar
         )
     _finish_against(axes, plot, summaries)
     axes.set_ylim(bottom=0)
-    axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
-    axes.set_ylabel(
-        f"speed-up over {baseline.variant.name if baseline else f'the smallest {plot.against}'}\n(epochs per second)"
-    )
+    one = baseline.variant.name if baseline else f"each line's smallest {plot.against}"
+    axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":", label=f"1x: {one}")
+    axes.set_ylabel("speed-up in epochs per second")
     _legend_below(figure, axes)
     return figure
 
@@ -180,7 +180,6 @@ _DRAWERS: Mapping[str, Callable[[Comparison, Plot, Sequence[Summary]], Figure]] 
     "final": _draw_final,
     "speedup": _draw_speedup,
 }
-_DEFAULT_TITLES = {"curves": "training", "final": "after training", "speedup": "speed-up"}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -204,15 +203,11 @@ def _parts(comparison: Comparison, plot: Plot, summaries: Sequence[Summary]) -> 
 
 def _series(comparison: Comparison, plot: Plot, summaries: Sequence[Summary]) -> Iterator[tuple[str, list[Summary]]]:
     """The lines of a plot against an axis: one for each combination of the other axes, in the order of x."""
-    groups: dict[tuple[Label, ...], list[Summary]] = {}
-    others = [axis for axis in comparison.axes() if axis not in (plot.against, plot.separate)]
+    groups: dict[str, list[Summary]] = {}
     for summary in summaries:
-        groups.setdefault(tuple(summary.variant.labels[axis] for axis in others), []).append(summary)
-    for labels, members in groups.items():
-        named = [
-            label if isinstance(label, str) else f"{axis} {label}" for axis, label in zip(others, labels, strict=True)
-        ]
-        yield ", ".join(named) or comparison.metric, sorted(members, key=lambda summary: _x(plot, summary))
+        groups.setdefault(_label(summary, {plot.against, plot.separate}), []).append(summary)
+    for name, members in groups.items():
+        yield name or comparison.metric, sorted(members, key=lambda summary: _x(plot, summary))
 
 
 def _x(plot: Plot, summary: Summary) -> float:
@@ -222,8 +217,8 @@ def _x(plot: Plot, summary: Summary) -> float:
 
 def _styles(plot: Plot, comparison: Comparison, summaries: Sequence[Summary]) -> list[_Style]:
     """A style for each line of the curves: in the order of an axis if one is named, else one colour each."""
+    dashes = ["-", "--", ":", "-."]
     if plot.against is None:
-        dashes = ["-", "--", ":", "-."]
         return [
             {"color": _COLORS[index % len(_COLORS)], "linestyle": dashes[index // len(_COLORS) % len(dashes)]}
             for index in range(len(summaries))
@@ -233,7 +228,20 @@ def _styles(plot: Plot, comparison: Comparison, summaries: Sequence[Summary]) ->
     names = [variant.name for variant in comparison.axes()[plot.against]]
     # The map's last tenth is too light to be seen on white.
     shades = [colormaps["viridis"](0.9 * index / max(1, len(names) - 1)) for index in range(len(names))]
-    return [{"color": shades[names.index(summary.variant.labels[plot.against])]} for summary in summaries]
+    others = [_label(summary, {plot.against, plot.separate}) for summary in summaries]
+    unlike = list(dict.fromkeys(others))
+    return [
+        {
+            "color": shades[names.index(summary.variant.labels[plot.against])],
+            "linestyle": dashes[unlike.index(other) % len(dashes)],
+        }
+        for summary, other in zip(summaries, others, strict=True)
+    ]
+
+
+def _label(summary: Summary, without: set[str | None]) -> str:
+    """A variant's name without the axes that the picture shows otherwise."""
+    return joined({axis: label for axis, label in summary.variant.labels.items() if axis not in without})
 
 
 def _series_style(index: int) -> _Style:

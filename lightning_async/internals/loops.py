@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops import fit_loop as _fit_loop_module
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.trainer import call
@@ -29,9 +30,12 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_async.internals.averaging import average_with_clock, forget_clock, share_averages
+from lightning_async.internals.counters import rewrite_as_ddp
 from lightning_async.internals.fetcher import TicketFetcher
 from lightning_async.internals.intervals import follow_clock, save_passed, unfollow_clock
-from lightning_async.internals.progress import rewrite_as_ddp
+from lightning_async.internals.optimization import AsyncAutomaticOptimization, share_plateaus
+from lightning_async.internals.progress import follow_all_ranks, show_progress, unfollow_all_ranks
 from lightning_async.internals.results import align_results
 from lightning_async.internals.sizes import agree_on_size, epoch_size
 from lightning_async.phases import Phase
@@ -54,6 +58,9 @@ class _Epoch:
     agreed: bool = False
     clock: int = 0
     ticks: range = range(0)
+    first_step: int = 0
+    first_batch: int = 0
+    scheduled: int = 0
     scheduled_batch: int | None = None
     validation_requested: bool = False
     validated_at: int = -1
@@ -85,10 +92,23 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         """Whether to leave the epoch: decided by all ranks together, between segments."""
         return self._epoch.agreed and bool(super().done)
 
+    @property
+    def batches_of_all_ranks(self) -> int:
+        """Batches of this epoch that all ranks have finished, per rank, as DDP would count them; known on rank 0."""
+        plan = self._epoch.plan
+        return 0 if plan is None else plan.batches_done(plan.tickets - self._strategy.unfinished_tickets)
+
     @override
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         before = self.batch_progress.total.ready - self.batch_progress.current.ready
-        self._epoch = _Epoch(batches_before=before, clock=self.global_step)
+        step = self.global_step
+        self._epoch = _Epoch(
+            batches_before=before,
+            clock=step,
+            first_step=step,
+            first_batch=self.batch_progress.current.ready,
+            scheduled=step,
+        )
         super().on_run_start(data_fetcher)
 
     @override
@@ -142,13 +162,28 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if interval != "step":
             super().update_lr_schedulers(interval, update_plateau_schedulers)
             return
-        if not update_plateau_schedulers:
+        if update_plateau_schedulers:
+            self._step_schedulers(self._epoch.ticks, plateau=True)
+        else:
             self._tick()
-        # One scheduler step for each step of the shared clock, however many of them this rank computed.
-        for step in self._epoch.ticks:
-            self._epoch.scheduled_batch = step * int(self.trainer.accumulate_grad_batches) - 1
+            self._follow_clock()
+
+    def begin_batch(self, samples: int) -> None:
+        """Notes that a batch is computed; the parameters that it waited for may be many steps on."""
+        self._strategy.begin_batch(samples)
+        self._follow_clock()
+
+    def _follow_clock(self) -> None:
+        previous, self._epoch.scheduled = self._epoch.scheduled, self.global_step
+        self._step_schedulers(range(previous + 1, self._epoch.scheduled + 1), plateau=False)
+
+    def _step_schedulers(self, steps: range, plateau: bool) -> None:
+        # Once for each step of the shared clock, however many of them this rank computed.
+        for step in steps:
+            batches = (step - self._epoch.first_step) * int(self.trainer.accumulate_grad_batches)
+            self._epoch.scheduled_batch = self._epoch.first_batch + batches - 1
             try:
-                self._update_learning_rates("step", update_plateau_schedulers=update_plateau_schedulers)
+                self._update_learning_rates("step", update_plateau_schedulers=plateau)
             finally:
                 self._epoch.scheduled_batch = None
 
@@ -255,7 +290,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
         self._count_as_ddp(epoch.plan.batches_done(position), complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        share_averages(trainer)
         strategy.save_checkpoints(lambda: save_passed(trainer))
         if complete:
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
@@ -268,6 +305,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if due and position != epoch.validated_at and self._should_check_val_epoch():
             epoch.validated_at = position
             self._validate()
+        self.update_lr_schedulers("step", update_plateau_schedulers=True)
+        share_plateaus(trainer, strategy.broadcast)
         epoch.validation_requested = False
         self._batches_that_stepped = self.global_step
         self._save_loggers_on_train_batch_end()
@@ -291,6 +330,10 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
             return
         if not self._strategy.worker.has_unreported_batches:
+            return
+        groups = trainer.optimizers[0].param_groups
+        if all(parameter.grad is None for group in groups for parameter in group["params"]):
+            # No batch gave a loss; a gradient scaler would complain.
             return
         zero = torch.zeros(())
         self.automatic_optimization._optimizer_step(self.batch_idx, lambda: zero)
@@ -319,6 +362,7 @@ class AsyncFitLoop(_FitLoop):
 
     @override
     def setup_data(self) -> None:
+        epoch_loop: Any = self.epoch_loop
         strategy: Any = self.trainer.strategy
 
         def select(trainer: Trainer, stage: RunningStage) -> _DataFetcher:
@@ -328,7 +372,7 @@ class AsyncFitLoop(_FitLoop):
                     f"{strategy.strategy_name} hands each batch out by its ticket and cannot give training_step the "
                     '`dataloader_iter`. Take `batch` (and `batch_idx`) instead, or use strategy="ddp".'
                 )
-            return TicketFetcher(strategy.begin_batch)
+            return TicketFetcher(epoch_loop.begin_batch)
 
         def request(source: _DataLoaderSource) -> Any:
             loaders = _request_dataloader(source)
@@ -359,8 +403,11 @@ def install(trainer: Trainer) -> None:
     epoch_loop: Any = trainer.fit_loop.epoch_loop
     _become(trainer.fit_loop, AsyncFitLoop)
     _become(epoch_loop, AsyncEpochLoop)
+    _become(epoch_loop.automatic_optimization, AsyncAutomaticOptimization)
     epoch_loop._epoch = _Epoch()
+    follow_all_ranks(trainer)
     follow_clock(trainer, lambda: epoch_loop._epoch.ticks)
+    average_with_clock(trainer, lambda: epoch_loop._epoch.ticks)
     connector: Any = trainer._signal_connector
     strategy: Any = trainer.strategy
 
@@ -385,7 +432,10 @@ def uninstall(trainer: Trainer) -> None:
     if isinstance(epoch_loop, AsyncEpochLoop):
         _become(trainer.fit_loop, _FitLoop)
         _become(epoch_loop, _TrainingEpochLoop)
+        _become(epoch_loop.automatic_optimization, _AutomaticOptimization)
         unfollow_clock(trainer)
+        forget_clock(trainer)
+        unfollow_all_ranks(trainer)
         del epoch_loop._epoch
     vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

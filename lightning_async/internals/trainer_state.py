@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.optim import Optimizer
 
 __all__ = [
     "checkpoint_fields",
     "is_optimizer",
+    "logger_prefix",
     "optimizer_steps",
     "run_seed",
     "set_checkpoint_fields",
@@ -28,6 +30,12 @@ def is_optimizer(optimizer: Optimizer) -> bool:
 def optimizer_steps(trainer: Trainer) -> int:
     """Steps that Lightning has counted so far: 0, or what an earlier fit of this trainer made."""
     return int(_TrainingEpochLoop.global_step.fget(trainer.fit_loop.epoch_loop))  # type: ignore[attr-defined]
+
+
+def logger_prefix(logger: WandbLogger) -> str:
+    """What ``logger`` puts in front of the names of metrics."""
+    own: Any = logger
+    return f"{own._prefix}{own.LOGGER_JOIN_CHAR}" if own._prefix else ""
 
 
 def run_seed() -> int:

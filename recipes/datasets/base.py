@@ -80,7 +80,7 @@ class RecipeDataModule(LightningDataModule, ABC):
         Raises:
             MissingDataError: if files are missing.
             DamagedFileError: if a file is not what it should be.
-            ValueError: if fewer training samples are left than `batch_size`.
+            ValueError: if `validation_samples` leaves no training samples.
         """
         parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
         for part in parts.get(stage, ("test",)):

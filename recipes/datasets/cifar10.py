@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from recipes.datasets.base import Part
-from recipes.datasets.files import DamagedFileError, find_files, load_pickle
+from recipes.datasets.files import DamagedFileError, find_files
 from recipes.datasets.images import ImageDataModule, ImageSet, per_channel
+from recipes.datasets.pickles import load_pickle
 
 __all__ = ["CIFAR10DataModule", "image_batch"]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from recipes.datasets.base import Part
 from recipes.datasets.cache import Chunk, cached_images, fingerprint
 from recipes.datasets.cifar10 import image_batch
-from recipes.datasets.files import DamagedFileError, find_files, load_pickle
+from recipes.datasets.files import DamagedFileError, find_files
 from recipes.datasets.images import ImageDataModule, ImageSet
+from recipes.datasets.pickles import load_pickle
 
 __all__ = ["ImageNet32DataModule"]
 

@@ -52,7 +52,7 @@ def random_crop_and_flip(images: Tensor, padding: int = 4, generator: torch.Gene
     Examples:
         >>> images = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3)
         >>> random_crop_and_flip(images, 1, torch.Generator().manual_seed(0)).squeeze().tolist()
-        [[0, 0, 0], [1, 0, 0], [4, 3, 0]]
+        [[4, 3, 0], [7, 6, 0], [0, 0, 0]]
     """
     count, _, height, width = images.shape
     device = None if generator is None else generator.device

@@ -169,6 +169,7 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> Non
     assert seconds_to_end(tmp_path) < END_S
 
 
+@pytest.mark.compatibility("Loop", "SIGTERM", note="All ranks leave together, at the end of the batches that are out.")
 @pytest.mark.parametrize(("rank", "kind"), [(0, "sigterm"), (2, "sigterm"), (2, "sigterm_all")])
 def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind: Any) -> None:
     def script(folder: Path) -> None:

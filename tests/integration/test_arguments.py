@@ -44,6 +44,9 @@ class Counting(TinyClassifier):
         )
 
 
+@pytest.mark.compatibility("Loop", "limit_train_batches (int and float)")
+@pytest.mark.compatibility("Loop", "val_check_interval (int and float)")
+@pytest.mark.compatibility("Loop", "check_val_every_n_epoch (also None)")
 @pytest.mark.parametrize(
     ("arguments", "validated", "tickets"),
     [
@@ -77,6 +80,7 @@ def test_intervals_and_limits_are_counted_per_rank(
         assert (rank["version"], rank["step"]) == (tickets, tickets // RANKS)
 
 
+@pytest.mark.compatibility("Loop", "max_steps")
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
@@ -106,6 +110,7 @@ def test_max_steps_is_an_exact_number_of_updates(
     assert [(rank["version"], rank["step"]) for rank in run.reports()] == [(steps * RANKS, steps)] * RANKS
 
 
+@pytest.mark.compatibility("Optimization", "`accumulate_grad_batches`, also the leftover at an epoch's end")
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_accumulated_batches_make_one_update_and_only_an_epochs_last_one_is_smaller(
     tmp_path: Path, batches: Any
@@ -134,6 +139,7 @@ def test_accumulated_batches_make_one_update_and_only_an_epochs_last_one_is_smal
     assert run.report(0)["validated"] == [9 // 4, 18 // 4, 27 // 4, 36 // 4, 45 // 4]
 
 
+@pytest.mark.compatibility("Optimization", "gradient clipping by norm")
 def test_gradients_are_clipped_before_they_are_pushed(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         norms: list[float] = []
@@ -204,6 +210,7 @@ def test_schedulers_follow_the_clock_that_all_ranks_share(
         assert rank["lrs"] == pytest.approx([optimizer.param_groups[0]["lr"]], rel=1e-12)
 
 
+@pytest.mark.compatibility("Tools", "RichProgressBar, TQDMProgressBar")
 @pytest.mark.parametrize("progress_bar", [TQDMProgressBar, RichProgressBar])
 def test_progress_bars_run(tmp_path: Path, progress_bar: Any) -> None:
     def script(folder: Path) -> None:
@@ -217,6 +224,7 @@ def test_progress_bars_run(tmp_path: Path, progress_bar: Any) -> None:
     assert "Epoch 0" in run.output
 
 
+@pytest.mark.compatibility("Tools", "CSVLogger")
 def test_the_logger_gets_the_asynchronous_metrics(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         logger = CSVLogger(folder / "logs", name="", version="")

@@ -85,6 +85,8 @@ def checkpoint_every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
 
 
+@pytest.mark.compatibility("State", "ModelCheckpoint by epoch")
+@pytest.mark.compatibility("State", "resume at an epoch's end")
 def test_a_resumed_run_goes_on_from_the_same_version_state_and_place_in_the_data(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         seed_everything(3, verbose=False)
@@ -119,6 +121,7 @@ def batches_of(seen: list[int]) -> list[list[int]]:
     return [seen[start : start + 4] for start in range(0, len(seen), 4)]
 
 
+@pytest.mark.compatibility("State", "resume at an epoch's end")
 def test_a_run_of_one_rank_resumes_bit_for_bit(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         seed_everything(3, verbose=False)
@@ -136,55 +139,67 @@ def test_a_run_of_one_rank_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_state(first["ended"]["state"], resumed["ended"]["state"])
 
 
-def test_a_checkpoint_resumes_in_a_single_device_run_with_torchs_adam(tmp_path: Path) -> None:
+@pytest.mark.compatibility(
+    "State", "a checkpoint goes on in a single-device or DDP run with torch's Adam(amsgrad=True)"
+)
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("ddp_fork", 2)])
+def test_a_checkpoint_resumes_in_another_run_with_torchs_adam(tmp_path: Path, strategy: str, ranks: int) -> None:
     def script(folder: Path) -> None:
         arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
         fork_trainer(folder, RANKS, **arguments).fit(Module(), loader(SAMPLES))
-        trainer = fork_trainer(folder, 1, "auto", max_epochs=2)
+        trainer = fork_trainer(folder, ranks, strategy, max_epochs=2)
         resume(trainer, Module(adam), folder / "checkpoints" / "epoch=0.ckpt")
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
     checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt")
-    began, ended = run.report(0)["began"], run.report(0)["ended"]
-    assert (began["step"], began["epoch"]) == (10, 1)
-    assert torch.equal(began["parameters"], flat(checkpoint))
-    assert_same_state(began["state"], checkpoint["optimizer_states"][0]["state"])
-    assert (ended["step"], ended["epoch"]) == (10 + 31, 2)
+    for rank in run.reports()[:ranks]:
+        began, ended = rank["began"], rank["ended"]
+        assert (began["step"], began["epoch"]) == (10, 1)
+        assert torch.equal(began["parameters"], flat(checkpoint))
+        assert_same_state(began["state"], checkpoint["optimizer_states"][0]["state"])
+        assert (ended["step"], ended["epoch"]) == (10 - -31 // ranks, 2)
 
 
-@pytest.mark.parametrize("amsgrad", [True, False])
-def test_a_single_device_checkpoint_of_torchs_adam_resumes_here(tmp_path: Path, amsgrad: bool) -> None:
+@pytest.mark.compatibility("State", "a checkpoint of a single-device or DDP run with torch's Adam goes on here")
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "amsgrad"), [("auto", 1, True), ("auto", 1, False), ("ddp_fork", 2, True)]
+)
+def test_another_runs_checkpoint_of_torchs_adam_resumes_here(
+    tmp_path: Path, strategy: str, ranks: int, amsgrad: bool
+) -> None:
     def plain(parameters: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=lr, amsgrad=amsgrad)
 
-    def train_on_one_device(folder: Path) -> None:
+    def train_elsewhere(folder: Path) -> None:
         arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
-        fork_trainer(folder, 1, "auto", **arguments).fit(Module(plain), loader(SAMPLES))
+        fork_trainer(folder, ranks, strategy, **arguments).fit(Module(plain), loader(SAMPLES))
 
     def go_on(folder: Path) -> None:
         print_warnings()
         trainer = fork_trainer(folder, RANKS, max_epochs=2)
         resume(trainer, Module(plain), folder / "checkpoints" / "epoch=0.ckpt")
 
-    first = launch(train_on_one_device, tmp_path)
+    first = launch(train_elsewhere, tmp_path)
     run = launch(go_on, tmp_path)
 
-    assert (first.returncode, run.returncode) == (0, 0), run.output
+    assert (first.returncode, run.returncode) == (0, 0), first.output + run.output
     checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt")
     state = checkpoint["optimizer_states"][0]["state"]
     for values in state.values():
         values.setdefault("max_exp_avg_sq", values["exp_avg_sq"])
+    steps = -(-31 // ranks)
     for rank in run.reports():
-        # 31 steps of one rank are 31 of the clock that all ranks share.
-        assert (rank["began"]["step"], rank["began"]["version"]) == (31, 31 * RANKS)
+        # Steps of the other run, which all of its ranks made together, are steps of the clock that all ranks share.
+        assert (rank["began"]["step"], rank["began"]["version"]) == (steps, steps * RANKS)
         assert torch.equal(rank["began"]["parameters"], flat(checkpoint))
-        assert rank["ended"]["version"] == 31 * RANKS + 31
+        assert rank["ended"]["version"] == steps * RANKS + 31
     assert_same_state(run.report(0)["began"]["state"], state)
     assert run.output.count("from Adam without AMSGrad") == (not amsgrad)
 
 
+@pytest.mark.compatibility("State", "resume with another number of ranks")
 def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         arguments = {"callbacks": [checkpoint_every_epoch(folder)], "enable_checkpointing": True}
@@ -212,6 +227,8 @@ class Scored(Module):
         report(Path.cwd(), self.global_rank, scores=scores, best_score=callback.best_model_score.item(), **noted)
 
 
+@pytest.mark.compatibility("State", "ModelCheckpoint by metric with top-k")
+@pytest.mark.compatibility("State", "ModelCheckpoint(save_last=True)")
 @pytest.mark.parametrize(
     "when",
     [
@@ -240,6 +257,11 @@ def test_the_best_checkpoints_are_the_same_on_all_ranks_and_on_disk(tmp_path: Pa
     assert {str(path) for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
+@pytest.mark.compatibility(
+    "State",
+    "ModelCheckpoint(every_n_train_steps=n)",
+    note="Once for each multiple of n that the clock of all ranks passes.",
+)
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path: Path, slow_rank: int) -> None:
     def script(folder: Path) -> None:
@@ -260,6 +282,8 @@ def test_every_n_steps_is_once_for_each_multiple_that_the_clock_passes(tmp_path:
     assert all("'every_n_train_steps': 3" in key for checkpoint in checkpoints for key in checkpoint["callbacks"])
 
 
+@pytest.mark.compatibility("State", "parameters and optimizer state of one checkpoint are of one version")
+@pytest.mark.compatibility("State", "a checkpoint file holds nothing of the holder's flat storage")
 def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_contents(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         versions: dict[int, Tensor] = {}

@@ -156,10 +156,12 @@ def test_one_rank_is_single_device_training_whatever_the_parameters_are(
     assert_equal_bit_for_bit(ours["parameters"], theirs["parameters"])
 
 
-def replay(module: TinyClassifier, updates: list[dict[str, Any]], samples: int) -> None:
+def replay(
+    module: TinyClassifier, updates: list[dict[str, Any]], samples: int, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Trains ``module`` in this process as the record says, each gradient at the version that was read."""
     data = indexed_data(samples)
-    optimizer = AMSGrad(module.parameters(), lr=module.lr, fused=True)
+    optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
     worker = copy.deepcopy(module)
     versions = [copy.deepcopy(module.state_dict())]
     order = global_order(data)

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -63,6 +64,7 @@ def evaluate(folder: Path, trainer: Any, module: Evaluated) -> dict[str, Any]:
     return outcome
 
 
+@pytest.mark.compatibility("Tools", "fit, then validate, test and predict")
 def test_validate_test_and_predict_return_what_ddp_returns_alone_and_after_fit(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         # Lightning's all_gather calls it.

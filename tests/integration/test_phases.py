@@ -78,6 +78,14 @@ class StateKeeper(Callback):
         report(self.folder, trainer.global_rank, states=self.states, held=self.held, names=names)
 
 
+@pytest.mark.compatibility(
+    "Buffers",
+    "BatchNorm's running statistics and other floating-point buffers",
+    "differs",
+    "Averaged over the ranks at each stop (validation, an epoch's end, the end of fit); "
+    "DDP takes rank 0's before each forward.",
+)
+@pytest.mark.compatibility("Buffers", "integer and boolean buffers", note="Rank 0's at each stop.")
 def test_at_every_stop_all_ranks_hold_the_holders_parameters_and_common_buffers(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         callbacks = [StateKeeper(folder), ModelCheckpoint(folder / "checkpoints", monitor="val/loss")]
@@ -274,6 +282,11 @@ def assert_ended_together(run: Launched) -> None:
         assert torch.equal(other["parameters"], first["parameters"])
 
 
+@pytest.mark.compatibility(
+    "Loop",
+    "trainer.should_stop set by user code on one rank",
+    note="Takes effect when the batches that are out have been applied: about one for each rank.",
+)
 def test_one_rank_that_asks_to_stop_in_mid_epoch_stops_all(tmp_path: Path) -> None:
     class Stopping(Ending):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -290,6 +303,7 @@ def test_one_rank_that_asks_to_stop_in_mid_epoch_stops_all(tmp_path: Path) -> No
     assert len(run.report(0)["validated"]) == 1
 
 
+@pytest.mark.compatibility("Loop", "trainer.should_stop set by user code on one rank")
 @pytest.mark.parametrize(
     "hook", ["on_train_epoch_start", "on_validation_start", "on_validation_end", "on_train_epoch_end"]
 )
@@ -314,6 +328,7 @@ def test_one_rank_that_asks_to_stop_between_segments_stops_all(tmp_path: Path, h
     assert sum(rank["batches"] for rank in run.reports()) == batches
 
 
+@pytest.mark.compatibility("Loop", "min_epochs")
 def test_a_stop_before_the_least_number_of_epochs_waits_for_it(tmp_path: Path) -> None:
     class Hasty(Ending):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -330,6 +345,7 @@ def test_a_stop_before_the_least_number_of_epochs_waits_for_it(tmp_path: Path) -
     assert run.report(0)["epochs"] == 2
 
 
+@pytest.mark.compatibility("Loop", "EarlyStopping")
 def test_early_stopping_on_one_ranks_metric_stops_all_ranks_at_the_same_epoch(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         callbacks = [EarlyStopping("score", mode="max", patience=2)]

@@ -13,11 +13,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from tests.launch import launch
-from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
+from tests.models import TinyClassifier, fork_trainer, loader
 
 
 @pytest.mark.parametrize(
@@ -49,6 +48,12 @@ def test_an_argument_without_a_meaning_is_refused_with_those_that_have_one(
     assert [words for words in advice if words not in str(error.value)] == []
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`sync_batchnorm=True`",
+    "refused",
+    "It is a collective in each forward. Leave it out: buffers are averaged at each stop.",
+)
 def test_synchronised_batch_norm_is_refused_before_anything_is_launched(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r'sync_batchnorm=True.* Leave it out .*strategy="ddp"'):
         fork_trainer(tmp_path, 2, sync_batchnorm=True)
@@ -87,6 +92,13 @@ RETURN_THIS = (
 )
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "optimizers other than Adam, AdamW and AMSGrad; LBFGS",
+    "refused",
+    "The holder's update is AMSGrad; LBFGS re-evaluates its closure. "
+    "Return `lightning_async.AMSGrad` or `torch.optim.Adam(..., amsgrad=True)`.",
+)
 @pytest.mark.parametrize(
     ("make_optimizers", "problem", "advice"),
     [
@@ -133,6 +145,13 @@ def one_each(module: TinyClassifier) -> list[torch.optim.Optimizer]:
     return [AMSGrad(module.net[0].parameters()), AMSGrad(module.net[2].parameters())]
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "several backward passes before several optimizers step",
+    "refused",
+    "Each step refreshes all parameters, so the others' gradients would be older than they say. "
+    "Call `manual_backward` and `step` for one optimizer after the other.",
+)
 def test_a_gradient_from_before_another_optimizers_step_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, Manual(one_each, one_after_the_other=False))
 
@@ -152,6 +171,12 @@ def test_two_optimizers_one_after_the_other_are_trained(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "updates.pt") == 2 * 16
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "a parameter in two optimizers",
+    "refused",
+    "The holder keeps one state for each parameter. Give each parameter to one optimizer.",
+)
 def test_a_parameter_of_two_optimizers_is_refused(tmp_path: Path) -> None:
     def shared(module: TinyClassifier) -> list[torch.optim.Optimizer]:
         return [AMSGrad(module.parameters()), AMSGrad(module.net[0].parameters())]
@@ -162,6 +187,12 @@ def test_a_parameter_of_two_optimizers_is_refused(tmp_path: Path) -> None:
     assert "give each parameter to one optimizer" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "complex parameters",
+    "refused",
+    "The holder's buffer is of a real dtype. Keep real and imaginary part as two parameters.",
+)
 def test_parameters_that_are_not_real_numbers_are_refused(tmp_path: Path) -> None:
     class Complex(TinyClassifier):
         def __init__(self) -> None:
@@ -173,6 +204,12 @@ def test_parameters_that_are_not_real_numbers_are_refused(tmp_path: Path) -> Non
     assert "every parameter must be of a real floating-point dtype" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`training_step(dataloader_iter)`",
+    "refused",
+    "Batches are handed out one by one. Take `batch` (and `batch_idx`).",
+)
 def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> None:
     class TakesIterator(TinyClassifier):
         def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
@@ -184,6 +221,12 @@ def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> No
     assert "Take `batch` (and `batch_idx`) instead" in message
 
 
+@pytest.mark.compatibility(
+    "Refused",
+    "`all_gather` in `training_step`",
+    "refused",
+    "No two ranks are at the same batch. Call it in validation or at the end of the epoch.",
+)
 def test_a_gathering_in_a_training_step_is_refused(tmp_path: Path) -> None:
     class Gathers(TinyClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -193,43 +236,6 @@ def test_a_gathering_in_a_training_step_is_refused(tmp_path: Path) -> None:
 
     assert "all_gather was called while the ranks train asynchronously" in message
     assert "Call it in validation or at the end of the epoch" in message
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter([(torch.zeros(6), 0, 0)] * 8)
-
-
-def sharded_by_hand() -> DataLoader[Any]:
-    data = indexed_data()
-    return DataLoader(data, batch_size=4, sampler=DistributedSampler(data, num_replicas=2, rank=0))
-
-
-@pytest.mark.parametrize(
-    ("make_data", "arguments"),
-    [
-        (lambda: DataLoader(Stream(), batch_size=4), {}),
-        (sharded_by_hand, {}),
-        (loader, {"use_distributed_sampler": False}),
-        (lambda: Stream(), {}),
-    ],
-    ids=["iterable", "sampler", "no-sampler", "no-loader"],
-)
-def test_data_without_one_order_for_all_ranks_is_refused(
-    tmp_path: Path, make_data: Callable[[], Any], arguments: dict[str, Any]
-) -> None:
-    message = refusal(tmp_path, TinyClassifier(), make_data(), **arguments)
-
-    assert "hands out the batches of a map-style torch DataLoader" in message
-    assert "Pass a DataLoader over a map-style Dataset, without a DistributedSampler of your own" in message
-    assert 'strategy="ddp"' in message
-
-
-def test_two_train_loaders_are_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path, TinyClassifier(), {"a": loader(), "b": loader()})
-
-    assert "one train DataLoader and was given 2" in message
-    assert "Combine the data sets in one DataLoader" in message
 
 
 def test_a_refusal_ends_all_ranks_soon_and_is_told_once(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
 import lightning_async
 from lightning_async import amsgrad_strategy, collectives, strategy
-from lightning_async.internals import fetcher, launchers, loops, progress, results, trainer_state
+from lightning_async.internals import counters, fetcher, launchers, loops, optimization, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
 WATCHED = ("lightning", "torch", "torchmetrics")
@@ -83,6 +84,8 @@ FETCHER = "lightning.pytorch.loops.fetchers._DataFetcher"
 SCRIPT = "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher"
 MULTI = "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
 DDP = "lightning.pytorch.strategies.ddp.DDPStrategy"
+AUTOMATIC = "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization"
+AVERAGING = "lightning.pytorch.callbacks.weight_averaging.WeightAveraging"
 
 # What is overridden or called, and its parameters.
 SIGNATURES = {
@@ -111,12 +114,27 @@ SIGNATURES = {
         "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
         "lightning.pytorch.trainer.connectors.data_connector._request_dataloader": "data_source",
         "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
-        "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step": (
-            "self, batch_idx, train_step_and_backward_closure"
-        ),
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
             "self, signum, _"
         ),
+    },
+    "internals/optimization.py": {
+        f"{AUTOMATIC}._training_step": "self, kwargs",
+        f"{AUTOMATIC}._optimizer_step": "self, batch_idx, train_step_and_backward_closure",
+        "lightning.pytorch.trainer.call._call_strategy_hook": "trainer, hook_name, *args, **kwargs",
+    },
+    "internals/averaging.py": {
+        f"{AVERAGING}.on_train_batch_end": "self, trainer, pl_module, outputs, batch, batch_idx",
+        f"{AVERAGING}.should_update": "self, step_idx, epoch_idx",
+    },
+    "internals/progress.py": {
+        "lightning.pytorch.callbacks.TQDMProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.RichProgressBar.on_train_batch_end": (
+            "self, trainer, pl_module, outputs, batch, batch_idx"
+        ),
+        "lightning.pytorch.callbacks.ProgressBar.get_metrics": "self, trainer, pl_module",
     },
     "internals/results.py": {
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
@@ -162,6 +180,7 @@ SIGNATURES = {
         f"{DDP}.connect": "self, model",
         f"{DDP}.process_dataloader": "self, dataloader",
         f"{DDP}.pre_backward": "self, closure_loss",
+        f"{DDP}.optimizer_step": "self, optimizer, closure, model, **kwargs",
         f"{DDP}.lightning_module_state_dict": "self",
         f"{DDP}.optimizer_state": "self, optimizer",
         f"{DDP}.save_checkpoint": "self, checkpoint, filepath, storage_options",
@@ -202,6 +221,7 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
         fetcher.TicketFetcher,
         loops.AsyncEpochLoop,
         loops.AsyncFitLoop,
+        optimization.AsyncAutomaticOptimization,
         launchers.ScriptLauncher,
         launchers.ProcessLauncher,
         collectives.PhasedCollectives,
@@ -237,6 +257,8 @@ REPLACED = {
     ("internals/loops.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
     ("internals/loops.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
     ("internals/loops.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
+    ("internals/optimization.py", f"{AUTOMATIC}._training_step"): "f717b1a1fbfe",
+    ("internals/averaging.py", f"{AVERAGING}.on_train_batch_end"): "cc644f1906e3",
     (
         "internals/loops.py",
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn",
@@ -293,6 +315,10 @@ TRAINER_ATTRIBUTES = {
         "strategy._lightning_optimizers",
     ],
     "internals/sizes.py": ["fit_loop.max_batches", "fit_loop._last_train_dl_reload_epoch", "val_check_batch"],
+    "internals/optimization.py": [
+        "fit_loop.epoch_loop.automatic_optimization._skip_backward",
+        "fit_loop.epoch_loop.automatic_optimization.output_result_cls.from_training_step_output",
+    ],
     "internals/trainer_state.py": ["_signal_connector.received_sigterm", "checkpoint_callbacks"],
     "ranks.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
 }
@@ -320,6 +346,18 @@ def test_the_checkpoint_callback_keeps_its_notes_under_the_same_names() -> None:
     for name in trainer_state._CHECKPOINT_FIELDS:
         if name not in notes:
             fail("internals/trainer_state.py", f"ModelCheckpoint.{name}")
+
+
+def test_the_averaging_callback_keeps_its_model_and_step_under_the_same_names() -> None:
+    notes = vars(WeightAveraging())
+    for name in ("_average_model", "_latest_update_step"):
+        if name not in notes:
+            fail("internals/averaging.py", f"WeightAveraging.{name}")
+
+
+def test_a_logger_keeps_its_prefix_under_the_same_names() -> None:
+    if WandbLogger(offline=True, prefix="p")._prefix != "p" or WandbLogger.LOGGER_JOIN_CHAR != "-":
+        fail("internals/trainer_state.py", "WandbLogger._prefix and .LOGGER_JOIN_CHAR")
 
 
 def test_a_logged_entry_has_the_same_fields() -> None:
@@ -366,16 +404,16 @@ def test_the_fit_loop_asks_for_its_loaders_by_the_name_in_its_module() -> None:
 def test_an_epoch_loops_counters_are_saved_under_the_same_names(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     state = trainer.fit_loop.epoch_loop.state_dict(None, "loop.")
-    progress.rewrite_as_ddp(state, "loop.", batches=3, batches_before=10, clock=7)
+    counters.rewrite_as_ddp(state, "loop.", batches=3, batches_before=10, clock=7)
     copy = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
 
     loop = copy.fit_loop.epoch_loop
     loop.load_state_dict(state, "loop.")
 
-    counters = (loop.batch_progress.current.ready, loop.batch_progress.total.completed, loop.batch_idx)
+    counts = (loop.batch_progress.current.ready, loop.batch_progress.total.completed, loop.batch_idx)
     steps = (loop.automatic_optimization.optim_progress, loop.manual_optimization.optim_step_progress.total)
-    if (*counters, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
-        fail("internals/progress.py", "the names of the counters in an epoch loop's state_dict")
+    if (*counts, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
+        fail("internals/counters.py", "the names of the counters in an epoch loop's state_dict")
 
 
 def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:

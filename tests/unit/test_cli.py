@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AsyncAMSGradStrategy, WorkerFailedError
+from lightning_async import AsyncAMSGradStrategy, AsyncStrategy, WorkerFailedError
 from lightning_async.cli import AsyncCLI, add_working_directory_to_path, main
 from lightning_async.complaints import told_in_one_line
 from lightning_async.failure import RunFailure
@@ -67,6 +67,17 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
 
     assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
     assert cli.trainer.strategy.options.max_staleness == 7
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["--trainer.strategy=async"], ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.max_staleness=7"]],
+    ids=["name", "class"],
+)
+def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named: list[str]) -> None:
+    cli = AsyncCLI(["--config", RECIPE, *named], run=False)
+
+    assert type(cli.trainer.strategy) is AsyncStrategy
 
 
 @pytest.mark.parametrize(
@@ -210,6 +221,22 @@ def test_a_wrong_key_in_a_config_file_is_one_line_and_status_2(
     assert exit_info.value.code == 2
     assert "trainer.max_epoch" in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_command_without_a_trainer_refuses_options_before_it(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.yaml").write_text("compare: {recipe: a, out: b}\n" if command == "compare" else "{}\n")
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--config", str(tmp_path / "empty.yaml"), command])
+
+    assert exit_info.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: `{command}` takes no options before it: lightning-async {command} [options]\n"
+    )
 
 
 def test_the_working_directory_is_importable_and_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

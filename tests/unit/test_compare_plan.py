@@ -19,7 +19,7 @@ from lightning_async.compare.plan import PlannedRun, argument_list, digest, plan
 words = st.text("abcxyz", min_size=1, max_size=4)
 numbers = st.one_of(st.integers(0, 500), st.floats(0.125, 8.0, width=16))
 axes = st.one_of(
-    st.builds(Sweep, words, st.lists(numbers, min_size=1, max_size=4, unique_by=str)),
+    st.builds(Sweep, words, st.lists(numbers, min_size=1, max_size=4, unique_by=(str, float))),
     st.lists(
         st.builds(Variant, st.one_of(words, numbers), st.builds(Arguments, st.dictionaries(words, st.integers()))),
         min_size=1,

@@ -1,4 +1,4 @@
-"""What two lanes per rank need, said before anything is exchanged."""
+"""An engine takes the place of another when param groups have been added; what two lanes per rank need."""
 
 from __future__ import annotations
 
@@ -6,12 +6,43 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_async import AMSGrad
 from lightning_async.engine import Engine
 from lightning_async.failure import FailureLatch
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
+
+
+def make_engine(optimizer: torch.optim.Optimizer, version: int = 0, predecessor: Engine | None = None) -> Engine:
+    return Engine(
+        rank=0,
+        world_size=1,
+        optimizers=[optimizer],
+        options=ExchangeOptions("auto", "wait", "shared", "auto", 60.0),
+        latch=FailureLatch(),
+        address=None,
+        door=None,
+        stats=RunStats(1),
+        observers=[],
+        version=version,
+        meet=lambda: None,
+        predecessor=predecessor,
+    )
+
+
+def train(engine: Engine, parameters: list[nn.Parameter], steps: int) -> None:
+    assert engine.ledger is not None
+    engine.ledger.begin_epoch(range(steps))
+    engine.ledger.open(steps)
+    while engine.worker.draw():
+        engine.worker.begin_batch(1)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        engine.worker.step(0)
+    engine.worker.finish_segment()
+    engine.worker.refresh()
 
 
 def build(optimizers: int = 1, **options: Any) -> Engine:
@@ -38,3 +69,49 @@ def test_overlap_needs_room_for_two_gradients_of_each_rank() -> None:
 def test_overlap_takes_one_optimizer() -> None:
     with pytest.raises(ValueError, match="overlap=True takes one optimizer and there are 2"):
         build(optimizers=2)
+
+
+def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_was_there() -> None:
+    old, new = (nn.Parameter(torch.full((3,), 1.0, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = AMSGrad([old], lr=1e-4)
+    first = make_engine(optimizer)
+    train(first, [old], steps=3)
+    assert first.holder is not None
+    before = first.holder.snapshot()
+    assert first.owns([optimizer])
+
+    optimizer.add_param_group({"params": [new], "lr": 0.5})
+    assert not first.owns([optimizer])
+    first.close()
+    second = make_engine(optimizer, first.worker.version, predecessor=first)
+
+    assert second.owns([optimizer])
+    assert second.holder is not None
+    after = second.holder.snapshot()
+    assert second.worker.version == after.version == before.version == 3
+    # In bfloat16 they would all be 1.
+    assert torch.equal(after.parameters, torch.cat([before.parameters, torch.ones(3)]))
+    assert not torch.equal(before.parameters, torch.ones(3))
+    assert list(after.optimizer_states[0]["state"]) == [0]
+    for name, value in before.optimizer_states[0]["state"][0].items():
+        assert torch.equal(after.optimizer_states[0]["state"][0][name], value)
+    assert [group["lr"] for group in after.optimizer_states[0]["param_groups"]] == [1e-4, 0.5]
+    train(second, [old, new], steps=2)
+    steps = [state["step"].item() for state in second.holder.snapshot().optimizer_states[0]["state"].values()]
+    assert steps == [5, 2]
+    second.close()
+
+
+def test_the_holder_takes_over_only_what_was_changed() -> None:
+    kept, changed = (nn.Parameter(torch.full((3,), 1.0, dtype=torch.bfloat16)) for _ in range(2))
+    engine = make_engine(AMSGrad([kept, changed], lr=1e-4))
+    train(engine, [kept, changed], steps=3)
+    assert engine.holder is not None
+    before = engine.holder.snapshot().parameters
+
+    changed.data.fill_(7.0)
+    engine.adopt_parameters()
+
+    assert torch.equal(engine.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)]))
+    assert not torch.equal(before[:3], torch.ones(3))
+    engine.close()

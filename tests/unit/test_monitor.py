@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,8 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
         "dropped": 1,
         "rejected": 1,
         "evicted": [],
+        "train_seconds": 0.0,
+        "median_step_seconds_by_rank": {0: pytest.approx(0.0, abs=1e-3), 1: pytest.approx(0.0, abs=1e-3), 2: 0.0},
     }
     json.dumps(stats.as_dict())
 
@@ -62,31 +65,41 @@ class Clock:
         monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
-class Logger:
-    """Keeps what is logged."""
+class Sink:
+    """Keeps what it is given."""
 
     def __init__(self) -> None:
-        self.logged: list[tuple[int | None, dict[str, float]]] = []
+        self.configured: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.staleness: list[dict[int, int]] = []
+        self.summaries: list[dict[str, float]] = []
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def configure(self, configuration: dict[str, Any]) -> None:
+        self.configured.append(configuration)
+
+    def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
         self.logged.append((step, metrics))
+        self.staleness.append(dict(staleness))
+
+    def summarize(self, summary: dict[str, float]) -> None:
+        self.summaries.append(summary)
 
 
 def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, logger, stats = Clock(monkeypatch), Logger(), RunStats(workers=2)
-    metrics = MetricsLogger(stats)
+    clock, sink, stats = Clock(monkeypatch), Sink(), RunStats(workers=2)
+    metrics = MetricsLogger(stats, [sink])
     for staleness in [0] * 19 + [10]:
         stats.record(update(0, staleness, waited_s=0.05))
     clock.now += 2.0
-    metrics.log([logger], version=20, step=10)
+    metrics.log(version=20, step=10)
 
     stats.record(update(1, 4, waited_s=0.4))
     stats.record(update(0, 2, waited_s=0.2))
     stats.record(update(0, 5, applied=False))
     clock.now += 1.0
-    metrics.log([logger], version=22, step=11)
+    metrics.log(version=22, step=11)
 
-    (first_step, first), (second_step, second) = logger.logged
+    (first_step, first), (second_step, second) = sink.logged
     assert (first_step, second_step) == (10, 11)
     assert first == {
         "async/version": 20.0,
@@ -99,6 +112,8 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
         "async/rejected": 0.0,
         "async/share_rank_0": 1.0,
         "async/share_rank_1": 0.0,
+        "async/updates_per_second_rank_0": 10.0,
+        "async/updates_per_second_rank_1": 0.0,
     }
     assert second["async/staleness_mean"] == 3.0
     assert second["async/staleness_max"] == 4.0
@@ -107,31 +122,89 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
     assert second["async/wait_fraction"] == pytest.approx(0.6 / 2)
     assert second["async/dropped"] == 1.0
     assert second["async/share_rank_0"] == second["async/share_rank_1"] == 0.5
+    assert second["async/updates_per_second_rank_1"] == 1.0
+    assert sink.staleness == [{0: 19, 10: 1}, {4: 1, 2: 1}]
 
 
 def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, logger, stats = Clock(monkeypatch), Logger(), RunStats(workers=1)
-    metrics = MetricsLogger(stats)
+    clock, sink, stats = Clock(monkeypatch), Sink(), RunStats(workers=1)
+    metrics = MetricsLogger(stats, [sink])
 
-    metrics.log([logger], version=0, step=0)
+    metrics.log(version=0, step=0)
+    metrics.finish()
+    assert sink.summaries == []
     clock.now += 100.0  # a validation
     metrics.restart_clock()
     stats.record(update(0, 0))
     clock.now += 0.5
-    metrics.log([logger], version=1, step=1)
-    metrics.log([logger], version=1, step=2)
+    metrics.log(version=1, step=1)
+    metrics.log(version=1, step=2)
 
-    assert [step for step, _ in logger.logged] == [1]
-    assert logger.logged[0][1]["async/updates_per_second"] == 2.0
+    assert [step for step, _ in sink.logged] == [1]
+    assert sink.logged[0][1]["async/updates_per_second"] == 2.0
 
 
 def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stats = Clock(monkeypatch), RunStats(workers=1)
-    metrics = MetricsLogger(stats)
-    loggers: list[Any] = [Logger(), Logger()]
+    sinks = [Sink(), Sink()]
+    metrics = MetricsLogger(stats, sinks)
+    metrics.configure({"ranks": 1})
     stats.record(update(0, 0))
     clock.now += 1.0
 
-    metrics.log(loggers, version=1, step=1)
+    metrics.log(version=1, step=1)
+    metrics.finish()
 
-    assert loggers[0].logged == loggers[1].logged != []
+    assert vars(sinks[0]) == vars(sinks[1])
+    assert sinks[0].configured == [{"ranks": 1}]
+    assert sinks[0].logged and sinks[0].summaries
+
+
+def test_a_step_is_timed_without_its_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computes for 2 s, then waits 0.3 s for the way there, a parked time, and 0.5 s for the way back."""
+    clock, stats = Clock(monkeypatch), RunStats(workers=2)
+    stats.start_segment()
+    waited_s = 0.0
+    for parked_s in (0.0, 7.0, 1.0, 0.0, 4.0):
+        clock.now += 2.0 + 0.3 + parked_s
+        stats.record(update(1, 0, waited_s=waited_s, parked_s=parked_s))
+        clock.now += 0.5
+        waited_s = 0.3 + parked_s + 0.5
+    stats.end_segment()
+
+    assert stats.step_seconds(1) == pytest.approx([2.0] * 4)
+    assert stats.step_seconds(0) == []
+    assert stats.as_dict()["median_step_seconds_by_rank"] == {0: 0.0, 1: pytest.approx(2.0)}
+    assert stats.train_seconds == pytest.approx(5 * 2.8 + 12.0)
+
+
+def test_a_validation_counts_neither_as_a_step_nor_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stats = Clock(monkeypatch), RunStats(workers=1)
+    for _ in range(2):
+        stats.start_segment()
+        for _ in range(3):
+            clock.now += 1.0
+            stats.record(update(0, 0))
+        stats.end_segment()
+        clock.now += 100.0
+
+    assert stats.step_seconds(0) == pytest.approx([1.0] * 4)
+    assert stats.train_seconds == pytest.approx(6.0)
+
+
+def test_the_summary_is_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stats = Clock(monkeypatch), RunStats(workers=2)
+    stats.start_segment()
+    for worker, staleness in [(0, 0), (0, 0), (1, 6), (0, 2)]:
+        clock.now += 1.0
+        stats.record(update(worker, staleness, waited_s=0.5))
+    stats.end_segment()
+
+    summary = stats.summary()
+
+    assert summary["updates"] == 4.0
+    assert (summary["staleness_mean"], summary["staleness_p95"], summary["staleness_max"]) == (2.0, 6.0, 6.0)
+    assert summary["updates_per_second"] == pytest.approx(1.0)
+    assert summary["wait_fraction"] == pytest.approx(2.0 / 8.0)
+    assert (summary["updates_rank_0"], summary["share_rank_1"]) == (3.0, 0.25)
+    assert summary["wait_fraction_rank_0"] == pytest.approx(1.5 / 4.0)

@@ -34,6 +34,9 @@ class SignDescent(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
         for group in self.param_groups:
             group["gain"] *= 1.01
             group["steps"] += 1

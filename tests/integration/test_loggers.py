@@ -1,0 +1,161 @@
+"""What reaches the loggers, read back from the files that they leave."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from lightning_async import AsyncAMSGradStrategy
+from lightning_async import strategy as strategy_module
+from tests.launch import launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+RANKS, UPDATES = 3, 24
+
+
+class FinishWandb(Callback):
+    """Ends the run in the process that it lives in, and reports what it must say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy: Any = trainer.strategy
+        if trainer.is_global_zero:
+            report(self.folder, 0, stats=strategy.stats.as_dict(), summary=strategy.stats.summary())
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.finish()
+
+
+def fit(folder: Path, loggers: list[Any]) -> None:
+    strategy = AsyncAMSGradStrategy(start_method="fork", max_staleness=7)
+    trainer = fork_trainer(
+        folder, RANKS, strategy, logger=loggers, log_every_n_steps=2, callbacks=[FinishWandb(folder)]
+    )
+    trainer.fit(TinyClassifier(sleep_s=(0.001, 0.004, 0.001)), loader(samples=4 * UPDATES))
+
+
+def with_wandb(folder: Path) -> None:
+    fit(folder, [WandbLogger(offline=True, save_dir=folder, project="async", prefix="p")])
+
+
+def with_files(folder: Path) -> None:
+    fit(folder, [TensorBoardLogger(folder, name="board"), CSVLogger(folder, name="csv")])
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a ``.wandb`` file: a LevelDB log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, pending = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # a block's end is padded
+            position += 32768 - position % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        pending += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(pending)
+            pending = b""
+            yield record
+
+
+def values(items: Any) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+@pytest.mark.compatibility("Tools", "WandbLogger: metrics, histograms, configuration and summary", status="works")
+def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
+    run = launch(with_wandb, tmp_path)
+    assert run.returncode == 0, run.output
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    records = list(wandb_records(path))
+    expected = run.report(0)
+
+    definitions = {r.metric.glob_name or r.metric.name: r.metric for r in records if r.HasField("metric")}
+    assert definitions["p-async/*"].step_metric == "p-async/version"
+
+    config = {}
+    for record in records:
+        config |= values(record.config.update)
+        config |= values(record.run.config.update)
+    assert config["async"] == {
+        "strategy": "AsyncAMSGradStrategy",
+        "ranks": RANKS,
+        "max_staleness": 7,
+        "on_stale": "wait",
+        "batches": "shared",
+        "transport": "auto",
+        "worker_timeout_s": 60.0,
+    }
+
+    rows = [row for r in records if r.HasField("history") and "p-async/version" in (row := values(r.history.item))]
+    assert rows[-1]["p-async/version"] == UPDATES
+    assert [row["p-async/version"] for row in rows] == sorted(row["p-async/version"] for row in rows)
+    counted = 0
+    for row in rows:
+        assert row["p-async/staleness/_type"] == "histogram"
+        counted += sum(row["p-async/staleness/values"])
+        assert sum(row[f"p-async/share_rank_{rank}"] for rank in range(RANKS)) == pytest.approx(1.0)
+        by_rank = sum(row[f"p-async/updates_per_second_rank_{rank}"] for rank in range(RANKS))
+        assert by_rank == pytest.approx(row["p-async/updates_per_second"])
+    assert counted == UPDATES
+
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= values(record.summary.update)
+    for name, value in expected["summary"].items():
+        # What this fit waited until its end is in the statistics by now.
+        if "seconds" not in name and "fraction" not in name and "per_second" not in name:
+            assert summary[f"async_run/{name}"] == value
+    assert summary["async_run/updates"] == UPDATES
+    assert {f"async_run/wait_fraction_rank_{rank}" for rank in range(RANKS)} <= summary.keys()
+
+
+def test_tensorboard_shows_histograms_and_other_loggers_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = launch(with_files, tmp_path)
+    assert run.returncode == 0, run.output
+    staleness = run.report(0)["stats"]["staleness"]
+
+    board = EventAccumulator(str(tmp_path / "board" / "version_0"), size_guidance={"histograms": 0})
+    board.Reload()
+    histograms = [event.histogram_value for event in board.Histograms("async/staleness")]
+    assert sum(h.num for h in histograms) == UPDATES
+    assert sum(h.sum for h in histograms) == sum(age * count for age, count in staleness.items())
+    assert max(h.max for h in histograms) == max(staleness)
+    assert [event.value for event in board.Scalars("async/version")][-1] == UPDATES
+    assert {"async/configuration/text_summary", "async/summary/text_summary"} <= set(board.Tags()["tensors"])
+    text = board.Tensors("async/configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| max_staleness | 7 |" in text
+
+    with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["async/version"]) for row in rows if row["async/version"]][-1] == UPDATES
+    assert "async/updates_per_second_rank_2" in rows[0]
+    assert "async/staleness" not in rows[0]
+
+
+def without_a_logger(folder: Path) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("metrics are computed for nobody")
+
+    strategy_module.MetricsLogger = refuse  # type: ignore[assignment,misc]
+    fork_trainer(folder, 2, logger=False).fit(TinyClassifier(), loader(16))
+
+
+def test_without_a_logger_no_metric_is_computed(tmp_path: Path) -> None:
+    run = launch(without_a_logger, tmp_path)
+    assert run.returncode == 0, run.output

@@ -17,12 +17,12 @@ from lightning_async import AMSGrad, nccl_office, server
 from lightning_async.channels import dial
 from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
-from lightning_async.frontdoor import FrontDoor
+from lightning_async.frontdoor import FrontDoor, Visitor
 from lightning_async.holder import Holder
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.lifeline import Lifelines
-from lightning_async.nccl_office import Turns
+from lightning_async.nccl_office import NcclOffice, Turns
 from lightning_async.server import Server
 from lightning_async.site import HolderSite
 from lightning_async.staleness import Barrier
@@ -213,6 +213,33 @@ def test_turns_come_in_the_order_of_ranks_and_one_at_a_time() -> None:
         thread.join(5.0)
 
     assert order == [(way, rank) for rank in (1, 3, 4) for way in ("in", "out")]
+
+
+def test_second_lanes_come_after_every_first_one_and_one_at_a_time() -> None:
+    turns, order = Turns(3), []
+
+    def visit(rank: int, lane: int) -> None:
+        turns.take(rank, lane)
+        order.append(("in", lane))
+        time.sleep(0.05)
+        order.append(("out", lane))
+        turns.give(rank, lane, taken=True)
+
+    places = [(1, 1), (2, 1), (2, 0), (1, 0)]
+    threads = [threading.Thread(target=visit, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5.0)
+
+    assert order == [("in", 0), ("out", 0)] * 2 + [("in", 1), ("out", 1)] * 2
+
+
+def test_rank_0s_own_lanes_are_never_offered_nccl() -> None:
+    facts = {**gpu(0), "shares": True}
+    office = NcclOffice(CPU, facts, 2, NUMEL, torch.float32, True, lambda: pytest.fail("a store was made"))
+
+    assert office.open(Visitor(0, 0, {"device": facts}), None) is None  # type: ignore[arg-type]
 
 
 def test_closing_ends_the_wait_for_a_turn() -> None:

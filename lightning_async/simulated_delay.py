@@ -184,7 +184,6 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         self._devices: list[torch.device] = []
         self._iterates: PastIterates | None = None
         self._metrics: MetricsLogger | None = None
-        self._drawn_for: int | None = None
         self._delay = 0
         self._batches = 0
 
@@ -238,10 +237,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
                 "max_delay or a smaller model."
             )
         self.stats = RunStats(workers=1)
-        self._metrics = (
-            MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers]) if trainer.loggers else None
-        )
-        self._drawn_for, self._delay, self._batches = None, 0, 0
+        sinks = [sink_for(logger) for logger in trainer.loggers]
+        self._metrics = MetricsLogger(self.stats, sinks) if sinks else None
+        self._delay, self._batches = 0, 0
         if self.max_delay > 0:
             rank_zero_info(f"SimulatedDelayStrategy keeps {sizes}.")
             self._iterates = PastIterates(parameters, self.max_delay, version=trainer.global_step)
@@ -304,13 +302,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         super().teardown()
 
     def _go_back(self) -> None:
-        iterates = self._iterates
-        if iterates is None:
-            return
-        if self._drawn_for != iterates.version:
-            self._drawn_for = iterates.version
-            self._delay = self._delays.draw(iterates.version)
-        self._delay = iterates.go_back(self._delay)
+        if self._iterates is not None:
+            # The batches of one update draw the same.
+            self._delay = self._iterates.go_back(self._delays.draw(self._iterates.version))
 
     def _come_home(self) -> None:
         if self._iterates is not None:

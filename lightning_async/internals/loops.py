@@ -255,7 +255,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             # The number of ranks may be another one now.
             self._count_as_ddp(plan.batches_done(epoch.tickets_done), is_last=False)
             # What the schedulers had yet to catch up with when the checkpoint was saved between two batches.
-            epoch.clock = place.clock
+            epoch.first_batch = self.batch_progress.current.ready
+            epoch.clock = epoch.scheduled = place.clock
             self.update_lr_schedulers("step", update_plateau_schedulers=False)
         # A stream, as under DDP, begins anew and is as much shorter.
         fetcher.fetched = self.batch_progress.current.ready
@@ -422,8 +423,8 @@ def install(trainer: Trainer) -> None:
 def scheduler_clock(trainer: Trainer) -> int:
     """Steps of the shared clock that this rank's learning-rate schedulers have made."""
     epoch_loop: Any = trainer.fit_loop.epoch_loop
-    clock: int = epoch_loop._epoch.clock
-    return clock
+    scheduled: int = epoch_loop._epoch.scheduled
+    return scheduled
 
 
 def uninstall(trainer: Trainer) -> None:

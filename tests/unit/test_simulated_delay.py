@@ -225,6 +225,8 @@ def test_under_manual_optimization_every_step_has_a_delay_of_its_own(tmp_path: P
             history.append(copy.deepcopy(alone.state_dict()))
     assert torch.equal(ours.flat_parameters(), alone.flat_parameters())
     assert trainer.strategy.stats.updates == 2 * BATCHES
+    for seen, newest in zip(ours.newest, history[::2], strict=False):
+        assert torch.equal(seen, torch.cat([value.reshape(-1) for value in newest.values()]))
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

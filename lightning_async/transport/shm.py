@@ -18,6 +18,8 @@ from lightning_async.wire import Message
 __all__ = ["SharedMemoryChannel", "SharedSegment", "host_identity"]
 
 _ALIGNMENT_BYTES = 4096
+# A round trip of a small model takes about as long; waking a process costs as much again.
+_SPIN_S = 200e-6
 
 
 def host_identity() -> str:
@@ -104,8 +106,8 @@ class SharedMemoryChannel(Channel):
         self._control.send(message)
 
     def receive(self) -> Message:
-        """See `Channel.receive`."""
-        return self._control.receive()
+        """See `Channel.receive`; only workers wait here, the holder's side is served by the reactor."""
+        return self._control.receive(spin_s=_SPIN_S)
 
     def receive_payload(self, out: Tensor) -> None:
         """See `Channel.receive_payload`: it is there already."""

@@ -31,7 +31,9 @@ class SleepingModule(LightningModule):
 
     def __init__(self, parameters: int, step_s: Sequence[float]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(parameters))
+        # As many tensors as ResNet18 has, so that a large model's gradient comes in pieces that fit into a cache.
+        sizes = [parameters] if parameters < 1_000_000 else [len(part) for part in torch.arange(parameters).chunk(62)]
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes)
         self.step_s = step_s
         self.started = self.ended = 0.0
 
@@ -41,13 +43,13 @@ class SleepingModule(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         time.sleep(self.step_s[self.global_rank])
-        return (self.weight * batch[0].mean()).sum()
+        return torch.stack([weight.sum() for weight in self.weights]).sum() * batch[0].mean()
 
     def on_train_end(self) -> None:
         self.ended = time.perf_counter()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return lightning_async.AMSGrad(self.parameters(), lr=1e-4)
+        return lightning_async.AMSGrad(self.parameters(), lr=1e-4, fused=True)
 
 
 def measure(strategy: Any, step_s: Sequence[float], batches: int, parameters: int) -> dict[str, float]:
@@ -102,6 +104,8 @@ def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, param
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if isinstance(trainer.strategy, lightning_async.AsyncStrategy):
+        trainer.strategy.summary = False
     called = time.perf_counter()
     trainer.fit(module, DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1))
     queue.put(results.get())

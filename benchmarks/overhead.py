@@ -141,6 +141,8 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if isinstance(trainer.strategy, lightning_async.AsyncStrategy):
+        trainer.strategy.summary = False
     trainer.fit(Reporting(make(), warm_up), DataLoader(data, batch_size))
     reports = sorted(results.get() for _ in range(ranks))
     rates = [rate for _, rate, _ in reports]

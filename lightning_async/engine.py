@@ -114,7 +114,7 @@ class Engine:
                 door.rank_0_rings = lanes > 1
         meet()
         if self._server is not None and lanes == 1:
-            channels = [self._server.local_channel()]
+            channels = [self._server.local_channel(alone=world_size == 1)]
         else:
             assert address is not None
             channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]

@@ -165,7 +165,7 @@ class Holder:
             if not self._barrier.may_read(reader):
                 return None
             version = self._barrier.read(reader)
-            out.copy_(self._flat)
+            self._copy(out)
             # The next reader in the queue may go too: nobody else would tell it.
             self._tell()
             return version
@@ -226,7 +226,7 @@ class Holder:
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
         with self._changed:
-            out.copy_(self._flat)
+            self._copy(out)
             return self._barrier.version
 
     def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
@@ -253,6 +253,14 @@ class Holder:
                 adopted |= optimizer.load(state)
             self._barrier.version = version
         return adopted
+
+    def lend(self) -> Tensor:
+        """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
+        return self._flat
+
+    def _copy(self, out: Tensor) -> None:
+        if out is not self._flat:
+            out.copy_(self._flat)
 
     def _tell(self) -> None:
         self._changes += 1

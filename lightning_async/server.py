@@ -24,7 +24,7 @@ from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
 from lightning_async.site import HolderSite
 from lightning_async.tickets import Ledger
-from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.inprocess import in_process_pair
 from lightning_async.transport.shm import SharedMemoryChannel
@@ -99,9 +99,17 @@ class Server:
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
 
-    def local_channel(self, worker: int = 0) -> Channel:
-        """The channel of rank 0's own worker; its requests are served in that worker's thread."""
-        mine, theirs, serve_with = in_process_pair(self._site.buffers(self._layout.numel, self._layout.dtype))
+    def local_channel(self, worker: int = 0, alone: bool = False) -> Channel:
+        """The channel of rank 0's own worker; its requests are served in that worker's thread.
+
+        Args:
+            worker: its rank.
+            alone: whether there is no other worker, so that it can have the holder's own parameters.
+        """
+        buffers = self._site.buffers(self._layout.numel, self._layout.dtype)
+        if alone:
+            buffers = Buffers(buffers.gradient, self._holder.lend())
+        mine, theirs, serve_with = in_process_pair(buffers)
         serve_with(self._session(worker, theirs).serve_one)
         with self._lock:
             self._channels.append(theirs)

@@ -102,6 +102,20 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
     second.close()
 
 
+def test_the_only_worker_has_the_holders_own_parameters_and_keeps_its_values() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    engine = make_engine(AMSGrad([parameter], lr=0.1))
+    assert engine.holder is not None
+
+    train(engine, [parameter], steps=2)
+
+    assert parameter.data_ptr() == engine.holder.lend().data_ptr()
+    values = parameter.detach().clone()
+    engine.close()
+    engine.holder.lend().zero_()
+    assert torch.equal(parameter, values)
+
+
 def test_the_holder_takes_over_only_what_was_changed() -> None:
     kept, changed = (nn.Parameter(torch.full((3,), 1.0, dtype=torch.bfloat16)) for _ in range(2))
     engine = make_engine(AMSGrad([kept, changed], lr=1e-4))

@@ -114,7 +114,9 @@ class Engine:
                 door.rank_0_rings = lanes > 1
         meet()
         if self._server is not None and lanes == 1:
-            channels = [self._server.local_channel(alone=world_size == 1)]
+            # Rounded parameters must not become the holder's.
+            unrounded = all(parameter.dtype is layout.dtype for parameters in owned for parameter in parameters)
+            channels = [self._server.local_channel(alone=world_size == 1 and unrounded)]
         else:
             assert address is not None
             channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]

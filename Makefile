@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m recipes.demo
 
+# Two at a time: most tests wait for ranks that sleep.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 strangers:
 	$(PYTHON) -m venv $(VENV)-strangers

@@ -169,6 +169,7 @@ class Server:
         self._site.adopt_thread()
         assert self._office is not None
         error: BaseException | None = None
+        channel: Channel | None = None
         try:
             channel = self._site.stage(self._office.open(visitor, connection))
             with self._lock:
@@ -183,6 +184,9 @@ class Server:
         except Exception as raised:
             error = raised
         self._end(visitor.rank, visitor.lane, error)
+        if isinstance(error, SessionError) and channel is not None:
+            # The worker may be waiting for the payload of the refused request to be taken.
+            channel.close()
         connection.close()
 
     def _end_served(self, session: Session, error: BaseException | None) -> None:

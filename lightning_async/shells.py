@@ -31,14 +31,14 @@ def make_shell(optimizer: Optimizer, push: Callable[[], None]) -> None:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # What torch's schedulers look for, to warn of a scheduler that steps before its optimizer.
-        self._opt_called = True
         push()
         return loss
 
     shell: Any = optimizer
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as above: torch marks the step that it wrapped
     shell.step = MethodType(step, optimizer)
+    # Torch's schedulers warn if they step before their optimizer has. The other ranks' steps count, too.
+    shell._opt_called = True
     # Lightning would leave unscaling to a fused optimizer; what is pushed must be unscaled.
     shell._step_supports_amp_scaling = False
 

@@ -53,8 +53,13 @@ class HeldOptimizer:
         self._update(gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the optimizer's state dict."""
-        return copy.deepcopy(self.optimizer.state_dict())
+        """A copy of the optimizer's state dict, whose tensors own no more memory than their values take."""
+        copied = copy.deepcopy(self.optimizer.state_dict())
+        for state in copied["state"].values():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                    state[key] = value.clone()
+        return copied
 
     def adapted(self) -> list[dict[str, Any]]:
         """For each param group the values that the optimizer's own steps have changed; empty for most optimizers."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from lightning_async import AsyncAMSGradStrategy
+from lightning_async.hyper import HyperLayout
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -37,7 +38,7 @@ class History:
                 "read": push.version_read,
                 "version": update.version,
                 "applied": update.applied,
-                "lrs": [group.lr for group in push.groups],
+                "hypers": push.groups,
                 "gradients": gradients,
                 "tickets": tickets,
             }
@@ -63,6 +64,11 @@ class Reporting(TinyClassifier):
         facts |= {"version": strategy.version, "step": self.trainer.global_step, "batches": self.batches}
         facts |= {"lrs": [[group["lr"] for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]}
         if self.global_rank == 0:
+            for update in strategy.observers[0].updates:
+                layout = HyperLayout(strategy.optimizers[update["optimizer"]])
+                # Groups that were added later come last.
+                named = zip(layout._places, update["hypers"], strict=False)
+                update["lrs"] = [value for (_, key, _), value in named if key == "lr"]
             holder = strategy._engine.holder.snapshot()
             facts |= {"updates": strategy.observers[0].updates, "holder": holder.optimizer_states}
         report(Path.cwd(), self.global_rank, **facts)

@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
-from lightning_async.shells import make_shell
 from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.launch import launch
 from tests.models import fork_trainer, loader
@@ -116,7 +115,7 @@ def test_amsgrad_is_on_for_groups_that_are_added_to_an_adam_without_it() -> None
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
 
     with pytest.warns(UserWarning, match="turns AMSGrad on"):
-        make_shell(optimizer, lambda: None)
+        AsyncAMSGradStrategy()._accept_optimizer(optimizer)
     optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
 
     assert [group["amsgrad"] for group in optimizer.param_groups] == [True, True]

@@ -98,6 +98,10 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "batches": "shared",
         "transport": "auto",
         "worker_timeout_s": 60.0,
+        "overlap": False,
+        "wire_dtype": "fp32",
+        "parameter_wire_dtype": "fp32",
+        "holder_device": "auto",
     }
 
     rows = [row for r in records if r.HasField("history") and "p-async/version" in (row := values(r.history.item))]

@@ -60,8 +60,9 @@ class Rank:
     def push(self) -> None:
         self.ledger.complete(self.number, self.unreported)
         self.unreported = 0
-        # The next permits come with the answer.
-        self.drawn = self.ledger.draw(self.number)
+        # The next permits come with the answer, unless there are some.
+        if not self.drawn:
+            self.drawn = self.ledger.draw(self.number)
 
 
 @settings(deadline=None)

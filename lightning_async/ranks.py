@@ -6,7 +6,10 @@ Above `membership.py`, which knows no Lightning, and `internals/launchers.py`.
 from __future__ import annotations
 
 import atexit
-from contextlib import AbstractContextManager
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +23,10 @@ from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership
 
 __all__ = ["StartedRanks"]
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 60.0
 
 
 class StartedRanks(PhasedCollectives):
@@ -81,12 +88,45 @@ class StartedRanks(PhasedCollectives):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         refuse_finders(self.lightning_module.trainer)
-        super().setup_environment()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
+            # Lightning would take the group that an earlier run with one rank has left for this run's.
+            dist.destroy_process_group()
+        with self._impatience():
+            super().setup_environment()
         assert self._membership is not None and self.cluster_environment is not None
         host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
         self._membership.meet(self.world_size, host, super().broadcast)
         atexit.register(_leave_process_group)
         atexit.register(self._membership.guard_exit)
+
+    @contextmanager
+    def _impatience(self) -> Iterator[None]:
+        """Says what is being waited for if the ranks do not find each other soon; they give up after `timeout`."""
+        environment = self.cluster_environment
+        assert environment is not None
+        hint = (
+            "LOCAL_RANK is set, so Lightning takes it that something else starts them (unset it if nothing does)"
+            if environment.creates_processes_externally
+            else "they are started from here and may still be importing"
+        )
+        timer = threading.Timer(
+            _PATIENCE_S,
+            lambda: log.warning(
+                "rank %d of %d has waited %.0f s for the others at %s:%d; %s",
+                self.global_rank,
+                self.world_size,
+                _PATIENCE_S,
+                environment.main_address,
+                environment.main_port,
+                hint,
+            ),
+        )
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _leave_process_group() -> None:

@@ -3,13 +3,35 @@
 One thread per process: ranks are forked from the test process, and OpenMP's thread pools do not survive a fork. And
 little patience with name servers: torch's TCPStore asks for the name of ``::ffff:127.0.0.1``, five seconds each time
 that the answer is lost.
+
+And the environment is each test's own: a launcher's variables that one test leaves behind make the ranks of the next
+wait for others that nobody starts.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
+import pytest
 import torch  # after the environment is set
 
 torch.set_num_threads(1)
+
+# What Lightning and torch set in a process that trains with one rank, or that seeds; harmless to who comes after.
+LEFT_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "KMP_INIT_AT_FORK"}
+
+
+@pytest.fixture(autouse=True)
+def no_test_leaves_variables_behind() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    left = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    left.discard("PYTEST_CURRENT_TEST")
+    for name in left:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+    assert not left - LEFT_BY_LIGHTNING, f"the test leaves environment variables changed: {sorted(left)}"

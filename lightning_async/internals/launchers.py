@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch.multiprocessing as mp
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
 from lightning_async.failure import RunFailure, WorkerFailedError
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from lightning_async.ranks import StartedRanks
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
+
+# How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
+_STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 
 _POLL_S = 0.5
 _EXIT_POLL_S = 0.05
@@ -56,7 +60,14 @@ class ScriptLauncher(_SubprocessScriptLauncher):
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
+        world_size = self.num_processes * self.num_nodes
+        if self.cluster_environment.creates_processes_externally:
+            if isinstance(self.cluster_environment, LightningEnvironment):
+                _refuse_another_number_of_ranks(world_size)
+        elif world_size > 1:
+            # For one rank there is nobody to start, and the variables that Lightning sets for the others would keep
+            # this process's next run from starting any.
+            os.environ[_STARTED_RANKS] = str(world_size)
             self._call_children_scripts()
             threading.Thread(target=self._watch, args=(list(self.procs),), name="child-watch", daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
@@ -248,6 +259,22 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _refuse_another_number_of_ranks(world_size: int) -> None:
+    """Refuses a run that would wait for ranks which nobody starts: each rank runs the script once, for all Trainers.
+
+    Raises:
+        MisconfigurationException: if an earlier Trainer has started another number of ranks.
+    """
+    started = os.environ.get(_STARTED_RANKS)
+    if started is not None and int(started) != world_size:
+        raise MisconfigurationException(
+            f"An earlier Trainer of this script has started {started} ranks, and each of them runs the whole script; "
+            f"a Trainer for {world_size} would wait for ranks that do not exist. Give all of a script's Trainers the "
+            "same number of devices, or start ranks for each anew: "
+            'AsyncAMSGradStrategy(start_method="spawn"), or strategy="async_amsgrad_spawn".'
+        )
 
 
 def _error_of(path: str) -> str:

@@ -99,6 +99,31 @@ def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, la
     assert torch.load(tmp_path / "validated0.pt") == torch.load(tmp_path / "validated1.pt")
 
 
+TRAINERS_OF_ONE_TWO_AND_THREE_RANKS = """
+import os
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if "LOCAL_RANK" not in os.environ:
+    fork_trainer(folder, 1, "async_amsgrad").fit(TinyClassifier(), loader(8))
+fork_trainer(folder, 2, "async_amsgrad").fit(Module(), loader(96))
+try:
+    fork_trainer(folder, 3, "async_amsgrad").fit(TinyClassifier(), loader(8))
+except MisconfigurationException as error:
+    (folder / f"refused{os.environ['LOCAL_RANK']}").write_text(str(error))
+"""
+
+
+def test_no_trainer_of_a_script_waits_for_ranks_that_nobody_starts(tmp_path: Path) -> None:
+    run = run_script(tmp_path, TRAINERS_OF_ONE_TWO_AND_THREE_RANKS)
+
+    assert run.returncode == 0, run.output
+    assert sum(rank["batches"] for rank in run.reports()) == BATCHES
+    for rank in range(2):
+        refusal = (tmp_path / f"refused{rank}").read_text()
+        assert refusal.startswith("An earlier Trainer of this script has started 2 ranks")
+        assert 'strategy="async_amsgrad_spawn"' in refusal
+
+
 def test_spawned_ranks_give_parameters_and_statistics_to_the_process_that_started_them(tmp_path: Path) -> None:
     run = run_script(tmp_path, ONE_PROCESS_RUNS_THIS)
 

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_async import ranks
 from lightning_async.failure import RunFailure
 from lightning_async.internals import launchers
 from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
@@ -165,3 +169,45 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
     script._watch(script.procs)
 
     assert reported == [(1, "its process exited with code 1")]
+
+
+@pytest.mark.parametrize(
+    ("externally", "hint"), [(True, "LOCAL_RANK is set, so Lightning"), (False, "may still be importing")]
+)
+def test_a_rank_says_what_it_waits_for(
+    externally: bool, hint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
+    environment = SimpleNamespace(creates_processes_externally=externally, main_address="127.0.0.1", main_port=29500)
+    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=0, world_size=4)
+
+    with ranks.StartedRanks._impatience(strategy):
+        time.sleep(0.3)
+    with ranks.StartedRanks._impatience(strategy):
+        pass
+    time.sleep(0.1)
+
+    (record,) = caplog.records
+    assert "rank 0 of 4 has waited" in record.message
+    assert "127.0.0.1:29500" in record.message
+    assert hint in record.message
+
+
+@pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])
+def test_a_run_that_would_wait_for_ranks_nobody_starts_is_refused(
+    started: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv(launchers._STARTED_RANKS, raising=False)
+    if started is not None:
+        monkeypatch.setenv(launchers._STARTED_RANKS, started)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1, guard_run=nullcontext
+    )
+    launcher = ScriptLauncher(strategy)
+
+    if refused:
+        with pytest.raises(MisconfigurationException, match="started 2 ranks"):
+            launcher.launch(lambda: "ran")
+    else:
+        assert launcher.launch(lambda: "ran") == "ran"

@@ -13,23 +13,9 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks.processes import SHAPES, Shapes, hold, optimizer_of, push
 from benchmarks.record import save
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.engine import Engine
-from lightning_async.failure import FailureLatch
-from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
-from lightning_async.lifeline import Lifelines
-from lightning_async.monitor import RunStats
-from lightning_async.options import ExchangeOptions
-
-# Tensors of the paper's models: LeNet-5's, and as many of equal size as ResNet-18 has.
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "44K": [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)],
-    "11.2M": [(180_225,)] * 62,
-    "100M": [(1_000_000,)] * 100,
-}
 
 
 def main() -> None:
@@ -53,9 +39,7 @@ def main() -> None:
     save("ceiling" if arguments.wire_dtype == "fp32" else f"ceiling_{arguments.wire_dtype}", vars(arguments), found)
 
 
-def updates_per_second(
-    shapes: list[tuple[int, ...]], workers: int, transport: str, seconds: float, wire_dtype: str = "fp32"
-) -> float:
+def updates_per_second(shapes: Shapes, workers: int, transport: str, seconds: float, wire_dtype: str = "fp32") -> float:
     """Updates a second that ``workers`` processes get out of one holder, after a second of warming up."""
     context = multiprocessing.get_context("spawn")
     ready, results = context.SimpleQueue(), context.SimpleQueue()
@@ -63,7 +47,7 @@ def updates_per_second(
     processes[0].start()
     address = ready.get()
     for rank in range(1, workers + 1):
-        processes.append(context.Process(target=_push, args=(address, rank, workers + 1, shapes)))
+        processes.append(context.Process(target=push, args=(address, rank, workers + 1, shapes)))
         processes[-1].start()
     rate = float(results.get())
     # The workers first: they would complain of a lost holder.
@@ -73,43 +57,18 @@ def updates_per_second(
     return rate
 
 
-def _optimizer(shapes: list[tuple[int, ...]]) -> AMSGrad:
-    return AMSGrad([nn.Parameter(torch.zeros(shape)) for shape in shapes], lr=1e-6)
-
-
 def _hold(
-    ready: Any,
-    results: Any,
-    shapes: list[tuple[int, ...]],
-    workers: int,
-    transport: Any,
-    wire_dtype: Any,
-    seconds: float,
+    ready: Any, results: Any, shapes: Shapes, workers: int, transport: Any, wire_dtype: Any, seconds: float
 ) -> None:
     torch.set_num_threads(1)
-    latch = FailureLatch()
-    door = FrontDoor("127.0.0.1", workers + 1, Lifelines(0, latch, 60.0))
-    stats = RunStats(workers + 1)
-    options = ExchangeOptions(
-        max_staleness=None, transport=transport, wire_dtype=wire_dtype, parameter_wire_dtype=wire_dtype
+    _, stats = hold(
+        optimizer_of(shapes),
+        workers + 1,
+        ready.put,
+        transport=transport,
+        wire_dtype=wire_dtype,
+        parameter_wire_dtype=wire_dtype,
     )
-    engine = Engine(
-        rank=0,
-        world_size=workers + 1,
-        optimizers=[_optimizer(shapes)],
-        options=options,
-        latch=latch,
-        address=door.address,
-        door=door,
-        stats=stats,
-        observers=[],
-        version=0,
-        meet=lambda: ready.put(door.address.as_json()),
-    )
-    assert engine.ledger is not None
-    tickets = int(20_000 * (seconds + 30))
-    engine.ledger.begin_epoch(range(tickets))
-    engine.ledger.open(tickets)
     while min(list(stats.updates_by_rank.values())[1:]) < 5:
         time.sleep(0.01)
     time.sleep(1.0)
@@ -117,35 +76,6 @@ def _hold(
     time.sleep(seconds)
     results.put((stats.updates - before) / (time.perf_counter() - started))
     threading.Event().wait()
-
-
-def _push(address_json: str, rank: int, ranks: int, shapes: list[tuple[int, ...]]) -> None:
-    torch.set_num_threads(1)
-    latch, address = FailureLatch(), Address.from_json(address_json)
-    Lifelines(rank, latch, 60.0).add(0, introduce(address, rank, LIFELINE)[0])
-    optimizer = _optimizer(shapes)
-    engine = Engine(
-        rank=rank,
-        world_size=ranks,
-        optimizers=[optimizer],
-        options=ExchangeOptions(),
-        latch=latch,
-        address=address,
-        door=None,
-        stats=RunStats(ranks),
-        observers=[],
-        version=0,
-        meet=lambda: None,
-    )
-    worker = engine.worker
-    worker.pull()
-    # One backward, so that the gradients are where a training step leaves them.
-    loss: Any = torch.stack(
-        [parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]
-    ).sum()
-    loss.backward()
-    while True:
-        worker.step(0)
 
 
 if __name__ == "__main__":

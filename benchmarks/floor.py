@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.ceiling import SHAPES, updates_per_second
+from benchmarks.ceiling import updates_per_second
+from benchmarks.processes import SHAPES, Shapes
 from benchmarks.record import save
 
 _KERNEL_BYTES, _COPY_BYTES = 36, 8
@@ -45,7 +46,7 @@ def main() -> None:
     save("floor", vars(arguments), found)
 
 
-def floor_seconds(shapes: list[tuple[int, ...]]) -> tuple[float, float]:
+def floor_seconds(shapes: Shapes) -> tuple[float, float]:
     """Seconds of one fused AMSGrad kernel over all parameters, and of one copy of them."""
     parameters, gradients, *moments = [[torch.zeros(shape) for shape in shapes] for _ in range(5)]
     steps = [torch.ones(()) for _ in shapes]

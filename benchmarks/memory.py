@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.ceiling import SHAPES
+from benchmarks.processes import SHAPES
 from benchmarks.record import save
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.engine import Engine

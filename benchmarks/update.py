@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.ceiling import SHAPES
+from benchmarks.processes import SHAPES, Shapes
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.failure import FailureLatch
 from lightning_async.holder import Holder, Push
@@ -32,7 +32,7 @@ def main() -> None:
         print(f"{size:>10} {exchange * 1e6:>18.0f} {kernel * 1e6:>11.0f} {copy * 1e6:>9.0f} {ratio:>19.2f}")
 
 
-def measure(shapes: list[tuple[int, ...]]) -> tuple[float, float, float]:
+def measure(shapes: Shapes) -> tuple[float, float, float]:
     """Seconds of a push and pull at the holder, of the fused kernel on the same tensors, and of one copy."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = AMSGrad(parameters, lr=1e-3)

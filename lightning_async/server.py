@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
-from threadpoolctl import threadpool_limits
-
 from lightning_async.channels import ChannelOffice, WireNames
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
@@ -23,6 +20,7 @@ from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
 from lightning_async.site import HolderSite
+from lightning_async.threads import PromptSwitching, use_one_thread
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
@@ -84,6 +82,7 @@ class Server:
         self._present: set[tuple[int, int]] = set()
         self._closing = False
         self._reactor = Reactor(holder, self._end_served, use_one_thread)
+        self._switching = PromptSwitching()
         self._office: ChannelOffice | None = None
         if door is not None:
             self._office = ChannelOffice(
@@ -136,6 +135,7 @@ class Server:
         deadline = time.monotonic() + _WAKE_TIMEOUT_S
         for thread in threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        self._switching.stop()
 
     def _session(self, worker: int, channel: Channel, lane: int = 0) -> Session:
         return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, lane)
@@ -155,6 +155,7 @@ class Server:
             if (visitor.rank, visitor.lane) in self._present:
                 raise HandshakeError(f"rank {visitor.rank} is here already")
             self._present.add((visitor.rank, visitor.lane))
+        self._switching.start()
         thread = threading.Thread(
             target=self._serve,
             args=(visitor, connection),
@@ -214,15 +215,3 @@ class Server:
             # Whatever goes wrong here must end the run: the worker waits for an answer.
             log.error("the session of rank %d failed", worker, exc_info=error)
             self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))
-
-
-def use_one_thread() -> None:
-    """Limits torch to one intra-op thread in the calling thread, and nowhere else.
-
-    The fused update is at the memory's speed with one thread, and a second one costs a scheduler tick on a busy
-    machine. ``torch.set_num_threads`` reaches every thread that has not used torch's own thread pool yet, and would
-    slow rank 0's training down.
-    """
-    # torch sets the number once per thread, at its first use there; after that the limit stays.
-    torch.get_num_threads()
-    threadpool_limits(limits=1, user_api="openmp")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
+import pytest
 import torch
 
-from lightning_async.server import use_one_thread
+from lightning_async.threads import SWITCH_INTERVAL_S, PromptSwitching, use_one_thread
 
 
 def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> None:
@@ -29,3 +31,23 @@ def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> 
     torch.set_num_threads(before)
 
     assert (seen, main) == ([1, 2], 2)
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [(5e-3, SWITCH_INTERVAL_S), (1e-4, 1e-4)])
+def test_serving_threads_get_the_interpreter_soon_and_leave_its_interval_as_it_was(
+    before: float, meanwhile: float
+) -> None:
+    found = sys.getswitchinterval()
+    sys.setswitchinterval(before)
+    switching = PromptSwitching()
+    try:
+        switching.start()
+        switching.start()
+        during = sys.getswitchinterval()
+        switching.stop()
+        switching.stop()
+        after = sys.getswitchinterval()
+    finally:
+        sys.setswitchinterval(found)
+
+    assert (during, after) == pytest.approx((meanwhile, before))

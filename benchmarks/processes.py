@@ -1,0 +1,122 @@
+"""Processes that only hold or only push, for benchmarks of the exchange itself: no Lightning, no data."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_async.amsgrad import AMSGrad
+from lightning_async.engine import Engine
+from lightning_async.failure import FailureLatch, WorkerFailedError
+from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
+from lightning_async.lifeline import Lifelines
+from lightning_async.monitor import RunStats
+from lightning_async.options import ExchangeOptions
+
+__all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
+
+Shapes = Sequence[tuple[int, ...]]
+
+# Tensors of the paper's models: LeNet-5's, and as many of equal size as ResNet-18 has.
+SHAPES: dict[str, Shapes] = {
+    "44K": [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)],
+    "11.2M": [(180_225,)] * 62,
+    "100M": [(1_000_000,)] * 100,
+}
+# More than any benchmark takes.
+_TICKETS = 10**9
+
+
+def optimizer_of(shapes: Shapes) -> AMSGrad:
+    """AMSGrad over parameters of these shapes."""
+    return AMSGrad([nn.Parameter(torch.zeros(shape)) for shape in shapes], lr=1e-6)
+
+
+def hold(
+    optimizer: torch.optim.Optimizer, ranks: int, tell_address: Callable[[str], object], **options: Any
+) -> tuple[Engine, RunStats]:
+    """Rank 0's side, ready for the others.
+
+    Args:
+        optimizer: over the initial parameters.
+        ranks: number of ranks, this one included.
+        tell_address: called with what the other ranks need to find it.
+        options: see `ExchangeOptions`.
+    """
+    latch = FailureLatch()
+    door = FrontDoor("127.0.0.1", ranks, Lifelines(0, latch, 60.0)) if ranks > 1 else None
+    stats = RunStats(ranks)
+
+    def meet() -> None:
+        if door is not None:
+            tell_address(door.address.as_json())
+
+    engine = Engine(
+        rank=0,
+        world_size=ranks,
+        optimizers=[optimizer],
+        options=ExchangeOptions(max_staleness=None, **options),
+        latch=latch,
+        address=None if door is None else door.address,
+        door=door,
+        stats=stats,
+        observers=[],
+        version=0,
+        meet=meet,
+    )
+    assert engine.ledger is not None
+    engine.ledger.begin_epoch(range(_TICKETS))
+    engine.ledger.open(_TICKETS)
+    return engine, stats
+
+
+def work_for(address_json: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer) -> Engine:
+    """Another rank's side, which holds parameters already."""
+    latch, address = FailureLatch(), Address.from_json(address_json)
+    Lifelines(rank, latch, 60.0).add(0, introduce(address, rank, LIFELINE)[0])
+    engine = Engine(
+        rank=rank,
+        world_size=ranks,
+        optimizers=[optimizer],
+        options=ExchangeOptions(),
+        latch=latch,
+        address=address,
+        door=None,
+        stats=RunStats(ranks),
+        observers=[],
+        version=0,
+        meet=lambda: None,
+    )
+    engine.worker.pull()
+    return engine
+
+
+def push(address_json: str, rank: int, ranks: int, shapes: Shapes, interval_s: float = 0.0) -> None:
+    """Pushes a ready gradient again and again, until killed.
+
+    Args:
+        address_json: where rank 0 is.
+        rank: this rank.
+        ranks: number of ranks.
+        shapes: of the parameters.
+        interval_s: seconds from an answer to the next push.
+    """
+    torch.set_num_threads(1)
+    optimizer = optimizer_of(shapes)
+    worker = work_for(address_json, rank, ranks, optimizer).worker
+    # One backward, so that the gradients are where a training step leaves them.
+    loss: Any = torch.stack(
+        [parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]
+    ).sum()
+    loss.backward()
+    # The others are ended one by one, which looks like a failure.
+    with contextlib.suppress(WorkerFailedError):
+        while True:
+            worker.step(0)
+            if interval_s:
+                time.sleep(interval_s)

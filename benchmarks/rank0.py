@@ -1,0 +1,156 @@
+"""What serving the other ranks costs rank 0's own training, and what a holder in a process of its own would change.
+
+Run ``python -m benchmarks.rank0``. Rank 0 trains LeNet-5, a real forward and backward and some pure Python in each step
+as Lightning's loop has it, while other processes push ready gradients at a given rate. Three arrangements:
+
+- ``thread``: the holder is in rank 0's process, as in the product;
+- ``process``: the holder has a process of its own, and rank 0 is one of its workers in shared memory;
+- ``apart``: the others push to a holder that is none of rank 0's business. What is lost here is lost to the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.processes import SHAPES, hold, optimizer_of, push, work_for
+from benchmarks.record import save
+from lightning_async.amsgrad import AMSGrad
+from lightning_async.worker import Worker
+from recipes.models import LeNet5
+
+SHAPES_OF_LENET5 = SHAPES["44K"]
+ARRANGEMENTS = ["thread", "process", "apart"]
+BATCH = 64
+# Of an empty loop, about.
+_TURNS_PER_MS = 30_000
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--others", type=int, default=3, help="ranks that push")
+    parser.add_argument(
+        "--pauses-ms", type=float, nargs="+", default=[50.0, 10.0, 2.0, 0.0], help="of each of them between two pushes"
+    )
+    parser.add_argument("--python-ms", type=float, default=1.5, help="pure Python in each of rank 0's steps")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=3, help="taken in turns; medians are shown")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found = []
+    print("pause, ms  holder   rank 0, steps/s  of alone  others, pushes/s")
+    for pause_ms in arguments.pauses_ms:
+        kinds = [(name, arguments.others) for name in ARRANGEMENTS]
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ["alone", *ARRANGEMENTS]}
+        for _ in range(arguments.repeats):
+            for name, others in [("thread", 0), *kinds]:
+                rate = measure(name, others, pause_ms, arguments.python_ms, arguments.seconds)
+                rates[name if others else "alone"].append(rate)
+        medians = {name: sorted(of_name)[len(of_name) // 2] for name, of_name in rates.items()}
+        for name, (steps, pushes) in medians.items():
+            share = steps / medians["alone"][0]
+            print(f"{pause_ms:>9.0f}  {name:<8} {steps:>15.0f} {share:>9.2f} {pushes:>17.0f}", flush=True)
+            row = {"pause_ms": pause_ms, "holder": name, "steps_per_second": steps, "of_alone": share}
+            found.append(row | {"pushes_per_second": pushes})
+    save("rank0", vars(arguments), found)
+
+
+def measure(arrangement: str, others: int, pause_ms: float, python_ms: float, seconds: float) -> tuple[float, float]:
+    """Rank 0's steps and the others' pushes per second."""
+    context = multiprocessing.get_context("spawn")
+    addresses, counts, results = context.SimpleQueue(), context.SimpleQueue(), context.SimpleQueue()
+    begun = context.Event()
+    ranks = others + (2 if arrangement == "process" else 1)
+    processes: list[Any] = []
+
+    def start(target: Any, *arguments: Any) -> None:
+        processes.append(context.Process(target=target, args=arguments))
+        processes[-1].start()
+
+    def train(address: str | None, serves: int) -> None:
+        start(_train, address, serves, addresses, results, begun, ranks, python_ms, seconds)
+
+    if arrangement == "thread":
+        train(None, ranks)
+    else:
+        start(_hold, addresses, counts, begun, ranks, seconds)
+    address = addresses.get() if ranks > 1 else ""
+    for rank in range(1, others + 1):
+        start(push, address, rank, ranks, SHAPES_OF_LENET5, pause_ms / 1e3)
+    if arrangement != "thread":
+        train(address if arrangement == "process" else None, 1)
+    steps, pushes = results.get()
+    if arrangement != "thread":
+        pushes = counts.get() - (steps if arrangement == "process" else 0.0)
+    for process in reversed(processes):
+        process.kill()
+        process.join()
+    return float(steps), float(pushes)
+
+
+def _hold(addresses: Any, counts: Any, begun: Any, ranks: int, seconds: float) -> None:
+    torch.set_num_threads(1)
+    _, stats = hold(optimizer_of(SHAPES_OF_LENET5), ranks, addresses.put)
+    begun.wait()
+    before, started = stats.updates, time.perf_counter()
+    time.sleep(seconds)
+    counts.put((stats.updates - before) / (time.perf_counter() - started))
+    threading.Event().wait()
+
+
+def _train(
+    address: str | None,
+    serves: int,
+    addresses: Any,
+    results: Any,
+    begun: Any,
+    ranks: int,
+    python_ms: float,
+    seconds: float,
+) -> None:
+    torch.set_num_threads(1)
+    net = LeNet5()
+    optimizer = AMSGrad(net.parameters(), lr=1e-6)
+    if address is None:
+        engine, stats = hold(optimizer, serves, addresses.put)
+        engine.worker.pull()
+        while min([stats.updates_by_rank[rank] for rank in range(1, serves)], default=5) < 5:
+            time.sleep(0.01)
+    else:
+        engine, stats = work_for(address, ranks - 1, ranks, optimizer), None
+    images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    _steps_in(1.0, net, engine.worker, images, labels, python_ms)
+    begun.set()
+    served, started = 0 if stats is None else stats.updates, time.perf_counter()
+    steps = _steps_in(seconds, net, engine.worker, images, labels, python_ms)
+    elapsed = time.perf_counter() - started
+    pushes = 0 if stats is None else stats.updates - served - steps
+    results.put((steps / elapsed, pushes / elapsed))
+    threading.Event().wait()
+
+
+def _steps_in(seconds: float, net: nn.Module, worker: Worker, images: Tensor, labels: Tensor, python_ms: float) -> int:
+    steps, turns = 0, int(python_ms * _TURNS_PER_MS)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        # Work, not waiting: a thread that takes the interpreter's lock delays it.
+        for _ in range(turns):
+            pass
+        net.zero_grad()
+        loss: Any = nn.functional.cross_entropy(net(images), labels)
+        loss.backward()
+        worker.step(0)
+        steps += 1
+    return steps
+
+
+if __name__ == "__main__":
+    main()

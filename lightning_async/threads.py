@@ -1,0 +1,53 @@
+"""What the threads that serve workers ask of torch and of the interpreter. Used by `server.py`. Knows no Lightning."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import torch
+from threadpoolctl import threadpool_limits
+
+__all__ = ["PromptSwitching", "use_one_thread"]
+
+# Ten times as often as Python does by itself. Each request takes the interpreter's lock several times, and each time
+# has to wait for so long while rank 0's training runs pure Python.
+SWITCH_INTERVAL_S = 0.5e-3
+
+
+def use_one_thread() -> None:
+    """Limits torch to one intra-op thread in the calling thread, and nowhere else.
+
+    The fused update is at the memory's speed with one thread, and a second one costs a scheduler tick on a busy
+    machine. ``torch.set_num_threads`` reaches every thread that has not used torch's own thread pool yet, and would
+    slow rank 0's training down.
+    """
+    # torch sets the number once per thread, at its first use there; after that the limit stays.
+    torch.get_num_threads()
+    threadpool_limits(limits=1, user_api="openmp")
+
+
+class PromptSwitching:
+    """Lets rank 0's threads take the interpreter's lock from each other sooner, for as long as workers are served.
+
+    The interval is the whole process's (`sys.setswitchinterval`); the one of before comes back with `stop`. An interval
+    that is shorter already stays.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: float | None = None
+
+    def start(self) -> None:
+        """Shortens the interval; idempotent."""
+        with self._lock:
+            if self._before is None and (before := sys.getswitchinterval()) > SWITCH_INTERVAL_S:
+                self._before = before
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def stop(self) -> None:
+        """Brings the former interval back; idempotent."""
+        with self._lock:
+            if self._before is not None:
+                sys.setswitchinterval(self._before)
+                self._before = None

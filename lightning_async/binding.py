@@ -5,7 +5,9 @@ Used by `worker.py`. Knows no Lightning.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +64,8 @@ class Binding:
         # On a GPU one copy of all gradients is a single kernel; a hook would launch one for each.
         on_host = buffers.gradient.device.type == "cpu"
         self._hooks = self._install_hooks() if moves_gradients and large and on_host else []
+        if large and on_host:
+            _return_freed_memory()
 
     def gather(self, index: int, into: Sequence[Tensor] | None = None) -> list[bool]:
         """Brings the gradients of one optimizer into the buffer; returns which parameters have one.
@@ -116,6 +120,12 @@ class Binding:
                     move = functools.partial(_move_gradient, view=view)
                     hooks.append(parameter.register_post_accumulate_grad_hook(move))
         return hooks
+
+
+def _return_freed_memory() -> None:
+    """Gives the storage that the parameters had before back to the system; glibc keeps it for the process otherwise."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _move_gradient(parameter: Tensor, view: Tensor) -> None:

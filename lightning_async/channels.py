@@ -115,7 +115,9 @@ class ChannelOffice:
             if segment is not None:
                 segment.release()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire))
+        return GlooChannel(
+            connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire), visitor.overlaps
+        )
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -161,6 +163,7 @@ def dial(
     incarnation: int = 0,
     lane: int = 0,
     devices: RankDevices | None = None,
+    overlaps: bool = False,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -172,6 +175,7 @@ def dial(
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
         lane: which of the worker's lanes this is.
         devices: where this rank computes; its host by default.
+        overlaps: whether this rank computes while its answer is under way.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
@@ -179,13 +183,13 @@ def dial(
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     devices = devices or RankDevices()
-    claims = {"model": model, "host": host_identity(), "lane": lane, "device": devices.mine}
+    claims = {"model": model, "host": host_identity(), "lane": lane, "overlaps": overlaps, "device": devices.mine}
     connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
 
     def gpu_buffers() -> Buffers:
         return Buffers.allocate(numel, dtype, devices.own)
 
-    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own)
+    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own, overlaps)
     if isinstance(offer, Channel):
         return offer
     if offer["segment"] is not None:
@@ -199,7 +203,7 @@ def dial(
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
-    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]))
+    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
 
 
 def _dtypes(wire: Sequence[str]) -> WireDtypes:

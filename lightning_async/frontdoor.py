@@ -65,6 +65,11 @@ class Visitor:
         """Which of the rank's lanes a doorbell is for."""
         return int(self.claims.get("lane", 0) == 1)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the rank computes while its answer is under way."""
+        return self.claims.get("overlaps") is True
+
 
 class FrontDoor:
     """Accepts connections until closed; a short-lived thread per visitor.

@@ -30,6 +30,7 @@ __all__ = ["ChannelOffice", "WireNames", "dial"]
 # What gradients, and what parameters, are rounded to on a network.
 WireNames: TypeAlias = tuple[str, str]
 
+_UNROUNDED: WireNames = ("fp32", "fp32")
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class ChannelOffice:
         transport: Literal["auto", "shm", "gloo", "nccl"],
         numel: int,
         dtype: torch.dtype,
-        wire: WireNames = ("fp32", "fp32"),
+        wire: WireNames = _UNROUNDED,
         device: torch.device | None = None,
         facts: DeviceFacts = None,
         workers: int = 1,
@@ -93,6 +94,8 @@ class ChannelOffice:
         """
         if self._nccl is not None and (channel := self._nccl.open(visitor, connection)) is not None:
             return channel
+        # The holder takes over what hooks do to rank 0's parameters, and must not take its own rounded ones for that.
+        wire = _UNROUNDED if visitor.rank == 0 else self._wire
         segment = self._segment(visitor)
         try:
             pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
@@ -100,7 +103,7 @@ class ChannelOffice:
                 "pair": pair,
                 "segment": segment.path if segment else None,
                 "store_port": self._store_port(segment),
-                "wire": self._wire,
+                "wire": wire,
             }
             connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
             connection.settimeout(None)
@@ -115,7 +118,7 @@ class ChannelOffice:
             if segment is not None:
                 segment.release()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(self._wire))
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), visitor.overlaps)
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -161,6 +164,7 @@ def dial(
     incarnation: int = 0,
     lane: int = 0,
     devices: RankDevices | None = None,
+    overlaps: bool = False,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -172,6 +176,7 @@ def dial(
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
         lane: which of the worker's lanes this is.
         devices: where this rank computes; its host by default.
+        overlaps: whether this rank computes while its answer is under way.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
@@ -179,13 +184,13 @@ def dial(
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     devices = devices or RankDevices()
-    claims = {"model": model, "host": host_identity(), "lane": lane, "device": devices.mine}
+    claims = {"model": model, "host": host_identity(), "lane": lane, "overlaps": overlaps, "device": devices.mine}
     connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
 
     def gpu_buffers() -> Buffers:
         return Buffers.allocate(numel, dtype, devices.own)
 
-    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own)
+    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own, overlaps)
     if isinstance(offer, Channel):
         return offer
     if offer["segment"] is not None:
@@ -199,7 +204,7 @@ def dial(
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
-    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]))
+    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
 
 
 def _dtypes(wire: Sequence[str]) -> WireDtypes:

@@ -119,7 +119,10 @@ class Engine:
             channels = [self._server.local_channel(alone=world_size == 1 and unrounded)]
         else:
             assert address is not None
-            channels = [dial(address, rank, layout, groups, lane=lane, devices=devices) for lane in range(lanes)]
+            channels = [
+                dial(address, rank, layout, groups, lane=lane, devices=devices, overlaps=lanes > 1)
+                for lane in range(lanes)
+            ]
         self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
         self.worker.version = version
 

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 LIFELINE, DOORBELL = "lifeline", "doorbell"
 _HANDSHAKE_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 30.0
+# Before rank 0 welcomes a doorbell it reserves the worker's buffers, a second or so for each GB, and may have to wait
+# for a name server. That it is gone is noticed at once, and that it is stopped by the lifeline.
+_WELCOME_TIMEOUT_S = 600.0
 
 
 class HandshakeError(RuntimeError):
@@ -64,6 +67,11 @@ class Visitor:
     def lane(self) -> int:
         """Which of the rank's lanes a doorbell is for."""
         return int(self.claims.get("lane", 0) == 1)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the rank computes while its answer is under way."""
+        return self.claims.get("overlaps") is True
 
 
 class FrontDoor:
@@ -186,6 +194,8 @@ def introduce(
     connection.settimeout(_HANDSHAKE_TIMEOUT_S)
     text = json.dumps({"token": address.token, "role": role, **claims})
     connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
+    if role == DOORBELL:
+        connection.settimeout(_WELCOME_TIMEOUT_S)
     reply = connection.receive()
     if reply.kind is not Kind.WELCOME:
         connection.close()

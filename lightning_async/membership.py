@@ -123,7 +123,8 @@ class Membership:
 
 
 def _may_be_lost_peer(error: BaseException) -> bool:
-    if isinstance(error, dist.DistError):
+    # ConnectionError: also of a channel that ends while it is being agreed on.
+    if isinstance(error, (dist.DistError, ConnectionError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST_PEER_WORDS)
 

@@ -22,14 +22,19 @@ from lightning_async.devices import DeviceFacts, nccl_obstacle
 from lightning_async.frontdoor import Address, HandshakeError, Visitor
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.transport.nccl import CONNECT_TIMEOUT_S, Link, NcclChannel, nccl_communicator
+from lightning_async.transport.nccl import (
+    CONNECT_TIMEOUT_S,
+    HOLDER_SIDE,
+    WORKER_SIDE,
+    Link,
+    NcclChannel,
+    nccl_communicator,
+)
 from lightning_async.wire import Kind, Message, WireError, fit_text
 
 __all__ = ["NcclOffice", "accept_nccl"]
 
 log = logging.getLogger(__name__)
-
-_HOLDER_SIDE, _WORKER_SIDE = 0, 1
 
 
 class Turns:
@@ -129,7 +134,7 @@ class NcclOffice:
                 self._turns.take(visitor.rank, visitor.lane)
                 taken = True
                 connection.send(Message(Kind.ACK, worker=visitor.rank))
-                channel, obstacle = self._connect(visitor.rank, connection, store, pair)
+                channel, obstacle = self._connect(visitor, connection, store, pair)
                 if channel is not None:
                     return channel
         finally:
@@ -158,9 +163,10 @@ class NcclOffice:
             link.abort()
 
     def _connect(
-        self, rank: int, connection: ControlConnection, store: Store, pair: str
+        self, visitor: Visitor, connection: ControlConnection, store: Store, pair: str
     ) -> tuple[Channel | None, str | None]:
-        link = Link(nccl_communicator(store, pair, _HOLDER_SIDE, self._device), f"nccl-{rank}")
+        rank = visitor.rank
+        link = Link(nccl_communicator(store, pair, HOLDER_SIDE, self._device), f"nccl-{rank}")
         with self._lock:
             self._link = link
         theirs, problem, failed = _Verdict(connection), "", False
@@ -179,7 +185,8 @@ class NcclOffice:
             verdict = theirs.wait()
             if not failed and verdict.kind is Kind.ACK:
                 connection.send(Message(Kind.ACK, worker=rank))
-                return NcclChannel(connection, Buffers.allocate(self._numel, self._dtype, self._device), link), None
+                buffers = Buffers.allocate(self._numel, self._dtype, self._device)
+                return NcclChannel(connection, buffers, link, HOLDER_SIDE, visitor.overlaps), None
             if not failed:
                 connection.send(Message(Kind.REFUSE, worker=rank, text=verdict.text))
         except BaseException:
@@ -196,6 +203,7 @@ def accept_nccl(
     worker: int,
     buffers: Callable[[], Buffers],
     device: torch.device,
+    overlaps: bool = False,
 ) -> Channel | dict[str, Any]:
     """The worker's side: what it does with a welcome.
 
@@ -206,6 +214,7 @@ def accept_nccl(
         worker: this rank.
         buffers: makes this side's buffers, on ``device``.
         device: this rank's GPU.
+        overlaps: whether this rank computes while its answer is under way.
 
     Returns:
         A channel over NCCL; or, if it was not offered or could not be had, the offer that remains.
@@ -217,7 +226,7 @@ def accept_nccl(
     if "nccl" not in offer:
         return offer
     try:
-        return _connect_worker(connection, offer["nccl"], address, worker, buffers, device)
+        return _connect_worker(connection, offer["nccl"], address, worker, buffers, device, overlaps)
     except BaseException:
         connection.close()
         raise
@@ -230,12 +239,13 @@ def _connect_worker(
     worker: int,
     buffers: Callable[[], Buffers],
     device: torch.device,
+    overlaps: bool = False,
 ) -> Channel | dict[str, Any]:
     _expect(connection.receive(), Kind.ACK)
     link, theirs = None, _Verdict(connection)
     try:
         store = TCPStore(address.host, nccl["store_port"], is_master=False, wait_for_workers=False)
-        link = Link(nccl_communicator(store, nccl["pair"], _WORKER_SIDE, device), "nccl")
+        link = Link(nccl_communicator(store, nccl["pair"], WORKER_SIDE, device), "nccl")
         link.connect(CONNECT_TIMEOUT_S, theirs.is_against)
     except (ChannelClosedError, RuntimeError) as error:
         connection.send(Message(Kind.REFUSE, worker=worker, text=fit_text(str(error))))
@@ -246,7 +256,7 @@ def _connect_worker(
         if verdict.kind is not Kind.REFUSE:
             _expect(verdict, Kind.ACK)
             assert link is not None
-            return NcclChannel(connection, buffers(), link)
+            return NcclChannel(connection, buffers(), link, WORKER_SIDE, overlaps)
         if link is not None:
             link.abort()
         welcome = connection.receive()

@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.readiness import say_ready, wait_until_ready
 from lightning_async.wire import Message
 
 __all__ = ["HOLDER_SIDE", "WORKER_SIDE", "GlooChannel", "WireDtypes"]
@@ -49,6 +50,8 @@ class GlooChannel(Channel):
         name: unique name of this worker's incarnation.
         side: `HOLDER_SIDE` or `WORKER_SIDE`.
         wire: what payloads are rounded to on their way; both sides must say the same.
+        late_reader: the worker may compute a batch before it takes its parameters: they are posted when it says that
+            it is ready, or their deadline would be one for the batch; both sides must say the same.
 
     Raises:
         ChannelClosedError: if the other side does not come.
@@ -62,10 +65,12 @@ class GlooChannel(Channel):
         name: str,
         side: int,
         wire: WireDtypes = _UNROUNDED,
+        late_reader: bool = False,
     ) -> None:
         super().__init__(buffers)
         self._control = control
         self._side = side
+        self._late_reader = late_reader
         sent, received = (wire.parameters, wire.gradients) if side == HOLDER_SIDE else wire
         self._outgoing = _staging(buffers, sent)
         self._incoming = _staging(buffers, received)
@@ -84,6 +89,8 @@ class GlooChannel(Channel):
         self._control.send(message)
         if payload is None:
             return
+        if self._late_reader and self._side == HOLDER_SIDE:
+            wait_until_ready(self._control)
         if self._outgoing is not None:
             payload = _rounded(payload, self._outgoing[: payload.numel()])
         self._finish(self._group().send([payload], 1 - self._side, 0), payload)
@@ -94,6 +101,8 @@ class GlooChannel(Channel):
 
     def receive_payload(self, out: Tensor) -> None:
         """See `Channel.receive_payload`."""
+        if self._late_reader and self._side == WORKER_SIDE:
+            say_ready(self._control)
         arriving = out if self._incoming is None else self._incoming[: out.numel()]
         self._finish(self._group().recv([arriving], 1 - self._side, 0), arriving)
         if arriving is not out:

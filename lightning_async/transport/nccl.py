@@ -25,10 +25,13 @@ from torch.distributed import PrefixStore, Store
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.readiness import say_ready, wait_until_ready
 from lightning_async.wire import Message
 
 __all__ = [
     "CONNECT_TIMEOUT_S",
+    "HOLDER_SIDE",
+    "WORKER_SIDE",
     "Communicator",
     "Link",
     "NcclChannel",
@@ -36,6 +39,7 @@ __all__ = [
     "nccl_communicator",
 ]
 
+HOLDER_SIDE, WORKER_SIDE = 0, 1
 CONNECT_TIMEOUT_S = 60.0
 # A payload is posted by both sides within a round trip of its message, so its deadline is that of a slow network.
 _PAYLOAD_BASE_S = 10.0
@@ -261,18 +265,33 @@ class NcclChannel(Channel):
         control: the connected control connection; owned from here on.
         buffers: this side's buffers, on its GPU.
         link: connected; owned from here on.
+        side: `HOLDER_SIDE` or `WORKER_SIDE`.
+        late_reader: the worker may compute a batch before it takes its parameters: they are posted when it says that
+            it is ready, or the send would occupy the GPU meanwhile and miss its deadline; both sides must say the same.
     """
 
-    def __init__(self, control: ControlConnection, buffers: Buffers, link: Link) -> None:
+    def __init__(
+        self,
+        control: ControlConnection,
+        buffers: Buffers,
+        link: Link,
+        side: int = HOLDER_SIDE,
+        late_reader: bool = False,
+    ) -> None:
         super().__init__(buffers)
         self._control = control
         self._link = link
+        self._side = side
+        self._late_reader = late_reader
 
     def send(self, message: Message, payload: Tensor | None = None) -> None:
         """See `Channel.send`."""
         self._control.send(message)
-        if payload is not None:
-            self._link.send(payload, self._control.peer_has_left)
+        if payload is None:
+            return
+        if self._late_reader and self._side == HOLDER_SIDE:
+            wait_until_ready(self._control)
+        self._link.send(payload, self._control.peer_has_left)
 
     def receive(self) -> Message:
         """See `Channel.receive`."""
@@ -280,6 +299,8 @@ class NcclChannel(Channel):
 
     def receive_payload(self, out: Tensor) -> None:
         """See `Channel.receive_payload`."""
+        if self._late_reader and self._side == WORKER_SIDE:
+            say_ready(self._control)
         self._link.receive(out, self._control.peer_has_left)
 
     def close(self) -> None:

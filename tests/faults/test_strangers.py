@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async import AMSGrad, frontdoor
+from lightning_async import AMSGrad, channels, frontdoor
 from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
@@ -32,6 +32,7 @@ from lightning_async.staleness import Barrier
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
+from lightning_async.transport.shm import SharedSegment
 from lightning_async.wire import HEADER_BYTES, Kind, Message, encode, pack_bitmap, pack_hypers
 from lightning_async.worker import RequestRefusedError, Worker
 from tests.faults.injector import pid_of
@@ -223,6 +224,19 @@ def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(hos
 
     # A thread that comes back from Gloo while the interpreter shuts down aborts the process.
     assert sessions() == []
+
+
+def test_a_rank_waits_for_its_buffers_for_longer_than_a_stranger_may_be_silent(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LargeSegment(SharedSegment):
+        def __init__(self, numel: int, dtype: torch.dtype) -> None:
+            time.sleep(1.5)
+            super().__init__(numel, dtype)
+
+    monkeypatch.setattr(channels, "SharedSegment", LargeSegment)
+
+    assert host.serves(1)
 
 
 def test_nobody_is_served_after_training(host: Host) -> None:

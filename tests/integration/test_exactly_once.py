@@ -35,3 +35,22 @@ def test_an_epoch_covers_every_sample_once(
     for epoch in range(2):
         seen = sorted(index for rank in run.reports() for index in rank["seen"][epoch])
         assert seen == list(range(61))
+
+
+def test_a_rank_that_overlaps_may_compute_longer_than_a_payload_may_take(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        from lightning_async import AsyncAMSGradStrategy
+        from lightning_async.transport import gloo
+
+        class Module(TinyClassifier):
+            def on_train_end(self) -> None:
+                report(folder, self.global_rank, seen=self.seen)
+
+        gloo._PAYLOAD_BASE_S = 1.0
+        strategy = AsyncAMSGradStrategy(transport="gloo", overlap=True, start_method="fork")
+        fork_trainer(folder, 2, strategy).fit(Module(sleep_s=(2.0, 2.0)), loader(samples=16))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert sorted(index for rank in run.reports() for index in rank["seen"][0]) == list(range(16))

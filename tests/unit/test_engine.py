@@ -11,6 +11,8 @@ from torch import nn
 from lightning_async import AMSGrad
 from lightning_async.engine import Engine
 from lightning_async.failure import FailureLatch
+from lightning_async.frontdoor import FrontDoor
+from lightning_async.lifeline import Lifelines
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
 
@@ -129,3 +131,33 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
     assert torch.equal(engine.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)]))
     assert not torch.equal(before[:3], torch.ones(3))
     engine.close()
+
+
+def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
+    parameter = nn.Parameter(torch.rand(50, generator=torch.Generator().manual_seed(1)))
+    before, latch = parameter.detach().clone(), FailureLatch()
+    lifelines = Lifelines(0, latch, 60.0)
+    door = FrontDoor("127.0.0.1", 2, lifelines)
+    engine = Engine(
+        rank=0,
+        world_size=2,
+        optimizers=[AMSGrad([parameter])],
+        options=ExchangeOptions(overlap=True, transport="gloo", wire_dtype="bf16", parameter_wire_dtype="bf16"),
+        latch=latch,
+        address=door.address,
+        door=door,
+        stats=RunStats(2),
+        observers=[],
+        version=0,
+        meet=lambda: None,
+    )
+
+    engine.worker.refresh()
+    engine.adopt_parameters()
+
+    snapshot = engine.snapshot()
+    engine.close()
+    door.close()
+    lifelines.close()
+    assert snapshot is not None
+    assert torch.equal(snapshot.parameters, before)

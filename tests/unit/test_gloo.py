@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lightning_async.transport.base import Buffers
+from lightning_async.transport import gloo
+from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.wire import Kind, Message
@@ -32,7 +34,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[GlooChannel, GlooChan
 
     def connect(side: int, control: ControlConnection) -> None:
         buffers = Buffers.allocate(NUMEL, torch.float32)
-        ends[side] = GlooChannel(control, buffers, store, "pair", side, request.param)
+        wire, late_reader = request.param if type(request.param) is tuple else (request.param, False)
+        ends[side] = GlooChannel(control, buffers, store, "pair", side, wire, late_reader)
 
     thread = threading.Thread(target=connect, args=(HOLDER_SIDE, far))
     thread.start()
@@ -92,3 +95,33 @@ def test_a_gradient_too_large_for_fp16_arrives_as_its_largest_number(pair: Any) 
 
     assert holder.buffers.gradient[:10].tolist() == [-65504.0] + [65504.0] * 9
     assert not holder.buffers.gradient[10:].any()
+
+
+@pytest.mark.parametrize("pair", [(WireDtypes(), True)], indirect=True)
+def test_parameters_wait_for_a_worker_that_computes_longer_than_a_payload_may_take(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, holder = pair
+    monkeypatch.setattr(gloo, "_PAYLOAD_BASE_S", 1.0)
+    holder.buffers.parameters.fill_(3.0)
+    thread = threading.Thread(target=holder.send, args=(Message(Kind.PARAMETERS), holder.buffers.parameters))
+    thread.start()
+    time.sleep(1.5)
+
+    assert worker.receive().kind is Kind.PARAMETERS
+    worker.receive_payload(worker.buffers.parameters)
+    thread.join(30)
+
+    assert worker.buffers.parameters.eq(3.0).all()
+
+
+@pytest.mark.parametrize("pair", [(WireDtypes(), True)], indirect=True)
+def test_a_worker_that_ends_before_it_takes_its_parameters_is_noticed_at_once(pair: Any) -> None:
+    worker, holder = pair
+    threading.Timer(0.1, worker.close).start()
+    started = time.monotonic()
+
+    with pytest.raises(ChannelClosedError):
+        holder.send(Message(Kind.PARAMETERS), holder.buffers.parameters)
+
+    assert time.monotonic() - started < gloo._PAYLOAD_BASE_S / 2

@@ -11,6 +11,7 @@ import pytest
 from lightning_async import membership
 from lightning_async.failure import RunFailure, WorkerFailedError
 from lightning_async.membership import Membership
+from lightning_async.transport.base import ChannelClosedError
 
 pytestmark = pytest.mark.timeout(20)
 KILLED = RunFailure(2, "its process was killed by SIGKILL")
@@ -91,11 +92,18 @@ def test_an_explanation_is_not_explained_again() -> None:
     assert "".join(traceback.format_exception(explained)).count("Traceback") == 1
 
 
-def test_a_lost_peer_is_explained_by_news_that_come_later() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234"),
+        ChannelClosedError("connection closed"),
+    ],
+)
+def test_a_lost_peer_is_explained_by_news_that_come_later(error: Exception) -> None:
     mine = member(0)
     threading.Timer(0.2, mine.latch.trip, (KILLED,)).start()
 
-    explained = leave(mine, RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234"))
+    explained = leave(mine, error)
 
     assert isinstance(explained, WorkerFailedError)
     assert explained.failure == KILLED

@@ -49,7 +49,7 @@ def gpu(number: int) -> dict[str, Any]:
 class Pair:
     """A worker's and the holder's end of a NCCL channel in one process."""
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, late_reader: bool = False) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
@@ -60,8 +60,9 @@ class Pair:
         connecting.start()
         links[0].connect(5.0, lambda: False)
         connecting.join()
-        for sock, link in zip((ours, theirs), links, strict=True):
-            self.ends.append(NcclChannel(ControlConnection(sock), Buffers.allocate(NUMEL, torch.float32), link))
+        for side, (sock, link) in enumerate(zip((ours, theirs), links, strict=True)):
+            buffers = Buffers.allocate(NUMEL, torch.float32)
+            self.ends.append(NcclChannel(ControlConnection(sock), buffers, link, side, late_reader))
 
     @property
     def holder(self) -> NcclChannel:
@@ -86,8 +87,8 @@ def fabric() -> Iterator[Fabric]:
 
 
 @pytest.fixture
-def pair(fabric: Fabric) -> Iterator[Pair]:
-    pair = Pair(fabric)
+def pair(fabric: Fabric, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    pair = Pair(fabric, late_reader=getattr(request, "param", False))
     yield pair
     for end in pair.ends:
         end.close()
@@ -105,6 +106,23 @@ def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[BaseE
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, errors
+
+
+@pytest.mark.parametrize("pair", [True], indirect=True)
+def test_parameters_are_not_posted_while_their_worker_still_computes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "_PAYLOAD_BASE_S", 1.0)
+    pair.holder.buffers.parameters.fill_(3.0)
+    thread, errors = in_thread(lambda: pair.holder.send(PING, pair.holder.buffers.parameters))
+    time.sleep(1.5)
+
+    pair.worker.receive()
+    pair.worker.receive_payload(pair.worker.buffers.parameters)
+    thread.join(10)
+
+    assert errors == []
+    assert pair.worker.buffers.parameters.tolist() == [3.0] * NUMEL
 
 
 def test_payloads_pass_both_ways_in_strict_order(pair: Pair) -> None:

@@ -7,6 +7,7 @@ are its only callers. Does no I/O and imports no Lightning.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,9 @@ class Holder:
             views = iter(layout.views(self._flat, index))
             groups = [[torch.nn.Parameter(next(views)) for _ in group["params"]] for group in template.param_groups]
             self._optimizers.append(HeldOptimizer(template, groups))
-        latch.subscribe(lambda failure: self._wake())
+        # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
+        this = weakref.ref(self)
+        latch.subscribe(lambda failure: _wake(this()))
 
     @property
     def version(self) -> int:
@@ -268,6 +271,9 @@ class Holder:
         for listener in self._listeners:
             listener()
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._tell()
+
+def _wake(holder: Holder | None) -> None:
+    """Lets whoever waits at ``holder`` see that the run has failed."""
+    if holder is not None:
+        with holder._changed:
+            holder._tell()

@@ -226,5 +226,5 @@ class Session:
         self._channel.send(Message(Kind.ACK, worker=self.worker))
 
     def _refuse(self, reason: str) -> NoReturn:
-        self._channel.send(Message(Kind.REFUSE, worker=self.worker, text=reason))
+        self._channel.send(Message(Kind.REFUSE, worker=self.worker, text=fit_text(reason)))
         raise SessionError(f"worker {self.worker} refused: {reason}")

@@ -5,9 +5,11 @@ Above `transport/` and `layout.py`; below `strategy.py` and `loops.py`. Knows no
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -40,6 +42,7 @@ class _Lane:
         version: version of the parameters that it last read, at which its next gradient is computed.
         reading: whether the holder counts on a gradient from this lane.
         unanswered: the push that was sent and not answered yet.
+        under_way: where another thread sends that push and takes what comes back, its answer.
     """
 
     def __init__(self, channel: Channel, layout: FlatLayout, optimizers: int) -> None:
@@ -48,6 +51,7 @@ class _Lane:
         self.version = 0
         self.reading = False
         self.unanswered: Message | None = None
+        self.under_way: Future[Message] | None = None
 
 
 class Worker:
@@ -57,7 +61,8 @@ class Worker:
     backward runs would silently falsify the gradient.
 
     With one channel a step waits for its answer. With two, the lanes take turns: while the holder works on the push of
-    one, this rank computes the next batch at the parameters that the other read one step earlier. To the holder and its
+    one, this rank computes the next batch at the parameters that the other read one step earlier; payloads that travel
+    do so in a thread of their own meanwhile, where the channel allows that. To the holder and its
     barrier each lane is a reader of its own, so the version that a gradient was computed at is the one that counts.
     The lane that read first always pushes first: else the barrier could hold its push back for the sake of the other
     one, which waits for this very answer.
@@ -158,6 +163,9 @@ class Worker:
 
     def close_hand_out(self) -> None:
         """Ends the segment for every rank once the batches that are being computed are done."""
+        for lane in self._lanes:
+            # More may come with an answer.
+            self._take_answer(lane)
         if self._drawn:
             # They came with the last answer; a rank that wants to stop begins no further batch.
             self.give_back(sum(map(len, self._drawn)), stream_over=False)
@@ -223,7 +231,10 @@ class Worker:
         self._tickets = self._samples = 0
         self._latch.check()
         pushed = time.monotonic_ns()
-        self._guarded(lambda: lane.channel.send(message, payload))
+        if self._overlaps and lane.channel.serves_any_thread:
+            lane.under_way = _in_background(lambda: self._exchange(lane, message, payload))
+        else:
+            self._guarded(lambda: lane.channel.send(message, payload))
         self._tell_span("push", pushed)
         lane.unanswered = message
         applied = True
@@ -254,6 +265,9 @@ class Worker:
     def skip(self) -> None:
         """Reports batches that gave no gradient, and gives the parameters back that nothing will be pushed for."""
         if self._tickets:
+            for lane in self._lanes:
+                # The oldest batches are reported first, and a push that the barrier holds back has older ones.
+                self._take_answer(lane)
             self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
             self._tickets = self._samples = 0
         self._leave(self._lane)
@@ -286,8 +300,11 @@ class Worker:
         sent, lane.unanswered = lane.unanswered, None
         if sent is None:
             return True
-        reply = self._receive(lane, sent, Kind.PARAMETERS)
-        self._take_parameters(lane, reply)
+        exchange, lane.under_way = lane.under_way, None
+        reply = self._receive(lane, sent, Kind.PARAMETERS, exchange)
+        if exchange is None:
+            self._guarded(lambda: self._take_payload(lane, reply))
+        lane.version = reply.version
         if sent.ticket:
             if reply.tickets:
                 self._drawn.append(range(reply.ticket, reply.ticket + reply.tickets))
@@ -298,18 +315,27 @@ class Worker:
 
     def _pull(self, lane: _Lane, kind: Kind) -> None:
         started = time.perf_counter()
-        self._take_parameters(lane, self._request(lane, Message(kind, worker=self.rank), Kind.PARAMETERS))
+        reply = self._request(lane, Message(kind, worker=self.rank), Kind.PARAMETERS)
+        self._guarded(lambda: self._take_payload(lane, reply))
+        lane.version = reply.version
         self.waited_s += time.perf_counter() - started
 
-    def _take_parameters(self, lane: _Lane, reply: Message) -> None:
+    def _exchange(self, lane: _Lane, push: Message, payload: Tensor) -> Message:
+        """Sends a push and takes what comes back; in another thread than the one that computes."""
+        lane.channel.send(push, payload)
+        reply = lane.channel.receive()
+        if reply.kind is Kind.PARAMETERS:
+            self._take_payload(lane, reply)
+        return reply
+
+    def _take_payload(self, lane: _Lane, reply: Message) -> None:
         arrived = lane.channel.buffers.parameters
         if reply.payload_bytes != arrived.nbytes or reply.dtype is not arrived.dtype:
             raise RequestRefusedError(
                 f"the holder answers with {reply.payload_bytes} bytes of {reply.dtype}, "
                 f"this rank expects {arrived.nbytes} bytes of {arrived.dtype}"
             )
-        self._guarded(lambda: lane.channel.receive_payload(arrived))
-        lane.version = reply.version
+        lane.channel.receive_payload(arrived)
 
     def _land(self) -> None:
         """Makes the parameters that this turn's lane has read the module's own."""
@@ -330,9 +356,9 @@ class Worker:
         self._guarded(lambda: lane.channel.send(message))
         return self._receive(lane, message, expected)
 
-    def _receive(self, lane: _Lane, sent: Message, expected: Kind) -> Message:
+    def _receive(self, lane: _Lane, sent: Message, expected: Kind, exchange: Future[Message] | None = None) -> Message:
         started = time.monotonic_ns()
-        reply = self._guarded(lane.channel.receive)
+        reply = self._guarded(lane.channel.receive if exchange is None else exchange.result)
         self._tell_span("draw" if sent.kind is Kind.DRAW else "wait", started)
         if reply.kind is Kind.ABORT:
             self._latch.trip(RunFailure(reply.worker, reply.text, announced=self.rank != 0))
@@ -354,3 +380,18 @@ class Worker:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _in_background(run: Callable[[], _T]) -> Future[_T]:
+    """Runs it in a thread of its own, which keeps no process alive."""
+    future: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            # For whoever asks for the result.
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="exchange", daemon=True).start()
+    return future

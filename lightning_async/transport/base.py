@@ -48,7 +48,13 @@ class Channel(ABC):
 
     Args:
         buffers: this side's buffers.
+
+    Attributes:
+        serves_any_thread: whether a payload takes a while, and another thread than the one that computes may wait for
+            it. On a GPU it may not: a payload is ordered behind what its thread has queued there.
     """
+
+    serves_any_thread = False
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers

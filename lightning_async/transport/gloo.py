@@ -57,6 +57,8 @@ class GlooChannel(Channel):
         ChannelClosedError: if the other side does not come.
     """
 
+    serves_any_thread = True
+
     def __init__(
         self,
         control: ControlConnection,

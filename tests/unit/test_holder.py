@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -355,3 +357,16 @@ def test_the_version_is_not_set_under_somebody_who_computes() -> None:
 
     with pytest.raises(ValueError, match="hold an earlier one"):
         cluster.holder.restore(5, [cluster.template.state_dict()])
+
+
+def test_a_run_does_not_keep_a_holder_that_another_has_taken_the_place_of() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    latch = FailureLatch()
+    holder = Holder(FlatLayout([[parameter]]), torch.ones(2), [AMSGrad([parameter], lr=0.1)], Barrier(None), latch)
+    kept = weakref.ref(holder)
+
+    del holder
+    gc.collect()
+
+    assert kept() is None
+    latch.trip(RunFailure(1, "its process was killed by SIGKILL"))

@@ -261,6 +261,15 @@ def test_a_reason_of_any_length_fits() -> None:
     assert reply.text.startswith("\N{SNOWMAN}" * 1000)
 
 
+def test_a_refusal_of_any_length_fits() -> None:
+    desk = Desk()
+
+    with pytest.raises(SessionError):
+        desk.session._refuse("x" * 1_000_000)
+
+    assert desk.channel.receive().text.startswith("x" * 1000)
+
+
 # --- the worker's side, and what a lost connection leaves behind -----------------------------------------------------
 
 

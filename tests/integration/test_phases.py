@@ -358,6 +358,25 @@ def test_early_stopping_on_one_ranks_metric_stops_all_ranks_at_the_same_epoch(tm
     assert sum(rank["batches"] for rank in run.reports()) == 36
 
 
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+def test_ranks_without_a_batch_watch_the_loss_of_the_others(tmp_path: Path, batches: Any) -> None:
+    class Watching(Ending):
+        def on_train_epoch_end(self) -> None:
+            assert all(value.isfinite() for value in self.trainer.callback_metrics.values())
+
+    def script(folder: Path) -> None:
+        # Two batches for four ranks, and a loss that nobody reduces.
+        strategy = AsyncAMSGradStrategy(batches=batches, start_method="fork")
+        callbacks = [EarlyStopping("train/loss_epoch", patience=9)]
+        fork_trainer(folder, 4, strategy, max_epochs=4, callbacks=callbacks).fit(Watching(), loader(8))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    assert run.report(0)["epochs"] == 4
+    assert sum(rank["batches"] for rank in run.reports()) == 8
+
+
 def test_one_rank_that_skips_the_rest_of_its_epoch_skips_it_for_all(tmp_path: Path) -> None:
     class Skipping(Ending):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:

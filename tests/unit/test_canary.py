@@ -370,7 +370,7 @@ def test_a_logged_entry_has_the_same_fields() -> None:
     if not {"_should", "fn", "rank_zero_only"} <= {field.name for field in dataclasses.fields(results._Sync)}:
         fail("internals/results.py", "_Sync(_should, fn, rank_zero_only)")
     metric = results._ResultMetric(results._Metadata("training_step", "loss", on_epoch=True), is_tensor=True)
-    for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value"):
+    for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value", "cumulated_batch_size"):
         if not hasattr(metric, name):
             fail("internals/results.py", f"_ResultMetric.{name}")
 

@@ -231,8 +231,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if super().done:
             return
         if epoch.plan is None:
+            order = fetcher.begin_epoch(trainer.current_epoch)
             epoch.plan = self._plan_epoch(fetcher)
-            self._begin_epoch(fetcher, epoch.plan)
+            self._begin_epoch(fetcher, epoch.plan, order)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
         if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
             updates = self.max_steps * trainer.world_size - strategy.version
@@ -244,11 +245,10 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         fetcher.open(strategy.worker.draw, strategy.worker.give_back)
         epoch.training, epoch.agreed = True, False
 
-    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan) -> None:
+    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         done = self.batch_progress.current.ready
         epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
-        order = fetcher.begin_epoch(trainer.current_epoch)
         place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done)
         if place is not None:
             epoch.tickets_done = sum(stop - start for start, stop in place.applied)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
-from lightning_async.buffers import average_buffers
+from lightning_async.buffers import average_buffers, average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
@@ -108,8 +109,16 @@ class SegmentedRanks(CheckpointedRanks):
         self.worker.refresh()
         if self.world_size > 1:
             average_buffers(self.lightning_module)
+            average_unlike(self._parameters_of_no_optimizer())
         done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
         return Stop(done, left, validation_requested, skip_rest)
+
+    def _parameters_of_no_optimizer(self) -> list[Tensor]:
+        """What the holder does not have: frozen layers, and what user code moves, such as a momentum encoder."""
+        assert self.lightning_module is not None
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        owned = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in owned]
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.

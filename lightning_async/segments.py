@@ -15,7 +15,7 @@ from lightning_async.buffers import average_buffers, average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
-from lightning_async.phases import Phase
+from lightning_async.phases import Phase, forget_local_results
 from lightning_async.resume import EpochPlace, agree_on_order
 
 __all__ = ["SegmentedRanks", "Stop"]
@@ -97,6 +97,7 @@ class SegmentedRanks(CheckpointedRanks):
         """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.asynchronous = False
+        forget_local_results()
         trainer = self._trainer
         wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
         trainer.should_stop, sigterm, validation_requested, skip_rest = (

@@ -451,12 +451,15 @@ def test_an_optimizer_says_that_it_unscales_by_the_same_mark() -> None:
         fail("shells.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
 
 
-def test_torchmetrics_decide_on_synchronising_by_the_same_function() -> None:
-    from torchmetrics import SumMetric
-    from torchmetrics.metric import jit_distributed_available
+def test_torchmetrics_synchronise_by_one_method() -> None:
+    from torchmetrics import Metric, SumMetric
 
-    if SumMetric().distributed_available_fn is not jit_distributed_available:
-        fail("phases.py", "Metric.distributed_available_fn being jit_distributed_available by default")
+    if "self.sync_context(" not in inspect.getsource(Metric._wrap_compute):
+        fail("phases.py", "Metric.compute in Metric.sync_context")
+    if "self.sync(" not in inspect.getsource(Metric.sync_context):
+        fail("phases.py", "Metric.sync_context calling Metric.sync")
+    if not hasattr(SumMetric(), "_computed"):
+        fail("phases.py", "Metric._computed")
 
 
 def _raise(index: int) -> None:

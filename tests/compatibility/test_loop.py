@@ -239,3 +239,48 @@ def test_rank_0_logs_whenever_the_clock_has_passed_a_multiple(tmp_path: Path, sl
     assert logged == sorted(set(logged))
     # Of ten multiples: with this bound on staleness the clock passes no two of them during one batch.
     assert len(logged) >= 6
+
+
+@pytest.mark.compatibility(
+    "Loop",
+    "trainer.is_last_batch",
+    status="differs",
+    note="False in every batch: while a rank computes one, nobody knows whether there will be another for it. What is "
+    "to be done once an epoch, such as stepping a scheduler by hand, goes into on_train_epoch_end.",
+)
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+def test_what_is_to_be_done_once_an_epoch_is_done_at_its_end(tmp_path: Path, batches: Any) -> None:
+    class ByHand(Watched):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.automatic_optimization = False
+            self.last = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.last += self.trainer.is_last_batch
+
+        def on_train_epoch_end(self) -> None:
+            scheduler: Any = self.lr_schedulers()
+            scheduler.step()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+        def on_fit_end(self) -> None:
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            report(self.folder, self.global_rank, last=self.last, lr=lr, batches=self.batches)
+
+    def script(folder: Path) -> None:
+        strategy = AsyncAMSGradStrategy(start_method="fork", batches=batches)
+        fork_trainer(folder, RANKS, strategy, max_epochs=3).fit(ByHand(folder), loader(96))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert [(rank["last"], rank["lr"]) for rank in run.reports()] == [(0, 0.01 * 0.5**3)] * RANKS
+    assert sum(rank["batches"] for rank in run.reports()) == 3 * 24

@@ -44,10 +44,12 @@ class SegmentedRanks(CheckpointedRanks):
     Attributes:
         stats: statistics of the run, collected on rank 0; set by the subclass.
         sigterm_received: whether this rank was told to end gracefully.
+        requeue: saves and requeues the job, once SLURM has asked for it.
     """
 
     stats: RunStats
     sigterm_received: bool = False
+    requeue: Callable[[], None] | None = None
     _metrics: MetricsLogger | None = None
 
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
@@ -134,6 +136,15 @@ class SegmentedRanks(CheckpointedRanks):
                 Phase.asynchronous = False
         fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
         trainer_state.set_checkpoint_fields(self._trainer, fields)
+
+    def requeue_if_asked(self) -> None:
+        """Does what SLURM has asked for, between two batches.
+
+        In the signal's handler it would save in the middle of an update, whose lock this very thread may hold.
+        """
+        requeue, self.requeue = self.requeue, None
+        if requeue is not None:
+            requeue()
 
     def raise_sigterm(self) -> None:
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_async import AsyncAMSGradStrategy
+from tests.every_rank import run_on_every_rank
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -284,3 +289,50 @@ def test_what_is_to_be_done_once_an_epoch_is_done_at_its_end(tmp_path: Path, bat
     assert run.returncode == 0, run.output
     assert [(rank["last"], rank["lr"]) for rank in run.reports()] == [(0, 0.01 * 0.5**3)] * RANKS
     assert sum(rank["batches"] for rank in run.reports()) == 3 * 24
+
+
+@pytest.mark.compatibility(
+    "Loop", "SLURM's signal to requeue (SIGUSR1)", note="Takes effect between two batches of rank 0."
+)
+def test_a_job_that_slurm_requeues_is_saved_between_two_batches_and_goes_on_from_there(tmp_path: Path) -> None:
+    class Signalled(TinyClassifier):
+        def on_train_start(self) -> None:
+            self.began = self.trainer.strategy.version
+            if self.current_epoch == 0 and self.began == 0:
+                # At any place of a step: a push, an update, the wait for an answer.
+                threading.Thread(target=self.signal, daemon=True).start()
+
+        def signal(self) -> None:
+            for _ in range(20):
+                time.sleep(0.007)
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            # An epoch that is gone on with has no start.
+            self.seen = self.seen or [[]]
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self) -> None:
+            report(tmp_path, self.global_rank, began=self.began, step=self.trainer.global_step)
+
+    def train() -> None:
+        rank, tasks = os.environ["RANK"], str(RANKS)
+        os.environ |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": tasks, "SLURM_PROCID": rank}
+        os.environ |= {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+        os.environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+        for epochs in (2, 3):
+            trainer = fork_trainer(tmp_path, RANKS, "async_amsgrad", max_epochs=epochs, plugins=[SLURMEnvironment()])
+            trainer.fit(Signalled(UNEVEN), loader(480))
+
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued.txt\n')
+    (tmp_path / "scontrol").chmod(0o755)
+
+    run = launch(lambda folder: run_on_every_rank(RANKS, train), tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert set((tmp_path / "requeued.txt").read_text().splitlines()) == {"requeue 7"}
+    last = max(tmp_path.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(path.stem.removeprefix("hpc_ckpt_")))
+    checkpoint = torch.load(last)
+    version = checkpoint["async_amsgrad"]["version"]
+    assert {int(values["step"]) for values in checkpoint["optimizer_states"][0]["state"].values()} == {version}
+    assert [(rank["began"], rank["step"]) for rank in run.reports()] == [(version, 180)] * RANKS

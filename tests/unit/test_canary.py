@@ -117,6 +117,9 @@ SIGNATURES = {
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
             "self, signum, _"
         ),
+        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._slurm_sigusr_handler_fn": (
+            "self, signum, _"
+        ),
     },
     "internals/optimization.py": {
         f"{AUTOMATIC}._training_step": "self, kwargs",
@@ -310,6 +313,7 @@ TRAINER_ATTRIBUTES = {
         "_val_check_time_interval",
         "_logger_connector._first_loop_iter",
         "_signal_connector._sigterm_notifier_fn",
+        "_signal_connector._slurm_sigusr_handler_fn",
         "received_sigterm",
         "should_stop",
         "strategy._lightning_optimizers",

@@ -5,13 +5,13 @@ Process-wide, like ``torch.distributed``'s default group whose use it governs. U
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
 from torchmetrics import Metric
-from torchmetrics.metric import jit_distributed_available
 
-__all__ = ["Phase", "keep_metrics_local"]
+__all__ = ["Phase", "forget_local_results", "keep_metrics_local", "release_metrics"]
 
 
 class Phase:
@@ -20,18 +20,49 @@ class Phase:
     asynchronous = False
 
 
-def collectives_allowed() -> bool:
-    """Whether a metric may synchronise over the ranks now."""
-    return not Phase.asynchronous and jit_distributed_available()
-
-
-def keep_metrics_local(modules: Iterable[nn.Module]) -> None:
-    """Lets torchmetrics synchronise in the synchronous phase only.
+def keep_metrics_local() -> None:
+    """Lets torchmetrics synchronise in the synchronous phase only, until `release_metrics`.
 
     ``Metric.compute`` gathers over the default process group past the strategy. In a training step, where every rank
-    is somewhere else, it would wait for ever.
+    is somewhere else, it would wait for ever. Of whichever metric: a callback's are as well as the module's.
     """
-    for module in modules:
-        if isinstance(module, Metric) and module.distributed_available_fn is jit_distributed_available:
-            # A module-level function, so that a module that holds the metric can still be copied and pickled.
-            module.distributed_available_fn = collectives_allowed
+    kind: Any = Metric
+    kind.sync = _sync_between_segments
+
+
+def release_metrics() -> None:
+    """Undoes `keep_metrics_local`."""
+    kind: Any = Metric
+    kind.sync = _sync
+    _computed_locally.clear()
+
+
+def forget_local_results() -> None:
+    """Makes metrics that were computed in a training step compute anew, with the other ranks.
+
+    A metric keeps its result until it is updated. This rank's alone is not the epoch's, and a rank that has it would
+    not meet those that do not.
+    """
+    for reference in _computed_locally.values():
+        metric = reference()
+        if metric is not None:
+            metric._computed = None
+    _computed_locally.clear()
+
+
+_sync = Metric.sync
+# By identity: torchmetrics hash a metric by its states.
+_computed_locally: dict[int, weakref.ref[Metric]] = {}
+
+
+def _sync_between_segments(
+    metric: Metric,
+    dist_sync_fn: Callable[..., Any] | None = None,
+    process_group: Any | None = None,
+    should_sync: bool = True,
+    distributed_available: Callable[..., Any] | None = None,
+) -> None:
+    if not Phase.asynchronous:
+        _sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
+    elif should_sync:
+        _computed_locally[id(metric)] = weakref.ref(metric)

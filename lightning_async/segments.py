@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
-from lightning_async.buffers import average_buffers
+from lightning_async.buffers import average_buffers, average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
-from lightning_async.phases import Phase
+from lightning_async.phases import Phase, forget_local_results
 from lightning_async.resume import EpochPlace, agree_on_order
 
 __all__ = ["SegmentedRanks", "Stop"]
@@ -43,10 +44,12 @@ class SegmentedRanks(CheckpointedRanks):
     Attributes:
         stats: statistics of the run, collected on rank 0; set by the subclass.
         sigterm_received: whether this rank was told to end gracefully.
+        requeue: saves and requeues the job, once SLURM has asked for it.
     """
 
     stats: RunStats
     sigterm_received: bool = False
+    requeue: Callable[[], None] | None = None
     _metrics: MetricsLogger | None = None
 
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
@@ -96,6 +99,7 @@ class SegmentedRanks(CheckpointedRanks):
         """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.asynchronous = False
+        forget_local_results()
         trainer = self._trainer
         wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
@@ -108,8 +112,16 @@ class SegmentedRanks(CheckpointedRanks):
         self.worker.refresh()
         if self.world_size > 1:
             average_buffers(self.lightning_module)
+            average_unlike(self._parameters_of_no_optimizer())
         done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
         return Stop(done, left, validation_requested, skip_rest)
+
+    def _parameters_of_no_optimizer(self) -> list[Tensor]:
+        """What the holder does not have: frozen layers, and what user code moves, such as a momentum encoder."""
+        assert self.lightning_module is not None
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        owned = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in owned]
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
@@ -124,6 +136,15 @@ class SegmentedRanks(CheckpointedRanks):
                 Phase.asynchronous = False
         fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
         trainer_state.set_checkpoint_fields(self._trainer, fields)
+
+    def requeue_if_asked(self) -> None:
+        """Does what SLURM has asked for, between two batches.
+
+        In the signal's handler it would save in the middle of an update, whose lock this very thread may hold.
+        """
+        requeue, self.requeue = self.requeue, None
+        if requeue is not None:
+            requeue()
 
     def raise_sigterm(self) -> None:
         """Leaves the fit after a SIGTERM that all ranks have agreed on."""

@@ -34,7 +34,7 @@ from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions, WireDtype
-from lightning_async.phases import Phase, keep_metrics_local
+from lightning_async.phases import Phase, keep_metrics_local, release_metrics
 from lightning_async.registry import register
 from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
@@ -199,7 +199,7 @@ class AsyncStrategy(SegmentedRanks):
             return
         assert self.lightning_module is not None
         module = self.lightning_module
-        keep_metrics_local(module.modules())
+        keep_metrics_local()
         if self.world_size > 1:
             broadcast_tensors([*module.parameters(), *module.buffers()])
         self.sigterm_received = False
@@ -315,6 +315,7 @@ class AsyncStrategy(SegmentedRanks):
     @override
     def teardown(self) -> None:
         Phase.asynchronous = False
+        release_metrics()
         engine, self._engine = self._engine, None
         if engine is not None:
             self._version = engine.worker.version

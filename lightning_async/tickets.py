@@ -211,10 +211,20 @@ class BatchSource:
     def __init__(self, batches: Any, seed: int) -> None:
         self.batches = batches
         self._seed = seed
-        self._order: list[Any] = []
+        self._order: list[Any] | None = None
 
     def __len__(self) -> int:
+        """Batches of an epoch, as their sampler says; Lightning's limits and intervals are made from it."""
         return len(self.batches)
+
+    @property
+    def drawn(self) -> int:
+        """Batches of the epoch whose order was drawn; what the sampler says before that.
+
+        A sampler that fills its batches by length, for instance, may only estimate how many there are. As under DDP,
+        an epoch ends where its batches do, and no later than it says.
+        """
+        return len(self) if self._order is None else min(len(self), len(self._order))
 
     def begin_epoch(self, epoch: int) -> str:
         """Draws the order of ``epoch`` and returns its digest: two orders are the same if their digests are."""
@@ -226,6 +236,7 @@ class BatchSource:
         return digest.hexdigest()
 
     def __getitem__(self, ticket: int) -> Any:
+        assert self._order is not None
         return self._order[ticket]
 
 
@@ -270,8 +281,8 @@ class TicketSampler:
 
     @property
     def global_batches(self) -> int:
-        """Batches of an epoch over all ranks."""
-        return len(self._source)
+        """Batches of the epoch whose order was drawn last, over all ranks."""
+        return self._source.drawn
 
     def __len__(self) -> int:
         """Batches of an epoch *per rank*, as under DDP, so that limits and intervals keep their meaning."""

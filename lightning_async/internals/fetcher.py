@@ -52,7 +52,7 @@ class TicketFetcher(_DataFetcher):
 
     @property
     def shared_batches(self) -> int:
-        """Batches of the order that all ranks walk."""
+        """Batches of the order that all ranks walk; exact once it was drawn."""
         assert self._sampler is not None
         return self._sampler.global_batches
 

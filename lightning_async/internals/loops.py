@@ -8,6 +8,7 @@ public methods they call; above `fetcher.py`, `results.py` and `plan.py`.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Iterator
@@ -154,6 +155,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if not self._epoch.training:
             return
         super().on_advance_end(data_fetcher)
+        self._strategy.requeue_if_asked()
         if self._wants_to_stop():
             self._strategy.worker.close_hand_out()
 
@@ -231,8 +233,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if super().done:
             return
         if epoch.plan is None:
+            order = fetcher.begin_epoch(trainer.current_epoch)
             epoch.plan = self._plan_epoch(fetcher)
-            self._begin_epoch(fetcher, epoch.plan)
+            self._begin_epoch(fetcher, epoch.plan, order)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
         if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
             updates = self.max_steps * trainer.world_size - strategy.version
@@ -244,11 +247,10 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         fetcher.open(strategy.worker.draw, strategy.worker.give_back)
         epoch.training, epoch.agreed = True, False
 
-    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan) -> None:
+    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         done = self.batch_progress.current.ready
         epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
-        order = fetcher.begin_epoch(trainer.current_epoch)
         place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done)
         if place is not None:
             epoch.tickets_done = sum(stop - start for start, stop in place.applied)
@@ -400,7 +402,7 @@ class AsyncFitLoop(_FitLoop):
 
 
 def install(trainer: Trainer) -> None:
-    """Gives the trainer's loops this module's behaviour, and SIGTERM a handler without a collective."""
+    """Gives the trainer's loops this module's behaviour, and signals handlers that leave the work to the loops."""
     epoch_loop: Any = trainer.fit_loop.epoch_loop
     _become(trainer.fit_loop, AsyncFitLoop)
     _become(epoch_loop, AsyncEpochLoop)
@@ -418,6 +420,12 @@ def install(trainer: Trainer) -> None:
         strategy.sigterm_received = True
 
     connector._sigterm_notifier_fn = on_sigterm
+    requeue = connector._slurm_sigusr_handler_fn
+
+    def on_requeue(signum: int, frame: object) -> None:
+        strategy.requeue = functools.partial(requeue, signum, frame)
+
+    connector._slurm_sigusr_handler_fn = on_requeue
 
 
 def scheduler_clock(trainer: Trainer) -> int:
@@ -438,7 +446,8 @@ def uninstall(trainer: Trainer) -> None:
         forget_clock(trainer)
         unfollow_all_ranks(trainer)
         del epoch_loop._epoch
-    vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+    for handler in ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"):
+        vars(trainer._signal_connector).pop(handler, None)
 
 
 def _become(loop: Any, kind: type) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultCollection,
@@ -20,7 +21,8 @@ from torch import nn
 
 __all__ = ["align_results"]
 
-_Entry = tuple[str, dict[str, Any], bool]
+# Key, fields of its metadata, whether it is a tensor, and what it has summed up if nobody reduces it.
+_Entry = tuple[str, dict[str, Any], bool, tuple[float, float] | None]
 
 
 def align_results(
@@ -29,7 +31,10 @@ def align_results(
     gather: Callable[[Any], list[Any]],
     reduce: Callable[..., Any],
 ) -> None:
-    """Gives every rank the same entries in the same order; entries that a rank lacked hold the neutral value.
+    """Gives every rank the same entries in the same order.
+
+    Entries that a rank lacked hold the neutral value, or another rank's where they are not reduced: a callback that
+    watches one would take the mean of nothing for a loss that is not finite.
 
     Args:
         results: what this rank logged in this epoch.
@@ -50,6 +55,7 @@ def align_results(
             metric = _neutral(described, module, reduce)
         if key not in logged:
             _make_computable(metric)
+            _take_over(metric, described[-1])
         ordered[key] = metric
     rest = {key: metric for key, metric in results.items() if key not in ordered}
     results.clear()
@@ -61,11 +67,13 @@ def _describe(key: str, metric: _ResultMetric) -> _Entry:
     meta = {name: getattr(metric.meta, name) for name in _PLAIN_FIELDS}
     meta["sync_dist"] = metric.meta.sync.should
     meta["rank_zero_only"] = metric.meta.sync.rank_zero_only
-    return key, meta, metric.is_tensor
+    reduced = not metric.is_tensor or (metric.meta.sync.should and not metric.meta.sync.rank_zero_only)
+    summed = None if reduced else (float(metric.value), float(getattr(metric, "cumulated_batch_size", 0)))
+    return key, meta, metric.is_tensor, summed
 
 
 def _neutral(described: _Entry, module: nn.Module, reduce: Callable[..., Any]) -> _ResultMetric:
-    _, fields, is_tensor = described
+    _, fields, is_tensor, _ = described
     fields = dict(fields)
     sync = _Sync(_should=fields.pop("sync_dist"), fn=reduce, rank_zero_only=fields.pop("rank_zero_only"))
     meta = _Metadata(**fields)
@@ -84,6 +92,16 @@ def _make_computable(metric: _ResultMetric) -> None:
     for one in (metric,) if metric.is_tensor else (metric, metric.value):
         # Else torchmetrics warns of a metric that was never updated; other ranks have updated it.
         one._update_count = max(1, one._update_count)
+
+
+def _take_over(metric: _ResultMetric, summed: tuple[float, float] | None) -> None:
+    """Gives an entry that is not reduced what another rank has summed up."""
+    if summed is None:
+        return
+    value, batch_size = summed
+    metric.value = torch.full_like(metric.value, value)
+    if metric.meta.is_mean_reduction:
+        metric.cumulated_batch_size = torch.full_like(metric.cumulated_batch_size, batch_size)
 
 
 _PLAIN_FIELDS = (

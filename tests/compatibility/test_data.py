@@ -163,6 +163,38 @@ def test_a_custom_batch_sampler_makes_the_batches(tmp_path: Path, batches: Hand)
     assert all(len({index >= 22 for index in batch}) == 1 for batch in trained)
 
 
+class TooMany(Halves):
+    """Says that there are three batches more than there are."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 3
+
+
+class TooFew(Halves):
+    """Says that there are three batches fewer than there are."""
+
+    def __len__(self) -> int:
+        return super().__len__() - 3
+
+
+@pytest.mark.compatibility("Data", "custom batch_sampler whose length is an estimate")
+@both
+@pytest.mark.parametrize(("estimating", "trained"), [(TooMany, 12), (TooFew, 9)])
+def test_an_epoch_ends_where_its_batches_do_whatever_their_sampler_has_said(
+    tmp_path: Path, batches: Hand, estimating: type[Halves], trained: int
+) -> None:
+    data = indexed_data(44)
+
+    def train(module: Noting) -> Any:
+        return DataLoader(data, batch_sampler=estimating(RandomSampler(data), 4, False))
+
+    run = fit(tmp_path, train, loader(6), batches)
+
+    assert [sum(len(rank["trained"][epoch]) for rank in run.reports()) for epoch in range(2)] == [trained] * 2
+    assert {rank["version"] for rank in run.reports()} == {2 * trained}
+    assert [len(rank["validated"]) for rank in run.reports()] == [2] * RANKS
+
+
 @pytest.mark.compatibility("Data", "WeightedRandomSampler")
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_a_weighted_sampler_draws_one_sample_for_all_ranks(tmp_path: Path, own_generator: bool) -> None:

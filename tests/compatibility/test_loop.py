@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_async import AsyncAMSGradStrategy
+from tests.every_rank import run_on_every_rank
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -239,3 +244,95 @@ def test_rank_0_logs_whenever_the_clock_has_passed_a_multiple(tmp_path: Path, sl
     assert logged == sorted(set(logged))
     # Of ten multiples: with this bound on staleness the clock passes no two of them during one batch.
     assert len(logged) >= 6
+
+
+@pytest.mark.compatibility(
+    "Loop",
+    "trainer.is_last_batch",
+    status="differs",
+    note="False in every batch: while a rank computes one, nobody knows whether there will be another for it. What is "
+    "to be done once an epoch, such as stepping a scheduler by hand, goes into on_train_epoch_end.",
+)
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+def test_what_is_to_be_done_once_an_epoch_is_done_at_its_end(tmp_path: Path, batches: Any) -> None:
+    class ByHand(Watched):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.automatic_optimization = False
+            self.last = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.last += self.trainer.is_last_batch
+
+        def on_train_epoch_end(self) -> None:
+            scheduler: Any = self.lr_schedulers()
+            scheduler.step()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+        def on_fit_end(self) -> None:
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            report(self.folder, self.global_rank, last=self.last, lr=lr, batches=self.batches)
+
+    def script(folder: Path) -> None:
+        strategy = AsyncAMSGradStrategy(start_method="fork", batches=batches)
+        fork_trainer(folder, RANKS, strategy, max_epochs=3).fit(ByHand(folder), loader(96))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert [(rank["last"], rank["lr"]) for rank in run.reports()] == [(0, 0.01 * 0.5**3)] * RANKS
+    assert sum(rank["batches"] for rank in run.reports()) == 3 * 24
+
+
+@pytest.mark.compatibility(
+    "Loop", "SLURM's signal to requeue (SIGUSR1)", note="Takes effect between two batches of rank 0."
+)
+def test_a_job_that_slurm_requeues_is_saved_between_two_batches_and_goes_on_from_there(tmp_path: Path) -> None:
+    class Signalled(TinyClassifier):
+        def on_train_start(self) -> None:
+            self.began = self.trainer.strategy.version
+            if self.current_epoch == 0 and self.began == 0:
+                # At any place of a step: a push, an update, the wait for an answer.
+                threading.Thread(target=self.signal, daemon=True).start()
+
+        def signal(self) -> None:
+            for _ in range(20):
+                time.sleep(0.007)
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            # An epoch that is gone on with has no start.
+            self.seen = self.seen or [[]]
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self) -> None:
+            report(tmp_path, self.global_rank, began=self.began, step=self.trainer.global_step)
+
+    def train() -> None:
+        rank, tasks = os.environ["RANK"], str(RANKS)
+        os.environ |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": tasks, "SLURM_PROCID": rank}
+        os.environ |= {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+        os.environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+        for epochs in (2, 3):
+            trainer = fork_trainer(tmp_path, RANKS, "async_amsgrad", max_epochs=epochs, plugins=[SLURMEnvironment()])
+            trainer.fit(Signalled(UNEVEN), loader(480))
+
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued.txt\n')
+    (tmp_path / "scontrol").chmod(0o755)
+
+    run = launch(lambda folder: run_on_every_rank(RANKS, train), tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert set((tmp_path / "requeued.txt").read_text().splitlines()) == {"requeue 7"}
+    last = max(tmp_path.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(path.stem.removeprefix("hpc_ckpt_")))
+    checkpoint = torch.load(last)
+    version = checkpoint["async_amsgrad"]["version"]
+    assert {int(values["step"]) for values in checkpoint["optimizer_states"][0]["state"].values()} == {version}
+    assert [(rank["began"], rank["step"]) for rank in run.reports()] == [(version, 180)] * RANKS

@@ -117,7 +117,12 @@ BY_STEP = "learning rate schedulers by step and by epoch, with `frequency`"
             (
                 one_cycle,
                 "shared",
-                pytest.mark.compatibility("Optimization", "`OneCycleLR` with `trainer.estimated_stepping_batches`"),
+                pytest.mark.compatibility(
+                    "Optimization",
+                    "`OneCycleLR` with `trainer.estimated_stepping_batches`",
+                    note="It counts DDP's steps, up to one an epoch more than here: DDP repeats samples, and makes an "
+                    "update of each rank's leftover, so that all ranks have equal shares.",
+                ),
             ),
             (
                 warm_up_then_cosine,

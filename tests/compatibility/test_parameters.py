@@ -156,6 +156,60 @@ def test_parameters_that_are_frozen_for_an_epoch_stay_as_they_are(tmp_path: Path
     assert not torch.equal(frozen_until, run.report(1)["parameters"]["encoder.weight"])
 
 
+class Momentum(Reporting):
+    """A target network that follows the trained one, as BYOL's does, and a frozen layer; no optimizer has them."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=5e-2)
+        self.target = nn.Linear(6, 8).requires_grad_(False)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.begin = self.copies()
+        self.own: list[dict[str, Tensor]] = []
+        self.common: list[dict[str, Tensor]] = []
+
+    def copies(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.named_parameters() if "net" not in name}
+
+    def configure_optimizers(self) -> Any:
+        return AMSGrad(self.net.parameters(), lr=self.lr)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for target, online in zip(self.target.parameters(), self.net[0].parameters(), strict=True):
+            # A tensor of its own each time, as the papers' code has it.
+            target.data = target.data * 0.9 + online.data * 0.1
+        self.last = self.copies()
+
+    def on_validation_start(self) -> None:
+        self.own.append(self.last)
+        self.common.append(self.copies())
+
+    def facts(self) -> dict[str, Any]:
+        return {"begin": self.begin, "own": self.own, "common": self.common}
+
+
+@pytest.mark.compatibility(
+    "Optimization",
+    "momentum encoders, and other parameters that no optimizer has",
+    "differs",
+    "Each rank moves its own; at each stop those that have come to differ are averaged, as buffers are. Leave them out "
+    "of the optimizer: what an optimizer has is the holder's, and the next answer overwrites it.",
+)
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+def test_at_each_stop_a_momentum_encoder_is_the_mean_of_the_ranks(tmp_path: Path, batches: str) -> None:
+    run = train(tmp_path, Momentum, {"batches": batches}, validation_samples=12, val_check_interval=0.5)
+
+    ranks, begin = run.reports(), run.report(0)["begin"]
+    for stop in range(2):
+        own = [rank["own"][stop]["target.weight"] for rank in ranks]
+        assert not torch.equal(own[0], own[1])
+        mean = torch.stack([weight.double() for weight in own]).mean(dim=0).float()
+        for rank in ranks:
+            common = rank["common"][stop]
+            assert torch.equal(common["target.weight"], mean)
+            assert torch.equal(common["frozen.weight"], begin["frozen.weight"])
+            assert not torch.equal(common["target.weight"], begin["target.weight"])
+
+
 class Halving(Reporting):
     """Trains nothing, and halves its parameters by hand."""
 

@@ -113,7 +113,7 @@ def test_an_exception_on_any_rank_leaves_a_checkpoint_of_the_holder(tmp_path: Pa
         assert read_checkpoint(path, tmp_path)["global_step"] >= 5 // RANKS
 
 
-@pytest.mark.compatibility("State", "trainer.save_checkpoint from user code in mid-epoch")
+@pytest.mark.compatibility("State", "trainer.save_checkpoint from user code in mid-epoch, on rank 0 or on all ranks")
 def test_user_code_on_all_ranks_saves_one_version_in_mid_epoch(tmp_path: Path) -> None:
     class Saving(TinyClassifier):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -110,7 +110,11 @@ def test_max_steps_is_an_exact_number_of_updates(
     assert [(rank["version"], rank["step"]) for rank in run.reports()] == [(steps * RANKS, steps)] * RANKS
 
 
-@pytest.mark.compatibility("Optimization", "`accumulate_grad_batches`, also the leftover at an epoch's end")
+@pytest.mark.compatibility(
+    "Optimization",
+    "`accumulate_grad_batches`, also the leftover at an epoch's end",
+    note="The leftover makes one update over all ranks, where each rank makes one under DDP.",
+)
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_accumulated_batches_make_one_update_and_only_an_epochs_last_one_is_smaller(
     tmp_path: Path, batches: Any

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_async import AsyncAMSGradStrategy
@@ -186,6 +186,48 @@ def test_epoch_metrics_cover_all_ranks_and_metrics_in_a_step_are_local(tmp_path:
         assert rank["computed"] == pytest.approx(rank["expected"])
 
 
+class OfACallback(Callback):
+    """Measures with a metric that no module has."""
+
+    def __init__(self) -> None:
+        self.mean = MeanMetric()
+        self.computed: list[float] = []
+        self.own: list[list[int]] = []
+        self.of_epochs: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.mean.reset()
+        self.own.append([])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.mean.update(batch[2].float())
+        self.own[-1] += batch[2].tolist()
+        # Over all ranks this would put them in lock step, and wait for ever where one has a batch more.
+        self.computed.append(self.mean.compute().item() - sum(self.own[-1]) / len(self.own[-1]))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.of_epochs.append(self.mean.compute().item())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report(Path.cwd(), trainer.global_rank, errors=self.computed, of_epochs=self.of_epochs)
+
+
+def test_a_callbacks_metric_is_local_in_a_step_and_of_all_ranks_between_segments(tmp_path: Path) -> None:
+    sync = Metric.sync
+
+    def script(folder: Path) -> None:
+        module = TinyClassifier(UNEVEN)
+        fork_trainer(folder, 3, max_epochs=2, callbacks=[OfACallback()]).fit(module, loader(100))
+        assert Metric.sync is sync
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    for rank in run.reports():
+        assert rank["errors"] == pytest.approx([0.0] * len(rank["errors"]), abs=1e-4)
+        assert rank["of_epochs"] == pytest.approx([49.5] * 2)
+
+
 class Uneasy(TinyClassifier):
     """Logs what only some ranks log, in an order that differs between ranks."""
 
@@ -356,6 +398,25 @@ def test_early_stopping_on_one_ranks_metric_stops_all_ranks_at_the_same_epoch(tm
     assert_ended_together(run)
     assert run.report(0)["epochs"] == 3
     assert sum(rank["batches"] for rank in run.reports()) == 36
+
+
+@pytest.mark.parametrize("batches", ["shared", "sharded"])
+def test_ranks_without_a_batch_watch_the_loss_of_the_others(tmp_path: Path, batches: Any) -> None:
+    class Watching(Ending):
+        def on_train_epoch_end(self) -> None:
+            assert all(value.isfinite() for value in self.trainer.callback_metrics.values())
+
+    def script(folder: Path) -> None:
+        # Two batches for four ranks, and a loss that nobody reduces.
+        strategy = AsyncAMSGradStrategy(batches=batches, start_method="fork")
+        callbacks = [EarlyStopping("train/loss_epoch", patience=9)]
+        fork_trainer(folder, 4, strategy, max_epochs=4, callbacks=callbacks).fit(Watching(), loader(8))
+
+    run = launch(script, tmp_path)
+
+    assert_ended_together(run)
+    assert run.report(0)["epochs"] == 4
+    assert sum(rank["batches"] for rank in run.reports()) == 8
 
 
 def test_one_rank_that_skips_the_rest_of_its_epoch_skips_it_for_all(tmp_path: Path) -> None:

@@ -39,7 +39,12 @@ def fit(folder: Path, name: str) -> None:
     assert not {"on_train_batch_end", "get_metrics"} & vars(bar).keys()
 
 
-@pytest.mark.compatibility("Tools", "TQDMProgressBar and RichProgressBar", status="differs", note="show all ranks")
+@pytest.mark.compatibility(
+    "Tools",
+    "RichProgressBar, TQDMProgressBar",
+    note="They count the batches of all ranks, over the number of ranks; updates a second, staleness and the slowest "
+    "rank stand beside.",
+)
 @pytest.mark.parametrize("name", ["tqdm", "tqdm, now and then", "rich"])
 def test_the_bars_show_all_ranks_and_never_more_than_there_is(name: str, tmp_path: Path) -> None:
     run = launch(partial(fit, name=name), tmp_path)

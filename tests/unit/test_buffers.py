@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_async import buffers
-from lightning_async.buffers import average_buffers, broadcast_tensors
+from lightning_async.buffers import average_buffers, average_unlike, broadcast_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,25 @@ def test_what_nccl_cannot_reach_goes_through_the_gpu_and_comes_back(monkeypatch:
 
 def test_a_module_without_buffers_is_left_alone() -> None:
     average_buffers(nn.Linear(2, 2))
+
+
+def test_only_what_differs_between_ranks_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike, unlike = nn.Linear(3, 3), nn.Linear(2, 2).half()
+    others = (torch.ones(2, 3, dtype=torch.complex64), torch.tensor(3, dtype=torch.uint8), torch.tensor([True]))
+    sent: list[torch.Size] = []
+
+    def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        if op == dist.ReduceOp.MAX:
+            tensor[2:4] += 1  # as if another rank had others
+        elif op == dist.ReduceOp.SUM:
+            sent.append(tensor.shape)
+
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    before = [parameter.detach().clone() for parameter in unlike.parameters()]
+    average_unlike([*alike.parameters(), *unlike.parameters(), *others])
+
+    assert sent == [(4,), (2,)]
+    assert all(map(torch.equal, unlike.parameters(), before))
 
 
 def test_parameters_keep_their_strides_and_need_no_gradient_for_it() -> None:

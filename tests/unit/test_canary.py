@@ -117,6 +117,9 @@ SIGNATURES = {
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
             "self, signum, _"
         ),
+        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._slurm_sigusr_handler_fn": (
+            "self, signum, _"
+        ),
     },
     "internals/optimization.py": {
         f"{AUTOMATIC}._training_step": "self, kwargs",
@@ -310,6 +313,7 @@ TRAINER_ATTRIBUTES = {
         "_val_check_time_interval",
         "_logger_connector._first_loop_iter",
         "_signal_connector._sigterm_notifier_fn",
+        "_signal_connector._slurm_sigusr_handler_fn",
         "received_sigterm",
         "should_stop",
         "strategy._lightning_optimizers",
@@ -370,7 +374,7 @@ def test_a_logged_entry_has_the_same_fields() -> None:
     if not {"_should", "fn", "rank_zero_only"} <= {field.name for field in dataclasses.fields(results._Sync)}:
         fail("internals/results.py", "_Sync(_should, fn, rank_zero_only)")
     metric = results._ResultMetric(results._Metadata("training_step", "loss", on_epoch=True), is_tensor=True)
-    for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value"):
+    for name in ("has_reset", "_computed", "_update_count", "meta", "is_tensor", "value", "cumulated_batch_size"):
         if not hasattr(metric, name):
             fail("internals/results.py", f"_ResultMetric.{name}")
 
@@ -451,12 +455,15 @@ def test_an_optimizer_says_that_it_unscales_by_the_same_mark() -> None:
         fail("shells.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
 
 
-def test_torchmetrics_decide_on_synchronising_by_the_same_function() -> None:
-    from torchmetrics import SumMetric
-    from torchmetrics.metric import jit_distributed_available
+def test_torchmetrics_synchronise_by_one_method() -> None:
+    from torchmetrics import Metric, SumMetric
 
-    if SumMetric().distributed_available_fn is not jit_distributed_available:
-        fail("phases.py", "Metric.distributed_available_fn being jit_distributed_available by default")
+    if "self.sync_context(" not in inspect.getsource(Metric._wrap_compute):
+        fail("phases.py", "Metric.compute in Metric.sync_context")
+    if "self.sync(" not in inspect.getsource(Metric.sync_context):
+        fail("phases.py", "Metric.sync_context calling Metric.sync")
+    if not hasattr(SumMetric(), "_computed"):
+        fail("phases.py", "Metric._computed")
 
 
 def _raise(index: int) -> None:

@@ -14,16 +14,21 @@ import pytest
 import torch
 
 from lightning_async import AsyncAMSGradStrategy
+from recipes.callbacks import EmulatedStepTime
 from tests.launch import launch
 from tests.models import fork_trainer
 
 pytestmark = [pytest.mark.strangers, pytest.mark.timeout(300)]
 
 RANKS = 2
+# Seconds that each rank sleeps in each of its batches.
+UNEVEN = EmulatedStepTime([0.0, 0.03])
 
 
-@pytest.mark.parametrize("name", ["NBeats", "TemporalFusionTransformer"])
-def test_pytorch_forecasting_learns_an_autoregressive_series(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "batches"), [("NBeats", "shared"), ("NBeats", "sharded"), ("TemporalFusionTransformer", "shared")]
+)
+def test_pytorch_forecasting_learns_an_autoregressive_series(tmp_path: Path, name: str, batches: Any) -> None:
     def script(folder: Path) -> None:
         warnings.simplefilter("ignore")
         import pytorch_forecasting
@@ -46,7 +51,9 @@ def test_pytorch_forecasting_learns_an_autoregressive_series(tmp_path: Path, nam
         model = getattr(pytorch_forecasting, name).from_dataset(data, learning_rate=1e-2)
         losses: list[float] = []
         for epochs in (0, 3):
-            trainer = fork_trainer(folder, RANKS, max_epochs=epochs, gradient_clip_val=0.1)
+            strategy = AsyncAMSGradStrategy(start_method="fork", batches=batches)
+            arguments: Any = {"max_epochs": epochs, "gradient_clip_val": 0.1, "callbacks": [UNEVEN]}
+            trainer = fork_trainer(folder, RANKS, strategy, **arguments)
             if epochs:
                 trainer.fit(model, train, validate)
             (metrics,) = trainer.validate(model, validate)
@@ -81,6 +88,7 @@ def test_scvi_learns_synthetic_cells(tmp_path: Path) -> None:
             accelerator="cpu",
             devices=RANKS,
             strategy=strategy,
+            callbacks=[UNEVEN],
             batch_size=32,
             train_size=0.8,
             logger=False,

@@ -172,9 +172,7 @@ def _named(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     words = [
-        word
-        for run in runs
-        for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])  # noqa: PLR2004
+        word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
     ]
     listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"

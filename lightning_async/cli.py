@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionSubCommands, set_parsing_settings
+from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
@@ -148,22 +148,30 @@ class AsyncCLI(LightningCLI):
         Raises:
             SystemExit: with status 2 if an argument's value is refused.
         """
-        if complaint := _class_complaint(self._get(self.config, "trainer.strategy")):
-            self.parser.error(f"trainer.strategy: {complaint}")
+        path = _class_path(self._get(self.config, "trainer.strategy"))
+        if path is not None:
+            if complaint := _complaint(path):
+                self.parser.error(f"trainer.strategy: {complaint}")
+            no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
+            named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
+            self._get(self.config, "trainer")["strategy"] = named
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
             self.parser.error(str(error), error)
 
 
-def _class_complaint(strategy: Any) -> str | None:
-    """What is wrong with a class path from which no strategy could be built, and which Lightning takes for a name."""
+def _class_path(strategy: Any) -> str | None:
+    """The class path, if that is what a text is; without arguments it passes as a name, which Lightning refuses."""
     if not isinstance(strategy, str):
         return None
     path = f"lightning_async.{strategy}" if strategy in lightning_async.__all__ else strategy
+    return path if "." in path else None
+
+
+def _complaint(path: str) -> str | None:
+    """Why no strategy can be built of a class without arguments."""
     module, _, name = path.rpartition(".")
-    if not module:
-        return None
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -175,7 +183,7 @@ def _class_complaint(strategy: Any) -> str | None:
         for parameter in inspect.signature(kind).parameters.values()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    return f"{path} needs init_args: {', '.join(missing)}" if missing else f"{path} could not be built"
+    return f"{path} needs init_args: {', '.join(missing)}" if missing else None
 
 
 def add_working_directory_to_path() -> None:

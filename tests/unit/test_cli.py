@@ -69,6 +69,13 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
     assert cli.trainer.strategy.options.max_staleness == 7
 
 
+@pytest.mark.parametrize("named", ["lightning_async.AsyncAMSGradStrategy", "AsyncAMSGradStrategy"])
+def test_a_strategy_can_be_given_by_class_path_without_options(named: str) -> None:
+    cli = AsyncCLI(["--config", RECIPE, f"--trainer.strategy={named}"], run=False)
+
+    assert type(cli.trainer.strategy) is AsyncAMSGradStrategy
+
+
 @pytest.mark.parametrize(
     "named",
     [["--trainer.strategy=async"], ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.max_staleness=7"]],

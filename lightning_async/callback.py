@@ -128,6 +128,8 @@ class AsyncMonitor(Callback):
             return
         loss = _loss(outputs)
         if loss is not None:
+            # Lightning has divided it, so that the gradients of an update's batches add up to their mean.
+            loss = loss * trainer.accumulate_grad_batches
             self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
             self._loss_count += 1
         wall_s = time.perf_counter() - self._started_s

@@ -6,17 +6,20 @@ The outermost room: it imports the package and nothing imports it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionSubCommands, set_parsing_settings
+from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import lightning_async  # noqa: F401  (registers the strategy names)
+import lightning_async  # registers the strategy names too
 from lightning_async.compare import compare_main, compare_parser
 from lightning_async.complaints import is_debugging, one_line, told_in_one_line
 
@@ -82,7 +85,14 @@ class AsyncCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        usage = {name: {"usage": f"{_PROGRAM} {name} --config FILE [options]"} for name in self.subcommands()}
+        commands = {
+            name: {
+                "usage": f"{_PROGRAM} {name} --config FILE [options]",
+                # The Trainer's docstrings begin with half a sentence.
+                "description": f"{_SUMMARIES[name].capitalize()}.",
+            }
+            for name in self.subcommands()
+        }
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -90,7 +100,9 @@ class AsyncCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": _DESCRIPTION, "epilog": _EPILOGUE, "prog": _PROGRAM, **usage} if run else {},
+            parser_kwargs={"description": _DESCRIPTION, "epilog": _EPILOGUE, "prog": _PROGRAM, **commands}
+            if run
+            else {},
             parser_class=ConciseParser,
             args=None if args is None else list(args),
             run=run,
@@ -114,10 +126,21 @@ class AsyncCLI(LightningCLI):
         Raises:
             SystemExit: with status 2 if the arguments are wrong.
         """
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"a configuration file is not text: {error}", error)
         command = self.config.get("subcommand")
         if command in _OTHER_COMMANDS:
             parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the checkpoint's hyper-parameters, outside of all that reports errors.
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            self.parser.error(f"{path} cannot be read as a checkpoint: {error}", error)
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; what they refuse is an error of the configuration.
@@ -125,10 +148,42 @@ class AsyncCLI(LightningCLI):
         Raises:
             SystemExit: with status 2 if an argument's value is refused.
         """
+        path = _class_path(self._get(self.config, "trainer.strategy"))
+        if path is not None:
+            if complaint := _complaint(path):
+                self.parser.error(f"trainer.strategy: {complaint}")
+            no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
+            named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
+            self._get(self.config, "trainer")["strategy"] = named
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
             self.parser.error(str(error), error)
+
+
+def _class_path(strategy: Any) -> str | None:
+    """The class path, if that is what a text is; without arguments it passes as a name, which Lightning refuses."""
+    if not isinstance(strategy, str):
+        return None
+    path = f"lightning_async.{strategy}" if strategy in lightning_async.__all__ else strategy
+    return path if "." in path else None
+
+
+def _complaint(path: str) -> str | None:
+    """Why no strategy can be built of a class without arguments."""
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"there is no class {path}: {error}"
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        return f"{path} is no strategy"
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return f"{path} needs init_args: {', '.join(missing)}" if missing else None
 
 
 def add_working_directory_to_path() -> None:

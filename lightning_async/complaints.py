@@ -49,6 +49,9 @@ def one_line(message: str) -> str:
         text = re.sub(r"^[-\s]+", "", line).strip()
         if text and not _BOILERPLATE.match(text) and text not in told:
             told.append(text)
+    if any(not text.startswith(("Parser key", "Expected", "Given value")) for text in told):
+        # What is wrong with the value says more than which other types would do.
+        told = [text for text in told if not re.fullmatch(r"Expected a <class '\w+'>", text)] or told
     joined = "".join(text + (" " if text.endswith(":") else "; ") for text in told).rstrip("; ")
     return re.sub(r"\ba? ?<class '([^']+)'>", r"\1", joined) or message.strip() or "no reason was given"
 

@@ -141,7 +141,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
     delays drawn are those of the run that was not interrupted.
 
     ``trainer.strategy.stats`` has the delays that occurred (``staleness``), and the ``async/`` metrics go to
-    the loggers every ``log_every_n_steps`` updates.
+    the loggers every ``log_every_n_steps`` updates and at the end.
 
     Args:
         max_delay: the largest delay D, in updates.
@@ -178,6 +178,12 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.max_delay = max_delay
+        self._configuration = {
+            "strategy": type(self).__name__,
+            "max_delay": max_delay,
+            "distribution": distribution,
+            "seed": seed,
+        }
         self.stats = RunStats(workers=1)
         # Lightning sets it, as it sets a distributed strategy's.
         self.num_nodes = 1
@@ -239,10 +245,35 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         self.stats = RunStats(workers=1)
         sinks = [sink_for(logger) for logger in trainer.loggers]
         self._metrics = MetricsLogger(self.stats, sinks) if sinks else None
+        if self._metrics is not None:
+            self._metrics.configure(self._configuration)
+        self.stats.start_segment()
         self._delay, self._batches = 0, 0
         if self.max_delay > 0:
             rank_zero_info(f"SimulatedDelayStrategy keeps {sizes}.")
             self._iterates = PastIterates(parameters, self.max_delay, version=trainer.global_step)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.stats.end_segment()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._module.trainer.training:
+            self.stats.start_segment()
+            if self._metrics is not None:
+                self._metrics.restart_clock()
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.stats.end_segment()
+        if self._metrics is not None:
+            version = self._module.trainer.global_step if self._iterates is None else self._iterates.version
+            self._metrics.log(version, version - 1)
+            self._metrics.finish()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,10 @@ def compare_main(args: Sequence[str] | None = None) -> int:
         SystemExit: with status 2 when the arguments or the configuration are wrong.
     """
     parser = compare_parser()
-    config = parser.parse_args(list(sys.argv[2:] if args is None else args))
+    try:
+        config = parser.parse_args(list(sys.argv[2:] if args is None else args))
+    except UnicodeDecodeError as error:
+        parser.error(f"the configuration is not text: {error}", error)
     comparison = read_comparison(config)
     console = Console()
     out = Path(comparison.out)

@@ -32,9 +32,12 @@ p, ul { margin: 0; }
 .verdict { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
   margin: 20px 0; }
 .verdict li { margin: 4px 0; } .verdict ul { padding-left: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin: 20px 0; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
+.tile { flex: 1 1 148px; }
 .tile, .card { background: var(--card); border-radius: 8px; padding: 14px 16px; min-width: 0; }
-.tile b { display: block; font-size: 1.45rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tile.long { flex-basis: 190px; }
+.tile b { display: block; white-space: nowrap; font-size: 1.45rem; line-height: 1.2;
+  font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .card { margin: 0; } .wide { margin: 16px 0; } figure.card { display: flex; flex-direction: column; }
 .card svg { display: block; width: 100%; height: auto; margin-top: auto; padding-top: 8px; overflow: visible; }
@@ -46,7 +49,7 @@ th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--fa
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.pairs td:first-child { color: var(--soft); width: 42%; }
+.pairs td:first-child { color: var(--soft); width: 36%; }
 tr:last-child td { border-bottom: 0; }
 """
 
@@ -111,7 +114,10 @@ def _tiles(stats: Mapping[str, Any]) -> str:
     ]
     if stats["dropped"]:
         tiles.append((f"{stats['dropped']:,}", "gradients dropped"))
-    return "".join(f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for value, name in tiles)
+    return "".join(
+        f'<div class="tile{" long" if "/" in value else ""}"><b>{value}</b><span class="soft">{name}</span></div>'
+        for value, name in tiles
+    )
 
 
 def _ranks(stats: Mapping[str, Any]) -> str:
@@ -136,10 +142,15 @@ def _ranks(stats: Mapping[str, Any]) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr>{_cells((name.replace('_', ' '), 'none' if value is None else str(value)), 'td')}</tr>"
+        f"<tr>{_cells((_words(name), 'none' if value is None else str(value)), 'td')}</tr>"
         for name, value in values.items()
     )
     return f'<table class="pairs"><tbody>{rows}</tbody></table>'
+
+
+def _words(name: str) -> str:
+    stem = name.removesuffix("_s")
+    return stem.replace("_", " ") + (" (s)" if stem != name else "")
 
 
 def _cells(values: Iterable[str], tag: str) -> str:

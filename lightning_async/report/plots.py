@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,17 +166,33 @@ def _steps(axes: Axes, record: RunRecord) -> None:
 
 
 def _speed(axes: Axes, record: RunRecord) -> None:
-    seconds = np.array([0.0, *(point.seconds for point in record.series)])
-    updates = np.array([0, *(point.updates for point in record.series)])
-    # At most 60 stretches: a shorter one has too few updates to have a speed.
-    stretch = np.unique(np.linspace(0, len(seconds) - 1, min(61, len(seconds))).astype(int))
-    seconds, updates = seconds[stretch], updates[stretch]
-    lengths = np.diff(seconds)
-    known = lengths > 0
-    speed = np.diff(updates)[known] / lengths[known]
-    axes.plot(seconds[1:][known], speed, color=_ONE, linewidth=1.8)
+    seconds, speed = _speeds(
+        [0.0, *(point.seconds for point in record.series)], [0, *(point.updates for point in record.series)]
+    )
+    axes.plot(seconds, speed, color=_ONE, linewidth=1.8)
     axes.set_ylim(bottom=0.0)
     _label(axes, "seconds of training", "updates a second")
+
+
+def _speeds(seconds: Sequence[float], updates: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Updates a second in stretches of equal length, at most 60, with about ten updates each or more.
+
+    Args:
+        seconds: of training, not decreasing.
+        updates: so far, at each of them.
+
+    Returns:
+        The middle of each stretch, and the speed in it.
+
+    Examples:
+        >>> middles, speeds = _speeds([0.0, 1.0, 4.0, 4.0], [0, 10, 40, 40])
+        >>> middles.tolist(), speeds.tolist()
+        ([0.5, 1.5, 2.5, 3.5], [10.0, 10.0, 10.0, 10.0])
+    """
+    stretches = min(60, max(2, updates[-1] // 10))
+    edges = np.linspace(0.0, seconds[-1], stretches + 1)
+    counts = np.interp(edges, seconds, updates)
+    return (edges[:-1] + edges[1:]) / 2, np.diff(counts) / max(edges[1], 1e-9)
 
 
 def _loss(axes: Axes, record: RunRecord) -> None:

@@ -145,9 +145,23 @@ class RunRecord:
             raise RecordError(f"{path} has format version {version}; this lightning_async reads {_FORMAT_VERSION}")
         try:
             series = [Point(**point) for point in whole.pop("series")]
-            return cls(**{**whole, "stats": _with_numbers(whole["stats"]), "series": series})
-        except (KeyError, TypeError, ValueError) as error:
+            record = cls(**{**whole, "stats": _with_numbers(whole["stats"]), "series": series})
+            record._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"{path} is damaged: {error!r}") from error
+        return record
+
+    def _check(self) -> None:
+        known = RunStats(workers=0).as_dict()
+        ranks = set(range(len(self.step_seconds)))
+        for name, value in known.items():
+            found = self.stats[name]
+            if isinstance(value, dict) != isinstance(found, dict):
+                raise ValueError(f"stats.{name} is {found!r}")
+            if name.endswith("_by_rank") and found.keys() != ranks:
+                raise ValueError(f"stats.{name} is of other ranks than step_seconds")
+        for name in ("max_staleness", "on_stale", "batches"):
+            self.configuration[name]
 
 
 def _with_numbers(value: Any) -> Any:

@@ -16,6 +16,8 @@ __all__ = ["Replay", "free_bound", "lock_step_factor", "replay"]
 
 # Below this part of the workers' time a barrier counts as free.
 FREE_FRACTION = 0.005
+# Steps of the slowest rank to be played, and the most updates for their sake.
+_ROUNDS, _MOST_UPDATES = 4, 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,10 @@ def free_bound(steps: Sequence[Sequence[float]], exchange_s: float = 0.0) -> int
         >>> free_bound([[1.0], [1.0], [8.0]]) >= 14
         True
     """
-    updates = max(1000, 50 * len(steps))
+    # So many that the slowest rank comes to hand in some: before that nothing is stale.
+    rate = sum(1.0 / max(_mean(own), 1e-12) for own in steps)
+    rounds = min(_ROUNDS * rate * max(map(_mean, steps)), _MOST_UPDATES)
+    updates = max(1000, 20 * len(steps), int(rounds))
     low, high = 0, max(replay(steps, None, updates, exchange_s).staleness)
     while low < high:
         middle = (low + high) // 2
@@ -127,6 +132,10 @@ def lock_step_factor(steps: Sequence[Sequence[float]], shared: bool = True) -> f
     """
     rounds = max(map(len, steps))
     slowest = sum(max(own[i % len(own)] for own in steps) for i in range(rounds)) / rounds
-    means = [sum(own) / len(own) for own in steps]
+    means = [_mean(own) for own in steps]
     alone = len(steps) / sum(1.0 / max(mean, 1e-12) for mean in means) if shared else max(means)
     return max(1.0, slowest / max(alone, 1e-12))
+
+
+def _mean(own: Sequence[float]) -> float:
+    return sum(own) / len(own)

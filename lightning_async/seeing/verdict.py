@@ -72,13 +72,13 @@ class RunFacts:
     @property
     def parked_fraction(self) -> float:
         """Part of the workers' time in which the barrier held a gradient back."""
-        return sum(self.parked_seconds) / max(self.train_seconds * self.ranks, 1e-12)
+        return min(1.0, sum(self.parked_seconds) / max(self.train_seconds * self.ranks, 1e-12))
 
     @property
     def exchange_fraction(self) -> float:
         """Part of the workers' time that went into handing in gradients and getting parameters, the barrier apart."""
         waited = sum(self.wait_seconds) - sum(self.parked_seconds)
-        return max(0.0, waited) / max(self.train_seconds * self.ranks, 1e-12)
+        return min(1.0, max(0.0, waited) / max(self.train_seconds * self.ranks, 1e-12))
 
 
 def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
@@ -116,12 +116,17 @@ def conclusions(facts: RunFacts) -> list[str]:
         return ["no update was applied"]
     if facts.ranks == 1:
         return ["a single rank: there is nothing to wait for, and nothing is gained by not waiting"]
-    if min(map(len, facts.steps)) < _NEEDED_STEPS:
+    unknown = [rank for rank, own in enumerate(facts.steps) if len(own) < _NEEDED_STEPS]
+    if len(unknown) == facts.ranks:
         return ["too few steps on each rank to say anything"]
-    found = [
-        f"rank {rank} takes {factor:.1f}x the median step of the others"
-        for rank, factor in slow_ranks(facts.steps).items()
-    ]
+    if unknown:
+        # What another bound or lock step would have done depends on all of them.
+        return [
+            f"{_named(unknown)} made too few steps to tell how fast {'it is' if len(unknown) == 1 else 'they are'}",
+            _measured(facts),
+        ]
+    slow = slow_ranks(facts.steps)
+    found = [_slowness(slow)] if slow else []
     found.append(_bound(facts))
     gain = lock_step_factor(facts.steps, facts.shared)
     starved = facts.max_staleness is not None and facts.max_staleness < facts.ranks - 1
@@ -131,7 +136,13 @@ def conclusions(facts: RunFacts) -> list[str]:
             "the transport is the bottleneck, where larger batches, accumulate_grad_batches or fewer ranks help more "
             "than asynchrony"
         )
-    if gain < _LITTLE_GAIN:
+    if gain < _LITTLE_GAIN and slow and not facts.shared:
+        shared_gain = lock_step_factor(facts.steps)
+        found.append(
+            "with equal shares the slowest rank sets the pace, as in lock step: batches='shared' would let the others "
+            f"take over and be about {shared_gain:.1f}x as fast"
+        )
+    elif gain < _LITTLE_GAIN:
         found.append(
             f"the ranks are about equally fast: waiting for the slowest would cost {gain - 1:.0%}, so asynchrony gains "
             "little here"
@@ -147,17 +158,54 @@ def verdict_line(facts: RunFacts) -> str:
     return f"{line[0].upper()}{line[1:]}."
 
 
-def _bound(facts: RunFacts) -> str:
-    bound, ranks = facts.max_staleness, facts.ranks
-    if bound is None:
+def _named(ranks: Sequence[int]) -> str:
+    """The ranks in words; ranges where there are many.
+
+    Examples:
+        >>> _named([3]), _named([1, 3]), _named([0, 2, 3, 4, 5, 9])
+        ('rank 3', 'ranks 1 and 3', 'ranks 0, 2 to 5 and 9')
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [
+        word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
+    ]
+    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _slowness(slow: Mapping[int, float]) -> str:
+    low, high = f"{min(slow.values()):.1f}", f"{max(slow.values()):.1f}"
+    factor = f"{low}x" if low == high else f"{low} to {high}x"
+    return f"{_named(list(slow))} take{'s' if len(slow) == 1 else ''} {factor} the median step of the others"
+
+
+def _measured(facts: RunFacts) -> str:
+    """What the bound cost, without a guess at what another one would."""
+    if facts.max_staleness is None:
         return "no bound was set, so nothing waited for it"
     if facts.on_stale == "drop":
         part = facts.dropped / max(1, facts.dropped + facts.updates)
-        if part < _COSTLY_BARRIER:
-            return f"{part:.1%} of the gradients were dropped as too stale"
+        return f"{part:.{0 if part >= _COSTLY_BARRIER else 1}%} of the gradients were dropped as too stale"
+    cost = facts.parked_fraction
+    if cost < 0.0005:
+        return "the barrier cost nothing"
+    return f"the barrier cost {cost:.{0 if cost >= _COSTLY_BARRIER else 1}%} of worker time"
+
+
+def _bound(facts: RunFacts) -> str:
+    bound, ranks, said = facts.max_staleness, facts.ranks, _measured(facts)
+    if bound is None:
+        return said
+    if facts.on_stale == "drop":
+        if facts.dropped < _COSTLY_BARRIER * (facts.dropped + facts.updates):
+            return said
         free = free_bound(facts.steps)
-        advice = f"; a bound of {free} would drop hardly any" if free > bound else ""
-        return f"{part:.0%} of the gradients were dropped as too stale{advice}"
+        return f"{said}; a bound of {free} would drop hardly any" if free > bound else said
     if bound < ranks - 1:
         return (
             f"a bound of {bound} lets only {bound + 1} of {ranks} ranks compute at a time; "
@@ -165,9 +213,7 @@ def _bound(facts: RunFacts) -> str:
         )
     cost, free = facts.parked_fraction, free_bound(facts.steps)
     if cost >= _COSTLY_BARRIER:
-        advice = f"; a bound of {free} would cost none" if free > bound else ""
-        return f"the barrier cost {cost:.0%} of worker time{advice}"
-    said = "the barrier cost nothing" if cost < 0.0005 else f"the barrier cost {cost:.1%} of worker time"
+        return f"{said}; a bound of {free} would cost none" if free > bound else said
     smaller = max(free, ranks - 1)
     if 2 * smaller <= bound:
         return f"{said}; a bound of {smaller} would not cost more, and gradients would be fresher"

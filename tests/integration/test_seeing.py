@@ -122,6 +122,24 @@ def test_rank_0_prints_one_table_with_a_verdict(run: Launched) -> None:
         assert f"│ {rank} │" in output
 
 
+def accumulating(folder: Path) -> None:
+    class Constant(TinyClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return 3.0 + 0.0 * super().training_step(batch, batch_idx)
+
+    trainer = fork_trainer(folder, 2, "async_amsgrad_fork", callbacks=[AsyncMonitor()], accumulate_grad_batches=4)
+    trainer.fit(Constant(), loader(64))
+
+
+def test_the_loss_of_accumulated_batches_is_the_one_that_the_module_returned(tmp_path: Path) -> None:
+    run = launch(accumulating, tmp_path)
+    assert run.returncode == 0, run.output
+
+    losses = [point.loss for point in RunRecord.read(tmp_path).series if point.loss is not None]
+
+    assert losses == [pytest.approx(3.0)] * len(losses) != []
+
+
 def without_a_table(folder: Path, **arguments: Any) -> None:
     callbacks = [AsyncMonitor(summary=False)] if arguments.pop("monitor") else []
     strategy = AsyncAMSGradStrategy(start_method="fork", **arguments)

@@ -69,6 +69,13 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
     assert cli.trainer.strategy.options.max_staleness == 7
 
 
+@pytest.mark.parametrize("named", ["lightning_async.AsyncAMSGradStrategy", "AsyncAMSGradStrategy"])
+def test_a_strategy_can_be_given_by_class_path_without_options(named: str) -> None:
+    cli = AsyncCLI(["--config", RECIPE, f"--trainer.strategy={named}"], run=False)
+
+    assert type(cli.trainer.strategy) is AsyncAMSGradStrategy
+
+
 @pytest.mark.parametrize(
     "named",
     [["--trainer.strategy=async"], ["--trainer.strategy=AsyncStrategy", "--trainer.strategy.max_staleness=7"]],
@@ -115,6 +122,10 @@ def test_a_wrong_argument_is_one_line_and_status_2(
         (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy='nosuch'"),
         (["fit", "--config", RECIPE, "--trainer.devices=0"], "devices='0'"),
         (["test", "--config", RECIPE, *QUICK[:2], "--ckpt_path=missing.ckpt"], "missing.ckpt"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=lightning_async.Nope"], "no class lightning_async.Nope"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=lightning_async.AMSGrad"], "AMSGrad is no strategy"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=lightning_async.SimulatedDelayStrategy"], "max_delay"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=SimulatedDelayStrategy"], "needs init_args: max_delay"),
     ],
 )
 def test_what_lightning_refuses_is_one_line_and_status_2(
@@ -182,6 +193,19 @@ def test_help_lists_every_command_with_one_line(
     assert "--print_completion" in help_text
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_help_of_a_command_begins_with_a_whole_sentence(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+
+    _, sentence, _ = capsys.readouterr().out.split("\n\n", 2)
+    assert sentence[0].isupper() and sentence.endswith(".")
+
+
 def test_the_help_of_compare_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["compare", "--help"])
@@ -221,6 +245,48 @@ def test_a_wrong_key_in_a_config_file_is_one_line_and_status_2(
     assert exit_info.value.code == 2
     assert "trainer.max_epoch" in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_config_file_that_is_not_text_is_one_line_and_status_2(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
+
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--config", str(tmp_path / "image.yaml")])
+
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert "is not text" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
+def test_a_file_that_is_no_checkpoint_is_one_line_and_status_2(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "last.ckpt").write_bytes(content)
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["test", "--config", RECIPE, *QUICK[:2], f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message.startswith(f"error: {tmp_path / 'last.ckpt'} cannot be read as a checkpoint")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_wrong_value_of_a_class_is_told_without_the_types_that_are_not_classes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    strategy = "lightning_async.AsyncAMSGradStrategy"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", RECIPE, f"--trainer.strategy={strategy}", "--trainer.strategy.on_stale=foo"])
+
+    message = capsys.readouterr().err
+    assert "'wait', 'drop'" in message
+    assert "Expected str" not in message
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])

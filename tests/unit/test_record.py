@@ -19,7 +19,8 @@ def record() -> RunRecord:
         stats.record(Update(push, version=1, staleness=staleness, applied=True, parked_s=0.0))
     series = Series()
     series.add(Point(1.0, 1.5, 4, 16, 0.25))
-    return RunRecord.of({"ranks": 2}, stats, series, finished=True, written_at="2026-01-01T00:00:00+00:00")
+    configuration = {"ranks": 2, "max_staleness": None, "on_stale": "wait", "batches": "shared"}
+    return RunRecord.of(configuration, stats, series, finished=True, written_at="2026-01-01T00:00:00+00:00")
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -60,6 +61,31 @@ def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: 
     (tmp_path / RECORD_NAME).write_text(content)
 
     with pytest.raises(RecordError, match=said) as raised:
+        RunRecord.read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"stats": {}},
+        {"stats": None},
+        {"stats": {**record().stats, "staleness": 3}},
+        {"stats": {**record().stats, "updates_by_rank": {0: 4}}},
+        {"step_seconds": [[]]},
+        {"step_seconds": None},
+        {"configuration": {}},
+        {"configuration": None},
+        {"series": [{"seconds": 1}]},
+    ],
+    ids=str,
+)
+def test_a_record_with_a_part_missing_is_refused_in_one_line(damage: dict[str, object], tmp_path: Path) -> None:
+    record().write(tmp_path / RECORD_NAME)
+    whole = json.loads((tmp_path / RECORD_NAME).read_text())
+    (tmp_path / RECORD_NAME).write_text(json.dumps({**whole, **damage}))
+
+    with pytest.raises(RecordError, match="is damaged") as raised:
         RunRecord.read(tmp_path)
     assert "\n" not in str(raised.value)
 

@@ -12,7 +12,7 @@ import pytest
 
 import lightning_async.report
 from lightning_async.report import report_main, write_report
-from lightning_async.report.plots import draw
+from lightning_async.report.plots import _speeds, draw
 from lightning_async.seeing.record import RECORD_NAME, Point, RunRecord
 
 RANKS = 4
@@ -21,7 +21,13 @@ RANKS = 4
 def record(**changes: object) -> RunRecord:
     updates = {0: 100, 1: 90, 2: 95, 3: 25}
     values = {
-        "configuration": {"strategy": "S", "max_staleness": 8, "on_stale": "wait", "batches": "shared"},
+        "configuration": {
+            "strategy": "S",
+            "max_staleness": 8,
+            "on_stale": "wait",
+            "batches": "shared",
+            "worker_timeout_s": 60.0,
+        },
         "stats": {
             "updates": 310,
             "staleness": {0: 10, 3: 250, 8: 50},
@@ -94,6 +100,7 @@ def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
     assert "<td>3</td><td>25</td><td>8%</td><td>25</td><td>41.0 ms</td><td>40%</td><td>2.0%</td>" in text
     assert "<b>3.7 / 8 / 8</b>" in text
     assert "&lt;script&gt;alert(1)" in text
+    assert "<td>worker timeout (s)</td><td>60.0</td>" in text
 
 
 def test_the_figures_take_their_colours_from_the_page() -> None:
@@ -113,6 +120,13 @@ def test_the_figures_take_their_colours_from_the_page() -> None:
         assert "width" not in root.attrib and "viewBox" in root.attrib
         assert "var(--ink)" in plot.svg
         assert not re.search(r"(?:fill|stroke): #[0-9a-f]{6}", plot.svg)
+
+
+def test_a_moment_without_updates_at_the_end_is_not_drawn_as_a_standstill() -> None:
+    seconds, speed = _speeds([0.0, *(0.05 * i for i in range(1, 101)), 5.0001], [0, *range(3, 301, 3), 300])
+
+    assert len(seconds) == len(speed) == 30
+    assert speed.min() > 59.0 and speed.max() < 61.0
 
 
 def test_a_run_without_losses_or_steps_has_fewer_figures() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from lightning_async import AMSGrad, SimulatedDelayStrategy, simulated_delay
 from lightning_async.cli import AsyncCLI
 from lightning_async.simulated_delay import Delays
+from lightning_async.sinks import ScalarSink
 from tests.models import TinyClassifier, fork_trainer, indexed_data
 
 BATCHES = 15
@@ -255,6 +257,46 @@ def test_the_delays_are_logged(tmp_path: Path) -> None:
     rows = [dict(zip(names, row.split(","), strict=True)) for row in logged[1:]]
     seen = [(row["async/version"], row["async/staleness_mean"]) for row in rows if row["async/version"]]
     assert seen == [("10.0", "2.4"), ("20.0", "3.0"), ("30.0", "3.0")]
+
+
+def test_the_loggers_get_the_configuration_and_what_the_whole_run_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {"versions": []}
+
+    class Sink(ScalarSink):
+        def configure(self, configuration: dict[str, Any]) -> None:
+            told["configuration"] = configuration
+
+        def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
+            told["versions"].append(metrics["async/version"])
+
+        def summarize(self, summary: dict[str, float]) -> None:
+            told["summary"] = summary
+
+    class SlowToValidate(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            time.sleep(0.5)
+
+    monkeypatch.setattr("lightning_async.simulated_delay.sink_for", Sink)
+    strategy = SimulatedDelayStrategy(3, "fixed", seed=7)
+    trainer = fork_trainer(
+        tmp_path, 1, strategy, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=7, limit_val_batches=2
+    )
+    started = time.perf_counter()
+
+    trainer.fit(make_module(SlowToValidate), batches(), batches())
+
+    assert told["configuration"] == {
+        "strategy": "SimulatedDelayStrategy",
+        "max_delay": 3,
+        "distribution": "fixed",
+        "seed": 7,
+    }
+    assert told["versions"] == [*range(7, 2 * BATCHES, 7), 2 * BATCHES]
+    assert told["summary"]["updates"] == 2 * BATCHES
+    # Two validations of a second each are not training.
+    assert 0.0 < told["summary"]["train_seconds"] < time.perf_counter() - started - 1.9
 
 
 # ------------------------------------------------------------------------------------------------------- the delays

@@ -79,7 +79,13 @@ def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
         ({"on_stale": "drop"}, "0.0% of the gradients were dropped as too stale"),
         ({"wait_seconds": [4.0] * 4}, "took 40% of worker time: rank 0 or the transport is the bottleneck"),
         ({"steps": [FAST] * 4}, "the ranks are about equally fast"),
-        ({"steps": [FAST] * 3 + [[0.01]]}, "too few steps"),
+        ({"steps": [FAST] * 3 + [[0.01]]}, "rank 3 made too few steps to tell how fast it is; the barrier cost"),
+        ({"steps": [FAST] * 2 + [[], [0.01]], "max_staleness": None}, "ranks 2 and 3 made too few steps"),
+        ({"steps": [[0.01]] * 4}, "too few steps on each rank to say anything"),
+        ({"shared": False}, "the slowest rank sets the pace, as in lock step: batches='shared' would"),
+        ({"shared": False, "steps": [FAST] * 4}, "the ranks are about equally fast"),
+        ({"train_seconds": 0.0, "wait_seconds": [4.0] * 4}, "took 100% of worker time"),
+        ({"steps": [FAST] * 2 + [SLOW] * 2}, "ranks 2 and 3 take 4.1x the median step of the others; "),
         ({"steps": [FAST], "wait_seconds": [0.0], "parked_seconds": [0.0]}, "a single rank"),
         ({"updates": 0}, "no update was applied"),
     ],
@@ -95,6 +101,20 @@ def test_the_verdict_names_slow_rank_barrier_and_gain_in_one_line() -> None:
         f"Rank 3 takes 4.1x the median step of the others; the barrier cost 2% of worker time; a bound of "
         f"{free_bound(FACTS.steps)} would cost none; in lock step the same batches would take about 3.3x as long."
     )
+
+
+def test_many_slow_ranks_are_one_sentence() -> None:
+    steps = [[0.01] * 20] * 48 + [[0.04 + 0.001 * rank] * 20 for rank in range(16)]
+
+    slow = [sentence for sentence in conclusions(replace(FACTS, steps=steps)) if "median step" in sentence]
+
+    assert slow == ["ranks 48 to 63 take 4.0 to 5.5x the median step of the others"]
+
+
+def test_a_rank_that_is_a_thousand_times_slower_is_waited_for_by_a_smaller_bound() -> None:
+    steps = [[0.001] * 20] * 2 + [[1.0] * 20]
+
+    assert 1900 <= free_bound(steps) <= 2000
 
 
 def test_equally_fast_ranks_are_not_told_of_a_slow_one() -> None:

@@ -57,6 +57,10 @@ class ConciseParser(LightningArgumentParser):
 
     commands: ActionSubCommands | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Else a misspelt `--trainer.max_epoch` passes for the argument that it abbreviates, which YAML refuses.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def add_subcommands(self, *args: Any, **kwargs: Any) -> ActionSubCommands:
         """Add subcommands, and keep the action that more of them can be added to."""
         heading = {"title": "commands", "metavar": "COMMAND", "description": f"{_PROGRAM} COMMAND --help says more."}

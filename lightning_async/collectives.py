@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -25,9 +26,12 @@ class PhasedCollectives(DDPStrategy):
     other, or pair calls that do not belong together.
     """
 
-    # What a user calls the strategy, for messages.
-    strategy_name: str
     _warned_of_local_reduce = False
+
+    @property
+    @abstractmethod
+    def strategy_name(self) -> str:
+        """What a user calls the strategy, for messages."""
 
     def gather_objects(self, mine: _T) -> list[_T]:
         """Every rank's object, in the order of ranks; a collective call."""

@@ -91,6 +91,8 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
     ("arguments", "complaint"),
     [
         (["fit", "--config", RECIPE, "--trainer.bogus=1"], "trainer.bogus"),
+        # No abbreviation of an argument passes for it.
+        (["fit", "--config", RECIPE, "--trainer.max_epoch=1"], "--trainer.max_epoch=1"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         ([], "subcommand"),
         (["fitt"], "'compare', 'report'"),
@@ -204,6 +206,15 @@ def test_the_help_of_a_command_begins_with_a_whole_sentence(
 
     _, sentence, _ = capsys.readouterr().out.split("\n\n", 2)
     assert sentence[0].isupper() and sentence.endswith(".")
+
+
+def test_the_help_of_fit_offers_no_strategy_that_is_only_a_part_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+
+    help_text = capsys.readouterr().out
+    assert "lightning_async.AsyncAMSGradStrategy" in help_text
+    assert not [part for part in ("PhasedCollectives", "StartedRanks", "SegmentedRanks") if part in help_text]
 
 
 def test_the_help_of_compare_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:

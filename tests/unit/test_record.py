@@ -78,7 +78,6 @@ def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: 
         {"configuration": None},
         {"series": [{"seconds": 1}]},
     ],
-    ids=str,
 )
 def test_a_record_with_a_part_missing_is_refused_in_one_line(damage: dict[str, object], tmp_path: Path) -> None:
     record().write(tmp_path / RECORD_NAME)

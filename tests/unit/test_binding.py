@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from lightning_async import binding
 from lightning_async.binding import Binding
 from lightning_async.layout import FlatLayout
 from lightning_async.transport.base import Buffers
+from tests.launch import launch, report
 
 
 @pytest.fixture(params=[False, True], ids=["gathered", "hooked"])
@@ -141,3 +144,28 @@ def test_after_release_the_module_owns_its_memory(hooked: bool) -> None:
     kept = [p.grad for p in module.parameters() if p.grad is not None]
     assert all(torch.equal(one, other) for one, other in zip(kept, gradients, strict=True))
     assert module.weight.untyped_storage().nbytes() == 24
+
+
+def test_moved_gradients_leave_their_memory_to_the_next_backward(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        parameters = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(8)]
+        layout = FlatLayout([parameters])
+        Binding([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
+
+        def backward() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            (torch.stack([(parameter * 2.0).sum() for parameter in parameters]).sum()).backward()
+
+        for _ in range(3):
+            backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            backward()
+        report(folder, 0, faults=resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    pages = 5 * 8 * (4 << 20) // resource.getpagesize()
+    assert run.report(0)["faults"] < pages / 10

@@ -169,3 +169,17 @@ def test_moved_gradients_leave_their_memory_to_the_next_backward(tmp_path: Path)
     assert run.returncode == 0, run.output
     pages = 5 * 8 * (4 << 20) // resource.getpagesize()
     assert run.report(0)["faults"] < pages / 10
+
+
+@pytest.mark.parametrize(("numel", "asked"), [(1 << 20, [0]), (8, [])], ids=["large", "small"])
+def test_the_former_storage_of_a_large_models_parameters_is_returned(
+    monkeypatch: pytest.MonkeyPatch, numel: int, asked: list[int]
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(binding, "_of_libc", lambda name: trimmed.append if name == "malloc_trim" else None)
+    parameters = [torch.nn.Parameter(torch.ones(numel))]
+    layout = FlatLayout([parameters])
+
+    Binding([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
+
+    assert trimmed == asked

@@ -157,17 +157,18 @@ def test_moved_gradients_leave_their_memory_to_the_next_backward(tmp_path: Path)
                 parameter.grad = None
             (torch.stack([(parameter * 2.0).sum() for parameter in parameters]).sum()).backward()
 
-        for _ in range(3):
+        faults = []
+        for _ in range(20):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             backward()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            backward()
-        report(folder, 0, faults=resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        # The median: a forked process copies its parent's pages when it first writes to them.
+        report(folder, 0, faults=sorted(faults)[10])
 
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
-    pages = 5 * 8 * (4 << 20) // resource.getpagesize()
+    pages = 8 * (4 << 20) // resource.getpagesize()
     assert run.report(0)["faults"] < pages / 10
 
 

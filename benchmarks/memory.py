@@ -22,15 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.processes import SHAPES
+from benchmarks.processes import SHAPES, hold, work_for
 from benchmarks.record import save
 from lightning_async.amsgrad import AMSGrad
-from lightning_async.engine import Engine
-from lightning_async.failure import FailureLatch
-from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
-from lightning_async.lifeline import Lifelines
-from lightning_async.monitor import RunStats
-from lightning_async.options import ExchangeOptions
 
 
 def main() -> None:
@@ -100,27 +94,12 @@ def _train(news: Any, addresses: Any, start: Any, stop: Any, size: str, rank: in
     _backward(_optimizer("44K"))
     _report(news)
     start.wait()
-    latch, door = FailureLatch(), None
-    if rank == 0:
-        door = FrontDoor("127.0.0.1", ranks, Lifelines(0, latch, 60.0))
-        address = door.address
-    else:
-        address = Address.from_json(addresses.get())
-        Lifelines(rank, latch, 60.0).add(0, introduce(address, rank, LIFELINE)[0])
-
-    def meet() -> None:
-        for _ in range(ranks - 1 if rank == 0 else 0):
-            addresses.put(address.as_json())
-
     optimizer = _optimizer(size)
-    options = ExchangeOptions(max_staleness=None)
-    stats = RunStats(ranks)
-    # Rank 0's server answers as soon as the others know its address.
-    engine = Engine(rank, ranks, [optimizer], options, latch, address, door, stats, [], version=0, meet=meet)
-    if engine.ledger is not None:
-        engine.ledger.begin_epoch(range(1_000_000))
-        engine.ledger.open(1_000_000)
-    engine.worker.pull()
+    if rank == 0:
+        engine, _ = hold(optimizer, ranks, lambda told: [addresses.put(told) for _ in range(ranks - 1)])
+        engine.worker.pull()
+    else:
+        engine = work_for(addresses.get(), rank, ranks, optimizer)
     for _ in range(3):
         _backward(optimizer)
         engine.worker.step(0)

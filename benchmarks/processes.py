@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_async.amsgrad import AMSGrad
 from lightning_async.engine import Engine
 from lightning_async.failure import FailureLatch, WorkerFailedError
 from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
+from lightning_async.holder_process import HolderProcess
 from lightning_async.lifeline import Lifelines
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
@@ -52,9 +54,11 @@ def hold(
     door = FrontDoor("127.0.0.1", ranks, Lifelines(0, latch, 60.0)) if ranks > 1 else None
     stats = RunStats(ranks)
 
-    def meet() -> None:
+    def meet(holder: str) -> str:
+        # The front door is where lifelines go.
         if door is not None:
-            tell_address(door.address.as_json())
+            tell_address(json.dumps([door.address.as_json(), holder]))
+        return holder
 
     engine = Engine(
         rank=0,
@@ -62,45 +66,45 @@ def hold(
         optimizers=[optimizer],
         options=ExchangeOptions(max_staleness=None, **options),
         latch=latch,
-        address=None if door is None else door.address,
         door=door,
         stats=stats,
         observers=[],
         version=0,
         meet=meet,
+        process=HolderProcess() if options.get("holder") == "process" and ranks > 1 else None,
     )
-    assert engine.ledger is not None
-    engine.ledger.begin_epoch(range(_TICKETS))
-    engine.ledger.open(_TICKETS)
+    assert engine.service is not None
+    engine.service.begin_epoch(range(_TICKETS))
+    engine.service.open(_TICKETS)
     return engine, stats
 
 
-def work_for(address_json: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer) -> Engine:
-    """Another rank's side, which holds parameters already."""
-    latch, address = FailureLatch(), Address.from_json(address_json)
-    Lifelines(rank, latch, 60.0).add(0, introduce(address, rank, LIFELINE)[0])
+def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer) -> Engine:
+    """Another rank's side, which holds parameters already; ``addresses`` is what `hold` has told."""
+    front_door, holder = json.loads(addresses)
+    latch = FailureLatch()
+    Lifelines(rank, latch, 60.0).add(0, introduce(Address.from_json(front_door), rank, LIFELINE)[0])
     engine = Engine(
         rank=rank,
         world_size=ranks,
         optimizers=[optimizer],
         options=ExchangeOptions(),
         latch=latch,
-        address=address,
         door=None,
         stats=RunStats(ranks),
         observers=[],
         version=0,
-        meet=lambda: None,
+        meet=lambda mine: str(holder),
     )
     engine.worker.pull()
     return engine
 
 
-def push(address_json: str, rank: int, ranks: int, shapes: Shapes, interval_s: float = 0.0) -> None:
+def push(addresses: str, rank: int, ranks: int, shapes: Shapes, interval_s: float = 0.0) -> None:
     """Pushes a ready gradient again and again, until killed.
 
     Args:
-        address_json: where rank 0 is.
+        addresses: what `hold` has told.
         rank: this rank.
         ranks: number of ranks.
         shapes: of the parameters.
@@ -108,7 +112,7 @@ def push(address_json: str, rank: int, ranks: int, shapes: Shapes, interval_s: f
     """
     torch.set_num_threads(1)
     optimizer = optimizer_of(shapes)
-    worker = work_for(address_json, rank, ranks, optimizer).worker
+    worker = work_for(addresses, rank, ranks, optimizer).worker
     # One backward, so that the gradients are where a training step leaves them.
     loss: Any = torch.stack(
         [parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]

@@ -189,7 +189,7 @@ class AsyncMonitor(Callback):
 
     def _observe(self, update: Update, tickets: tuple[int, ...]) -> None:
         assert self._updates is not None
-        self._updates.add(update.push.worker, update.staleness, update.parked_s, update.applied)
+        self._updates.add(update.push.worker, update.staleness, update.parked_s, update.applied, update.at_ns)
 
     def _note(self, strategy: AsyncStrategy, wall_s: float) -> None:
         stats = strategy.stats.counts()

@@ -101,7 +101,7 @@ class CheckpointedRanks(StartedRanks):
             version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         states = checkpoint["optimizer_states"]
-        if self._engine.holder is not None and self._engine.holder.restore(version, states):
+        if self._engine.service is not None and self._engine.service.restore(version, states):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )

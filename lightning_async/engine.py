@@ -1,12 +1,12 @@
-"""This rank's part of the exchange, put together: a worker on every rank; holder, ledger and server on rank 0.
+"""This rank's part of the exchange, put together: a worker on every rank, and on rank 0 what serves them.
 
-Above `server.py` and `worker.py`; below `strategy.py`, which builds it for each fit. Knows no Lightning.
+Above `service.py`, `holder_process.py` and `worker.py`; below `strategy.py`, which builds it for each fit. Knows no
+Lightning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,19 @@ from lightning_async.channels import dial
 from lightning_async.devices import RankDevices
 from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
-from lightning_async.holder import Holder, Snapshot, Update
+from lightning_async.holder import Snapshot, Update
+from lightning_async.holder_process import HolderProcess
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
-from lightning_async.server import Server
+from lightning_async.service import Held, HolderService, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.site import HolderSite
-from lightning_async.staleness import Barrier, resolve_max_staleness
-from lightning_async.tickets import Ledger
+from lightning_async.staleness import resolve_max_staleness
 from lightning_async.transport.staged import on_device
 from lightning_async.worker import Worker
 
-__all__ = ["Engine", "UpdateObserver"]
-
-UpdateObserver = Callable[[Update, tuple[int, ...]], None]
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -41,14 +39,18 @@ class Engine:
         optimizers: the module's optimizers; their parameters on rank 0 are the initial ones.
         options: how gradients are exchanged.
         latch: the run's failure latch.
-        address: of rank 0's front door; None if rank 0 is alone.
         door: rank 0's front door; None elsewhere or if rank 0 is alone.
         stats: collects what happens, on rank 0.
-        observers: called on rank 0, under the holder's lock, with each update and the tickets that it covers.
+        observers: called on rank 0 with each update and the tickets that it covers: under the holder's lock or, where
+            the holder has a process of its own, some milliseconds later and without the gradients.
         version: the version to start from.
-        meet: waits until every rank calls it; keeps workers from dialling before rank 0 serves.
+        meet: gives every rank rank 0's string, once rank 0 serves: where workers find the holder.
         predecessor: an engine that this one takes the place of, since param groups were added: closed on every rank.
         devices: where this rank computes and where the holder lives; the host by default.
+        process: the holder's own process, on rank 0; None if the holder is to be in this one.
+
+    Raises:
+        ValueError: if the module or its optimizers cannot be exchanged so; the message says what can.
     """
 
     def __init__(
@@ -58,73 +60,60 @@ class Engine:
         optimizers: Sequence[torch.optim.Optimizer],
         options: ExchangeOptions,
         latch: FailureLatch,
-        address: Address | None,
         door: FrontDoor | None,
         stats: RunStats,
         observers: Sequence[UpdateObserver],
         version: int,
-        meet: Callable[[], None],
+        meet: Callable[[str], str],
         predecessor: Engine | None = None,
         devices: RankDevices | None = None,
+        process: HolderProcess | None = None,
     ) -> None:
         devices = devices or RankDevices()
-        grouped = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
-        owned = [[parameter for group in of_one for parameter in group] for of_one in grouped]
-        layout = FlatLayout(owned)
-        groups = [HyperLayout(optimizer) for optimizer in optimizers]
-        self.layout = layout
-        self.holder: Holder | None = None
-        self.ledger: Ledger | None = None
-        self._server: Server | None = None
-        self._owned = owned
-        self._grouped = grouped
+        self._grouped = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        self._owned = parameters_of(optimizers)
+        self.layout = layout = FlatLayout(self._owned)
+        self.service: Service | None = None
         self._stats = stats
         self._observers = observers
         lanes = 2 if options.overlap and world_size > 1 else 1
-        bound = resolve_max_staleness(options.max_staleness, world_size)
         if lanes > 1:
+            bound = resolve_max_staleness(options.max_staleness, world_size)
             _check_overlap(bound, lanes * world_size, len(optimizers))
+        local: HolderService | None = None
         if rank == 0:
-            kept = None if predecessor is None else predecessor.ledger
-            self.ledger = kept or Ledger(world_size, options.batches)
-            initial = layout.buffer()
-            for index, parameters in enumerate(owned):
-                for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
-                    view.copy_(parameter.detach())
-            barrier = Barrier(bound, options.on_stale, version=version)
-            site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
-            self.holder = site.make_holder(layout, initial.to(site.device), optimizers, barrier, latch, self._observe)
-            if predecessor is not None:
-                self._inherit(predecessor)
-            self._server = Server(
-                self.holder,
-                self.ledger,
-                layout,
-                groups,
-                latch,
-                door,
-                options.transport,
-                on_refused=stats.refuse,
-                wire=(options.wire_dtype, options.parameter_wire_dtype),
-                site=site,
-                workers=world_size,
-            )
-            if door is not None:
-                # Its updates are served by the reactor where they are to overlap with its training.
-                door.rank_0_rings = lanes > 1
-        meet()
-        if self._server is not None and lanes == 1:
+            origins = None if predecessor is None else self._origins(predecessor)
+            held = Held(optimizers, options, world_size, version, origins)
+            if process is not None:
+                assert door is not None
+                self.service = process.serve(held, door.address.host, latch, self._observe, stats.refuse)
+            else:
+                site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
+                before = None if predecessor is None else predecessor.local_service
+                local = HolderService(held, latch, door, self._observe, stats.refuse, site, before)
+                self.service = local
+                if door is not None:
+                    # Its updates are served by the reactor where they are to overlap with its training.
+                    door.rank_0_rings = lanes > 1
+        address = None if self.service is None else self.service.address
+        found = meet("" if address is None else address.as_json())
+        if local is not None and lanes == 1:
             # Rounded parameters must not become the holder's.
-            unrounded = all(parameter.dtype is layout.dtype for parameters in owned for parameter in parameters)
-            channels = [self._server.local_channel(alone=world_size == 1 and unrounded)]
+            unrounded = all(parameter.dtype is layout.dtype for of_one in self._owned for parameter in of_one)
+            channels = [local.local_channel(alone=world_size == 1 and unrounded)]
         else:
-            assert address is not None
+            groups = [HyperLayout(optimizer) for optimizer in optimizers]
             channels = [
-                dial(address, rank, layout, groups, lane=lane, devices=devices, overlaps=lanes > 1)
+                dial(Address.from_json(found), rank, layout, groups, lane=lane, devices=devices, overlaps=lanes > 1)
                 for lane in range(lanes)
             ]
         self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
         self.worker.version = version
+
+    @property
+    def local_service(self) -> HolderService | None:
+        """What serves the workers, if it is in this process."""
+        return self.service if isinstance(self.service, HolderService) else None
 
     def owns(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Whether the optimizers have the same parameters in the same groups as when this was built."""
@@ -134,41 +123,28 @@ class Engine:
 
     def adopt_parameters(self) -> None:
         """Lets the holder take over what was done to rank 0's parameters between segments."""
-        if self.holder is not None:
-            self.holder.adopt(self._owned)
+        if self.service is not None:
+            self.service.adopt(self._owned)
 
     def snapshot(self) -> Snapshot | None:
         """Parameters, optimizer states and applied tickets of one version, on rank 0; None elsewhere."""
-        if self.holder is None or self.ledger is None:
-            return None
-        return self.holder.snapshot(self.ledger.applied)
+        return None if self.service is None else self.service.snapshot()
 
     def close(self) -> None:
         """Ends this rank's part; on rank 0 after the other ranks have said goodbye, or a few seconds."""
         self.worker.close()
-        if self._server is not None:
-            self._server.close()
+        if self.service is not None:
+            self.service.close()
 
-    def _inherit(self, predecessor: Engine) -> None:
-        """Gives the holder what the predecessor's has made of the parameters that it had."""
-        assert predecessor.holder is not None and self.holder is not None
-        before = predecessor.holder.snapshot()
-        known: dict[int, Tensor] = {}
-        states: dict[int, Any] = {}
-        for index, owned in enumerate(predecessor._owned):
-            views = predecessor.layout.views(before.parameters, index)
-            known |= {id(parameter): view for parameter, view in zip(owned, views, strict=True)}
-            state = before.optimizer_states[index]["state"]
-            states |= {id(parameter): state[i] for i, parameter in enumerate(owned) if i in state}
-        inherited = self.holder.snapshot().optimizer_states
-        for optimizer, owned in zip(inherited, self._owned, strict=True):
-            optimizer["state"] = {i: states[id(p)] for i, p in enumerate(owned) if id(p) in states}
-        self.holder.restore(before.version, inherited)
-        self.holder.adopt([[known.get(id(parameter), parameter) for parameter in owned] for owned in self._owned])
+    def _origins(self, predecessor: Engine) -> Origins:
+        places = {
+            id(parameter): (index, position)
+            for index, owned in enumerate(predecessor._owned)
+            for position, parameter in enumerate(owned)
+        }
+        return [[places.get(id(parameter)) for parameter in owned] for owned in self._owned]
 
-    def _observe(self, update: Update) -> None:
-        assert self.ledger is not None
-        tickets = self.ledger.complete(update.push.worker, update.push.tickets)
+    def _observe(self, update: Update, tickets: tuple[int, ...]) -> None:
         self._stats.record(update)
         for observer in self._observers:
             observer(update, tickets)

@@ -6,12 +6,13 @@ Below `lifeline.py` and `server.py`, which trip the latch; above nothing. Knows 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError", "say"]
+__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError", "describe_exit", "say"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,18 @@ def say(rank: int, text: str) -> None:
     """Prints one line of this rank's to stderr, in one write: other ranks print to the same terminal."""
     sys.stderr.write(f"[rank {rank}] lightning_async: {text}\n")
     sys.stderr.flush()
+
+
+def describe_exit(code: int, process: str = "its process") -> str:
+    """What became of a process, in words that stand behind "rank 2 failed: ".
+
+    Examples:
+        >>> describe_exit(-9), describe_exit(3)
+        ('its process was killed by SIGKILL', 'its process exited with code 3')
+    """
+    if code < 0:
+        return f"{process} was killed by {signal.Signals(-code).name}"
+    return f"{process} exited with code {code}"
 
 
 class FailureLatch:

@@ -7,9 +7,10 @@ are its only callers. Does no I/O and imports no Lightning.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Update:
         staleness: updates applied between the read and this push, k - r.
         applied: False if it was dropped as too stale.
         parked_s: seconds that the barrier held it back.
+        at_ns: when, by the monotonic clock; now by default.
     """
 
     push: Push
@@ -67,6 +69,7 @@ class Update:
     staleness: int
     applied: bool
     parked_s: float
+    at_ns: int = field(default_factory=time.monotonic_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class RunStats:
 
     def record(self, update: Update) -> None:
         """Counts an applied or dropped push."""
-        worker, now = update.push.worker, time.perf_counter()
+        worker, now = update.push.worker, update.at_ns / 1e9
         with self._lock:
             self._time_step(worker, now, update)
             self.batches_by_rank[worker] += update.push.tickets

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.hyper import make_plain
 
-__all__ = ["check_steppable", "is_amsgrad", "rebuild"]
+__all__ = ["assemble", "check_steppable", "dismantle", "is_amsgrad", "rebuild"]
 
 _ADVICE = 'Return another optimizer from configure_optimizers, or use strategy="ddp".'
 
@@ -109,20 +109,47 @@ def rebuild(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parame
     return optimizer
 
 
+def dismantle(optimizer: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What an optimizer is made of, for `assemble` in another process; its parameters are copies in host memory.
+
+    Examples:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+        >>> again = assemble(*dismantle(sgd))
+        >>> type(again).__name__, again.param_groups[0]["lr"], again.param_groups[0]["params"][0].tolist()
+        ('SGD', 0.5, [1.0, 1.0])
+    """
+    params = [
+        [nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad) for parameter in group["params"]]
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer), _attributes(_copy(optimizer, params))
+
+
+def assemble(kind: type[torch.optim.Optimizer], attributes: dict[str, Any]) -> torch.optim.Optimizer:
+    """Inverse of `dismantle`."""
+    optimizer: torch.optim.Optimizer = kind.__new__(kind)
+    # Not through the subclass's __setstate__, nor its __getstate__, which leaves attributes out.
+    torch.optim.Optimizer.__setstate__(optimizer, attributes)
+    return optimizer
+
+
 def _copy(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = type(template).__new__(type(template))
     memo: dict[int, Any] = {id(template): optimizer}
     for group, tensors in zip(template.param_groups, params, strict=True):
         memo |= {id(old): new for old, new in zip(group["params"], tensors, strict=True)}
+    # As in `assemble`.
+    torch.optim.Optimizer.__setstate__(optimizer, copy.deepcopy(_attributes(template), memo))
+    return optimizer
+
+
+def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     # Hooks are the user's process's affair; `step` there is a scheduler's or the shell's.
-    own = {
+    return {
         name: value
-        for name, value in vars(template).items()
+        for name, value in vars(optimizer).items()
         if name not in ("step", "_opt_called", "_step_supports_amp_scaling") and not name.endswith("_hooks")
     }
-    # Not through __getstate__, which leaves out the attributes of subclasses.
-    torch.optim.Optimizer.__setstate__(optimizer, copy.deepcopy(own, memo))
-    return optimizer
 
 
 def _choose_kernel(kind: type[torch.optim.Optimizer], group: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -25,6 +26,7 @@ class ExchangeOptions:
         parameter_wire_dtype: what parameters are rounded to on their way across a network.
         holder_device: where parameters and optimizer states live: "cpu" is rank 0's host, "cuda" its GPU, "auto" its
             GPU if every other rank is reached by NCCL.
+        holder: whether holder and updates are in rank 0's process, "thread", or in one of their own on its host.
 
     Raises:
         ValueError: if a value has no meaning; the message says which have.
@@ -44,6 +46,7 @@ class ExchangeOptions:
     wire_dtype: WireDtype = "fp32"
     parameter_wire_dtype: WireDtype = "fp32"
     holder_device: Literal["auto", "cpu", "cuda"] = "auto"
+    holder: Literal["thread", "process"] = "thread"
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -57,6 +60,7 @@ class ExchangeOptions:
             ("batches", self.batches, ("shared", "sharded")),
             ("transport", self.transport, ("auto", "shm", "gloo", "nccl")),
             ("holder_device", self.holder_device, ("auto", "cpu", "cuda")),
+            ("holder", self.holder, ("thread", "process")),
             ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
             ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
             ("overlap", self.overlap, (False, True)),
@@ -69,6 +73,14 @@ class ExchangeOptions:
                 'transport="nccl" moves data between GPUs, so the holder is on rank 0\'s: leave holder_device="cpu" '
                 'out, or take transport="auto".'
             )
+        if self.holder == "process":
+            if self.transport == "nccl" or self.holder_device == "cuda":
+                raise ValueError(
+                    'holder="process" keeps the holder on rank 0\'s host, and transport="nccl" and '
+                    'holder_device="cuda" put it on its GPU: leave one of them out.'
+                )
+            if not hasattr(os, "memfd_create"):
+                raise ValueError('holder="process" needs Linux (memfd_create); take holder="thread".')
         timeout: object = self.worker_timeout_s
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")

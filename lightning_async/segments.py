@@ -72,23 +72,22 @@ class SegmentedRanks(CheckpointedRanks):
         resumed, self._resumed = self._resumed, None
         place = None if resumed is None else resumed.within(*self._epoch_order)
         applied = ((0, tickets_done),) if place is None else place.applied
-        if self._engine.ledger is not None:
+        if self._engine.service is not None:
             block = self._trainer.accumulate_grad_batches if self._automatic else 1
-            self._engine.ledger.begin_epoch(range(tickets), int(block), applied)
+            self._engine.service.begin_epoch(range(tickets), int(block), applied)
         return place
 
     @property
     def unfinished_tickets(self) -> int:
         """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
-        assert self._engine is not None and self._engine.ledger is not None
-        ledger = self._engine.ledger
-        return ledger.progress()[1] + sum(map(ledger.leased, range(self.world_size)))
+        assert self._engine is not None and self._engine.service is not None
+        return self._engine.service.unfinished()
 
     def enter_asynchronous_phase(self, tickets: int) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
         assert self._engine is not None
-        if self._engine.ledger is not None:
-            self._engine.ledger.open(tickets)
+        if self._engine.service is not None:
+            self._engine.service.open(tickets)
         if self._metrics is not None:
             self._metrics.restart_clock()
         self.stats.start_segment()
@@ -113,7 +112,7 @@ class SegmentedRanks(CheckpointedRanks):
         if self.world_size > 1:
             average_buffers(self.lightning_module)
             average_unlike(self._parameters_of_no_optimizer())
-        done, left = self.broadcast((0, 0) if self._engine.ledger is None else self._engine.ledger.progress())
+        done, left = self.broadcast((0, 0) if self._engine.service is None else self._engine.service.progress())
         return Stop(done, left, validation_requested, skip_rest)
 
     def _parameters_of_no_optimizer(self) -> list[Tensor]:

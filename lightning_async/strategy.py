@@ -29,7 +29,8 @@ from typing_extensions import override
 from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import broadcast_tensors
 from lightning_async.devices import RankDevices, describe_device, place_holder
-from lightning_async.engine import Engine, UpdateObserver
+from lightning_async.engine import Engine
+from lightning_async.holder_process import HolderProcess
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
@@ -38,6 +39,7 @@ from lightning_async.phases import Phase, keep_metrics_local, release_metrics
 from lightning_async.registry import register
 from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
+from lightning_async.service import UpdateObserver
 from lightning_async.shells import (
     load_state,
     make_shell,
@@ -79,6 +81,8 @@ class AsyncStrategy(SegmentedRanks):
             were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
+        holder: whether updates are made by a thread of rank 0's process or by a ``"process"`` of their own on its host,
+            which leaves rank 0 to its training. Worth it at thousands of updates a second; see docs/benchmarks.md.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -106,6 +110,7 @@ class AsyncStrategy(SegmentedRanks):
         parameter_wire_dtype: WireDtype = "fp32",
         summary: bool = True,
         holder_device: Literal["auto", "cpu", "cuda"] = "auto",
+        holder: Literal["thread", "process"] = "thread",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -136,16 +141,18 @@ class AsyncStrategy(SegmentedRanks):
                 wire_dtype=wire_dtype,
                 parameter_wire_dtype=parameter_wire_dtype,
                 holder_device=holder_device,
+                holder=holder,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.worker_timeout_s = worker_timeout
         self.stats = RunStats(workers=0)
-        # Called on rank 0 with every update and the tickets (batches) that it covers.
+        # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
         self.summary = summary
         self.sigterm_received = False
         self._metrics: MetricsLogger | None = None
+        self._process: HolderProcess | None = None
         self._version_at_backward = 0
         # Whether the train data is one loader, which all ranks may share.
         self.has_one_train_loader = True
@@ -193,6 +200,15 @@ class AsyncStrategy(SegmentedRanks):
             raise MisconfigurationException(str(error)) from error
 
     @override
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fits and self.options.holder == "process" and self.is_global_zero and self.world_size > 1:
+            # It imports while the ranks do.
+            self._process = HolderProcess()
+        super().setup_environment()
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
@@ -221,14 +237,14 @@ class AsyncStrategy(SegmentedRanks):
                 optimizers=self.optimizers,
                 options=self.options,
                 latch=self._membership.latch,
-                address=self._membership.address,
                 door=self._membership.door,
                 stats=self.stats,
                 observers=self.observers,
                 version=self._version,
-                meet=super().barrier,
+                meet=super().broadcast,
                 predecessor=predecessor,
                 devices=self._devices(),
+                process=self._process,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
@@ -249,10 +265,11 @@ class AsyncStrategy(SegmentedRanks):
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
         own, mine = self.root_device, describe_device(self.root_device)
+        choice = "cpu" if self.options.holder == "process" else self.options.holder_device
         everyone = () if mine is None else self.gather_objects(mine)
         try:
             # Asked on every rank, so that all of them refuse what cannot be.
-            return RankDevices(own, mine, place_holder(self.options.holder_device, self.options.transport, everyone))
+            return RankDevices(own, mine, place_holder(choice, self.options.transport, everyone))
         except ValueError as error:
             raise MisconfigurationException(f"{error}.") from error
 
@@ -319,12 +336,15 @@ class AsyncStrategy(SegmentedRanks):
         engine, self._engine = self._engine, None
         if engine is not None:
             self._version = engine.worker.version
-            if engine.holder is not None:
+            if engine.service is not None:
                 # So that `trainer.save_checkpoint` after fit still has them.
-                snapshot = engine.holder.snapshot()
+                snapshot = engine.service.snapshot()
                 for index, optimizer in enumerate(self.optimizers):
                     load_state(optimizer, snapshot, index)
             engine.close()
+        if self._process is not None:
+            self._process.end()
+            self._process = None
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)

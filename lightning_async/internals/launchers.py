@@ -32,7 +32,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
-from lightning_async.failure import RunFailure, WorkerFailedError
+from lightning_async.failure import RunFailure, WorkerFailedError, describe_exit
 
 if TYPE_CHECKING:
     from lightning_async.ranks import StartedRanks
@@ -98,7 +98,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             return None
         process = self.procs[local_rank - 1]
         try:
-            return _describe_exit(process.wait(_EXIT_STATUS_TIMEOUT_S))
+            return describe_exit(process.wait(_EXIT_STATUS_TIMEOUT_S))
         except subprocess.TimeoutExpired:
             return None
 
@@ -111,7 +111,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             for local_rank, process in enumerate(processes, start=1):
                 if process.poll():
                     time.sleep(_EXIT_STATUS_TIMEOUT_S)
-                    self._strategy.report_failure(local_rank, _describe_exit(process.returncode))
+                    self._strategy.report_failure(local_rank, describe_exit(process.returncode))
                     return
             time.sleep(_POLL_S)
 
@@ -216,7 +216,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         if known is not None and (index in stuck or code >= 0):
             reason = known.reason
         else:
-            reason = "its process did not end" if index in stuck else _describe_exit(code)
+            reason = "its process did not end" if index in stuck else describe_exit(code)
         traceback = _error_of(error_files[index])
         return RunFailure(first_rank + index, f"{reason}\n\n{traceback}" if traceback else reason)
 
@@ -283,9 +283,3 @@ def _error_of(path: str) -> str:
         return str(pickle.loads(Path(path).read_bytes()))
     except FileNotFoundError:
         return ""
-
-
-def _describe_exit(code: int) -> str:
-    if code < 0:
-        return f"its process was killed by {signal.Signals(-code).name}"
-    return f"its process exited with code {code}"

@@ -126,9 +126,8 @@ class StalenessRecorder:
         self._offset_ns = offset
         self._lock = threading.Lock()
 
-    def add(self, worker: int, staleness: int, parked_s: float, applied: bool) -> None:
-        """Notes an update that is being applied or dropped now."""
-        now = time.monotonic_ns()
+    def add(self, worker: int, staleness: int, parked_s: float, applied: bool, now: int) -> None:
+        """Notes an update that was applied or dropped ``now``, in nanoseconds of the monotonic clock."""
         with self._lock:
             if parked_s > 2e-5:  # less is the time to look
                 self.parked[worker].add("parked", now - int(parked_s * 1e9), now)

@@ -25,8 +25,9 @@ class ControlConnection:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        # Messages are small and each is waited for: without this, Nagle's algorithm holds them back.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            # Messages are small and each is waited for: without this, Nagle's algorithm holds them back.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         # What `receive_available` has read of a message that is not complete yet.
         self._partial = b""

@@ -1,0 +1,227 @@
+"""What runs in the holder's own process: one `HolderService`, and rank 0's calls to it.
+
+Started by `holder_process.py`. Knows no Lightning, and does not import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from lightning_async.failure import FailureLatch
+from lightning_async.frontdoor import FrontDoor
+from lightning_async.holder import Update
+from lightning_async.lifeline import Lifelines
+from lightning_async.optimizers import assemble
+from lightning_async.parcel import pack, unpack
+from lightning_async.service import Held, HolderService
+from lightning_async.transport.control import ControlConnection
+
+__all__ = ["Desk", "News", "main"]
+
+log = logging.getLogger(__name__)
+
+# Rank 0 takes the news of many updates at once, which costs its training less than each of them by itself.
+_NEWS_EVERY_S = 0.05
+_LOOK_AFTER_RANK_0_S = 1.0
+
+
+class News:
+    """Tells rank 0 of updates, many at a time.
+
+    Args:
+        send: takes what is to be told; called by one thread at a time.
+    """
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        self._send = send
+        self._notes: deque[Any] = deque()
+        self._any = threading.Event()
+        self.sending = threading.RLock()
+
+    def note(self, update: Update, tickets: tuple[int, ...]) -> None:
+        """Keeps an update for the next telling; called under the holder's lock."""
+        push = update.push
+        self._notes.append(
+            (
+                # No gradients, which are large, and no hyper-parameters.
+                (
+                    push.worker,
+                    push.optimizer,
+                    push.version_read,
+                    (),
+                    (),
+                    push.tickets,
+                    push.samples,
+                    push.waited_s,
+                    push.lane,
+                ),
+                (update.version, update.staleness, update.applied, update.parked_s, update.at_ns),
+                tickets,
+            )
+        )
+        self._any.set()
+
+    def note_refused(self) -> None:
+        """Keeps that a connection or a request was refused."""
+        self._notes.append(None)
+        self._any.set()
+
+    def tell(self) -> None:
+        """Sends what there is."""
+        with self.sending:
+            self._any.clear()
+            notes = []
+            while self._notes:
+                notes.append(self._notes.popleft())
+            if notes:
+                self._send(("news", 0, notes))
+
+    def keep_telling(self) -> None:
+        """Tells every now and then, for as long as there is somebody to tell."""
+        try:
+            while True:
+                self._any.wait()
+                time.sleep(_NEWS_EVERY_S)
+                self.tell()
+        except OSError:
+            # Rank 0 is gone; the main thread sees that too.
+            return
+
+
+class Desk:
+    """Answers rank 0's calls.
+
+    Args:
+        news: tells rank 0 of updates.
+        lifeline: rank 0's end is watched by it.
+    """
+
+    def __init__(self, news: News, lifeline: socket.socket) -> None:
+        self._news = news
+        self._lifeline = lifeline
+        self._latch = FailureLatch()
+        self._door: FrontDoor | None = None
+        self._service: HolderService | None = None
+
+    def begin(self, timeout_s: float, host: str, world_size: int) -> str:
+        """Ties the lifeline and opens the door; returns its address."""
+        lifelines = Lifelines(0, self._latch, timeout_s, lambda rank: "its process is gone")
+        lifelines.add(0, ControlConnection(self._lifeline))
+        self._door = FrontDoor(host, world_size, lifelines)
+        self._door.rank_0_rings = True
+        return self._door.address.as_json()
+
+    def serve(self, path: str) -> None:
+        """Holds what the parcel says, and serves workers; the predecessor was closed.
+
+        Raises:
+            ValueError: if the optimizers cannot be rebuilt here.
+        """
+        parts, options, world_size, version, origins = _unpack_held(path)
+        optimizers = [assemble(kind, attributes) for kind, attributes in parts]
+        held = Held(optimizers, options, world_size, version, origins)
+        self._service = HolderService(
+            held, self._latch, self._door, self._news.note, self._news.note_refused, predecessor=self._service
+        )
+
+    def adopt(self, path: str) -> None:
+        """See `Service.adopt`."""
+        self.service.adopt(unpack(path))
+
+    def snapshot(self, path: str) -> None:
+        """See `Service.snapshot`; it goes into the parcel."""
+        pack(path, self.service.snapshot())
+
+    def restore(self, version: int, path: str) -> bool:
+        """See `Service.restore`."""
+        return self.service.restore(version, unpack(path))
+
+    @property
+    def service(self) -> HolderService:
+        """What rank 0 is served by."""
+        assert self._service is not None
+        return self._service
+
+    def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Does what rank 0 asks for."""
+        target = self if name in ("begin", "serve", "adopt", "snapshot", "restore") else self.service
+        return getattr(target, name)(*arguments)
+
+
+def main(control: int, lifeline: int, rank_0: int) -> None:
+    """Serves until rank 0 says that it is over, or is gone.
+
+    Args:
+        control: descriptor of the connection that calls come by.
+        lifeline: descriptor of the lifeline's socket.
+        rank_0: rank 0's process id.
+    """
+    torch.set_num_threads(1)
+    connection = Connection(control)
+    news = News(connection.send)
+    desk = Desk(news, socket.socket(fileno=lifeline))
+    try:
+        connection.send(("ready", 0, None))
+        threading.Thread(target=news.keep_telling, name="news", daemon=True).start()
+        # Where rank 0 has forked, its children have its end of the connection too.
+        while os.getppid() == rank_0:
+            if not connection.poll(_LOOK_AFTER_RANK_0_S):
+                continue
+            name, number, arguments = connection.recv()
+            if name == "end":
+                break
+            _answer(desk, news, connection, name, number, arguments)
+    except (EOFError, OSError) as error:
+        log.debug("rank 0 is gone: %s", error)
+    sys.stderr.flush()
+    # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
+    os._exit(0)
+
+
+def _answer(desk: Desk, news: News, connection: Connection, name: str, number: int, arguments: tuple[Any, ...]) -> None:
+    try:
+        kind, value = "answer", desk.answer(name, arguments)
+    except Exception as error:
+        kind, value = "error", _portable(error)
+    with news.sending:
+        news.tell()
+        connection.send((kind, number, value))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same and can be sent."""
+    try:
+        same: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return same
+
+
+def _unpack_held(path: str) -> Any:
+    try:
+        return unpack(path)
+    except (ImportError, AttributeError) as error:
+        log.debug("the user's module may need the whole package: %s", error)
+    # The package was entered without its __init__.
+    sys.modules.pop("lightning_async")
+    try:
+        importlib.import_module("lightning_async")
+        return unpack(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f'holder="process" cannot rebuild the optimizer in the holder\'s process: {error}. Define it in a module '
+            'that can be imported, or take holder="thread"'
+        ) from error

@@ -126,11 +126,11 @@ class StalenessRecorder:
         self._offset_ns = offset
         self._lock = threading.Lock()
 
-    def add(self, worker: int, staleness: int, parked_s: float, applied: bool, now: int) -> None:
-        """Notes an update that was applied or dropped ``now``, in nanoseconds of the monotonic clock."""
+    def add(self, worker: int, staleness: int, parked_s: float, applied: bool, now_ns: int) -> None:
+        """Notes an update that was applied or dropped at ``now_ns`` of the monotonic clock."""
         with self._lock:
             if parked_s > 2e-5:  # less is the time to look
-                self.parked[worker].add("parked", now - int(parked_s * 1e9), now)
+                self.parked[worker].add("parked", now_ns - int(parked_s * 1e9), now_ns)
             if applied and len(self.times_ns[worker]) < self.limit:
-                self.times_ns[worker].append(now + self._offset_ns)
+                self.times_ns[worker].append(now_ns + self._offset_ns)
                 self.staleness[worker].append(staleness)

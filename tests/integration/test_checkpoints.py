@@ -36,14 +36,14 @@ class Module(TinyClassifier):
 
     def state(self) -> dict[str, Any]:
         engine = getattr(self.trainer.strategy, "_engine", None)
-        holder = None if engine is None else engine.holder
+        snapshot = None if engine is None else engine.snapshot()
         optimizer = copy.deepcopy(self.trainer.optimizers[0].state_dict())
         return {
             "version": getattr(self.trainer.strategy, "version", self.trainer.global_step),
             "step": self.trainer.global_step,
             "epoch": self.trainer.current_epoch,
             "lr": optimizer["param_groups"][0]["lr"],
-            "state": optimizer["state"] if holder is None else holder.snapshot().optimizer_states[0]["state"],
+            "state": optimizer["state"] if snapshot is None else snapshot.optimizer_states[0]["state"],
             "parameters": self.flat_parameters(),
         }
 
@@ -291,8 +291,8 @@ def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_c
 
         def observe(update: Any, tickets: tuple[int, ...]) -> None:
             assert strategy._engine is not None
-            assert strategy._engine.holder is not None
-            versions[update.version] = strategy._engine.holder._flat.clone()
+            assert strategy._engine.local_service is not None
+            versions[update.version] = strategy._engine.local_service.holder._flat.clone()
 
         class Observed(Module):
             def on_train_end(self) -> None:

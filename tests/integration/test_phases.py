@@ -54,9 +54,9 @@ class StateKeeper(Callback):
 
     def note(self, hook: str, trainer: Trainer, module: LightningModule) -> None:
         self.states.append((hook, {name: value.clone() for name, value in module.state_dict().items()}))
-        holder = trainer.strategy._engine.holder  # type: ignore[attr-defined]
-        if holder is not None:
-            self.held.append(holder.snapshot().parameters)
+        snapshot = trainer.strategy._engine.snapshot()  # type: ignore[attr-defined]
+        if snapshot is not None:
+            self.held.append(snapshot.parameters)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.note("validation_start", trainer, pl_module)

@@ -37,12 +37,12 @@ class Module(TinyClassifier):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_train_start(self) -> None:
-        holder = self.trainer.strategy._engine.holder
+        snapshot = self.trainer.strategy._engine.snapshot()
         self.began = {
             "version": self.trainer.strategy.version,
             "epoch": self.trainer.current_epoch,
             "parameters": self.flat_parameters(),
-            "state": None if holder is None else holder.snapshot().optimizer_states[0]["state"],
+            "state": None if snapshot is None else snapshot.optimizer_states[0]["state"],
         }
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -83,9 +83,9 @@ class SavesInMidEpoch(Module):
             self.own_batches += 1
             if self.own_batches == 6 and self.global_rank in self.ranks:
                 # The others go on: what is saved is further than what this rank has seen.
-                holder, version = self.trainer.strategy._engine.holder, self.trainer.strategy.version
-                for _ in range(50 if holder is not None else 0):
-                    time.sleep(0.001 if holder.version < version + RANKS else 0.0)
+                service, version = self.trainer.strategy._engine.service, self.trainer.strategy.version
+                for _ in range(50 if service is not None else 0):
+                    time.sleep(0.001 if service.snapshot().version < version + RANKS else 0.0)
                 self.trainer.save_checkpoint(self.path)
 
 
@@ -245,8 +245,8 @@ class SavesAtTheEnd(SavesInMidEpoch):
         if self.current_epoch == 1 and self.global_rank == 0:
             self.own_batches += 1
             if self.own_batches == 14:
-                ledger = self.trainer.strategy._engine.ledger
-                while ledger.progress()[0] < TICKETS:
+                service = self.trainer.strategy._engine.service
+                while service.progress()[0] < TICKETS:
                     time.sleep(0.001)
                 self.trainer.save_checkpoint(self.path)
 

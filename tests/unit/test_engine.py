@@ -24,20 +24,19 @@ def make_engine(optimizer: torch.optim.Optimizer, version: int = 0, predecessor:
         optimizers=[optimizer],
         options=ExchangeOptions("auto", "wait", "shared", "auto", 60.0),
         latch=FailureLatch(),
-        address=None,
         door=None,
         stats=RunStats(1),
         observers=[],
         version=version,
-        meet=lambda: None,
+        meet=str,
         predecessor=predecessor,
     )
 
 
 def train(engine: Engine, parameters: list[nn.Parameter], steps: int) -> None:
-    assert engine.ledger is not None
-    engine.ledger.begin_epoch(range(steps))
-    engine.ledger.open(steps)
+    assert engine.service is not None
+    engine.service.begin_epoch(range(steps))
+    engine.service.open(steps)
     while engine.worker.draw():
         engine.worker.begin_batch(1)
         for parameter in parameters:
@@ -54,12 +53,11 @@ def build(optimizers: int = 1, **options: Any) -> Engine:
         optimizers=[AMSGrad([torch.nn.Parameter(torch.zeros(2))]) for _ in range(optimizers)],
         options=ExchangeOptions(overlap=True, **options),
         latch=FailureLatch(),
-        address=None,
         door=None,
         stats=RunStats(4),
         observers=[],
         version=0,
-        meet=lambda: None,
+        meet=str,
     )
 
 
@@ -78,8 +76,8 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
     optimizer = AMSGrad([old], lr=1e-4)
     first = make_engine(optimizer)
     train(first, [old], steps=3)
-    assert first.holder is not None
-    before = first.holder.snapshot()
+    assert first.local_service is not None
+    before = first.local_service.holder.snapshot()
     assert first.owns([optimizer])
 
     optimizer.add_param_group({"params": [new], "lr": 0.5})
@@ -88,8 +86,8 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
     second = make_engine(optimizer, first.worker.version, predecessor=first)
 
     assert second.owns([optimizer])
-    assert second.holder is not None
-    after = second.holder.snapshot()
+    assert second.local_service is not None
+    after = second.local_service.holder.snapshot()
     assert second.worker.version == after.version == before.version == 3
     # In bfloat16 they would all be 1.
     assert torch.equal(after.parameters, torch.cat([before.parameters, torch.ones(3)]))
@@ -99,7 +97,7 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
         assert torch.equal(after.optimizer_states[0]["state"][0][name], value)
     assert [group["lr"] for group in after.optimizer_states[0]["param_groups"]] == [1e-4, 0.5]
     train(second, [old, new], steps=2)
-    steps = [state["step"].item() for state in second.holder.snapshot().optimizer_states[0]["state"].values()]
+    steps = [state["step"].item() for state in second.local_service.holder.snapshot().optimizer_states[0]["state"].values()]
     assert steps == [5, 2]
     second.close()
 
@@ -107,14 +105,14 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
 def test_the_only_worker_has_the_holders_own_parameters_and_keeps_its_values() -> None:
     parameter = nn.Parameter(torch.ones(3))
     engine = make_engine(AMSGrad([parameter], lr=0.1))
-    assert engine.holder is not None
+    assert engine.local_service is not None
 
     train(engine, [parameter], steps=2)
 
-    assert parameter.data_ptr() == engine.holder.lend().data_ptr()
+    assert parameter.data_ptr() == engine.local_service.holder.lend().data_ptr()
     values = parameter.detach().clone()
     engine.close()
-    engine.holder.lend().zero_()
+    engine.local_service.holder.lend().zero_()
     assert torch.equal(parameter, values)
 
 
@@ -122,13 +120,13 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
     kept, changed = (nn.Parameter(torch.full((3,), 1.0, dtype=torch.bfloat16)) for _ in range(2))
     engine = make_engine(AMSGrad([kept, changed], lr=1e-4))
     train(engine, [kept, changed], steps=3)
-    assert engine.holder is not None
-    before = engine.holder.snapshot().parameters
+    assert engine.local_service is not None
+    before = engine.local_service.holder.snapshot().parameters
 
     changed.data.fill_(7.0)
     engine.adopt_parameters()
 
-    assert torch.equal(engine.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)]))
+    assert torch.equal(engine.local_service.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)]))
     assert not torch.equal(before[:3], torch.ones(3))
     engine.close()
 
@@ -144,12 +142,11 @@ def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
         optimizers=[AMSGrad([parameter])],
         options=ExchangeOptions(overlap=True, transport="gloo", wire_dtype="bf16", parameter_wire_dtype="bf16"),
         latch=latch,
-        address=door.address,
         door=door,
         stats=RunStats(2),
         observers=[],
         version=0,
-        meet=lambda: None,
+        meet=str,
     )
 
     engine.worker.refresh()

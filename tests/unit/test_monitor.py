@@ -19,7 +19,9 @@ def update(
     worker: int, staleness: int, *, applied: bool = True, waited_s: float = 0.0, parked_s: float = 0.0
 ) -> Update:
     push = Push(worker, 0, version_read=0, gradients=[], groups=[], tickets=2, samples=8, waited_s=waited_s)
-    return Update(push, version=0, staleness=staleness, applied=applied, parked_s=parked_s)
+    # By the test's clock, where it has one.
+    now_ns = round(monitor.time.perf_counter() * 1e9)
+    return Update(push, version=0, staleness=staleness, applied=applied, parked_s=parked_s, at_ns=now_ns)
 
 
 def test_updates_are_counted_by_rank_and_staleness() -> None:

@@ -26,7 +26,7 @@ def test_a_bar_tells_the_last_stretch_and_the_slowest_rank(monkeypatch: pytest.M
             for rank, every in enumerate((2, 2, 4, 10)):
                 if tick % every == 0:
                     push = Push(rank, 0, version_read=0, gradients=[], groups=[])
-                    stats.record(Update(push, version=0, staleness=staleness, applied=True, parked_s=0.0))
+                    stats.record(Update(push, 0, staleness, applied=True, parked_s=0.0, at_ns=round(now[0] * 1e9)))
         stats.end_segment()
 
     train(staleness=2)
@@ -47,6 +47,6 @@ def test_equally_fast_ranks_are_not_slow(monkeypatch: pytest.MonkeyPatch) -> Non
         now[0] += 1.0
         for rank in range(2):
             push = Push(rank, 0, version_read=0, gradients=[], groups=[])
-            stats.record(Update(push, version=0, staleness=0, applied=True, parked_s=0.0))
+            stats.record(Update(push, 0, staleness=0, applied=True, parked_s=0.0, at_ns=round(now[0] * 1e9)))
 
     assert BarMetrics(lambda: stats).current() == {"upd/s": "2", "staleness": "0.0"}

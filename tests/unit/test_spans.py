@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def test_a_trace_says_where_it_was_cut_and_shows_each_updates_staleness(tmp_path
     recording.add("compute", 1_000_000_000, 2_000_000_000)
     recording.add("wait", 3_000_000_000, 4_000_000_000)
     for staleness in (3, 5, 7):
-        updates.add(0, staleness, parked_s=0.001 * staleness, applied=True)
-    updates.add(0, 9, parked_s=0.0, applied=False)
+        updates.add(0, staleness, parked_s=0.001 * staleness, applied=True, now_ns=time.monotonic_ns())
+    updates.add(0, 9, parked_s=0.0, applied=False, now_ns=time.monotonic_ns())
 
     whole = trace(tmp_path / "deep" / "run.json", [recording], updates)
 

@@ -1,10 +1,10 @@
-"""What serving the other ranks costs rank 0's own training, and what a holder in a process of its own would change.
+"""What serving the other ranks costs rank 0's own training, and what a holder in a process of its own changes.
 
 Run ``python -m benchmarks.rank0``. Rank 0 trains LeNet-5, a real forward and backward and some pure Python in each step
 as Lightning's loop has it, while other processes push ready gradients at a given rate. Three arrangements:
 
-- ``thread``: the holder is in rank 0's process, as in the product;
-- ``process``: the holder has a process of its own, and rank 0 is one of its workers in shared memory;
+- ``thread``: the holder is in rank 0's process (``holder="thread"``);
+- ``process``: it has a process of its own, and rank 0 is one of its workers in shared memory (``holder="process"``);
 - ``apart``: the others push to a holder that is none of rank 0's business. What is lost here is lost to the cores.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.processes import SHAPES, hold, optimizer_of, push, work_for
+from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.worker import Worker
@@ -68,28 +68,32 @@ def measure(arrangement: str, others: int, pause_ms: float, python_ms: float, se
     context = multiprocessing.get_context("spawn")
     addresses, counts, results = context.SimpleQueue(), context.SimpleQueue(), context.SimpleQueue()
     begun = context.Event()
-    ranks = others + (2 if arrangement == "process" else 1)
     processes: list[Any] = []
 
     def start(target: Any, *arguments: Any) -> None:
         processes.append(context.Process(target=target, args=arguments))
         processes[-1].start()
 
-    def train(address: str | None, serves: int) -> None:
-        start(_train, address, serves, addresses, results, begun, ranks, python_ms, seconds)
-
-    if arrangement == "thread":
-        train(None, ranks)
-    else:
-        start(_hold, addresses, counts, begun, ranks, seconds)
-    address = addresses.get() if ranks > 1 else ""
+    apart = arrangement == "apart"
+    if apart:
+        start(_hold, addresses, counts, begun, others + 1, seconds)
+    ranks_of_rank_0 = 1 if apart else others + 1
+    start(
+        _train,
+        "process" if arrangement == "process" else "thread",
+        ranks_of_rank_0,
+        addresses,
+        results,
+        begun,
+        python_ms,
+        seconds,
+    )
+    address = addresses.get() if others else ""
     for rank in range(1, others + 1):
-        start(push, address, rank, ranks, SHAPES_OF_LENET5, pause_ms / 1e3)
-    if arrangement != "thread":
-        train(address if arrangement == "process" else None, 1)
+        start(push, address, rank, others + 1, SHAPES_OF_LENET5, pause_ms / 1e3)
     steps, pushes = results.get()
-    if arrangement != "thread":
-        pushes = counts.get() - (steps if arrangement == "process" else 0.0)
+    if apart:
+        pushes = counts.get()
     for process in reversed(processes):
         process.kill()
         process.join()
@@ -106,33 +110,21 @@ def _hold(addresses: Any, counts: Any, begun: Any, ranks: int, seconds: float) -
     threading.Event().wait()
 
 
-def _train(
-    address: str | None,
-    serves: int,
-    addresses: Any,
-    results: Any,
-    begun: Any,
-    ranks: int,
-    python_ms: float,
-    seconds: float,
-) -> None:
+def _train(holder: str, ranks: int, addresses: Any, results: Any, begun: Any, python_ms: float, seconds: float) -> None:
     torch.set_num_threads(1)
     net = LeNet5()
     optimizer = AMSGrad(net.parameters(), lr=1e-6)
-    if address is None:
-        engine, stats = hold(optimizer, serves, addresses.put)
-        engine.worker.pull()
-        while min([stats.updates_by_rank[rank] for rank in range(1, serves)], default=5) < 5:
-            time.sleep(0.01)
-    else:
-        engine, stats = work_for(address, ranks - 1, ranks, optimizer), None
+    engine, stats = hold(optimizer, ranks, addresses.put, holder=holder)
+    engine.worker.pull()
+    while min([stats.updates_by_rank[rank] for rank in range(1, ranks)], default=5) < 5:
+        time.sleep(0.01)
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     _steps_in(1.0, net, engine.worker, images, labels, python_ms)
     begun.set()
-    served, started = 0 if stats is None else stats.updates, time.perf_counter()
+    served, started = stats.updates - stats.updates_by_rank[0], time.perf_counter()
     steps = _steps_in(seconds, net, engine.worker, images, labels, python_ms)
     elapsed = time.perf_counter() - started
-    pushes = 0 if stats is None else stats.updates - served - steps
+    pushes = stats.updates - stats.updates_by_rank[0] - served
     results.put((steps / elapsed, pushes / elapsed))
     threading.Event().wait()
 

@@ -101,7 +101,7 @@ class ChannelOffice:
             pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
             offer = {
                 "pair": pair,
-                "segment": segment.path if segment else None,
+                "segment": segment.address if segment else None,
                 "store_port": self._store_port(segment),
                 "wire": wire,
             }

@@ -86,6 +86,8 @@ class Engine:
             held = Held(optimizers, options, world_size, version, origins)
             if process is not None:
                 assert door is not None
+                # Lifelines come here still.
+                door.on_refused = stats.refuse
                 self.service = process.serve(held, door.address.host, latch, self._observe, stats.refuse)
             else:
                 site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()

@@ -5,10 +5,12 @@ Started by `holder_process.py`. Knows no Lightning, and does not import it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +27,7 @@ from lightning_async.frontdoor import FrontDoor
 from lightning_async.holder import Update
 from lightning_async.lifeline import Lifelines
 from lightning_async.optimizers import assemble
-from lightning_async.parcel import pack, unpack
+from lightning_async.parcel import Parcel, unpack
 from lightning_async.service import Held, HolderService
 from lightning_async.transport.control import ControlConnection
 
@@ -35,7 +37,8 @@ log = logging.getLogger(__name__)
 
 # Rank 0 takes the news of many updates at once, which costs its training less than each of them by itself.
 _NEWS_EVERY_S = 0.05
-_LOOK_AFTER_RANK_0_S = 1.0
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 class News:
@@ -56,13 +59,13 @@ class News:
         push = update.push
         self._notes.append(
             (
-                # No gradients, which are large, and no hyper-parameters.
+                # No gradients, which are large; the hyper-parameters are mostly one and the same tuple.
                 (
                     push.worker,
                     push.optimizer,
                     push.version_read,
                     (),
-                    (),
+                    push.groups,
                     push.tickets,
                     push.samples,
                     push.waited_s,
@@ -115,6 +118,7 @@ class Desk:
         self._latch = FailureLatch()
         self._door: FrontDoor | None = None
         self._service: HolderService | None = None
+        self._parcel: Parcel | None = None
 
     def begin(self, timeout_s: float, host: str, world_size: int) -> str:
         """Ties the lifeline and opens the door; returns its address."""
@@ -124,30 +128,38 @@ class Desk:
         self._door.rank_0_rings = True
         return self._door.address.as_json()
 
-    def serve(self, path: str) -> None:
+    def serve(self, parcel: str) -> None:
         """Holds what the parcel says, and serves workers; the predecessor was closed.
 
         Raises:
             ValueError: if the optimizers cannot be rebuilt here.
         """
-        parts, options, world_size, version, origins = _unpack_held(path)
+        parts, options, world_size, version, origins = _unpack_held(parcel)
         optimizers = [assemble(kind, attributes) for kind, attributes in parts]
         held = Held(optimizers, options, world_size, version, origins)
         self._service = HolderService(
             held, self._latch, self._door, self._news.note, self._news.note_refused, predecessor=self._service
         )
 
-    def adopt(self, path: str) -> None:
+    def adopt(self, parcel: str) -> None:
         """See `Service.adopt`."""
-        self.service.adopt(unpack(path))
+        self.service.adopt(unpack(parcel))
 
-    def snapshot(self, path: str) -> None:
-        """See `Service.snapshot`; it goes into the parcel."""
-        pack(path, self.service.snapshot())
+    def snapshot(self) -> str:
+        """See `Service.snapshot`; returns the address of a parcel, which lasts until `forget`."""
+        self.forget()
+        self._parcel = Parcel(self.service.snapshot())
+        return self._parcel.address
 
-    def restore(self, version: int, path: str) -> bool:
+    def forget(self) -> None:
+        """Lets go of the last snapshot's parcel."""
+        if self._parcel is not None:
+            self._parcel.close()
+            self._parcel = None
+
+    def restore(self, version: int, parcel: str) -> bool:
         """See `Service.restore`."""
-        return self.service.restore(version, unpack(path))
+        return self.service.restore(version, unpack(parcel))
 
     @property
     def service(self) -> HolderService:
@@ -157,7 +169,7 @@ class Desk:
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Does what rank 0 asks for."""
-        target = self if name in ("begin", "serve", "adopt", "snapshot", "restore") else self.service
+        target = self if name in ("begin", "serve", "adopt", "snapshot", "forget", "restore") else self.service
         return getattr(target, name)(*arguments)
 
 
@@ -169,6 +181,9 @@ def main(control: int, lifeline: int, rank_0: int) -> None:
         lifeline: descriptor of the lifeline's socket.
         rank_0: rank 0's process id.
     """
+    _end_with_parent()
+    if os.getppid() != rank_0:
+        os._exit(1)
     torch.set_num_threads(1)
     connection = Connection(control)
     news = News(connection.send)
@@ -176,10 +191,7 @@ def main(control: int, lifeline: int, rank_0: int) -> None:
     try:
         connection.send(("ready", 0, None))
         threading.Thread(target=news.keep_telling, name="news", daemon=True).start()
-        # Where rank 0 has forked, its children have its end of the connection too.
-        while os.getppid() == rank_0:
-            if not connection.poll(_LOOK_AFTER_RANK_0_S):
-                continue
+        while True:
             name, number, arguments = connection.recv()
             if name == "end":
                 break
@@ -189,6 +201,16 @@ def main(control: int, lifeline: int, rank_0: int) -> None:
     sys.stderr.flush()
     # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Has the kernel kill this process when the thread that started it ends, even if it is stopped then.
+
+    The end of the connection would not do: whoever rank 0 has forked has its end of it too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _answer(desk: Desk, news: News, connection: Connection, name: str, number: int, arguments: tuple[Any, ...]) -> None:
@@ -210,16 +232,16 @@ def _portable(error: Exception) -> Exception:
     return same
 
 
-def _unpack_held(path: str) -> Any:
+def _unpack_held(parcel: str) -> Any:
     try:
-        return unpack(path)
+        return unpack(parcel)
     except (ImportError, AttributeError) as error:
         log.debug("the user's module may need the whole package: %s", error)
     # The package was entered without its __init__.
     sys.modules.pop("lightning_async")
     try:
         importlib.import_module("lightning_async")
-        return unpack(path)
+        return unpack(parcel)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f'holder="process" cannot rebuild the optimizer in the holder\'s process: {error}. Define it in a module '

@@ -30,7 +30,7 @@ from lightning_async.frontdoor import Address
 from lightning_async.holder import Push, Snapshot, Update
 from lightning_async.lifeline import Lifelines
 from lightning_async.optimizers import dismantle
-from lightning_async.parcel import open_parcel, pack, unpack
+from lightning_async.parcel import Parcel, unpack
 from lightning_async.service import Held, UpdateObserver
 from lightning_async.transport.control import ControlConnection
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 # An interpreter that imports torch, on a slow disk and a busy machine.
 _START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = 5.0
+# Between a failure and its end, so that it can still tell its workers.
+_GRACE_S = 1.0
 # How long the lifeline's news may trail the loss of the control connection.
 _NEWS_TIMEOUT_S = 3.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
@@ -121,7 +123,7 @@ class HolderProcess:
             host: the address that the workers reach rank 0 at.
             latch: the run's failure latch.
             on_update: called in a thread of this process with each update, some milliseconds after it, without
-                gradients and hyper-parameters, and with the tickets that it covers. All updates that were answered have
+                its gradients, and with the tickets that it covers. All updates that were answered have
                 been told when one of the other methods returns.
             on_refused: called when a connection or a request is refused.
 
@@ -130,11 +132,10 @@ class HolderProcess:
             HolderProcessError: if the process does not start.
         """
         self._on_update, self._on_refused = on_update, on_refused
-        with open_parcel() as path:
-            _pack_held(path, held)
+        with _parcel_of(held) as parcel:
             if self._lifelines is None:
                 self._begin(held, host, latch)
-            self._call("serve", path)
+            self._call("serve", parcel.address)
         return self
 
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
@@ -156,22 +157,19 @@ class HolderProcess:
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Service.adopt`."""
-        with open_parcel() as path:
-            pack(path, [[parameter.detach() for parameter in owned] for owned in parameters])
-            self._call("adopt", path)
+        with Parcel([[parameter.detach() for parameter in owned] for owned in parameters]) as parcel:
+            self._call("adopt", parcel.address)
 
     def snapshot(self) -> Snapshot:
         """See `Service.snapshot`."""
-        with open_parcel() as path:
-            self._call("snapshot", path)
-            snapshot: Snapshot = unpack(path)
-            return snapshot
+        snapshot: Snapshot = unpack(self._call("snapshot"))
+        self._call("forget")
+        return snapshot
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """See `Service.restore`."""
-        with open_parcel() as path:
-            pack(path, list(optimizer_states))
-            return bool(self._call("restore", version, path))
+        with Parcel(list(optimizer_states)) as parcel:
+            return bool(self._call("restore", version, parcel.address))
 
     def close(self) -> None:
         """See `Service.close`; the process stays, for a successor of what it held."""
@@ -208,9 +206,9 @@ class HolderProcess:
             )
         timeout_s = held.options.worker_timeout_s
         self._latch = latch
-        self._lifelines = Lifelines(0, latch, timeout_s, lambda rank: self._describe_end())
+        self._lifelines = Lifelines(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
         self._lifelines.add(0, ControlConnection(self._my_lifeline))
-        latch.subscribe(lambda failure: self._wake())
+        latch.subscribe(lambda failure: self._give_up())
         self._address = Address.from_json(self._call("begin", timeout_s, host, held.world_size))
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -246,6 +244,13 @@ class HolderProcess:
         if self._latch.wait(_NEWS_TIMEOUT_S) is None:
             self._latch.trip(RunFailure(0, self._describe_end() or "its holder process no longer answers"))
         self._latch.check()
+
+    def _give_up(self) -> None:
+        self._wake()
+        # Whoever still waits for an answer of it, which may be stopped, is woken by the end of the connection.
+        killing = threading.Timer(_GRACE_S, self._process.kill)
+        killing.daemon = True
+        killing.start()
 
     def _wake(self) -> None:
         for answers in list(self._waiting.values()):
@@ -289,13 +294,13 @@ class HolderProcess:
         return describe_exit(code, "its holder process")
 
 
-def _pack_held(path: str, held: Held) -> None:
+def _parcel_of(held: Held) -> Parcel:
     kinds = [type(optimizer) for optimizer in held.optimizers]
     try:
         if any(kind.__module__ == "__main__" for kind in kinds):
             raise pickle.PicklingError("it is defined in the script itself, which is not run there")
         parts = [dismantle(optimizer) for optimizer in held.optimizers]
-        pack(path, (parts, held.options, held.world_size, held.version, held.origins))
+        return Parcel((parts, held.options, held.world_size, held.version, held.origins))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         names = " and ".join(kind.__name__ for kind in kinds)
         raise ValueError(

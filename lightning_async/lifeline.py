@@ -45,6 +45,7 @@ class Lifelines:
         latch: the run's failure latch: tripped when a peer is lost or reports a failure, and listened to.
         timeout_s: seconds without a sign of life after which a peer counts as lost.
         describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
+        who: what stands before "gave no sign of life", where the peer is not the rank's main process.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Lifelines:
         latch: FailureLatch,
         timeout_s: float,
         describe_end: Callable[[int], str | None] = lambda rank: None,
+        who: str = "",
     ) -> None:
+        self._who = f"{who} " if who else ""
         self._rank = rank
         self._latch = latch
         self._timeout_s = timeout_s
@@ -143,7 +146,7 @@ class Lifelines:
                     self._send(peer, Message(Kind.BEAT, worker=self._rank))
             for peer in peers:
                 if now - peer.last_seen > self._timeout_s:
-                    self._lose(peer, f"gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
+                    self._lose(peer, f"{self._who}gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
 
     def _read(self, peer: _Peer) -> None:
         try:

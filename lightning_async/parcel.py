@@ -1,48 +1,72 @@
-"""Large values on their way to another process of this host, in memory that has no name.
+"""Large values on their way to another process of this host, in anonymous memory.
 
-Used by `holder_process.py` and `holder_main.py`. Knows no Lightning.
+Who sends a value writes it into memory of its own; the other process only ever reads. Used by `holder_process.py` and
+`holder_main.py`. Knows no Lightning.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
-__all__ = ["open_parcel", "pack", "unpack"]
+from lightning_async.memory import AnonymousMemory, open_memory
+
+__all__ = ["Parcel", "unpack"]
 
 
-@contextmanager
-def open_parcel() -> Iterator[str]:
-    """Memory to `pack` into: its path, for this process and others of this user; gone with the context.
+class Parcel:
+    """A value that another process may `unpack`, until this is closed; a context that closes it.
 
-    What was unpacked lives on.
+    Args:
+        value: whatever pickle takes, with tensors.
+
+    Raises:
+        pickle.PicklingError: if pickle does not take it; also AttributeError and TypeError.
 
     Examples:
-        >>> with open_parcel() as path:
-        ...     pack(path, {"weight": torch.ones(2)})
-        ...     value = unpack(path)
+        >>> with Parcel({"weight": torch.ones(2)}) as parcel:
+        ...     value = unpack(parcel.address)
         >>> value
         {'weight': tensor([1., 1.])}
     """
-    descriptor = os.memfd_create("lightning_async", os.MFD_CLOEXEC)
-    try:
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
+
+    def __init__(self, value: Any) -> None:
+        self._memory = AnonymousMemory()
+        try:
+            torch.save(value, f"/proc/self/fd/{self._memory.descriptor}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """What `unpack` takes."""
+        return self._memory.address
+
+    def close(self) -> None:
+        """Lets go of it; what was unpacked lives on."""
+        self._memory.close()
 
 
-def pack(path: str, value: Any) -> None:
-    """Writes a value: whatever pickle takes, with tensors."""
-    torch.save(value, path)
-
-
-def unpack(path: str) -> Any:
-    """The value; its tensors are on the host, and map the memory instead of copying it.
+def unpack(address: str) -> Any:
+    """The value of a parcel; its tensors are on the host, and map the memory instead of copying it.
 
     For what comes from this run's own processes only: it is unpickled.
+
+    Raises:
+        OSError: if the parcel was closed.
     """
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    descriptor = open_memory(address)
+    try:
+        return torch.load(f"/proc/self/fd/{descriptor}", map_location="cpu", mmap=True, weights_only=False)
+    finally:
+        os.close(descriptor)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_async.collectives import PhasedCollectives
 from lightning_async.failure import RunFailure
 from lightning_async.finders import refuse_finders
+from lightning_async.holder_process import HolderProcess
 from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership
 
@@ -38,6 +39,8 @@ class StartedRanks(PhasedCollectives):
 
     worker_timeout_s: float
     _membership: Membership | None = None
+    # On rank 0, where holder and updates are to have a process of their own.
+    _holder_process: HolderProcess | None = None
 
     @override
     def _configure_launcher(self) -> None:
@@ -67,7 +70,25 @@ class StartedRanks(PhasedCollectives):
         if isinstance(self._launcher, ScriptLauncher):
             known = {"describe_end": self._describe_end, "exit_process": self._launcher.exit_process}
         self._membership = Membership(self.global_rank, self.worker_timeout_s, graceful=(SIGTERMException,), **known)
-        return self._membership.guard()
+        return self._guarded(self._membership)
+
+    @contextmanager
+    def _guarded(self, membership: Membership) -> Iterator[None]:
+        with membership.guard():
+            try:
+                yield
+            finally:
+                # Lightning does not tear a spawned rank down that fails.
+                self._end_holder_process()
+
+    @property
+    def _wants_holder_process(self) -> bool:
+        return False
+
+    def _end_holder_process(self) -> None:
+        process, self._holder_process = self._holder_process, None
+        if process is not None:
+            process.end()
 
     @property
     def failure(self) -> RunFailure | None:
@@ -91,6 +112,9 @@ class StartedRanks(PhasedCollectives):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
+        if self._wants_holder_process and self.is_global_zero and self.world_size > 1:
+            # It imports while the ranks find each other.
+            self._holder_process = HolderProcess()
         with self._impatience():
             super().setup_environment()
         assert self._membership is not None and self.cluster_environment is not None

@@ -30,7 +30,6 @@ from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import broadcast_tensors
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
-from lightning_async.holder_process import HolderProcess
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
@@ -152,7 +151,6 @@ class AsyncStrategy(SegmentedRanks):
         self.summary = summary
         self.sigterm_received = False
         self._metrics: MetricsLogger | None = None
-        self._process: HolderProcess | None = None
         self._version_at_backward = 0
         # Whether the train data is one loader, which all ranks may share.
         self.has_one_train_loader = True
@@ -199,14 +197,10 @@ class AsyncStrategy(SegmentedRanks):
         except UnsupportedOptimizerError as error:
             raise MisconfigurationException(str(error)) from error
 
+    @property
     @override
-    def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if fits and self.options.holder == "process" and self.is_global_zero and self.world_size > 1:
-            # It imports while the ranks do.
-            self._process = HolderProcess()
-        super().setup_environment()
+    def _wants_holder_process(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.FITTING and self.options.holder == "process"
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -244,7 +238,7 @@ class AsyncStrategy(SegmentedRanks):
                 meet=super().broadcast,
                 predecessor=predecessor,
                 devices=self._devices(),
-                process=self._process,
+                process=self._holder_process,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
@@ -342,9 +336,7 @@ class AsyncStrategy(SegmentedRanks):
                 for index, optimizer in enumerate(self.optimizers):
                     load_state(optimizer, snapshot, index)
             engine.close()
-        if self._process is not None:
-            self._process.end()
-            self._process = None
+        self._end_holder_process()
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)

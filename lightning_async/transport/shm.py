@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from lightning_async.memory import AnonymousMemory, open_memory
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
 from lightning_async.wire import Message
@@ -50,35 +51,30 @@ class SharedSegment:
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        self._numel, self._dtype = numel, dtype
-        self._descriptor = os.memfd_create("lightning_async", os.MFD_CLOEXEC)
+        self._memory = AnonymousMemory(_segment_bytes(numel, dtype))
         try:
-            # Without this, a lack of memory would show as a SIGBUS at some write, much later.
-            os.posix_fallocate(self._descriptor, 0, _segment_bytes(numel, dtype))
-            self.buffers = _map(self._descriptor, numel, dtype)
+            self.buffers = _map(self._memory.descriptor, numel, dtype)
         except OSError:
             self.release()
             raise
 
     @property
-    def path(self) -> str:
-        """Where another process of this user opens the segment, until `release`."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+    def address(self) -> str:
+        """Where another process of this user attaches the segment, until `release`."""
+        return self._memory.address
 
     def release(self) -> None:
         """Closes the way in; the mappings, and with them the memory, last as long as their tensors. Idempotent."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._memory.close()
 
     @staticmethod
-    def attach(path: str, numel: int, dtype: torch.dtype) -> Buffers:
+    def attach(address: str, numel: int, dtype: torch.dtype) -> Buffers:
         """Maps another process's segment.
 
         Raises:
-            OSError: if it cannot be opened from here.
+            OSError: if it cannot be opened from here, or was released.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = open_memory(address, os.O_RDWR)
         try:
             return _map(descriptor, numel, dtype)
         finally:

@@ -69,8 +69,8 @@ class Reporting(TinyClassifier):
                 # Groups that were added later come last.
                 named = zip(layout._places, update["hypers"], strict=False)
                 update["lrs"] = [value for (_, key, _), value in named if key == "lr"]
-            holder = strategy._engine.holder.snapshot()
-            facts |= {"updates": strategy.observers[0].updates, "holder": holder.optimizer_states}
+            snapshot = strategy._engine.snapshot()
+            facts |= {"updates": strategy.observers[0].updates, "holder": snapshot.optimizer_states}
         report(Path.cwd(), self.global_rank, **facts)
 
 

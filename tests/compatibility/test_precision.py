@@ -29,8 +29,8 @@ class Precise(Reporting):
 
     def facts(self) -> dict[str, Any]:
         strategy: Any = self.trainer.strategy
-        holder = strategy._engine.holder
-        return {"dtypes": self.dtypes, "masters": None if holder is None else holder.snapshot().parameters}
+        snapshot = strategy._engine.snapshot()
+        return {"dtypes": self.dtypes, "masters": None if snapshot is None else snapshot.parameters}
 
 
 def arguments_for(precision: str) -> dict[str, Any]:

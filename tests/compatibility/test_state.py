@@ -37,8 +37,8 @@ def fit(
 
     def keep(update: Any, tickets: tuple[int, ...]) -> None:
         assert strategy._engine is not None
-        assert strategy._engine.holder is not None
-        torch.save(strategy._engine.holder._flat, folder / "versions" / f"{update.version}.pt")
+        assert strategy._engine.local_service is not None
+        torch.save(strategy._engine.local_service.holder._flat, folder / "versions" / f"{update.version}.pt")
 
     strategy.observers.append(keep)
     arguments = {"callbacks": [*callbacks], "enable_checkpointing": True} | arguments

@@ -81,7 +81,8 @@ class OnGpu(Oddly):
 
     def on_train_end(self) -> None:
         strategy: Any = self.trainer.strategy
-        channel, holder = strategy.worker._lanes[0].channel, strategy._engine.holder
+        channel, service = strategy.worker._lanes[0].channel, strategy._engine.local_service
+        holder = getattr(service, "holder", None)
         report(
             Path.cwd(),
             self.global_rank,

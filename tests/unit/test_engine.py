@@ -97,7 +97,9 @@ def test_a_successor_has_the_version_the_master_weights_and_the_state_of_what_wa
         assert torch.equal(after.optimizer_states[0]["state"][0][name], value)
     assert [group["lr"] for group in after.optimizer_states[0]["param_groups"]] == [1e-4, 0.5]
     train(second, [old, new], steps=2)
-    steps = [state["step"].item() for state in second.local_service.holder.snapshot().optimizer_states[0]["state"].values()]
+    steps = [
+        state["step"].item() for state in second.local_service.holder.snapshot().optimizer_states[0]["state"].values()
+    ]
     assert steps == [5, 2]
     second.close()
 
@@ -126,7 +128,9 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
     changed.data.fill_(7.0)
     engine.adopt_parameters()
 
-    assert torch.equal(engine.local_service.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)]))
+    assert torch.equal(
+        engine.local_service.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)])
+    )
     assert not torch.equal(before[:3], torch.ones(3))
     engine.close()
 

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 # An interpreter that imports torch, on a slow disk and a busy machine.
 _START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = 5.0
+_ANSWER_LASTS_S = 0.05
 # Between a failure and its end, so that it can still tell its workers.
 _GRACE_S = 1.0
 # How long the lifeline's news may trail the loss of the control connection.
@@ -82,6 +84,7 @@ class HolderProcess:
         self._latch: FailureLatch | None = None
         self._lifelines: Lifelines | None = None
         self._address: Address | None = None
+        self._unfinished, self._unfinished_until = 0, 0.0
         self._on_update: UpdateObserver = lambda update, tickets: None
         self._on_refused: Callable[[], None] = lambda: None
         self._ready = threading.Event()
@@ -140,6 +143,7 @@ class HolderProcess:
 
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
         """See `Service.begin_epoch`."""
+        self._unfinished_until = 0.0
         self._call("begin_epoch", tickets, block, tuple(applied))
 
     def open(self, tickets: int) -> None:
@@ -148,12 +152,17 @@ class HolderProcess:
 
     def progress(self) -> tuple[int, int]:
         """See `Service.progress`."""
+        self._unfinished_until = 0.0
         applied, left = self._call("progress")
         return applied, left
 
     def unfinished(self) -> int:
-        """See `Service.unfinished`."""
-        return int(self._call("unfinished"))
+        """See `Service.unfinished`; asked by progress bars for every batch, so the answer may be a little old."""
+        now = time.monotonic()
+        if now >= self._unfinished_until:
+            self._unfinished = int(self._call("unfinished"))
+            self._unfinished_until = now + _ANSWER_LASTS_S
+        return self._unfinished
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Service.adopt`."""

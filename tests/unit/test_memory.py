@@ -83,7 +83,7 @@ def test_what_was_unpacked_outlives_its_parcel() -> None:
         value = unpack(parcel.address)
         address = parcel.address
     assert value["weight"].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(OSError, match="No such file|closed"):
+    with pytest.raises(OSError, match=r"No such file|closed"):
         unpack(address)
 
 

@@ -84,10 +84,11 @@ def test_a_param_group_that_is_added_in_mid_run_is_trained_and_the_others_keep_t
 
 
 @pytest.mark.compatibility("Optimization", FINETUNING)
-def test_a_run_with_added_param_groups_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("holder", ["thread", "process"])
+def test_a_run_with_added_param_groups_can_be_resumed(tmp_path: Path, holder: Any) -> None:
     def script(folder: Path) -> None:
         def fit(epochs: int, checkpoint: Path | None) -> None:
-            strategy = AsyncAMSGradStrategy(start_method="fork")
+            strategy = AsyncAMSGradStrategy(holder=holder, start_method="fork")
             strategy.observers.append(History())
             callbacks = [Unfreezing(), ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)]
             arguments: dict[str, Any] = {"max_epochs": epochs, "callbacks": callbacks, "enable_checkpointing": True}

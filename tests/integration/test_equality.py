@@ -187,7 +187,11 @@ def replay(
 
 
 @pytest.mark.usefixtures("hooks")
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize(
+    "way",
+    [{"transport": "shm"}, {"transport": "gloo"}, {"transport": "shm", "holder": "process"}],
+    ids=["shm", "gloo", "holder-process"],
+)
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
@@ -203,7 +207,7 @@ def replay(
     ids=["in-turns", "auto", "accumulated", "drop", "sharded", "overlap", "overlap-accumulated", "overlap-drop"],
 )
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
-    tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], transport: Any
+    tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], way: dict[str, Any]
 ) -> None:
     samples = 160
 
@@ -219,7 +223,7 @@ def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
 
         module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=(0.001, 0.003, 0.006))
         alone = copy.deepcopy(module)
-        strategy = AsyncAMSGradStrategy(start_method="fork", transport=transport, **options)
+        strategy = AsyncAMSGradStrategy(start_method="fork", **way, **options)
         strategy.observers.append(recorder)
         trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **arguments)
         trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))

@@ -2,6 +2,7 @@
 
 Run ``python -m benchmarks.overhead``. Ranks of one speed train LeNet-5 and ResNet18 on random images, one thread each.
 For the asynchronous runs the time that rank 0 spends in each part of the exchange is added up and divided by its steps.
+With more than one rank the holder is also given a process of its own (``holder="process"``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +28,7 @@ from lightning_async.holder import Holder
 from lightning_async.worker import Worker
 from recipes.models import LeNet5, ResNet18
 
+ASYNC, APART, DDP = "async_amsgrad", "async_amsgrad, holder apart", "ddp"
 # Model, image shape, batch size.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "LeNet-5": (LeNet5, (1, 28, 28), 64),
@@ -80,23 +82,25 @@ def main() -> None:
         for ranks in arguments.ranks:
             runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for _ in range(arguments.repeats):
-                for strategy in ("async_amsgrad_fork", "ddp_fork"):
+                for strategy in (ASYNC, DDP, APART) if ranks > 1 else (ASYNC, DDP):
                     runs[strategy].append(measure(model, ranks, strategy, arguments.seconds))
             rates = {
                 strategy: sorted(run["samples_per_second"] for run in repeats)[len(repeats) // 2]
                 for strategy, repeats in runs.items()
             }
-            ours, theirs = rates["async_amsgrad_fork"], rates["ddp_fork"]
-            print(
-                f"{model}, {ranks} rank(s): async_amsgrad {ours:.0f} samples/s, ddp {theirs:.0f}, {ours / theirs:.3f}"
-            )
-            parts = runs["async_amsgrad_fork"][-1]["parts_us"]
-            print("   " + ", ".join(f"{name} {value:.0f} us" for name, value in parts.items()), flush=True)
-            row = {"model": model, "ranks": ranks, "async_amsgrad": ours, "ddp": theirs, "parts_us": parts}
-            if ranks > 1:
-                repeats = runs["async_amsgrad_fork"]
-                row["rank_0"] = sorted(run["rank_0"] for run in repeats)[len(repeats) // 2]
-                print(f"   rank 0 makes {row['rank_0']:.3f} of another rank's samples a second", flush=True)
+            theirs = rates[DDP]
+            row: dict[str, Any] = {"model": model, "ranks": ranks, "ddp": theirs}
+            print(f"{model}, {ranks} rank(s): ddp {theirs:.0f} samples/s")
+            for strategy in [ASYNC, APART] if ranks > 1 else [ASYNC]:
+                ours, repeats = rates[strategy], runs[strategy]
+                row[strategy] = {"samples_per_second": ours, "parts_us": repeats[-1]["parts_us"]}
+                print(f"   {strategy} {ours:.0f} samples/s, {ours / theirs:.3f}")
+                parts = (f"{name} {value:.0f} us" for name, value in repeats[-1]["parts_us"].items() if value)
+                print("      " + ", ".join(parts), flush=True)
+                if ranks > 1:
+                    rank_0 = sorted(run["rank_0"] for run in repeats)[len(repeats) // 2]
+                    row[strategy]["rank_0"] = rank_0
+                    print(f"      rank 0 makes {rank_0:.3f} of another rank's samples a second", flush=True)
             found.append(row)
     save("overhead", vars(arguments), found)
 
@@ -132,7 +136,7 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) 
     batches = per_rank * ranks
     data = TensorDataset(torch.randn(batches * batch_size, *shape), torch.zeros(batches * batch_size, dtype=torch.long))
     trainer = Trainer(
-        strategy=strategy,
+        strategy="ddp_fork" if strategy == DDP else _asynchronous("process" if strategy == APART else "thread"),
         accelerator="cpu",
         devices=ranks,
         max_epochs=1,
@@ -141,13 +145,15 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if isinstance(trainer.strategy, lightning_async.AsyncStrategy):
-        trainer.strategy.summary = False
     trainer.fit(Reporting(make(), warm_up), DataLoader(data, batch_size))
     reports = sorted(results.get() for _ in range(ranks))
     rates = [rate for _, rate, _ in reports]
     others = sum(rates[1:]) / max(1, ranks - 1) or rates[0]
     queue.put({"samples_per_second": sum(rates), "rank_0": rates[0] / others, "parts_us": reports[0][2]})
+
+
+def _asynchronous(holder: Literal["thread", "process"]) -> lightning_async.AsyncStrategy:
+    return lightning_async.AsyncAMSGradStrategy(holder=holder, start_method="fork", summary=False)
 
 
 def _step_seconds(net: nn.Module, shape: tuple[int, ...], batch_size: int) -> float:

@@ -103,9 +103,19 @@ def ceiling(axes: Axes, found: list[dict[str, Any]]) -> None:
 
 def overhead(axes: Axes, found: list[dict[str, Any]]) -> None:
     """Samples per second over DDP's."""
-    ratios = [row["async_amsgrad"] / row["ddp"] for row in found]
-    bars = axes.bar([f"{row['model']}\n{row['ranks']} rank(s)" for row in found], ratios, 0.6, color=OURS)
-    axes.bar_label(bars, fmt="{:.3f}", padding=2)
+    width = 0.38
+    for offset, name, colour in ((0.0, "async_amsgrad", OURS), (width, "async_amsgrad, holder apart", THIRD)):
+        shown = [
+            (place, row[name]["samples_per_second"] / row["ddp"]) for place, row in enumerate(found) if name in row
+        ]
+        bars = axes.bar(
+            [place + offset for place, _ in shown], [ratio for _, ratio in shown], width, color=colour, label=name
+        )
+        axes.bar_label(bars, fmt="{:.3f}", padding=2)
+    axes.set_xticks(
+        [place + width / 2 for place in range(len(found))],
+        [f"{row['model']}\n{row['ranks']} rank(s)" for row in found],
+    )
     axes.axhline(1.0, color=THEIRS, label="ddp")
     axes.set_ylabel("samples per second over ddp's")
     axes.margins(y=0.2)

@@ -1,9 +1,10 @@
 """What serving the other ranks costs rank 0's own training, and what a holder in a process of its own changes.
 
 Run ``python -m benchmarks.rank0``. Rank 0 trains LeNet-5, a real forward and backward and some pure Python in each step
-as Lightning's loop has it, while other processes push ready gradients at a given rate. Three arrangements:
+as Lightning's loop has it, while other processes push ready gradients at a given rate. Arrangements:
 
 - ``thread``: the holder is in rank 0's process (``holder="thread"``);
+- ``thread-5ms``: the same with Python's own switch interval in place of half a millisecond;
 - ``process``: it has a process of its own, and rank 0 is one of its workers in shared memory (``holder="process"``);
 - ``apart``: the others push to a holder that is none of rank 0's business. What is lost here is lost to the cores.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -22,12 +24,13 @@ from torch import Tensor, nn
 
 from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
+from lightning_async import threads
 from lightning_async.amsgrad import AMSGrad
 from lightning_async.worker import Worker
 from recipes.models import LeNet5
 
 SHAPES_OF_LENET5 = SHAPES["44K"]
-ARRANGEMENTS = ["thread", "process", "apart"]
+ARRANGEMENTS = ["thread", "thread-5ms", "process", "apart"]
 BATCH = 64
 # Of an empty loop, about.
 _TURNS_PER_MS = 30_000
@@ -78,16 +81,7 @@ def measure(arrangement: str, others: int, pause_ms: float, python_ms: float, se
     if apart:
         start(_hold, addresses, counts, begun, others + 1, seconds)
     ranks_of_rank_0 = 1 if apart else others + 1
-    start(
-        _train,
-        "process" if arrangement == "process" else "thread",
-        ranks_of_rank_0,
-        addresses,
-        results,
-        begun,
-        python_ms,
-        seconds,
-    )
+    start(_train, arrangement, ranks_of_rank_0, addresses, results, begun, python_ms, seconds)
     address = addresses.get() if others else ""
     for rank in range(1, others + 1):
         start(push, address, rank, others + 1, SHAPES_OF_LENET5, pause_ms / 1e3)
@@ -110,11 +104,15 @@ def _hold(addresses: Any, counts: Any, begun: Any, ranks: int, seconds: float) -
     threading.Event().wait()
 
 
-def _train(holder: str, ranks: int, addresses: Any, results: Any, begun: Any, python_ms: float, seconds: float) -> None:
+def _train(
+    arrangement: str, ranks: int, addresses: Any, results: Any, begun: Any, python_ms: float, seconds: float
+) -> None:
     torch.set_num_threads(1)
+    if arrangement == "thread-5ms":
+        threads.SWITCH_INTERVAL_S = sys.getswitchinterval()
     net = LeNet5()
     optimizer = AMSGrad(net.parameters(), lr=1e-6)
-    engine, stats = hold(optimizer, ranks, addresses.put, holder=holder)
+    engine, stats = hold(optimizer, ranks, addresses.put, holder="process" if arrangement == "process" else "thread")
     engine.worker.pull()
     while min([stats.updates_by_rank[rank] for rank in range(1, ranks)], default=5) < 5:
         time.sleep(0.01)

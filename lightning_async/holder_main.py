@@ -134,7 +134,8 @@ class Desk:
         Raises:
             ValueError: if the optimizers cannot be rebuilt here.
         """
-        parts, options, world_size, version, origins = _unpack_held(parcel)
+        dtype, parts, options, world_size, version, origins = _unpack_held(parcel)
+        torch.set_default_dtype(dtype)
         optimizers = [assemble(kind, attributes) for kind, attributes in parts]
         held = Held(optimizers, options, world_size, version, origins)
         self._service = HolderService(

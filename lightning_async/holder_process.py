@@ -24,9 +24,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_async.failure import FailureLatch, RunFailure, describe_exit
+from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
 from lightning_async.frontdoor import Address
 from lightning_async.holder import Push, Snapshot, Update
 from lightning_async.lifeline import Lifelines
@@ -183,7 +184,11 @@ class HolderProcess:
     def close(self) -> None:
         """See `Service.close`; the process stays, for a successor of what it held."""
         if self._latch is not None and self._latch.failure is None:
-            self._call("close")
+            try:
+                self._call("close")
+            except WorkerFailedError as error:
+                # Whoever was to be waited for is gone.
+                log.debug("not closed in order: %s", error)
 
     def end(self) -> None:
         """Ends the process; idempotent."""
@@ -309,7 +314,7 @@ def _parcel_of(held: Held) -> Parcel:
         if any(kind.__module__ == "__main__" for kind in kinds):
             raise pickle.PicklingError("it is defined in the script itself, which is not run there")
         parts = [dismantle(optimizer) for optimizer in held.optimizers]
-        return Parcel((parts, held.options, held.world_size, held.version, held.origins))
+        return Parcel((torch.get_default_dtype(), parts, held.options, held.world_size, held.version, held.origins))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         names = " and ".join(kind.__name__ for kind in kinds)
         raise ValueError(

@@ -7,6 +7,7 @@ Lightning's loops in phases.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -30,6 +31,7 @@ from lightning_async.amsgrad import UnsupportedOptimizerError
 from lightning_async.buffers import broadcast_tensors
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
+from lightning_async.failure import WorkerFailedError
 from lightning_async.internals import loops, trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
@@ -39,16 +41,15 @@ from lightning_async.registry import register
 from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
 from lightning_async.service import UpdateObserver
-from lightning_async.shells import (
-    load_state,
-    make_shell,
-)
+from lightning_async.shells import load_state, make_shell
 from lightning_async.sinks import sink_for
 from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
 from lightning_async.wrappers import check_module
 
 __all__ = ["AsyncStrategy"]
+
+log = logging.getLogger(__name__)
 
 
 class AsyncStrategy(SegmentedRanks):
@@ -331,16 +332,24 @@ class AsyncStrategy(SegmentedRanks):
         if engine is not None:
             self._version = engine.worker.version
             if engine.service is not None:
-                # So that `trainer.save_checkpoint` after fit still has them.
-                snapshot = engine.service.snapshot()
-                for index, optimizer in enumerate(self.optimizers):
-                    load_state(optimizer, snapshot, index)
+                self._keep_state(engine)
             engine.close()
         self._end_holder_process()
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)
         super().teardown()
+
+    def _keep_state(self, engine: Engine) -> None:
+        """Gives the optimizers their state, so that `trainer.save_checkpoint` after fit still has it."""
+        try:
+            snapshot = engine.snapshot()
+        except WorkerFailedError as error:
+            log.debug("the optimizers' state went with the process that held it: %s", error)
+            return
+        assert snapshot is not None
+        for index, optimizer in enumerate(self.optimizers):
+            load_state(optimizer, snapshot, index)
 
     # --- what the user sees ------------------------------------------------------------------------------------------
 

@@ -118,6 +118,16 @@ def test_after_sigterm_to_every_process_the_run_ends_in_order(tmp_path: Path) ->
     assert seconds_to_end(tmp_path) < END_S
 
 
+def test_an_error_of_rank_0s_own_is_not_buried(tmp_path: Path) -> None:
+    strategy: dict[str, Any] = POPEN | {"holder": "process"}
+    run = start_script(Run((Fault(0, 10, "raise"),), ranks=2, strategy=strategy), tmp_path)
+
+    assert_ended_well(run)
+    assert run.output.rstrip().endswith("InjectedError: injected into training_step")
+    assert run.output.count("Traceback") == 1
+    assert seconds_to_end(tmp_path) < END_S
+
+
 def test_a_script_trains_and_a_killed_rank_of_it_is_named(tmp_path: Path) -> None:
     strategy: dict[str, Any] = POPEN | {"holder": "process"}
     run = start_script(Run((Fault(2, 10, "kill"),), strategy=strategy), tmp_path)

@@ -260,6 +260,15 @@ def test_its_death_is_a_failure_of_rank_0_that_everybody_hears_of(transport: Any
         with pytest.raises(WorkerFailedError, match="its holder process was killed by SIGKILL"):
             run.engines[1].worker.pull()
         assert run.latch.failure == RunFailure(0, "its holder process was killed by SIGKILL")
+        run.service.close()
+
+
+def test_closing_what_has_just_died_is_closing() -> None:
+    with running(amsgrad) as run:
+        assert run.process is not None
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.service.close()
+        assert run.latch.failure == RunFailure(0, "its holder process was killed by SIGKILL")
 
 
 def test_who_waits_for_an_answer_when_it_dies_is_woken() -> None:

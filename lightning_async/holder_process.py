@@ -272,16 +272,14 @@ class HolderProcess:
 
     def _read(self) -> None:
         try:
-            while True:
-                kind, number, value = self._connection.recv()
+            while (received := self._receive()) is not None:
+                kind, number, value = received
                 if kind == "ready":
                     self._ready.set()
                 elif kind == "news":
                     self._tell(value)
                 elif (answers := self._waiting.get(number)) is not None:
                     answers.put((kind, value))
-        except (EOFError, OSError) as error:
-            log.debug("the holder's process has closed its connection: %s", error)
         except Exception as error:
             # An observer's; whoever watches must not be left to believe that nothing has happened.
             log.error("the news of an update could not be told", exc_info=error)
@@ -291,6 +289,13 @@ class HolderProcess:
             self._gone.set()
             self._ready.set()
             self._wake()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            log.debug("the holder's process has closed its connection: %s", error)
+            return None
 
     def _tell(self, news: Sequence[tuple[Any, ...] | None]) -> None:
         for note in news:

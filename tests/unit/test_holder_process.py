@@ -323,13 +323,14 @@ def test_a_request_that_does_not_fit_ends_the_run_by_name() -> None:
         assert "pushes a gradient of version 7" in failure.reason
 
 
-def test_an_observer_that_fails_ends_the_run() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, OSError])
+def test_an_observer_that_fails_ends_the_run(error: type[Exception]) -> None:
     def fail(update: Update, tickets: tuple[int, ...]) -> None:
-        raise ZeroDivisionError("of the observer's")
+        raise error("of the observer's")
 
     with running(amsgrad) as run:
         run.observers.append(fail)
-        with pytest.raises(WorkerFailedError, match="an observer of the updates failed: ZeroDivisionError"):
+        with pytest.raises(WorkerFailedError, match=f"an observer of the updates failed: {error.__name__}"):
             run.train_and_ask()
 
 

@@ -1,6 +1,6 @@
 """The ranks' strategy from segment to segment: what happens where they meet, and what they agree on there.
 
-Below `strategy.py`; above `checkpoints.py`. `internals/loops.py` calls these methods.
+Below `strategy.py`; above `checkpoints.py`. `internals/epochs.py` calls these methods.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The worker: a rank's side of the exchange: draws tickets, pushes gradients, lands fresh parameters.
 
-Above `transport/` and `layout.py`; below `strategy.py` and `loops.py`. Knows no Lightning.
+Above `transport/` and `layout.py`; below `strategy.py` and `internals/`. Knows no Lightning.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Automatic optimization where a batch may give no gradient, and plateaus that all ranks see alike.
 
-Below `loops.py`.
+Below `loops.py` and `epochs.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How many batches an epoch has, over all ranks, as the ranks agree on it. Below `loops.py`, above `fetcher.py`."""
+"""How many batches an epoch has, over all ranks, as the ranks agree on it.
+
+Below `loops.py` and `epochs.py`; above `fetcher.py`.
+"""
 
 from __future__ import annotations
 

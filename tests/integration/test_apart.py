@@ -108,7 +108,7 @@ def test_the_counter_sees_the_collective_that_lightning_runs_before_every_batch(
     def script(folder: Path) -> None:
         from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-        from lightning_async.internals.loops import AsyncEpochLoop
+        from lightning_async.internals.epochs import AsyncEpochLoop
 
         AsyncEpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
         # Equal shares: with this broadcast in, unequal ones would leave a rank waiting.

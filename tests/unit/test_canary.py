@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import lightning_async
 from lightning_async import amsgrad_strategy, collectives, strategy
-from lightning_async.internals import counters, fetcher, launchers, loops, optimization, results, trainer_state
+from lightning_async.internals import counters, epochs, fetcher, launchers, loops, optimization, results, trainer_state
 
 PACKAGE = Path(lightning_async.__file__).parent
 WATCHED = ("lightning", "torch", "torchmetrics")
@@ -71,9 +71,13 @@ def test_a_private_name_can_still_be_imported(file: str, path: str) -> None:
 
 
 def test_the_imports_are_found() -> None:
-    assert {"internals/loops.py", "internals/results.py", "internals/launchers.py", "strategy.py"} <= {
-        file for file, _ in private_imports()
-    }
+    assert {
+        "internals/epochs.py",
+        "internals/loops.py",
+        "internals/results.py",
+        "internals/launchers.py",
+        "strategy.py",
+    } <= {file for file, _ in private_imports()}
 
 
 # --- what is overridden ----------------------------------------------------------------------------------------------
@@ -96,7 +100,7 @@ SIGNATURES = {
         f"{FETCHER}.__next__": "self",
         "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
     },
-    "internals/loops.py": {
+    "internals/epochs.py": {
         f"{EPOCH_LOOP}.on_run_start": "self, data_fetcher",
         f"{EPOCH_LOOP}.state_dict": "self, destination, prefix",
         f"{EPOCH_LOOP}.reset": "self",
@@ -109,11 +113,13 @@ SIGNATURES = {
         f"{EPOCH_LOOP}._should_check_val_fx": "self, data_fetcher",
         f"{EPOCH_LOOP}._should_check_val_epoch": "self",
         f"{EPOCH_LOOP}._save_loggers_on_train_batch_end": "self",
+        "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
+    },
+    "internals/loops.py": {
         f"{FIT_LOOP}.setup_data": "self",
         f"{FIT_LOOP}.on_advance_end": "self",
         "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
         "lightning.pytorch.trainer.connectors.data_connector._request_dataloader": "data_source",
-        "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
             "self, signum, _"
         ),
@@ -222,7 +228,7 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
     "kind",
     [
         fetcher.TicketFetcher,
-        loops.AsyncEpochLoop,
+        epochs.AsyncEpochLoop,
         loops.AsyncFitLoop,
         optimization.AsyncAutomaticOptimization,
         launchers.ScriptLauncher,
@@ -249,17 +255,17 @@ def test_every_override_overrides_something(kind: type) -> None:
 
 @pytest.mark.parametrize("name", ["global_step", "batch_idx", "done"])
 def test_the_epoch_loops_counters_are_properties(name: str) -> None:
-    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "internals/loops.py"), property):
-        fail("internals/loops.py", f"{EPOCH_LOOP}.{name} being a property")
+    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "internals/epochs.py"), property):
+        fail("internals/epochs.py", f"{EPOCH_LOOP}.{name} being a property")
 
 
 # What this package does in its own way instead. When Lightning changes it, there may be something to take over.
 REPLACED = {
     ("internals/launchers.py", f"{MULTI}.launch"): "e4df5e148770",
     ("internals/launchers.py", f"{SCRIPT}.launch"): "03d4b1d10b94",
-    ("internals/loops.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
-    ("internals/loops.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
-    ("internals/loops.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
+    ("internals/epochs.py", f"{EPOCH_LOOP}._should_check_val_fx"): "ee0d932a6ec8",
+    ("internals/epochs.py", f"{EPOCH_LOOP}.on_advance_end"): "6196c07460c1",
+    ("internals/epochs.py", f"{EPOCH_LOOP}.advance"): "dd4eb4d2b65d",
     ("internals/optimization.py", f"{AUTOMATIC}._training_step"): "f717b1a1fbfe",
     ("internals/averaging.py", f"{AVERAGING}.on_train_batch_end"): "cc644f1906e3",
     (
@@ -290,7 +296,7 @@ def test_what_is_done_in_another_way_here_has_not_changed_there(file: str, path:
 # --- what is read and written ----------------------------------------------------------------------------------------
 
 TRAINER_ATTRIBUTES = {
-    "internals/loops.py": [
+    "internals/epochs.py": [
         "fit_loop._can_stop_early",
         "fit_loop._data_fetcher",
         "fit_loop.epoch_loop._batches_that_stepped",
@@ -312,11 +318,15 @@ TRAINER_ATTRIBUTES = {
         "fit_loop.epoch_loop.val_loop.run",
         "_val_check_time_interval",
         "_logger_connector._first_loop_iter",
-        "_signal_connector._sigterm_notifier_fn",
-        "_signal_connector._slurm_sigusr_handler_fn",
         "received_sigterm",
         "should_stop",
         "strategy._lightning_optimizers",
+    ],
+    "internals/loops.py": [
+        "fit_loop._data_fetcher",
+        "fit_loop.epoch_loop.automatic_optimization",
+        "_signal_connector._sigterm_notifier_fn",
+        "_signal_connector._slurm_sigusr_handler_fn",
     ],
     "internals/sizes.py": ["fit_loop.max_batches", "fit_loop._last_train_dl_reload_epoch", "val_check_batch"],
     "internals/optimization.py": [
@@ -392,7 +402,7 @@ def test_the_combined_loader_makes_its_iterator_as_before() -> None:
 def test_a_time_based_interval_is_counted_from_the_same_moment() -> None:
     # Set when the data is set up, where there is such an interval; then after every validation.
     if "trainer._last_val_time = trainer._train_start_time" not in inspect.getsource(loops._fit_loop_module):
-        fail("internals/loops.py", "the fit loop setting trainer._last_val_time")
+        fail("internals/epochs.py", "the fit loop setting trainer._last_val_time")
 
 
 def test_the_fit_loop_selects_its_fetcher_by_the_name_in_its_module() -> None:
@@ -422,9 +432,9 @@ def test_an_epoch_loops_counters_are_saved_under_the_same_names(tmp_path: Path) 
 
 def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:
     if "You're resuming from a checkpoint that ended before the epoch ended" not in inspect.getsource(
-        resolve(f"{EPOCH_LOOP}.reset", "internals/loops.py")
+        resolve(f"{EPOCH_LOOP}.reset", "internals/epochs.py")
     ):
-        fail("internals/loops.py", "the warning of a checkpoint that ended before the epoch ended")
+        fail("internals/epochs.py", "the warning of a checkpoint that ended before the epoch ended")
 
 
 def test_a_stop_iteration_may_be_temporary() -> None:

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_async.fields import fit_text
 from lightning_async.lifeline import Lifelines
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
-from lightning_async.wire import Kind, Message, WireError, fit_text
+from lightning_async.wire import Kind, Message, WireError
 
 __all__ = ["Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.wire import MAX_HYPERS, pack_hypers
+from lightning_async.fields import MAX_HYPERS, pack_hypers
 
 __all__ = ["KERNEL_KEYS", "HyperLayout", "HyperReader", "make_plain"]
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_async.failure import FailureLatch, RunFailure
+from lightning_async.fields import fit_text
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import Kind, Message, WireError, fit_text
+from lightning_async.wire import Kind, Message, WireError
 
 __all__ = ["Lifelines"]
 

@@ -19,6 +19,7 @@ import torch
 from torch.distributed import Store, TCPStore
 
 from lightning_async.devices import DeviceFacts, nccl_obstacle
+from lightning_async.fields import fit_text
 from lightning_async.frontdoor import Address, HandshakeError, Visitor
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
@@ -30,7 +31,7 @@ from lightning_async.transport.nccl import (
     NcclChannel,
     nccl_communicator,
 )
-from lightning_async.wire import Kind, Message, WireError, fit_text
+from lightning_async.wire import Kind, Message, WireError
 
 __all__ = ["NcclOffice", "accept_nccl"]
 

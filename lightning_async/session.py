@@ -14,12 +14,13 @@ from typing import NoReturn
 from torch import Tensor
 
 from lightning_async.failure import WorkerFailedError
+from lightning_async.fields import fit_text, pack_bitmap, unpack_bitmap, unpack_hypers
 from lightning_async.holder import Holder, Push
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel
-from lightning_async.wire import Kind, Message, WireError, fit_text, pack_bitmap, unpack_bitmap, unpack_hypers
+from lightning_async.wire import Kind, Message, WireError
 
 __all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
 

@@ -3,7 +3,7 @@
 Neighbours: `server.py` and `worker.py` exchange `Message` objects over a socket of `transport/`, which
 carries bytes. A message is a header of fixed size followed by a trailer: hyper-parameters of the param
 groups, the presence bitmap, and a text. Every field is a number, a bitmap or text with a bound of its own;
-nothing received is ever unpickled or evaluated. A payload of tensor data travels elsewhere, and its size
+nothing received is ever unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size
 here is a claim: whoever posts a receive for it compares it with the session's own size first.
 """
 
@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
+from lightning_async.fields import HYPER_BYTES, MAX_HYPERS, MAX_PRESENT_BYTES, MAX_TEXT_BYTES, Bytes, WireError
+
 __all__ = [
     "HEADER_BYTES",
-    "MAX_HYPERS",
-    "MAX_PRESENT_BYTES",
-    "MAX_TEXT_BYTES",
     "MAX_TRAILER_BYTES",
     "PROTOCOL_VERSION",
     "Header",
@@ -34,31 +33,19 @@ __all__ = [
     "decode",
     "decode_header",
     "encode",
-    "fit_text",
-    "pack_bitmap",
-    "pack_hypers",
     "read_message",
-    "unpack_bitmap",
-    "unpack_hypers",
 ]
 
 PROTOCOL_VERSION = 2
-
-MAX_HYPERS = 1 << 15
-MAX_PRESENT_BYTES = 1 << 20
-MAX_TEXT_BYTES = 16 << 10
-
-Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _MAGIC = b"LASY"
 # magic, protocol, kind, dtype, hyper-parameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
 # samples, payload bytes, waited_s, bitmap bytes, text bytes. The first six bytes and the size of 128 stay the
 # same in every protocol version, so that each side can read the other's first header and name the mismatch.
 _HEADER = struct.Struct("<4sHBBHHIIIIQQQQdII52x")
-_HYPER_BYTES = 8
 
 HEADER_BYTES = _HEADER.size
-MAX_TRAILER_BYTES = MAX_HYPERS * _HYPER_BYTES + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
+MAX_TRAILER_BYTES = MAX_HYPERS * HYPER_BYTES + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
 
 _CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
     None: 0,
@@ -68,10 +55,6 @@ _CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
     torch.bfloat16: 4,
 }
 _DTYPE_OF_CODE = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
-
-
-class WireError(RuntimeError):
-    """Bytes that are no message of this protocol, or a message that has no place in it."""
 
 
 class ProtocolVersionError(WireError):
@@ -165,7 +148,7 @@ class Header(NamedTuple):
     @property
     def trailer_bytes(self) -> int:
         """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
-        return self.hyper_count * _HYPER_BYTES + self.present_bytes + self.text_bytes
+        return self.hyper_count * HYPER_BYTES + self.present_bytes + self.text_bytes
 
 
 def encode(message: Message) -> bytes:
@@ -189,7 +172,7 @@ def encode(message: Message) -> bytes:
     present, groups = message.present, message.groups
     try:
         text = message.text.encode()
-        hyper_count, rest = divmod(len(groups), _HYPER_BYTES)
+        hyper_count, rest = divmod(len(groups), HYPER_BYTES)
         if rest:
             raise WireError(f"{len(groups)} bytes are no whole number of hyper-parameters.")
         _check_sizes(hyper_count, len(present), len(text))
@@ -295,109 +278,6 @@ def read_message(receive_exactly: Callable[[int], Bytes]) -> Message:
     return assemble(header, receive_exactly(trailer_bytes) if trailer_bytes else b"")
 
 
-def pack_bitmap(flags: Sequence[bool]) -> bytes:
-    """Packs one bit per flag, least significant bit first, the last byte filled up with zeros.
-
-    Args:
-        flags: the flags.
-
-    Returns:
-        The bitmap.
-
-    Examples:
-        >>> pack_bitmap([True, False, True]).hex()
-        '05'
-    """
-    digits = "".join(["1" if flag else "0" for flag in reversed(flags)])
-    return int(digits or "0", 2).to_bytes((len(flags) + 7) // 8, "little")
-
-
-def unpack_bitmap(data: Bytes, count: int) -> list[bool]:
-    """Unpacks what `pack_bitmap` packed.
-
-    Args:
-        data: the bitmap.
-        count: the number of flags that it must hold.
-
-    Returns:
-        The flags.
-
-    Raises:
-        WireError: if the length does not fit the count, or a bit past the last flag is set.
-
-    Examples:
-        >>> unpack_bitmap(bytes([5]), 3)
-        [True, False, True]
-    """
-    if len(data) != (count + 7) // 8:
-        raise WireError(f"A bitmap of {count} flags has {(count + 7) // 8} bytes, and {len(data)} arrived.")
-    bits = int.from_bytes(data, "little")
-    if bits >> count:
-        raise WireError(f"A bitmap of {count} flags has bits set past the last of them.")
-    return [digit == "1" for digit in reversed(f"{bits:0{count}b}")] if count else []
-
-
-def pack_hypers(values: Sequence[float]) -> bytes:
-    """Packs hyper-parameters as doubles.
-
-    Args:
-        values: the numbers.
-
-    Returns:
-        Eight bytes for each.
-
-    Raises:
-        WireError: if one is not finite or no number.
-
-    Examples:
-        >>> unpack_hypers(pack_hypers([0.5, 0.9]), 2)
-        (0.5, 0.9)
-    """
-    try:
-        data = struct.pack(f"<{len(values)}d", *values)
-    except struct.error as error:
-        raise WireError(f"Hyper-parameters must be numbers: {error}.") from error
-    unpack_hypers(data, len(values))
-    return data
-
-
-def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
-    """Unpacks what `pack_hypers` packed.
-
-    Args:
-        data: the packed numbers.
-        count: how many it must hold.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        WireError: if it holds more or fewer, or one is not finite.
-    """
-    if len(data) != count * _HYPER_BYTES:
-        raise WireError(f"It sends {len(data) // _HYPER_BYTES} hyper-parameters, the holder has {count}.")
-    values = struct.unpack(f"<{count}d", data)
-    if not all(map(isfinite, values)):
-        raise WireError(f"Hyper-parameters must be finite, and these are not: {values}.")
-    return values
-
-
-def fit_text(text: str) -> str:
-    """Makes any text one that can be sent: unencodable characters replaced, the end cut off if too long.
-
-    Args:
-        text: for instance a traceback.
-
-    Returns:
-        The text, in at most `MAX_TEXT_BYTES` of UTF-8.
-
-    Examples:
-        >>> fit_text("because"), len(fit_text("x" * 10**6)) == MAX_TEXT_BYTES
-        ('because', True)
-    """
-    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")
-
-
 def assemble(header: Header, trailer: Bytes) -> Message:
     """Turns a header that `decode_header` has read, and its trailer, into a message.
 
@@ -417,7 +297,7 @@ def assemble(header: Header, trailer: Bytes) -> Message:
         )
     groups, present, text = b"", b"", ""
     if trailer:
-        groups_end = header.hyper_count * _HYPER_BYTES
+        groups_end = header.hyper_count * HYPER_BYTES
         present_end = groups_end + header.present_bytes
         groups = bytes(trailer[:groups_end])
         present = bytes(trailer[groups_end:present_end])

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.fields import pack_bitmap
 from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.wire import Kind, Message, pack_bitmap
+from lightning_async.wire import Kind, Message
 
 __all__ = ["RequestRefusedError", "Worker"]
 

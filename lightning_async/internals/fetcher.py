@@ -1,7 +1,7 @@
 """The fetcher of train batches: draws a ticket before it asks the loader.
 
-Below `loops.py` and `epochs.py`; above `tickets.py` (one order that all ranks share) and `streams.py` (a stream for each
-rank).
+Below `loops.py` and `epochs.py`; above `tickets.py` (one order that all ranks share) and `streams.py` (a stream for
+each rank).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Lightning's script launcher kills rank 0 with the others when a child exits with
 (`fabric/strategies/launchers/subprocess_script.py`, `_ChildProcessObserver`), so nobody could say which rank failed
 and why, and leaves the children running when rank 0 fails. Its multiprocessing launcher blames whichever rank exits
 first, waits half a minute for a stopped one, and waits for ever for the result of ranks that left after a SIGTERM.
-Private API: see `loops.py` for the rule, and the canary tests.
+Private API: see the canary tests.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 At the end of an epoch Lightning walks what was logged, in the order of insertion, and reduces entry by entry
 (`logger_connector/result.py:473`). Under DDP every rank logs the same keys. Here a rank may have had no batch at all,
-and then the walk would pair different entries, or wait for ever. Private API: see `loops.py`.
+and then the walk would pair different entries, or wait for ever. Private API: see the canary tests.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_async import AMSGrad, channels, frontdoor
 from lightning_async.channels import dial
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.fields import pack_bitmap, pack_hypers
 from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
 from lightning_async.holder import Holder
 from lightning_async.hyper import HyperLayout
@@ -33,7 +34,7 @@ from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
 from lightning_async.transport.shm import SharedSegment
-from lightning_async.wire import HEADER_BYTES, Kind, Message, encode, pack_bitmap, pack_hypers
+from lightning_async.wire import HEADER_BYTES, Kind, Message, encode
 from lightning_async.worker import RequestRefusedError, Worker
 from tests.faults.injector import pid_of
 from tests.faults.train import Run, train

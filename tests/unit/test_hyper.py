@@ -9,8 +9,8 @@ import torch
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from lightning_async.fields import MAX_HYPERS, unpack_hypers
 from lightning_async.hyper import HyperLayout, HyperReader
-from lightning_async.wire import MAX_HYPERS, unpack_hypers
 
 
 def weights(count: int = 1) -> list[torch.nn.Parameter]:

@@ -12,6 +12,7 @@ import torch
 
 from lightning_async import AMSGrad
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.fields import pack_bitmap
 from lightning_async.holder import Holder
 from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
@@ -22,7 +23,7 @@ from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.shm import SharedMemoryChannel
-from lightning_async.wire import Kind, Message, WireError, encode, pack_bitmap
+from lightning_async.wire import Kind, Message, WireError, encode
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_async import AMSGrad
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.fields import pack_bitmap
 from lightning_async.holder import Holder, Push, Update
 from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
@@ -20,7 +21,7 @@ from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.fake import Fault, fake_pair
 from lightning_async.transport.inprocess import in_process_pair
-from lightning_async.wire import Kind, Message, pack_bitmap
+from lightning_async.wire import Kind, Message
 from lightning_async.worker import RequestRefusedError, Worker
 
 pytestmark = pytest.mark.timeout(30)

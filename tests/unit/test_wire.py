@@ -12,11 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_async.wire import (
-    HEADER_BYTES,
+from lightning_async.fields import (
     MAX_HYPERS,
     MAX_PRESENT_BYTES,
     MAX_TEXT_BYTES,
+    fit_text,
+    pack_bitmap,
+    pack_hypers,
+    unpack_bitmap,
+    unpack_hypers,
+)
+from lightning_async.wire import (
+    HEADER_BYTES,
     MAX_TRAILER_BYTES,
     PROTOCOL_VERSION,
     Kind,
@@ -26,12 +33,7 @@ from lightning_async.wire import (
     decode,
     decode_header,
     encode,
-    fit_text,
-    pack_bitmap,
-    pack_hypers,
     read_message,
-    unpack_bitmap,
-    unpack_hypers,
 )
 
 UINT16, UINT32, UINT64 = 2**16 - 1, 2**32 - 1, 2**64 - 1

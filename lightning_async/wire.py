@@ -164,7 +164,7 @@ def encode(message: Message) -> bytes:
         WireError: if a field is out of its range or of another type.
 
     Examples:
-        >>> message = Message(Kind.PUSH, worker=3, version=17, present=pack_bitmap([True, False, True]))
+        >>> message = Message(Kind.PUSH, worker=3, version=17, present=bytes([5]))
         >>> data = encode(message)
         >>> decode(data[:HEADER_BYTES], data[HEADER_BYTES:]) == message
         True

@@ -127,8 +127,8 @@ class HolderProcess:
             host: the address that the workers reach rank 0 at.
             latch: the run's failure latch.
             on_update: called in a thread of this process with each update, some milliseconds after it, without
-                its gradients, and with the tickets that it covers. All updates that were answered have
-                been told when one of the other methods returns.
+                its gradients, and with the tickets that it covers; all that were answered have been told when one of
+                the calls below returns.
             on_refused: called when a connection or a request is refused.
 
         Raises:
@@ -164,6 +164,10 @@ class HolderProcess:
             self._unfinished = int(self._call("unfinished"))
             self._unfinished_until = now + _ANSWER_LASTS_S
         return self._unfinished
+
+    def settle(self) -> None:
+        """See `Service.settle`."""
+        self._call("settle")
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Service.adopt`."""

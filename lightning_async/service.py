@@ -71,6 +71,9 @@ class Service(Protocol):
     def unfinished(self) -> int:
         """Number of tickets of this epoch that are not applied; at any time."""
 
+    def settle(self) -> None:
+        """Returns when all updates that were answered have been told; at any time."""
+
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Holder.adopt`."""
 
@@ -157,6 +160,9 @@ class HolderService:
     def unfinished(self) -> int:
         """See `Service.unfinished`."""
         return self.ledger.progress()[1] + sum(map(self.ledger.leased, range(self._workers)))
+
+    def settle(self) -> None:
+        """See `Service.settle`: they are told as they are made."""
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Holder.adopt`."""

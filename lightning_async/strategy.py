@@ -356,6 +356,8 @@ class AsyncStrategy(SegmentedRanks):
     def log_statistics(self, step: int) -> None:
         """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
         if self._metrics is not None:
+            assert self._engine is not None and self._engine.service is not None
+            self._engine.service.settle()
             self._metrics.log(self.version, step)
 
     @override

@@ -64,17 +64,17 @@ def _slow(stats: RunStats) -> dict[str, str]:
     return {"slow": f"rank {rank} {factor:.1f}x{others}"}
 
 
-def bar_position(previous: int, now: int, every: int) -> int:
-    """The batch count to tell a bar that refreshes at multiples of ``every``.
+def bar_position(previous: int, now: int, every: int, total: float) -> int:
+    """The batch count to tell a bar that refreshes at multiples of ``every`` and at ``total``.
 
     The count may pass a multiple without standing at it.
 
     Examples:
-        >>> [bar_position(previous, now, every=5) for previous, now in [(3, 4), (4, 7), (7, 8), (8, 16)]]
-        [4, 5, 8, 15]
+        >>> [bar_position(previous, now, 5, total=17) for previous, now in [(3, 4), (4, 7), (7, 8), (8, 16), (13, 17)]]
+        [4, 5, 8, 15, 17]
     """
     passed = now // every * every
-    return passed if passed > previous else now
+    return passed if passed > previous and now < total else now
 
 
 def follow_all_ranks(trainer: Trainer) -> None:
@@ -126,7 +126,8 @@ def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
         previous, shown = (shown if shown <= done else 0), done
         if done > 0:
             every = bar.refresh_rate if isinstance(bar, TQDMProgressBar) else 1
-            show(trainer, pl_module, outputs, batch, bar_position(previous, done, max(1, every)) - 1)
+            position = bar_position(previous, done, max(1, every), trainer.num_training_batches)
+            show(trainer, pl_module, outputs, batch, position - 1)
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {**tell(trainer, pl_module), **(metrics.current() if trainer.is_global_zero else {})}

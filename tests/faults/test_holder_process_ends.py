@@ -109,6 +109,17 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> Non
     assert seconds_to_end(tmp_path) < END_S
 
 
+def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
+    strategy: dict[str, Any] = POPEN | {"holder": "process"}
+    run = start_script(Run((Fault(1, 3, "interrupt", "validation_step"),), ranks=2, strategy=strategy), tmp_path)
+
+    assert_ended_well(run)
+    assert run.returncode == 1
+    assert run.output.count("KeyboardInterrupt") == 1
+    assert "Traceback" not in run.output
+    assert seconds_to_end(tmp_path) < 2 * END_S
+
+
 def test_after_sigterm_to_every_process_the_run_ends_in_order(tmp_path: Path) -> None:
     run = start(Run((Fault(2, 20, "sigterm_all"),), strategy=APART), tmp_path)
 

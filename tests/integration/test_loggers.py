@@ -102,6 +102,7 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "wire_dtype": "fp32",
         "parameter_wire_dtype": "fp32",
         "holder_device": "auto",
+        "holder": "thread",
     }
 
     rows = [row for r in records if r.HasField("history") and "p-async/version" in (row := values(r.history.item))]

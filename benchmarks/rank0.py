@@ -26,6 +26,7 @@ from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
 from lightning_async import threads
 from lightning_async.amsgrad import AMSGrad
+from lightning_async.monitor import RunStats
 from lightning_async.worker import Worker
 from recipes.models import LeNet5
 
@@ -77,14 +78,18 @@ def measure(arrangement: str, others: int, pause_ms: float, python_ms: float, se
         processes.append(context.Process(target=target, args=arguments))
         processes[-1].start()
 
+    def start_others(address: str) -> None:
+        for rank in range(1, others + 1):
+            start(push, address, rank, others + 1, SHAPES_OF_LENET5, pause_ms / 1e3)
+
     apart = arrangement == "apart"
     if apart:
         start(_hold, addresses, counts, begun, others + 1, seconds)
-    ranks_of_rank_0 = 1 if apart else others + 1
-    start(_train, arrangement, ranks_of_rank_0, addresses, results, begun, python_ms, seconds)
-    address = addresses.get() if others else ""
-    for rank in range(1, others + 1):
-        start(push, address, rank, others + 1, SHAPES_OF_LENET5, pause_ms / 1e3)
+        start_others(addresses.get())
+        counts.get()
+    start(_train, arrangement, 1 if apart else others + 1, addresses, results, begun, python_ms, seconds)
+    if others and not apart:
+        start_others(addresses.get())
     steps, pushes = results.get()
     if apart:
         pushes = counts.get()
@@ -97,6 +102,8 @@ def measure(arrangement: str, others: int, pause_ms: float, python_ms: float, se
 def _hold(addresses: Any, counts: Any, begun: Any, ranks: int, seconds: float) -> None:
     torch.set_num_threads(1)
     _, stats = hold(optimizer_of(SHAPES_OF_LENET5), ranks, addresses.put)
+    _wait_for_others(stats)
+    counts.put(None)
     begun.wait()
     before, started = stats.updates, time.perf_counter()
     time.sleep(seconds)
@@ -114,8 +121,7 @@ def _train(
     optimizer = AMSGrad(net.parameters(), lr=1e-6)
     engine, stats = hold(optimizer, ranks, addresses.put, holder="process" if arrangement == "process" else "thread")
     engine.worker.pull()
-    while min([stats.updates_by_rank[rank] for rank in range(1, ranks)], default=5) < 5:
-        time.sleep(0.01)
+    _wait_for_others(stats)
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     _steps_in(1.0, net, engine.worker, images, labels, python_ms)
     begun.set()
@@ -125,6 +131,11 @@ def _train(
     pushes = stats.updates - stats.updates_by_rank[0] - served
     results.put((steps / elapsed, pushes / elapsed))
     threading.Event().wait()
+
+
+def _wait_for_others(stats: RunStats) -> None:
+    while min(list(stats.updates_by_rank.values())[1:], default=5) < 5:
+        time.sleep(0.01)
 
 
 def _steps_in(seconds: float, net: nn.Module, worker: Worker, images: Tensor, labels: Tensor, python_ms: float) -> int:

@@ -46,12 +46,15 @@ needs_nccl = pytest.mark.skipif(
 )
 
 STAGED = [("StagedChannel", "Holder"), ("StagedChannel", "NoneType"), ("StagedChannel", "NoneType")]
+STAGED_APART = [("StagedChannel", "NoneType")] * 3
 STAGED_ON_GPU = [("_End", "DeviceHolder"), ("StagedChannel", "NoneType"), ("StagedChannel", "NoneType")]
 NCCL = [("_End", "DeviceHolder"), ("NcclChannel", "NoneType"), ("NcclChannel", "NoneType")]
 
 WAYS = [
     pytest.param({"transport": "shm"}, False, STAGED, id="staged-shm"),
     pytest.param({"transport": "gloo"}, False, STAGED, id="staged-gloo"),
+    pytest.param({"transport": "shm", "overlap": True}, False, STAGED, id="staged-overlap"),
+    pytest.param({"transport": "shm", "holder": "process"}, False, STAGED_APART, id="staged-holder-process"),
     pytest.param({"transport": "shm", "holder_device": "cuda"}, False, STAGED_ON_GPU, id="staged-both-ends"),
     pytest.param({"transport": "nccl"}, True, NCCL, id="nccl", marks=needs_nccl),
     pytest.param({"transport": "auto"}, True, NCCL, id="auto", marks=needs_nccl),

@@ -50,7 +50,11 @@ class Run:
         self.lifelines = Lifelines(0, self.latch, 60.0)
         self.door = FrontDoor("127.0.0.1", RANKS, self.lifelines)
         self.engines: list[Engine] = []
-        self.build()
+        try:
+            self.build()
+        except BaseException:
+            self.close()
+            raise
 
     def build(self, version: int = 0, predecessors: Sequence[Engine] = ()) -> None:
         found = ""
@@ -345,13 +349,9 @@ def test_an_optimizer_that_cannot_travel_is_refused_with_the_way_out() -> None:
     class Local(Signs):
         pass
 
-    process = HolderProcess()
-    try:
-        with pytest.raises(ValueError, match=r"Local cannot go there: .* or take holder=\"thread\""):
-            Run(lambda parameters: Local(parameters, lr=0.1), process)
-    finally:
-        process.end()
-        gc.collect()
+    with pytest.raises(ValueError, match=r"Local cannot go there: .* or take holder=\"thread\""):
+        Run(lambda parameters: Local(parameters, lr=0.1), HolderProcess())
+    gc.collect()
 
 
 def test_that_it_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,12 +359,8 @@ def test_that_it_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(broken))
-    process = HolderProcess()
-    try:
-        with pytest.raises(HolderProcessError, match=r'its holder process exited with code 3; .* holder="thread"'):
-            Run(amsgrad, process)
-    finally:
-        process.end()
+    with pytest.raises(HolderProcessError, match=r'its holder process exited with code 3; .* holder="thread"'):
+        Run(amsgrad, HolderProcess())
 
 
 def test_that_it_takes_too_long_to_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -373,11 +369,8 @@ def test_that_it_takes_too_long_to_start_is_said(monkeypatch: pytest.MonkeyPatch
     slow.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(slow))
     process = HolderProcess(start_timeout_s=0.2)
-    try:
-        with pytest.raises(HolderProcessError, match=r"has not started in 0\.2 s"):
-            Run(amsgrad, process)
-    finally:
-        process.end()
+    with pytest.raises(HolderProcessError, match=r"has not started in 0\.2 s"):
+        Run(amsgrad, process)
     assert gone(process.pid, 1.0)
 
 

@@ -156,10 +156,21 @@ def test_one_rank_is_single_device_training_whatever_the_parameters_are(
     assert_equal_bit_for_bit(ours["parameters"], theirs["parameters"])
 
 
+Wire = tuple[torch.dtype, torch.dtype]
+UNROUNDED: Wire = (torch.float32, torch.float32)
+
+
 def replay(
-    module: TinyClassifier, updates: list[dict[str, Any]], samples: int, optimizer: torch.optim.Optimizer | None = None
+    module: TinyClassifier,
+    updates: list[dict[str, Any]],
+    samples: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    wire: Wire = UNROUNDED,
 ) -> None:
-    """Trains ``module`` in this process as the record says, each gradient at the version that was read."""
+    """Trains ``module`` in this process as the record says, each gradient at the version that was read.
+
+    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others.
+    """
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
     worker = copy.deepcopy(module)
@@ -174,16 +185,43 @@ def replay(
         computed += len(update["tickets"])
         if not update["applied"]:
             continue
-        worker.load_state_dict(versions[update["version_read"]])
+        gradients, parameters = UNROUNDED if update["worker"] == 0 else wire
+        read = versions[update["version_read"]]
+        worker.load_state_dict({name: value.to(parameters) for name, value in read.items()})
         worker.zero_grad()
         for ticket in update["tickets"]:
             (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
         for parameter, source in zip(module.parameters(), worker.parameters(), strict=True):
-            parameter.grad = source.grad
+            assert source.grad is not None
+            parameter.grad = source.grad.to(gradients).to(source.dtype)
         optimizer.step()
         versions.append(copy.deepcopy(module.state_dict()))
         assert len(versions) - 1 == update["version"]
     assert computed == per_epoch * 2
+
+
+def train_and_replay(
+    folder: Path, options: dict[str, Any], arguments: dict[str, Any] | None = None, wire: Wire = UNROUNDED
+) -> None:
+    """Trains with three ranks, then replays what has happened: ``updates.pt`` and ``replayed.pt``."""
+    samples = 160
+    seed_everything(SEED, verbose=False)
+    recorder = Recorder()
+
+    class Module(Oddly):
+        def on_train_end(self) -> None:
+            super().on_train_end()
+            if self.global_rank == 0:
+                torch.save(recorder.updates, folder / "updates.pt")
+
+    module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=(0.001, 0.003, 0.006))
+    alone = copy.deepcopy(module)
+    strategy = AsyncAMSGradStrategy(start_method="fork", **options)
+    strategy.observers.append(recorder)
+    trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **(arguments or {}))
+    trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
+    replay(alone, torch.load(folder / "updates.pt"), samples, wire=wire)
+    torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
 
 @pytest.mark.usefixtures("hooks")
@@ -209,28 +247,7 @@ def replay(
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], way: dict[str, Any]
 ) -> None:
-    samples = 160
-
-    def script(folder: Path) -> None:
-        seed_everything(SEED, verbose=False)
-        recorder = Recorder()
-
-        class Module(Oddly):
-            def on_train_end(self) -> None:
-                super().on_train_end()
-                if self.global_rank == 0:
-                    torch.save(recorder.updates, folder / "updates.pt")
-
-        module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=(0.001, 0.003, 0.006))
-        alone = copy.deepcopy(module)
-        strategy = AsyncAMSGradStrategy(start_method="fork", **way, **options)
-        strategy.observers.append(recorder)
-        trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **arguments)
-        trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
-        replay(alone, torch.load(folder / "updates.pt"), samples)
-        torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
-
-    run = launch(script, tmp_path)
+    run = launch(lambda folder: train_and_replay(folder, {**way, **options}, arguments), tmp_path)
 
     assert run.returncode == 0, run.output
     updates = torch.load(tmp_path / "updates.pt")
@@ -240,3 +257,41 @@ def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     assert bool(stale) == (options["max_staleness"] != 0)
     for rank in run.reports():
         assert_equal_bit_for_bit(rank["parameters"], replayed)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+@pytest.mark.parametrize(
+    ("names", "wire"),
+    [
+        (("bf16", "fp32"), (BF16, torch.float32)),
+        (("fp16", "fp32"), (FP16, torch.float32)),
+        (("bf16", "bf16"), (BF16, BF16)),
+        (("fp16", "fp16"), (FP16, FP16)),
+    ],
+    ids=["bf16-gradients", "fp16-gradients", "bf16", "fp16"],
+)
+def test_a_replay_that_rounds_what_a_network_carries_gives_the_same_bits(
+    tmp_path: Path, names: tuple[str, str], wire: Wire, overlap: bool
+) -> None:
+    gradients, parameters = names
+    options = {
+        "transport": "gloo",
+        "max_staleness": 5,
+        "wire_dtype": gradients,
+        "parameter_wire_dtype": parameters,
+        "overlap": overlap,
+    }
+
+    run = launch(lambda folder: train_and_replay(folder, options, wire=wire), tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert len({update["worker"] for update in torch.load(tmp_path / "updates.pt")}) == 3
+    replayed = torch.load(tmp_path / "replayed.pt")
+    rounded = {name: value.to(wire[1]).to(value.dtype) for name, value in replayed.items()}
+    ranks = run.reports()
+    assert_equal_bit_for_bit(ranks[0]["parameters"], replayed)
+    for rank in ranks[1:]:
+        assert_equal_bit_for_bit(rank["parameters"], rounded)

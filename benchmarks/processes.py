@@ -40,7 +40,11 @@ def optimizer_of(shapes: Shapes) -> AMSGrad:
 
 
 def hold(
-    optimizer: torch.optim.Optimizer, ranks: int, tell_address: Callable[[str], object], **options: Any
+    optimizer: torch.optim.Optimizer,
+    ranks: int,
+    tell_address: Callable[[str], object],
+    process: HolderProcess | None = None,
+    **options: Any,
 ) -> tuple[Engine, RunStats]:
     """Rank 0's side, ready for the others.
 
@@ -48,6 +52,7 @@ def hold(
         optimizer: over the initial parameters.
         ranks: number of ranks, this one included.
         tell_address: called with what the other ranks need to find it.
+        process: where the holder is to be; without one, in a thread of rank 0's.
         options: see `ExchangeOptions`.
     """
     latch = FailureLatch()
@@ -60,18 +65,19 @@ def hold(
             tell_address(json.dumps([door.address.as_json(), holder]))
         return holder
 
+    place: Any = "thread" if process is None else "process"
     engine = Engine(
         rank=0,
         world_size=ranks,
         optimizers=[optimizer],
-        options=ExchangeOptions(max_staleness=None, **options),
+        options=ExchangeOptions(max_staleness=None, holder=place, **options),
         latch=latch,
         door=door,
         stats=stats,
         observers=[],
         version=0,
         meet=meet,
-        process=HolderProcess() if options.get("holder") == "process" and ranks > 1 else None,
+        process=process,
     )
     assert engine.service is not None
     engine.service.begin_epoch(range(_TICKETS))

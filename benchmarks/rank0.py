@@ -26,6 +26,7 @@ from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
 from lightning_async import threads
 from lightning_async.amsgrad import AMSGrad
+from lightning_async.holder_process import HolderProcess
 from lightning_async.monitor import RunStats
 from lightning_async.worker import Worker
 from recipes.models import LeNet5
@@ -119,7 +120,9 @@ def _train(
         threads.SWITCH_INTERVAL_S = sys.getswitchinterval()
     net = LeNet5()
     optimizer = AMSGrad(net.parameters(), lr=1e-6)
-    engine, stats = hold(optimizer, ranks, addresses.put, holder="process" if arrangement == "process" else "thread")
+    engine, stats = hold(
+        optimizer, ranks, addresses.put, HolderProcess() if arrangement == "process" and ranks > 1 else None
+    )
     engine.worker.pull()
     _wait_for_others(stats)
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))

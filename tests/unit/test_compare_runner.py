@@ -136,9 +136,14 @@ def test_an_interruption_ends_the_jobs_and_what_they_started(tmp_path: Path, sig
         os.kill(os.getpid(), signum)
 
     interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        run([job(tmp_path, "long", extra)])
+    # A shell's background job, which this may be, ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            run([job(tmp_path, "long", extra)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     interrupter.join()
 
     deadline = time.monotonic() + 10.0

@@ -1,6 +1,7 @@
 """How many updates a second the holder takes: workers that push a ready gradient at once and compute nothing.
 
-Run ``python -m benchmarks.ceiling``. Each worker is a process of its own on this host; rank 0 only holds.
+Run ``python -m benchmarks.ceiling``. Each worker is a process of its own on this host; rank 0 only holds. Beside each
+rate stands how long an update takes, over what the fused kernel and one copy take in one thread, measured before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES, Shapes, hold, optimizer_of, push
 from benchmarks.record import save
 
@@ -29,13 +31,21 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     found = []
-    print("parameters transport workers  updates/s   us/update")
+    torch.set_num_threads(1)
+    print("parameters transport workers  updates/s   us/update  over kernel + copy")
     for size in arguments.sizes:
+        floor_s = sum(floor_seconds(SHAPES[size]))
+        print(f"{size:>10} {'alone':>9} {'':>7} {1 / floor_s:>10.0f} {1e6 * floor_s:>11.0f} {1:>19.2f}", flush=True)
         for transport in arguments.transports:
             for workers in arguments.workers:
                 rate = updates_per_second(SHAPES[size], workers, transport, arguments.seconds, arguments.wire_dtype)
-                found.append({"size": size, "transport": transport, "workers": workers, "updates_per_second": rate})
-                print(f"{size:>10} {transport:>9} {workers:>7} {rate:>10.0f} {1e6 / rate:>11.0f}", flush=True)
+                ratio = 1 / (rate * floor_s)
+                row = {"size": size, "transport": transport, "workers": workers, "updates_per_second": rate}
+                found.append(row | {"floor_s": floor_s, "over_floor": ratio})
+                print(
+                    f"{size:>10} {transport:>9} {workers:>7} {rate:>10.0f} {1e6 / rate:>11.0f} {ratio:>19.2f}",
+                    flush=True,
+                )
     save("ceiling" if arguments.wire_dtype == "fp32" else f"ceiling_{arguments.wire_dtype}", vars(arguments), found)
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from benchmarks.ceiling import updates_per_second
-from benchmarks.processes import SHAPES, Shapes
+from benchmarks.kernel import floor_seconds
+from benchmarks.processes import SHAPES
 from benchmarks.record import save
 
 _KERNEL_BYTES, _COPY_BYTES = 36, 8
@@ -44,32 +42,6 @@ def main() -> None:
         )
         found.append({"size": size, "kernel_s": kernel_s, "copy_s": copy_s, "round_trip_s": trip_s, "ratio": ratio})
     save("floor", vars(arguments), found)
-
-
-def floor_seconds(shapes: Shapes) -> tuple[float, float]:
-    """Seconds of one fused AMSGrad kernel over all parameters, and of one copy of them."""
-    parameters, gradients, *moments = [[torch.zeros(shape) for shape in shapes] for _ in range(5)]
-    steps = [torch.ones(()) for _ in shapes]
-    flat = torch.zeros(sum(tensor.numel() for tensor in parameters))
-    out = torch.empty_like(flat)
-    fused: Any = torch._fused_adam_
-    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
-
-    def kernel() -> None:
-        fused(parameters, gradients, *moments, steps, **options, amsgrad=True, maximize=False)
-
-    return median_seconds(kernel), median_seconds(lambda: out.copy_(flat))
-
-
-def median_seconds(call: Callable[[], object], total_s: float = 1.5) -> float:
-    """The median duration of a call, over about ``total_s`` seconds."""
-    call()
-    durations: list[float] = []
-    while sum(durations) < total_s:
-        started = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - started)
-    return sorted(durations)[len(durations) // 2]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
+from lightning_async.transport.shortcut import Shortcut, find_shortcut
 from lightning_async.wire import Kind, Message
 
 __all__ = ["ChannelOffice", "WireNames", "dial"]
@@ -31,6 +32,8 @@ __all__ = ["ChannelOffice", "WireNames", "dial"]
 WireNames: TypeAlias = tuple[str, str]
 
 _UNROUNDED: WireNames = ("fp32", "fp32")
+# What a worker adds to its last message over TCP.
+_MOVES = "shortcut"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -97,11 +100,13 @@ class ChannelOffice:
         # The holder takes over what hooks do to rank 0's parameters, and must not take its own rounded ones for that.
         wire = _UNROUNDED if visitor.rank == 0 else self._wire
         segment = self._segment(visitor)
+        shortcut = None if segment is None else _make_shortcut()
         try:
             pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
             offer = {
                 "pair": pair,
                 "segment": segment.address if segment else None,
+                "shortcut": shortcut.name if shortcut else None,
                 "store_port": self._store_port(segment),
                 "wire": wire,
             }
@@ -110,6 +115,8 @@ class ChannelOffice:
             if segment is not None:
                 answer = connection.receive()
                 if answer.kind is Kind.ACK:
+                    if shortcut is not None and answer.text == _MOVES:
+                        connection.move_to(shortcut.take())
                     return SharedMemoryChannel(connection, segment.buffers)
                 self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
                 fallback = offer | {"segment": None, "store_port": self._store_port(None)}
@@ -117,6 +124,8 @@ class ChannelOffice:
         finally:
             if segment is not None:
                 segment.release()
+            if shortcut is not None:
+                shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
         return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), visitor.overlaps)
 
@@ -200,11 +209,22 @@ def dial(
             connection.send(Message(Kind.REFUSE, worker=worker, text=str(error)))
             offer = json.loads(connection.receive().text)
         else:
-            connection.send(Message(Kind.ACK, worker=worker))
+            shortcut = find_shortcut(offer["shortcut"]) if offer["shortcut"] else None
+            connection.send(Message(Kind.ACK, worker=worker, text="" if shortcut is None else _MOVES))
+            if shortcut is not None:
+                connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
     return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
+
+
+def _make_shortcut() -> Shortcut | None:
+    try:
+        return Shortcut()
+    except OSError as error:
+        log.debug("doorbells stay with TCP: %s", error)
+        return None
 
 
 def _dtypes(wire: Sequence[str]) -> WireDtypes:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from lightning_async.update import HeldOptimizer
 __all__ = ["Holder", "Push", "Snapshot", "Update"]
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(NamedTuple):
     """A gradient and what is needed to apply it.
 
     Args:
@@ -121,8 +120,10 @@ class Holder:
         self._barrier = barrier
         self._latch = latch
         self._observer = observer
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._changes = 0
+        self._waiting = 0
         self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
@@ -136,7 +137,7 @@ class Holder:
     @property
     def version(self) -> int:
         """Number of updates applied so far, k."""
-        with self._changed:
+        with self._lock:
             return self._barrier.version
 
     @property
@@ -146,13 +147,17 @@ class Holder:
 
     def wait_for_change(self, seen: int) -> None:
         """Waits until `changes` is no longer ``seen``, or the run fails."""
-        with self._changed:
-            while self._changes == seen and self._latch.failure is None:
-                self._changed.wait()
+        with self._lock:
+            self._waiting += 1
+            try:
+                while self._changes == seen and self._latch.failure is None:
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
-        with self._changed:
+        with self._lock:
             self._listeners.append(listener)
 
     def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
@@ -164,7 +169,7 @@ class Holder:
             ValueError: if the worker holds parameters already.
             WorkerFailedError: if the run has failed.
         """
-        with self._changed:
+        with self._lock:
             self._latch.check()
             reader = (worker, lane)
             self._barrier.ask(reader)
@@ -187,7 +192,7 @@ class Holder:
             ValueError: if the worker does not hold the version that it says it read.
             WorkerFailedError: if the run has failed.
         """
-        with self._changed:
+        with self._lock:
             self._latch.check()
             reader = (push.worker, push.lane)
             held = self._barrier.held(reader)
@@ -216,7 +221,7 @@ class Holder:
             parameters: for each optimizer its parameters. Where they are rounded (a module in bfloat16), the holder
                 keeps its own values as long as they round to these.
         """
-        with self._changed:
+        with self._lock:
             for index, owned in enumerate(parameters):
                 for view, parameter in zip(self._layout.views(self._flat, index), owned, strict=True):
                     own = view.to(device=parameter.device, dtype=parameter.dtype)
@@ -225,13 +230,13 @@ class Holder:
 
     def leave(self, worker: int, lane: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
-        with self._changed:
+        with self._lock:
             self._barrier.leave((worker, lane))
             self._tell()
 
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
-        with self._changed:
+        with self._lock:
             self._copy(out)
             return self._barrier.version
 
@@ -242,7 +247,7 @@ class Holder:
             applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
                 are those of the same version.
         """
-        with self._changed:
+        with self._lock:
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             return Snapshot(self._barrier.version, self._flat.clone(), states, adapted, tuple(applied()))
@@ -254,7 +259,7 @@ class Holder:
             True if a state came from Adam without AMSGrad, whose maximum was then started from its ``exp_avg_sq``.
         """
         adopted = False
-        with self._changed:
+        with self._lock:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
                 adopted |= optimizer.load(state)
             self._barrier.version = version
@@ -270,7 +275,8 @@ class Holder:
 
     def _tell(self) -> None:
         self._changes += 1
-        self._changed.notify_all()
+        if self._waiting:
+            self._changed.notify_all()
         for listener in self._listeners:
             listener()
 
@@ -278,5 +284,5 @@ class Holder:
 def _wake(holder: Holder | None) -> None:
     """Lets whoever waits at ``holder`` see that the run has failed."""
     if holder is not None:
-        with holder._changed:
+        with holder._lock:
             holder._tell()

@@ -60,17 +60,7 @@ class News:
         self._notes.append(
             (
                 # No gradients, which are large; the hyper-parameters are mostly one and the same tuple.
-                (
-                    push.worker,
-                    push.optimizer,
-                    push.version_read,
-                    (),
-                    push.groups,
-                    push.tickets,
-                    push.samples,
-                    push.waited_s,
-                    push.lane,
-                ),
+                tuple(push._replace(gradients=())),
                 (update.version, update.staleness, update.applied, update.parked_s, update.at_ns),
                 tickets,
             )

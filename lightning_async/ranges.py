@@ -47,6 +47,11 @@ class RangeSet:
             return
         # The ranges that touch this one become one with it.
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        if last - first == 1 and self._stops[first] == start:
+            # The usual case, as tickets are applied nearly in their order.
+            self._stops[first] = stop
+            self._count += stop - start
+            return
         self._count -= sum(self._stops[index] - self._starts[index] for index in range(first, last))
         if first < last:
             start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])

@@ -126,7 +126,7 @@ class Ledger:
             leased = self._leased[worker]
             if tickets > len(leased):
                 raise ValueError(f"worker {worker} reports {tickets} batches but was handed {len(leased)}")
-            done = tuple(leased.popleft() for _ in range(tickets))
+            done = tuple([leased.popleft() for _ in range(tickets)])
             for ticket in done:
                 self._applied.add(ticket, ticket + 1)
             return done

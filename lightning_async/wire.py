@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
@@ -86,9 +85,10 @@ class Kind(enum.IntEnum):
 _KIND_OF_CODE = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message; which fields matter depends on its kind.
+
+    A tuple, which is made in a fraction of the time that a frozen dataclass takes, and there are two for each update.
 
     Attributes:
         kind: what it says.
@@ -177,29 +177,26 @@ def encode(message: Message) -> bytes:
             raise WireError(f"{len(groups)} bytes are no whole number of hyper-parameters.")
         _check_sizes(hyper_count, len(present), len(text))
         _check_seconds(message.waited_s)
-        parts = [
-            _HEADER.pack(
-                _MAGIC,
-                PROTOCOL_VERSION,
-                Kind(message.kind),
-                _CODE_OF_DTYPE[message.dtype],
-                hyper_count,
-                message.outcome,
-                message.worker,
-                message.incarnation,
-                message.optimizer,
-                message.tickets,
-                message.version,
-                message.ticket,
-                message.samples,
-                message.payload_bytes,
-                message.waited_s,
-                len(present),
-                len(text),
-            )
-        ]
-        parts += (groups, present, text)
-        return b"".join(parts)
+        header = _HEADER.pack(
+            _MAGIC,
+            PROTOCOL_VERSION,
+            _KIND_OF_CODE[message.kind],
+            _CODE_OF_DTYPE[message.dtype],
+            hyper_count,
+            message.outcome,
+            message.worker,
+            message.incarnation,
+            message.optimizer,
+            message.tickets,
+            message.version,
+            message.ticket,
+            message.samples,
+            message.payload_bytes,
+            message.waited_s,
+            len(present),
+            len(text),
+        )
+        return header + groups + present + text
     except (struct.error, OverflowError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise WireError(f"{_name(message)} cannot be encoded: {error!r}.") from error
 
@@ -305,7 +302,7 @@ def assemble(header: Header, trailer: Bytes) -> Message:
             text = str(trailer[present_end:], "utf-8")
         except UnicodeDecodeError as error:
             raise WireError(f"The text of {header.kind.name} is not UTF-8: {error}.") from error
-    # Positional, in the order of the dataclass: keywords take 40 % longer.
+    # Positional, in the order of the class: keywords take longer.
     return Message(
         header.kind,
         header.worker,

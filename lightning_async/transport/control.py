@@ -1,4 +1,4 @@
-"""The control connection: messages of `wire.py` over one TCP socket. Idle waiting happens here.
+"""The control connection: messages of `wire.py` over one socket, TCP or Unix. Idle waiting happens here.
 
 A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
 not; so whoever waits without a payload under way waits here. Used by `gloo.py`, `lifeline.py` and `server.py`.
@@ -53,6 +53,16 @@ class ControlConnection:
     def settimeout(self, timeout_s: float | None) -> None:
         """Limits each wait to ``timeout_s`` seconds; None waits for ever."""
         self._socket.settimeout(timeout_s)
+
+    def move_to(self, sock: socket.socket) -> None:
+        """Goes on over another connected socket to the same peer; nothing may be under way.
+
+        Args:
+            sock: owned from here on; the time-out moves, too.
+        """
+        sock.settimeout(self._socket.gettimeout())
+        before, self._socket = self._socket, sock
+        before.close()
 
     def send(self, message: Message) -> None:
         """Sends one message.

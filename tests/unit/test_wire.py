@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,7 +188,7 @@ def test_the_numbers_of_the_kinds_stay_the_same() -> None:
     ids=lambda fields: "-".join(f"{name}={value!r:.24}" for name, value in fields.items()),
 )
 def test_a_value_out_of_range_is_refused_by_the_sender(fields: dict[str, Any]) -> None:
-    message = replace(Message(Kind.PUSH), **fields)
+    message = Message(Kind.PUSH)._replace(**fields)
 
     with pytest.raises(WireError):
         encode(message)

@@ -181,7 +181,7 @@ def test_a_reader_that_may_go_tells_the_next(attempt: int) -> None:
     waiting = [Rank(lambda: cluster.pull(3)), Rank(lambda: cluster.pull(2))]
     assert all(rank.waits() for rank in waiting)
 
-    with cluster.holder._changed:
+    with cluster.holder._lock:
         cluster.holder.leave(0)
         cluster.holder.leave(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import time
 import warnings
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
 
-__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "measure"]
+__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "hush_lightning", "measure"]
 
 LENET5_PARAMETERS = 44_426
 RESNET18_PARAMETERS = 11_173_962
@@ -94,6 +95,7 @@ def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, param
                 results.put(found)
 
     module = Reporting(parameters, step_s)
+    hush_lightning()
     trainer = Trainer(
         strategy=strategy() if callable(strategy) else strategy,
         accelerator="cpu",
@@ -109,3 +111,9 @@ def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, param
     called = time.perf_counter()
     trainer.fit(module, DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1))
     queue.put(results.get())
+
+
+def hush_lightning() -> None:
+    """Keeps what Lightning says of each run out of a benchmark's table."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
+from benchmarks.emulated import hush_lightning
 from benchmarks.record import save
 from lightning_async.binding import Binding
 from lightning_async.holder import Holder
@@ -135,6 +136,7 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) 
 
     batches = per_rank * ranks
     data = TensorDataset(torch.randn(batches * batch_size, *shape), torch.zeros(batches * batch_size, dtype=torch.long))
+    hush_lightning()
     trainer = Trainer(
         strategy="ddp_fork" if strategy == DDP else _asynchronous("process" if strategy == APART else "thread"),
         accelerator="cpu",

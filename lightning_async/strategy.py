@@ -81,8 +81,8 @@ class AsyncStrategy(SegmentedRanks):
             were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
-        holder: whether updates are made by a thread of rank 0's process or by a ``"process"`` of their own on its host,
-            which leaves rank 0 to its training. Worth it at thousands of updates a second; see docs/benchmarks.md.
+        holder: whether updates are made by a thread of rank 0's process or by a ``"process"`` of their own,
+            which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.

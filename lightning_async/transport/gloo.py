@@ -5,6 +5,7 @@ Above `control.py`, which carries the messages; built by `server.py` and `worker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ class GlooChannel(Channel):
             wait_until_ready(self._control)
         if self._outgoing is not None:
             payload = _rounded(payload, self._outgoing[: payload.numel()])
-        self._finish(self._group().send([payload], 1 - self._side, 0), payload)
+        self._pass(self._group().send, payload)
 
     def receive(self) -> Message:
         """See `Channel.receive`."""
@@ -106,7 +107,7 @@ class GlooChannel(Channel):
         if self._late_reader and self._side == WORKER_SIDE:
             say_ready(self._control)
         arriving = out if self._incoming is None else self._incoming[: out.numel()]
-        self._finish(self._group().recv([arriving], 1 - self._side, 0), arriving)
+        self._pass(self._group().recv, arriving)
         if arriving is not out:
             out.copy_(arriving)
 
@@ -121,10 +122,11 @@ class GlooChannel(Channel):
             raise ChannelClosedError("channel closed")
         return self._pair
 
-    def _finish(self, work: torch.distributed.Work, payload: Tensor) -> None:
+    def _pass(self, post: Callable[..., torch.distributed.Work], payload: Tensor) -> None:
         deadline_s = _PAYLOAD_BASE_S + payload.nbytes / _SLOWEST_BYTES_PER_S
         try:
-            work.wait(timedelta(seconds=deadline_s))
+            # A pair whose other side is known to be gone refuses; any other fails while it is waited for.
+            post([payload], 1 - self._side, 0).wait(timedelta(seconds=deadline_s))
         except RuntimeError as error:
             # Gloo closes the pair for good on any error.
             self._pair = None

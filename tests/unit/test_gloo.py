@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,3 +126,17 @@ def test_a_worker_that_ends_before_it_takes_its_parameters_is_noticed_at_once(pa
         holder.send(Message(Kind.PARAMETERS), holder.buffers.parameters)
 
     assert time.monotonic() - started < gloo._PAYLOAD_BASE_S / 2
+
+
+@pytest.mark.parametrize("pair", [WireDtypes()], indirect=True)
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_pair_that_is_known_to_be_gone_is_a_closed_channel_too(pair: Any, sends: bool) -> None:
+    worker, holder = pair
+    worker._pair = None
+    # Until Gloo's own thread has seen the end of the connection, there is a pair to be waited for.
+    time.sleep(0.3)
+    send = partial(holder.send, Message(Kind.PARAMETERS), holder.buffers.parameters)
+    receive = partial(holder.receive_payload, holder.buffers.gradient)
+
+    with pytest.raises(ChannelClosedError, match="the payload did not pass"):
+        (send if sends else receive)()

@@ -1,0 +1,130 @@
+"""What one push costs rank 0 where the workers' payloads lie in shared memory, and where the time goes.
+
+Run ``python -m benchmarks.request``. Worker and holder take turns in one thread of one process, so nothing is waited
+for and nobody else wants a core: what is left is the fused kernel, a copy of the parameters, system calls and Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import socket
+import time
+
+import torch
+
+from benchmarks.kernel import floor_seconds
+from benchmarks.processes import SHAPES, optimizer_of
+from benchmarks.record import save
+from lightning_async.failure import FailureLatch
+from lightning_async.fields import pack_bitmap
+from lightning_async.hyper import HyperLayout, HyperReader
+from lightning_async.monitor import RunStats
+from lightning_async.options import ExchangeOptions
+from lightning_async.service import Held, HolderService
+from lightning_async.session import Session
+from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment
+from lightning_async.wire import Kind, Message
+
+_TICKETS = 10**9
+_SHOWN = 12
+
+
+class Exchange:
+    """A worker that only sends, and rank 0's side, which serves when it is told to.
+
+    Args:
+        size: of the model.
+    """
+
+    def __init__(self, size: str) -> None:
+        optimizer = optimizer_of(SHAPES[size])
+        stats, workers = RunStats(2), 2
+        held = Held([optimizer], ExchangeOptions(max_staleness=None), workers, version=0)
+        service = HolderService(held, FailureLatch(), None, lambda update, tickets: stats.record(update), lambda: None)
+        service.begin_epoch(range(_TICKETS))
+        service.open(_TICKETS)
+        layout, hypers = service.layout, HyperLayout(optimizer)
+        segment = SharedSegment(layout.numel, layout.dtype)
+        segment.buffers.gradient.fill_(1e-3)
+        self._worker, self._holder = map(ControlConnection, socket.socketpair())
+        channel = SharedMemoryChannel(self._holder, segment.buffers)
+        self._session = Session(1, channel, service.holder, service.ledger, layout, [hypers])
+        self._push = Message(
+            Kind.PUSH,
+            worker=1,
+            ticket=1,
+            tickets=1,
+            samples=1,
+            dtype=layout.dtype,
+            payload_bytes=layout.segment_bytes(0),
+            groups=HyperReader(optimizer, hypers).packed(),
+            present=pack_bitmap([True] * len(SHAPES[size])),
+        )
+        for kind in (Kind.DRAW, Kind.PULL):
+            self._worker.send(Message(kind, worker=1))
+            self.serve()
+            self._version = self._worker.receive().version
+
+    def ask(self) -> None:
+        """Sends a push."""
+        self._worker.send(self._push._replace(version=self._version))
+
+    def serve(self) -> None:
+        """Does what rank 0 does when there is something to read."""
+        for message in self._holder.receive_available():
+            for _ in self._session.serve(message):
+                raise RuntimeError("nobody else is there to be waited for")
+
+    def take(self) -> None:
+        """Takes the answer."""
+        self._version = self._worker.receive().version
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="44K", choices=list(SHAPES))
+    parser.add_argument("--requests", type=int, default=5000)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    kernel_s, copy_s = floor_seconds(SHAPES[arguments.size])
+    exchange, durations = Exchange(arguments.size), []
+    for _ in range(arguments.requests):
+        exchange.ask()
+        started = time.perf_counter()
+        exchange.serve()
+        durations.append(time.perf_counter() - started)
+        exchange.take()
+    request_s = sorted(durations)[len(durations) // 2]
+    print(f"request {request_s * 1e6:.0f} us, kernel {kernel_s * 1e6:.0f} us, copy {copy_s * 1e6:.0f} us")
+    profile = cProfile.Profile()
+    for _ in range(arguments.requests):
+        exchange.ask()
+        profile.enable()
+        exchange.serve()
+        profile.disable()
+        exchange.take()
+    print("most of it, under cProfile (which doubles what is Python):")
+    parts = _parts(profile, arguments.requests)
+    for name, microseconds in parts[:_SHOWN]:
+        print(f"  {microseconds:6.1f} us  {name}")
+    save("request", vars(arguments), [{"request_s": request_s, "kernel_s": kernel_s, "copy_s": copy_s, "parts": parts}])
+
+
+def _parts(profile: cProfile.Profile, requests: int) -> list[tuple[str, float]]:
+    """Microseconds a request for each function, its callees not counted; the largest first."""
+    stats: dict[tuple[str, int, str], tuple[int, int, float, float, object]] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    of_function = [
+        (f"{os.path.basename(file)}:{function}" if line else function, own_s / requests * 1e6)
+        for (file, line, function), (_, _, own_s, _, _) in stats.items()
+    ]
+    return sorted(of_function, key=lambda part: -part[1])
+
+
+if __name__ == "__main__":
+    main()

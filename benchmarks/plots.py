@@ -119,7 +119,7 @@ def overhead(axes: Axes, found: list[dict[str, Any]]) -> None:
     axes.axhline(1.0, color=THEIRS, label="ddp")
     axes.set_ylabel("samples per second over ddp's")
     axes.margins(y=0.2)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
 
 
 def time_to_accuracy(axes: Axes, found: list[dict[str, Any]]) -> None:

@@ -80,6 +80,19 @@ def launch(
     return Launched(returncode, output, seconds, folder)
 
 
+def gone(pid: int, timeout_s: float) -> bool:
+    """Whether the process ends in time; a zombie has."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def session_processes(session: int) -> dict[int, str]:
     """The living processes of a session: pid -> command line."""
     found = {}

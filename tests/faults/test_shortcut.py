@@ -16,7 +16,7 @@ from lightning_async.transport.control import ControlConnection
 from lightning_async.transport.shm import SharedMemoryChannel
 from lightning_async.transport.shortcut import Shortcut, find_shortcut
 from lightning_async.wire import Kind, Message
-from tests.faults.test_strangers import Host
+from tests.faults.host import Host
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from lightning_async.lifeline import Lifelines
 from lightning_async.monitor import RunStats
 from lightning_async.options import ExchangeOptions
 from tests.elsewhere import Signs
+from tests.launch import gone
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -133,19 +133,6 @@ def running(make: MakeOptimizer, holder: str = "process", **options: Any) -> Ite
 
 def amsgrad(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return AMSGrad(parameters, lr=0.1, weight_decay=0.01)
-
-
-def gone(pid: int, timeout_s: float) -> bool:
-    """Whether the process ends in time; a zombie has."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.parametrize(
@@ -372,45 +359,3 @@ def test_that_it_takes_too_long_to_start_is_said(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(HolderProcessError, match=r"has not started in 0\.2 s"):
         Run(amsgrad, process)
     assert gone(process.pid, 1.0)
-
-
-def test_it_ends_when_it_is_told_and_ending_twice_is_ending() -> None:
-    process = HolderProcess()
-    process.end()
-    process.end()
-    assert gone(process.pid, 1.0)
-
-
-RANK_0 = """
-import os, sys, time
-from lightning_async.holder_process import HolderProcess
-process = HolderProcess()
-process._ready.wait()
-if os.fork() == 0:
-    # A loader's worker, say, which has rank 0's descriptors.
-    time.sleep(30)
-    os._exit(0)
-print(process.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_it_does_not_outlive_rank_0_whoever_has_inherited_the_connection() -> None:
-    with subprocess.Popen([sys.executable, "-c", RANK_0], stdout=subprocess.PIPE, text=True) as rank_0:
-        assert rank_0.stdout is not None
-        pid = int(rank_0.stdout.readline())
-        os.kill(rank_0.pid, signal.SIGKILL)
-        assert gone(pid, 5.0)
-
-
-def test_it_does_without_lightning() -> None:
-    code = (
-        "import sys, types\n"
-        "package = types.ModuleType('lightning_async')\n"
-        "package.__path__ = [sys.argv[1]]\n"
-        "sys.modules['lightning_async'] = package\n"
-        "import lightning_async.holder_main\n"
-        "sys.exit(any(name.partition('.')[0] in ('lightning', 'pytorch_lightning') for name in sys.modules))\n"
-    )
-    folder = Path(sys.modules["lightning_async"].__file__ or "").parent
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)

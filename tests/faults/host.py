@@ -1,0 +1,75 @@
+"""Rank 0 without a trainer, for what can be tried at its door."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Literal
+
+import torch
+
+from lightning_async import AMSGrad
+from lightning_async.channels import dial
+from lightning_async.failure import FailureLatch
+from lightning_async.frontdoor import DOORBELL, FrontDoor
+from lightning_async.holder import Holder
+from lightning_async.hyper import HyperLayout
+from lightning_async.layout import FlatLayout, describe_model
+from lightning_async.lifeline import Lifelines
+from lightning_async.monitor import RunStats
+from lightning_async.server import Server
+from lightning_async.staleness import Barrier
+from lightning_async.tickets import Ledger
+from lightning_async.worker import Worker
+
+RANKS = 3
+
+
+class Host:
+    """Rank 0 without a trainer: a door, a server and its holder, in this process."""
+
+    def __init__(self, transport: Literal["auto", "gloo"] = "auto") -> None:
+        self.parameters = model()
+        optimizer = AMSGrad(self.parameters, lr=0.1)
+        self.layout = FlatLayout([self.parameters])
+        self.groups = [HyperLayout(optimizer)]
+        self.hypers = self.groups[0].read(optimizer.param_groups)
+        self.latch = FailureLatch()
+        self.stats = RunStats(RANKS)
+        self.lifelines = Lifelines(0, self.latch, timeout_s=30.0)
+        self.door = FrontDoor("127.0.0.1", RANKS, self.lifelines)
+        self.ledger = Ledger(RANKS)
+        self.ledger.begin_epoch(range(100))
+        self.ledger.open(100)
+        self.holder = Holder(self.layout, self.layout.buffer(), [optimizer], Barrier(None), self.latch)
+        self.server = Server(
+            self.holder, self.ledger, self.layout, self.groups, self.latch, self.door, transport, self.stats.refuse
+        )
+
+    def close(self) -> None:
+        self.server.close(timeout_s=2.0)
+        self.door.close()
+        self.lifelines.close()
+
+    def hello(self, role: str = DOORBELL, **changes: Any) -> dict[str, Any]:
+        """What a rank says when it comes in."""
+        model = describe_model(self.layout, self.groups) | changes.pop("model", {})
+        return {"token": self.door.address.token, "role": role, "model": model} | changes
+
+    def knock(self, data: bytes = b"") -> socket.socket:
+        """A connection to the door that has sent ``data``."""
+        sock = socket.create_connection((self.door.address.host, self.door.address.port), timeout=5.0)
+        sock.sendall(data)
+        return sock
+
+    def serves(self, rank: int) -> bool:
+        """Whether a rank of the run is still served."""
+        channel = dial(self.door.address, rank, self.layout, self.groups)
+        worker = Worker(rank, channel, self.layout, [AMSGrad(model())], self.latch)
+        drawn = worker.draw()
+        worker.refresh()
+        worker.close()
+        return len(drawn) == 1
+
+
+def model() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]

@@ -1,0 +1,58 @@
+"""The holder's process begins without Lightning and ends with rank 0, whatever becomes of that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_async.holder_process import HolderProcess
+from tests.launch import gone
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_it_ends_when_it_is_told_and_ending_twice_is_ending() -> None:
+    process = HolderProcess()
+    process.end()
+    process.end()
+    assert gone(process.pid, 1.0)
+
+
+RANK_0 = """
+import os, sys, time
+from lightning_async.holder_process import HolderProcess
+process = HolderProcess()
+process._ready.wait()
+if os.fork() == 0:
+    # A loader's worker, say, which has rank 0's descriptors.
+    time.sleep(30)
+    os._exit(0)
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_it_does_not_outlive_rank_0_whoever_has_inherited_the_connection() -> None:
+    with subprocess.Popen([sys.executable, "-c", RANK_0], stdout=subprocess.PIPE, text=True) as rank_0:
+        assert rank_0.stdout is not None
+        pid = int(rank_0.stdout.readline())
+        os.kill(rank_0.pid, signal.SIGKILL)
+        assert gone(pid, 5.0)
+
+
+def test_it_does_without_lightning() -> None:
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('lightning_async')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['lightning_async'] = package\n"
+        "import lightning_async.holder_main\n"
+        "sys.exit(any(name.partition('.')[0] in ('lightning', 'pytorch_lightning') for name in sys.modules))\n"
+    )
+    folder = Path(sys.modules["lightning_async"].__file__ or "").parent
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)

@@ -1,18 +1,29 @@
 """Asynchronous data-parallel training for PyTorch Lightning.
 
 ``import lightning_async`` registers the strategies, so that ``Trainer(strategy="async_amsgrad", devices=4)`` works.
+
+Lightning itself is imported by the user's code, before or after. What knows nothing of Lightning (the holder's own
+process, for one) imports this package without it: the names below are looked up when they are first used.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from __future__ import annotations
 
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.amsgrad_strategy import AsyncAMSGradStrategy
-from lightning_async.callback import AsyncMonitor
-from lightning_async.failure import WorkerFailedError
-from lightning_async.internals.twin import explain_to_twin
-from lightning_async.monitor import RunStats
-from lightning_async.simulated_delay import SimulatedDelayStrategy
-from lightning_async.strategy import AsyncStrategy
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lightning_async.import_hooks import when_imported
+
+if TYPE_CHECKING:
+    from lightning_async.amsgrad import AMSGrad
+    from lightning_async.amsgrad_strategy import AsyncAMSGradStrategy
+    from lightning_async.callback import AsyncMonitor
+    from lightning_async.failure import WorkerFailedError
+    from lightning_async.monitor import RunStats
+    from lightning_async.simulated_delay import SimulatedDelayStrategy
+    from lightning_async.strategy import AsyncStrategy
 
 __all__ = [
     "AMSGrad",
@@ -25,6 +36,47 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-for _strategy in (AsyncAMSGradStrategy, AsyncStrategy):
-    _strategy.register_strategies(StrategyRegistry)
-explain_to_twin(name for name in StrategyRegistry if name.startswith("async"))
+_HOMES = {
+    "AMSGrad": "lightning_async.amsgrad",
+    "AsyncAMSGradStrategy": "lightning_async.amsgrad_strategy",
+    "AsyncMonitor": "lightning_async.callback",
+    "AsyncStrategy": "lightning_async.strategy",
+    "RunStats": "lightning_async.monitor",
+    "SimulatedDelayStrategy": "lightning_async.simulated_delay",
+    "WorkerFailedError": "lightning_async.failure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+def _register(pytorch: Any) -> None:
+    registration: Any = importlib.import_module("lightning_async.registry")
+    for kind, name in (("AsyncAMSGradStrategy", "async_amsgrad"), ("AsyncStrategy", "async")):
+        # By a function: a half imported module of this package may be what imports Lightning.
+        registration.register(kind, name, functools.partial(_make, kind), pytorch.strategies.StrategyRegistry)
+
+
+def _make(kind: str, **arguments: Any) -> Any:
+    return __getattr__(kind)(**arguments)
+
+
+def _explain_to_twin(strategies: ModuleType) -> None:
+    twin: Any = importlib.import_module("lightning_async.internals.twin")
+    twin.explain_to_twin(strategies)
+
+
+when_imported("lightning.pytorch", _register)
+when_imported("pytorch_lightning.strategies", _explain_to_twin)
+if "lightning.pytorch" in sys.modules:
+    # LightningCLI takes a strategy or a callback by its class's name alone, if the class exists.
+    for _name in _HOMES:
+        __getattr__(_name)

@@ -6,7 +6,6 @@ Started by `holder_process.py`. Knows no Lightning, and does not import it.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
 import os
 import pickle
@@ -225,13 +224,6 @@ def _portable(error: Exception) -> Exception:
 
 def _unpack_held(parcel: str) -> Any:
     try:
-        return unpack(parcel)
-    except (ImportError, AttributeError) as error:
-        log.debug("the user's module may need the whole package: %s", error)
-    # The package was entered without its __init__.
-    sys.modules.pop("lightning_async")
-    try:
-        importlib.import_module("lightning_async")
         return unpack(parcel)
     except (ImportError, AttributeError) as error:
         raise ValueError(

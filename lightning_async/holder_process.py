@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,16 +49,12 @@ _GRACE_S = 1.0
 _NEWS_TIMEOUT_S = 3.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Its own main module is none that a user's script could be run by, and Lightning, which it has no use for, takes longer
-# to import than torch: the package is entered without its __init__.
+# Its own main module is none that a user's script could be run by.
 _BOOT = """
-import json, sys, types
+import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-package = types.ModuleType("lightning_async")
-package.__path__ = [sys.argv[2]]
-sys.modules["lightning_async"] = package
 from lightning_async.holder_main import main
-main(*map(int, sys.argv[3:]))
+main(*map(int, sys.argv[2:]))
 """
 
 
@@ -94,7 +89,7 @@ class HolderProcess:
         mine, theirs = socket.socketpair()
         self._my_lifeline, their_lifeline = socket.socketpair()
         descriptors = (theirs.fileno(), their_lifeline.fileno())
-        arguments = [json.dumps(sys.path), str(Path(__file__).parent), *map(str, (*descriptors, os.getpid()))]
+        arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
         # The mask is inherited, so no moment is left in which such a signal would end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _RANK_0S_SIGNALS)
         try:

@@ -1,27 +1,30 @@
-"""Under which names Lightning knows the strategies, and how each starts its ranks. Below `strategy.py`."""
+"""Under which names Lightning knows the strategies, and how each starts its ranks. Imports no Lightning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.strategies import _StrategyRegistry
+__all__ = ["START_METHODS", "register"]
 
-__all__ = ["register"]
+# What stands behind a strategy's plain name, and how its ranks are started then.
+START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
-def register(kind: Callable[..., Any], name: str, registry: _StrategyRegistry) -> None:
+def register(kind: str, name: str, make: Callable[..., Any], registry: Any) -> None:
     """Registers a strategy as ``name``, ``name_spawn``, ``name_fork`` and ``name_notebook``.
 
     Args:
-        kind: the strategy's class, which takes ``start_method``.
+        kind: the name of the strategy's class, for descriptions.
         name: the plain name.
-        registry: Lightning's registry.
+        make: makes the strategy; takes ``start_method``.
+        registry: Lightning's registry of strategies.
     """
-    for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+    for suffix, start_method in START_METHODS.items():
         registry.register(
             name + suffix,
-            kind,
-            description=f"{kind.__name__}: asynchronous with bounded staleness, ranks started by {start_method}",
+            make,
+            description=f"{kind}: asynchronous with bounded staleness, ranks started by {start_method}",
+            override=True,
             start_method=start_method,
         )

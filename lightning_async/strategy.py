@@ -382,7 +382,7 @@ class AsyncStrategy(SegmentedRanks):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        register(cls, cls.strategy_name, strategy_registry)
+        register(cls.__name__, cls.strategy_name, cls, strategy_registry)
 
 
 def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:

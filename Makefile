@@ -4,17 +4,19 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test strangers lint docs table bench clean
+.PHONY: help demo test test-cuda-build test-lowest strangers lint docs table bench clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
 	@echo "make test    the test suite"
+	@echo "make test-cuda-build    the test suite with the build of torch that pip installs on Linux; needs no GPU, 6 GB"
+	@echo "make test-lowest    the test suite with the oldest releases that pyproject.toml allows; 6 GB"
 	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, into site/"
 	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
-	@echo "make clean   remove $(VENV), $(VENV)-strangers, caches and results"
+	@echo "make clean   remove $(VENV) and $(VENV)-*, caches and results"
 
 # Installed once, and again when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +30,18 @@ demo: $(STAMP)
 # Two at a time: most tests wait for ranks that sleep.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Without constraints.txt, which stands for the CPU build.
+test-cuda-build:
+	$(PYTHON) -m venv $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(VENV)-cuda/bin/python -m pytest -n 2 --dist worksteal
+
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev]"
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 strangers:
 	$(PYTHON) -m venv $(VENV)-strangers
@@ -50,4 +64,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.straggler
 
 clean:
-	rm -rf $(VENV) $(VENV)-strangers site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs
+	rm -rf $(VENV) $(VENV)-strangers $(VENV)-cuda $(VENV)-lowest site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs

@@ -24,6 +24,12 @@ LEFT_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER
 
 
 @pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the machine's GPUs, so that the tests do the same with them as without; tests/gpu overrides this."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
 def no_test_leaves_variables_behind() -> Iterator[None]:
     before = dict(os.environ)
     yield

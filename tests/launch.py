@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tests.cuda import forget_cuda
+
 __all__ = ["Launched", "launch", "report", "session_processes"]
 
 
@@ -120,6 +122,7 @@ def _run_child(script: Callable[[Path], None], folder: Path, log: Path) -> None:
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         os.chdir(folder)
+        forget_cuda()
         script(folder)
         code = 0
     except SystemExit as error:

@@ -17,9 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Asks the driver's management library instead of CUDA itself, which does not survive a fork.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -27,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from tests.cuda import count_gpus
 from tests.faults.injector import Fault, FaultInjector
 from tests.integration.test_equality import BATCH_SIZE, SEED, Oddly, global_order, replay
 from tests.launch import Launched, launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, loader
 
-GPUS = torch.cuda.device_count()
+GPUS = count_gpus()
 SHARES = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 END_S = 60.0
 
@@ -59,6 +57,11 @@ WAYS = [
     pytest.param({"transport": "nccl"}, True, NCCL, id="nccl", marks=needs_nccl),
     pytest.param({"transport": "auto"}, True, NCCL, id="auto", marks=needs_nccl),
 ]
+
+
+@pytest.fixture(autouse=True)
+def without_gpus() -> None:
+    """In place of the fixture that hides GPUs from other tests."""
 
 
 def devices(ranks: int, apart: bool) -> list[torch.device]:

@@ -192,5 +192,7 @@ def test_host_buffers_are_pinned_where_they_are_and_released_once(
     assert caplog.text == ""
 
 
-def test_nothing_is_pinned_without_cuda() -> None:
-    assert not torch.cuda.is_available() and staged.pin(torch.zeros(3)) is False
+def test_nothing_is_pinned_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert staged.pin(torch.zeros(3)) is False

@@ -89,7 +89,7 @@ class Server:
         self._closing = False
         self._reactor = Reactor(holder, self._end_served, self._fail, use_one_thread)
         # A session's end may wait for the lifeline's news while the reactor serves the others.
-        self._ends = Errands("session-ends")
+        self._ends = Errands("ends-of-sessions")
         self._switching = PromptSwitching()
         self._office: ChannelOffice | None = None
         if door is not None:

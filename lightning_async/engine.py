@@ -76,7 +76,7 @@ class Engine:
         self.service: Service | None = None
         self._stats = stats
         self._observers = observers
-        lanes = 2 if options.overlap and world_size > 1 else 1
+        lanes = options.lanes(world_size)
         if lanes > 1:
             bound = resolve_max_staleness(options.max_staleness, world_size)
             _check_overlap(bound, lanes * world_size, len(optimizers))

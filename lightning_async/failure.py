@@ -1,10 +1,15 @@
 """How one rank's failure becomes every rank's end: a latch that keeps the first failure, and a guard on exit.
 
-Below `lifeline.py` and `server.py`, which trip the latch; above nothing. Knows no Lightning.
+A failure may be that there is no memory left, and then nothing can be started any more and little be allocated. So what
+ends a run is made ready when the run begins: threads that wait, and memory that is given back at the failure. Below
+`lifeline.py` and `server.py`, which trip the latch; above `alarms.py`. Knows no Lightning.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import mmap
 import os
 import signal
 import sys
@@ -12,7 +17,24 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ExitGuard", "FailureLatch", "RunFailure", "WorkerFailedError", "describe_exit", "say"]
+from lightning_async.alarms import Alarm
+
+__all__ = [
+    "ExitGuard",
+    "FailureLatch",
+    "RunFailure",
+    "WorkerFailedError",
+    "describe_error",
+    "describe_exit",
+    "end_process",
+    "say",
+]
+
+log = logging.getLogger(__name__)
+
+# Address space only: nothing of it is ever touched. Enough to describe an error, to send it, and for the interpreter
+# and Lightning to print a traceback.
+_RESERVE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +84,29 @@ def describe_exit(code: int, process: str = "its process") -> str:
     return f"{process} exited with code {code}"
 
 
+def describe_error(error: BaseException) -> str:
+    """An error in words that stand behind "rank 2 failed: "; also one whose text cannot be made.
+
+    Examples:
+        >>> describe_error(ValueError("no")), describe_error(MemoryError())
+        ('ValueError: no', 'MemoryError: out of memory')
+    """
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception as another:
+        # User code's own __str__, or no memory for a long text.
+        return f"{name}, whose text could not be made: {type(another).__name__}"
+    if not text and isinstance(error, MemoryError):
+        text = "out of memory"
+    return f"{name}: {text}" if text else name
+
+
 class FailureLatch:
     """Keeps the first failure of a run and tells everyone who waits.
 
-    Listeners are called once, in the thread that trips the latch, or at once if it has already tripped.
+    Listeners are called once, in the thread that trips the latch, or at once if it has already tripped. One that raises
+    keeps the others from nothing.
     """
 
     def __init__(self) -> None:
@@ -73,22 +114,32 @@ class FailureLatch:
         self._tripped = threading.Event()
         self._failure: RunFailure | None = None
         self._listeners: list[Callable[[RunFailure], None]] = []
+        self._reserve = mmap.mmap(-1, _RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     @property
     def failure(self) -> RunFailure | None:
         """The first failure, or None."""
         return self._failure
 
+    def free_reserve(self) -> None:
+        """Gives back the memory that was kept for a failure, or for the end of the run; idempotent."""
+        self._reserve.close()
+
     def trip(self, failure: RunFailure) -> bool:
         """Records ``failure`` if it is the first; returns whether it was."""
+        self.free_reserve()
         with self._lock:
             if self._failure is not None:
                 return False
             self._failure = failure
-            listeners = list(self._listeners)
+            listeners, self._listeners = self._listeners, []
             self._tripped.set()
         for listener in listeners:
-            listener(failure)
+            try:
+                listener(failure)
+            except Exception as error:  # noqa: PERF203  # each by itself
+                with contextlib.suppress(MemoryError):
+                    log.warning("lightning_async: not everyone heard that %s: %r", failure, error)
         return True
 
     def subscribe(self, listener: Callable[[RunFailure], None]) -> None:
@@ -138,30 +189,28 @@ class ExitGuard:
     ) -> None:
         self._rank = rank
         self._latch = latch
-        self._grace_s = grace_s
         self._exit_process = exit_process
-        self._disarmed = threading.Event()
-        latch.subscribe(self._on_failure)
+        self._alarm = Alarm(self._end)
+        latch.subscribe(lambda failure: self._alarm.set(grace_s))
 
     def disarm(self) -> None:
         """Leaves the end of this process to its main thread."""
-        self._disarmed.set()
+        self._alarm.close()
 
-    def rearm(self) -> None:
-        """Guards the exit of a process whose run has failed: called as the interpreter begins to shut down."""
+    def _end(self) -> None:
         failure = self._latch.failure
-        if failure is not None:
-            self._disarmed.clear()
-            self._on_failure(failure)
+        try:
+            if failure is not None and not failure.announced:
+                say(self._rank, f"{failure}; ending this process.")
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            end_process(self._exit_process)
 
-    def _on_failure(self, failure: RunFailure) -> None:
-        threading.Thread(target=self._end, args=(failure,), name="exit-guard", daemon=True).start()
 
-    def _end(self, failure: RunFailure) -> None:
-        if self._disarmed.wait(self._grace_s):
-            return
-        if not failure.announced:
-            say(self._rank, f"{failure}; ending this process.")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._exit_process(1)
+def end_process(exit_process: Callable[[int], object] = os._exit) -> None:
+    """Ends this process with code 1, whatever happens on the way."""
+    try:
+        exit_process(1)
+    except BaseException:
+        os._exit(1)

@@ -113,7 +113,8 @@ class Desk:
         """Ties the lifeline and opens the door; returns its address."""
         lifelines = Lifelines(0, self._latch, timeout_s, lambda rank: "its process is gone")
         lifelines.add(0, ControlConnection(self._lifeline))
-        self._door = FrontDoor(host, world_size, lifelines)
+        # Rank 0's door takes the ranks' lifelines.
+        self._door = FrontDoor(host, world_size, None)
         self._door.rank_0_rings = True
         return self._door.address.as_json()
 

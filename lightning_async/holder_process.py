@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.alarms import Alarm
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
 from lightning_async.frontdoor import Address
 from lightning_async.holder import Push, Snapshot, Update
@@ -98,6 +99,7 @@ class HolderProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             their_lifeline.close()
+        self._killing = Alarm(self._process.kill)
         self._connection = Connection(mine.detach())
         self._reader = threading.Thread(target=self._read, name="holder-news", daemon=True)
         self._reader.start()
@@ -194,6 +196,7 @@ class HolderProcess:
         if self._ended:
             return
         self._ended = True
+        self._killing.close()
         if self._lifelines is not None:
             self._lifelines.close()
         failed = self._latch is None or self._latch.failure is not None
@@ -261,9 +264,7 @@ class HolderProcess:
     def _give_up(self) -> None:
         self._wake()
         # Whoever still waits for an answer of it, which may be stopped, is woken by the end of the connection.
-        killing = threading.Timer(_GRACE_S, self._process.kill)
-        killing.daemon = True
-        killing.start()
+        self._killing.set(_GRACE_S)
 
     def _wake(self) -> None:
         for answers in list(self._waiting.values()):

@@ -13,13 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lightning_async.failure import FailureLatch, RunFailure
+from lightning_async.failure import FailureLatch, RunFailure, describe_error
 from lightning_async.fields import fit_text
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import Kind, Message, WireError
+from lightning_async.wire import Kind, Message, WireError, encode
 
 __all__ = ["Lifelines"]
 
@@ -33,6 +33,9 @@ class _Peer:
     rank: int
     connection: ControlConnection
     last_seen: float
+    # Whether it was sent the failure, or as much of it as there was memory for.
+    told: bool = False
+    sending: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Lifelines:
@@ -62,6 +65,10 @@ class Lifelines:
         self._latch = latch
         self._timeout_s = timeout_s
         self._beat_s = min(2.0, timeout_s / 4)
+        # Made while there is memory.
+        self._beat = encode(Message(Kind.BEAT, worker=rank))
+        self._goodbye = encode(Message(Kind.GOODBYE, worker=rank))
+        self._last_words = encode(Message(Kind.ABORT, worker=rank, text="out of memory"))
         self._describe_end = describe_end
         self._lock = threading.Lock()
         self._peers: dict[int, _Peer] = {}
@@ -94,8 +101,12 @@ class Lifelines:
                 return
             self._closing.set()
             peers = list(self._peers.values())
+        failure = self._latch.failure
         for peer in peers:
-            self._send(peer, Message(Kind.GOODBYE, worker=self._rank))
+            if failure is not None:
+                # A goodbye alone would say that all is well.
+                self._tell(peer, failure)
+            self._send(peer, self._goodbye)
         self._wake()
         self._thread.join(timeout=5.0)
         for peer in peers:
@@ -112,16 +123,38 @@ class Lifelines:
             # The rank at fault too, if its connection still stands: rank 0 may have refused a request of its.
             peers = list(self._peers.values())
         for peer in peers:
-            self._send(peer, Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+            self._tell(peer, failure)
 
-    def _send(self, peer: _Peer, message: Message) -> None:
+    def _tell(self, peer: _Peer, failure: RunFailure) -> None:
         try:
-            peer.connection.send(message)
+            words = encode(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+        except (MemoryError, WireError):
+            words = self._last_words
+        with peer.sending:
+            if not peer.told:
+                self._send_alone(peer, words)
+                peer.told = True
+
+    def _send(self, peer: _Peer, message: bytes) -> None:
+        with peer.sending:
+            self._send_alone(peer, message)
+
+    def _send_alone(self, peer: _Peer, message: bytes) -> None:
+        try:
+            peer.connection.send_encoded(message)
         except ChannelClosedError:
             # The reading side learns of it too, and knows more: it sees the goodbye or abort that came before.
             log.debug("no longer reaches rank %d", peer.rank)
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # Nobody would be watched over any more, and nobody have a sign of life from here.
+            reason = f"{describe_error(error)} (while it watched over the other ranks)"
+            self._latch.trip(RunFailure(self._rank, reason, announced=self._rank != 0))
+
+    def _watch(self) -> None:
         last_round = time.monotonic()
         next_beat = last_round
         while not self._closing.is_set():
@@ -143,11 +176,19 @@ class Lifelines:
             last_round = now
             if now >= next_beat:
                 next_beat = now + self._beat_s
-                for peer in peers:
-                    self._send(peer, Message(Kind.BEAT, worker=self._rank))
+                self._give_signs_of_life(peers)
             for peer in peers:
                 if now - peer.last_seen > self._timeout_s:
                     self._lose(peer, f"{self._who}gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
+
+    def _give_signs_of_life(self, peers: list[_Peer]) -> None:
+        failure = self._latch.failure
+        for peer in peers:
+            if failure is None:
+                self._send(peer, self._beat)
+            else:
+                # This rank's part is over. Whoever has not heard so must not believe that it goes on.
+                self._tell(peer, failure)
 
     def _read(self, peer: _Peer) -> None:
         try:

@@ -6,23 +6,38 @@ Above `frontdoor.py`, `lifeline.py` and `failure.py`; below `strategy.py`. Knows
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
 
-from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError, say
+from lightning_async.alarms import Alarm
+from lightning_async.failure import (
+    ExitGuard,
+    FailureLatch,
+    RunFailure,
+    WorkerFailedError,
+    describe_error,
+    end_process,
+    say,
+)
 from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
 from lightning_async.lifeline import Lifelines
 
-__all__ = ["Membership"]
+__all__ = ["Membership", "guard_shutdown"]
 
 # How long the lifeline's news may trail an error that a lost peer causes in a collective.
 _NEWS_TIMEOUT_S = 3.0
 # Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit.
 _SURVIVOR_DELAY_S = 2.0
+# What the interpreter and Gloo may take to shut down after a failure.
+_SHUTDOWN_S = 5.0
 _LOST_PEER_WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "store")
+
+_a_run_has_failed = threading.Event()
 
 
 class Membership:
@@ -48,6 +63,7 @@ class Membership:
         self.latch = FailureLatch()
         self.door: FrontDoor | None = None
         self.address: Address | None = None
+        self._unexplained = RunFailure(rank, "an error that could not be described: out of memory", announced=True)
         self._guard = ExitGuard(rank, self.latch, exit_process=exit_process)
         self._lifelines: Lifelines | None = None
         self._worker_timeout_s = worker_timeout_s
@@ -79,29 +95,43 @@ class Membership:
         try:
             yield
         except BaseException as error:
-            explained = self._explain(error)
+            # There may be no memory left even to say so.
+            self.latch.free_reserve()
+            explained = self._explain_somehow(error)
             if explained is error:
                 raise
             raise explained from error
         finally:
-            if self.door is not None:
-                self.door.close()
-            if self._lifelines is not None:
-                self._lifelines.close()
-            if self.rank == 0:
-                # The error is on its way up to the user's code, which may want to save something.
-                self._guard.disarm()
+            self._leave()
 
-    def guard_exit(self) -> None:
-        """Guards the rest of this process's life if the run has failed; for ``atexit``."""
-        self._guard.rearm()
+    def _leave(self) -> None:
+        with ExitStack() as steps:
+            # Each is done, whatever becomes of the others; the last comes first.
+            if self.rank == 0 or self.latch.failure is None:
+                # Rank 0's error is on its way up to the user's code, which may want to save something.
+                steps.callback(self._guard.disarm)
+            if self.latch.failure is not None:
+                _a_run_has_failed.set()
+            if self._lifelines is not None:
+                steps.callback(self._lifelines.close)
+            if self.door is not None:
+                steps.callback(self.door.close)
+            self.latch.free_reserve()
+
+    def _explain_somehow(self, error: BaseException) -> BaseException:
+        try:
+            return self._explain(error)
+        except Exception:
+            # No memory, for instance. What is told was made when there was some.
+            self.latch.trip(self._unexplained)
+            return error
 
     def _explain(self, error: BaseException) -> BaseException:
         if isinstance(error, self._graceful):
             return error
         if isinstance(error, KeyboardInterrupt):
             # Ctrl+C reaches every rank, and is each one's own reason to end.
-            self.latch.trip(RunFailure(self.rank, _describe(error), announced=True))
+            self.latch.trip(RunFailure(self.rank, describe_error(error), announced=True))
             return error
         if isinstance(error, WorkerFailedError):
             self.latch.trip(error.failure)
@@ -109,7 +139,7 @@ class Membership:
         if failure is None and _may_be_lost_peer(error):
             failure = self.latch.wait(_NEWS_TIMEOUT_S)
         if failure is None or failure.rank == self.rank:
-            self.latch.trip(RunFailure(self.rank, _describe(error), announced=True))
+            self.latch.trip(RunFailure(self.rank, describe_error(error), announced=True))
             return error
         if self.rank == 0:
             time.sleep(_SURVIVOR_DELAY_S)
@@ -122,13 +152,22 @@ class Membership:
         return SystemExit(1)
 
 
+def guard_shutdown() -> None:
+    """Ends this process if it does not come to its end after a failed run; for ``atexit``."""
+    if _a_run_has_failed.is_set():
+        Alarm(_end_now).set(_SHUTDOWN_S)
+
+
+def _end_now() -> None:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        end_process()
+
+
 def _may_be_lost_peer(error: BaseException) -> bool:
     # ConnectionError: also of a channel that ends while it is being agreed on.
     if isinstance(error, (dist.DistError, ConnectionError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST_PEER_WORDS)
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return isinstance(error, RuntimeError) and any(word in describe_error(error).lower() for word in _LOST_PEER_WORDS)

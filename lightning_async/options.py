@@ -84,3 +84,7 @@ class ExchangeOptions:
         timeout: object = self.worker_timeout_s
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")
+
+    def lanes(self, world_size: int) -> int:
+        """How many exchanges a rank has under way at once."""
+        return 2 if self.overlap and world_size > 1 else 1

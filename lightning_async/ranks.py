@@ -6,6 +6,7 @@ Above `membership.py`, which knows no Lightning, and `internals/launchers.py`.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lightning_async.failure import RunFailure
 from lightning_async.finders import refuse_finders
 from lightning_async.holder_process import HolderProcess
 from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
-from lightning_async.membership import Membership
+from lightning_async.membership import Membership, guard_shutdown
 
 __all__ = ["StartedRanks"]
 
@@ -120,8 +121,7 @@ class StartedRanks(PhasedCollectives):
         assert self._membership is not None and self.cluster_environment is not None
         host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
         self._membership.meet(self.world_size, host, super().broadcast)
-        atexit.register(_leave_process_group)
-        atexit.register(self._membership.guard_exit)
+        _prepare_exit()
 
     @contextmanager
     def _impatience(self) -> Iterator[None]:
@@ -151,6 +151,13 @@ class StartedRanks(PhasedCollectives):
             yield
         finally:
             timer.cancel()
+
+
+@functools.cache
+def _prepare_exit() -> None:
+    # Once in a process, and by functions of this module: what is registered there is kept as long as the process.
+    atexit.register(_leave_process_group)
+    atexit.register(guard_shutdown)
 
 
 def _leave_process_group() -> None:

@@ -34,7 +34,8 @@ class Reactor:
 
     Args:
         holder: tells of changes that a held-back request may have waited for.
-        on_ended: called in the reactor's thread when a session ends, with its error or None.
+        on_ended: called in the reactor's thread when a session ends, with its error or None; must not wait.
+        on_failed: called in the reactor's thread if that itself fails, and serves nobody any more.
         prepare_thread: called first in the reactor's thread.
     """
 
@@ -42,9 +43,11 @@ class Reactor:
         self,
         holder: Holder,
         on_ended: Callable[[Session, BaseException | None], None],
+        on_failed: Callable[[BaseException], object],
         prepare_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_ended = on_ended
+        self._on_failed = on_failed
         self._prepare_thread = prepare_thread
         self._lock = threading.Lock()
         self._clients: set[_Client] = set()
@@ -103,6 +106,13 @@ class Reactor:
             return
 
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        except Exception as error:
+            # Out of memory, for instance: workers would wait for answers for ever.
+            self._on_failed(error)
+
+    def _serve_all(self) -> None:
         self._prepare_thread()
         while not (self._closing and not self._clients):
             for key, _ in self._selector.select():

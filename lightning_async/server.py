@@ -5,6 +5,7 @@ Above `reactor.py`, `session.py`, `frontdoor.py` and `transport/`; below `engine
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_async.channels import ChannelOffice, WireNames
-from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
 from lightning_async.frontdoor import FrontDoor, HandshakeError, Visitor
 from lightning_async.holder import Holder
 from lightning_async.hyper import HyperLayout
@@ -20,7 +21,7 @@ from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
 from lightning_async.site import HolderSite
-from lightning_async.threads import PromptSwitching, use_one_thread
+from lightning_async.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.control import ControlConnection
@@ -50,6 +51,7 @@ class Server:
         transport: how payloads travel.
         site: where the holder lives; rank 0's host by default.
         workers: number of ranks.
+        lanes: how many doorbells each worker has.
         on_refused: called when a connection or a request is refused.
         wire: what payloads are rounded to on a network.
     """
@@ -67,7 +69,9 @@ class Server:
         wire: WireNames = ("fp32", "fp32"),
         site: HolderSite | None = None,
         workers: int = 1,
+        lanes: int = 1,
     ) -> None:
+        self._lanes = lanes
         self._holder = holder
         self._ledger = ledger
         self._layout = layout
@@ -80,8 +84,12 @@ class Server:
         self._channels: list[Channel] = []
         self._threads: dict[tuple[int, int], threading.Thread] = {}
         self._present: set[tuple[int, int]] = set()
+        # Of each worker's lanes that has ever come, in which incarnation it came last.
+        self._incarnations: dict[tuple[int, int], int] = {}
         self._closing = False
-        self._reactor = Reactor(holder, self._end_served, use_one_thread)
+        self._reactor = Reactor(holder, self._end_served, self._fail, use_one_thread)
+        # A session's end may wait for the lifeline's news while the reactor serves the others.
+        self._ends = Errands("ends-of-sessions")
         self._switching = PromptSwitching()
         self._office: ChannelOffice | None = None
         if door is not None:
@@ -124,6 +132,7 @@ class Server:
             self._channels.clear()
         patience_s = 0.0 if self._latch.failure is not None else timeout_s
         self._reactor.close(patience_s)
+        self._ends.close(_WAKE_TIMEOUT_S)
         for thread in threads:
             thread.join(timeout=patience_s)
         # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
@@ -151,27 +160,56 @@ class Server:
                 )
         assert self._office is not None
         self._office.check(visitor)
+        self._let_in(visitor)
+        try:
+            self._start_session(visitor, connection)
+        except BaseException:
+            with self._lock:
+                self._present.discard((visitor.rank, visitor.lane))
+            raise
+
+    def _let_in(self, visitor: Visitor) -> None:
+        """Notes that a worker's lane is here, once.
+
+        Raises:
+            HandshakeError: if that lane was not agreed on, is here or has been.
+        """
+        if visitor.lane not in range(self._lanes) or visitor.overlaps != (self._lanes > 1):
+            raise HandshakeError(
+                f"rank {visitor.rank} comes for its lane {visitor.lane} with overlap={visitor.overlaps}, and every "
+                f"rank has {self._lanes} with overlap={self._lanes > 1}; give all ranks the same strategy"
+            )
+        lane = (visitor.rank, visitor.lane)
         with self._lock:
-            if (visitor.rank, visitor.lane) in self._present:
+            if lane in self._present:
                 raise HandshakeError(f"rank {visitor.rank} is here already")
-            self._present.add((visitor.rank, visitor.lane))
+            if visitor.incarnation <= self._incarnations.get(lane, -1):
+                raise HandshakeError(
+                    f"rank {visitor.rank} was here and has left; what comes after its incarnation "
+                    f"{self._incarnations[lane]} cannot be incarnation {visitor.incarnation}"
+                )
+            self._incarnations[lane] = visitor.incarnation
+            self._present.add(lane)
+
+    def _start_session(self, visitor: Visitor, connection: ControlConnection) -> None:
         self._switching.start()
+        self._ends.start()
         thread = threading.Thread(
             target=self._serve,
             args=(visitor, connection),
             name=f"session-{visitor.rank}",
             daemon=True,
         )
+        thread.start()
         with self._lock:
             self._threads[visitor.rank, visitor.lane] = thread
-        thread.start()
 
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
-        self._site.adopt_thread()
         assert self._office is not None
         error: BaseException | None = None
         channel: Channel | None = None
         try:
+            self._site.adopt_thread()
             channel = self._site.stage(self._office.open(visitor, connection))
             with self._lock:
                 self._channels.append(channel)
@@ -191,16 +229,23 @@ class Server:
         connection.close()
 
     def _end_served(self, session: Session, error: BaseException | None) -> None:
-        # In a thread of its own: it may wait for the lifeline's news while the reactor serves the others.
-        threading.Thread(
-            target=self._end, args=(session.worker, session.lane, error), name="session-end", daemon=True
-        ).start()
+        self._ends.run(functools.partial(self._end, session.worker, session.lane, error))
+
+    def _fail(self, error: BaseException) -> None:
+        self._latch.trip(RunFailure(0, f"the thread that serves the workers failed: {describe_error(error)}"))
 
     def _end(self, worker: int, lane: int, error: BaseException | None) -> None:
         with self._lock:
             self._present.discard((worker, lane))
         if error is None:
             return
+        try:
+            self._judge(worker, error)
+        except Exception as another:
+            self._fail(another)
+
+    def _judge(self, worker: int, error: BaseException) -> None:
+        """Ends the run for what has ended the session of a worker, unless the run has ended before."""
         if isinstance(error, WorkerFailedError):
             log.debug("the session of rank %d ends with the run", worker)
         elif isinstance(error, SessionError):
@@ -212,6 +257,7 @@ class Server:
             if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
                 self._latch.trip(RunFailure(worker, str(error)))
         else:
-            # Whatever goes wrong here must end the run: the worker waits for an answer.
+            # Whatever goes wrong here must end the run: the worker waits for an answer. First of all, since there may
+            # be no memory to log it.
+            self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {describe_error(error)}"))
             log.error("the session of rank %d failed", worker, exc_info=error)
-            self._latch.trip(RunFailure(0, f"the session of rank {worker} failed: {error!r}"))

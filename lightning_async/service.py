@@ -138,6 +138,7 @@ class HolderService:
             wire=(options.wire_dtype, options.parameter_wire_dtype),
             site=site,
             workers=held.world_size,
+            lanes=options.lanes(held.world_size),
         )
 
     @property

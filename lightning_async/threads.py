@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import queue
 import sys
 import threading
+from collections.abc import Callable
 
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["PromptSwitching", "use_one_thread"]
+__all__ = ["Errands", "PromptSwitching", "use_one_thread"]
+
+log = logging.getLogger(__name__)
 
 # Ten times as often as Python does by itself. Each request takes the interpreter's lock several times, and each time
 # has to wait for so long while rank 0's training runs pure Python.
@@ -51,3 +56,46 @@ class PromptSwitching:
             if self._before is not None:
                 sys.setswitchinterval(self._before)
                 self._before = None
+
+
+class Errands:
+    """A thread that runs what it is given, one after the other; it is there before there is something to run.
+
+    A thread for each errand could not be started where it is most needed: in a process that has no memory left.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._lock = threading.Lock()
+        self._errands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; idempotent.
+
+        Raises:
+            RuntimeError: if the process may not have another one.
+        """
+        with self._lock:
+            if self._thread.ident is None:
+                self._thread.start()
+
+    def run(self, errand: Callable[[], object]) -> None:
+        """Has it run soon."""
+        self._errands.put(errand)
+
+    def close(self, timeout_s: float) -> None:
+        """Waits up to ``timeout_s`` seconds for the errands under way; idempotent."""
+        self._errands.put(None)
+        with self._lock:
+            if self._thread.ident is not None:
+                self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (errand := self._errands.get()) is not None:
+            try:
+                errand()
+            except Exception:  # noqa: PERF203  # the next one is another matter
+                log.exception("lightning_async: an errand of %s failed", threading.current_thread().name)

@@ -211,6 +211,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
     ) -> RunFailure:
         strategy: Any = self._strategy
         first_rank = strategy.node_rank * strategy.num_processes
+        if known is not None and known.rank - first_rank not in range(len(self.procs)):
+            # It was started on another host, where its exit status and its traceback are.
+            return known
         index = self._culprit(ended, stuck, error_files) if known is None else known.rank - first_rank
         code = self.procs[index].exitcode or 0
         if known is not None and (index in stuck or code >= 0):

@@ -70,8 +70,16 @@ class ControlConnection:
         Raises:
             ChannelClosedError: if the peer is gone or a time-out is set and runs out.
         """
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Sends a message that `encode` has made before.
+
+        Raises:
+            ChannelClosedError: as `send` does.
+        """
         try:
-            self._socket.sendall(encode(message))
+            self._socket.sendall(data)
         except OSError as error:
             raise ChannelClosedError(f"connection lost while sending: {error}") from error
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +19,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["Fault", "FaultInjector", "InjectedError", "Kind", "pid_of"]
 
-Kind = Literal["raise", "kill", "stop", "exit", "interrupt", "sigterm", "sigterm_all"]
+Kind = Literal["raise", "kill", "stop", "exit", "interrupt", "sigterm", "sigterm_all", "exhaust", "threadless"]
+
+# Less than a thread's stack.
+_LEFT_BYTES = 4 * 2**20
 
 
 class InjectedError(Exception):
@@ -31,7 +37,9 @@ class Fault:
         rank: where.
         step: at which call of ``place`` in that rank, counted from 0.
         kind: ``raise`` an error, ``kill`` or ``stop`` the process with the signals of those names, ``exit`` with code
-            3, ``interrupt`` (Ctrl+C) or ``sigterm_all`` the whole process group, ``sigterm`` the rank alone.
+            3, ``interrupt`` (Ctrl+C) or ``sigterm_all`` the whole process group, ``sigterm`` the rank alone,
+            ``exhaust`` the memory until nothing is left, ``threadless``: no thread can be started from here on, and
+            nothing is raised.
         place: the LightningModule's method in which it happens, or ``setup``.
         after_s: seconds to wait first, in which the other ranks come to wait for this one.
     """
@@ -50,6 +58,11 @@ class Fault:
             raise InjectedError(f"injected into {self.place}")
         if self.kind == "exit":
             sys.exit(3)
+        if self.kind == "exhaust":
+            exhaust_memory()
+        if self.kind == "threadless":
+            refuse_threads()
+            return
         signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
         number = signals.get(self.kind, signal.SIGTERM)
         if self.kind in ("interrupt", "sigterm_all"):
@@ -85,6 +98,33 @@ class FaultInjector(Callback):
         note = Path(f"pid-{trainer.global_rank}")
         if not note.exists():
             note.write_text(str(os.getpid()))
+
+
+def exhaust_memory() -> None:
+    """Lets this process have no more memory than it has now, and takes all of it.
+
+    Raises:
+        MemoryError: whose traceback keeps all that was taken.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _LEFT_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    taken: list[Any] = []
+    for size in (2**16, 2**10):
+        with suppress(MemoryError):
+            while True:
+                taken.append(bytearray(size))
+    while True:
+        taken.append(bytearray(64))
+
+
+def refuse_threads() -> None:
+    """From here on this process can start no thread."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refuse  # type: ignore[method-assign]
 
 
 def pid_of(folder: Path, rank: int, timeout_s: float = 40.0) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import resource
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError, describe_error
 
 pytestmark = pytest.mark.timeout(20)
 KILLED = RunFailure(2, "its process was killed by SIGKILL")
@@ -116,13 +119,72 @@ def test_the_guard_is_quiet_where_another_process_tells_the_user(capfd: pytest.C
     assert capfd.readouterr().err == ""
 
 
-def test_a_disarmed_guard_leaves_the_process_alone_until_it_is_armed_again() -> None:
+def test_a_disarmed_guard_leaves_the_process_alone() -> None:
     latch, exits = FailureLatch(), Exits()
     guard = ExitGuard(1, latch, grace_s=0.05, exit_process=exits)
-    guard.rearm()  # nothing has failed: nothing to guard against
     guard.disarm()
     latch.trip(KILLED)
 
-    assert not exits.happened.wait(0.2)
-    guard.rearm()
+    assert not exits.happened.wait(0.3)
+
+
+def test_the_guard_ends_a_process_that_cannot_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    latch, exits = FailureLatch(), Exits()
+    ExitGuard(1, latch, grace_s=0.0, exit_process=exits)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    latch.trip(KILLED)
+
     assert exits.happened.wait(5.0)
+
+
+def test_the_guard_needs_no_new_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    latch, exits = FailureLatch(), Exits()
+    ExitGuard(1, latch, grace_s=0.0, exit_process=exits)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    latch.trip(KILLED)
+
+    assert exits.happened.wait(5.0)
+
+
+def refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_listener_that_fails_keeps_the_others_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def out_of_memory(failure: RunFailure) -> None:
+        raise MemoryError
+
+    latch = FailureLatch()
+    heard: list[RunFailure] = []
+    latch.subscribe(out_of_memory)
+    latch.subscribe(heard.append)
+
+    assert latch.trip(KILLED)
+    assert heard == [KILLED]
+    assert "MemoryError" in caplog.text
+
+
+def test_a_failure_gives_memory_back() -> None:
+    latch = FailureLatch()
+    before = address_space_bytes()
+
+    latch.trip(KILLED)
+
+    assert before - address_space_bytes() > 16 * 2**20
+
+
+def address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_an_error_without_a_text_has_a_name() -> None:
+    assert describe_error(KeyError()) == "KeyError"
+    assert describe_error(MemoryError()) == "MemoryError: out of memory"
+    assert describe_error(Unprintable()) == "Unprintable, whose text could not be made: ValueError"

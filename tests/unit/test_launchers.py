@@ -156,6 +156,15 @@ def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
     assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")
 
 
+@pytest.mark.parametrize(("node", "rank"), [(0, 2), (0, 3), (1, 0), (1, 1), (1, 4)])
+def test_a_rank_of_another_node_is_named_as_rank_0_knows_it(tmp_path: Path, node: int, rank: int) -> None:
+    ended = Ended(tmp_path, [1, 1], node)
+    ended.raised(0, "Traceback\nWorkerFailedError: another rank failed")
+    known = RunFailure(rank, "ValueError: no")
+
+    assert ended.failure([0, 1], known) == known
+
+
 @pytest.mark.parametrize("others", [[], ["sleep 60"]])
 def test_a_child_that_ended_before_it_was_watched_is_reported(
     script: Any, monkeypatch: pytest.MonkeyPatch, others: list[str]

@@ -45,7 +45,10 @@ class Office:
             lambda update: self.staleness.append(update.staleness),
         )
         self.ended: dict[int, BaseException | None] = {}
-        self.reactor = Reactor(self.holder, lambda session, error: self.ended.update({session.worker: error}))
+        self.failed: list[BaseException] = []
+        self.reactor = Reactor(
+            self.holder, lambda session, error: self.ended.update({session.worker: error}), self.failed.append
+        )
         self.sockets: list[socket.socket] = []
         self.ends: list[ControlConnection] = []
         ledger = Ledger(workers)

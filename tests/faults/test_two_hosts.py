@@ -1,0 +1,83 @@
+"""Ranks that were started on two hosts, each by a process of its own: both name the rank that has failed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.injector import Fault
+from tests.faults.test_ranks_end_together import END_S, explanations, seconds_to_end
+from tests.faults.train import Run, train
+from tests.launch import Launched, launch
+
+pytestmark = pytest.mark.timeout(120)
+
+HOSTS = 2
+
+
+def start_on_two_hosts(run: Run, folder: Path) -> Launched:
+    """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def script(folder: Path) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        other = os.fork()
+        os.environ["NODE_RANK"] = "1" if other == 0 else "0"
+        if other == 0:
+            descriptor = os.open(folder / "host1.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+        code = 1
+        try:
+            train(run, folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        if other == 0:
+            os._exit(code)
+        os.waitpid(other, 0)
+        sys.exit(code)
+
+    return launch(script, folder, timeout_s=60.0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("raise", "InjectedError: injected into training_step"), ("kill", "its process ")],
+)
+def test_a_rank_of_either_host_is_named_on_both(tmp_path: Path, kind: Any, reason: str, rank: int) -> None:
+    fault = Fault(rank, 5, kind)
+    trainer = {"max_epochs": 200, "num_nodes": HOSTS}
+    run = start_on_two_hosts(Run((fault,), ranks=2, strategy={"start_method": "fork"}, trainer=trainer), tmp_path)
+
+    other = (tmp_path / "host1.txt").read_text()
+    assert run.returncode == 1, run.output
+    for output in (run.output, other):
+        assert explanations(output), output
+        assert all(line.startswith(f"rank {rank} failed: {reason}") for line in explanations(output)), output
+        assert "IndexError" not in output
+    # The traceback is where the rank ran.
+    if kind == "raise":
+        assert "in strike" in (run.output if rank < 2 else other)
+    assert seconds_to_end(tmp_path) < END_S
+
+
+def test_rank_0s_host_is_named_on_the_other(tmp_path: Path) -> None:
+    trainer = {"max_epochs": 200, "num_nodes": HOSTS}
+    run = start_on_two_hosts(
+        Run((Fault(0, 5, "kill"),), ranks=2, strategy={"start_method": "fork"}, trainer=trainer), tmp_path
+    )
+
+    other = (tmp_path / "host1.txt").read_text()
+    assert explanations(run.output)[-1] == "rank 0 failed: its process was killed by SIGKILL"
+    assert {line[:14] for line in explanations(other)} == {"rank 0 failed:"}

@@ -33,6 +33,7 @@ from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
 from lightning_async.failure import WorkerFailedError
 from lightning_async.internals import loops, trainer_state
+from lightning_async.module_wrapper import ModuleWrapper, call_directly
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions, WireDtype
@@ -177,7 +178,10 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def configure_ddp(self) -> None:
-        """Leaves the module unwrapped: there is no all-reduce to hook into its backward."""
+        """Puts a wrapper in the place of DDP's; there is no all-reduce to hook into the module's backward."""
+        assert self.lightning_module is not None
+        self._forward_redirection: Any = call_directly
+        self.model = ModuleWrapper(self.lightning_module)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -338,6 +342,7 @@ class AsyncStrategy(SegmentedRanks):
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)
+        self.model = self.lightning_module
         super().teardown()
 
     def _keep_state(self, engine: Engine) -> None:
@@ -358,7 +363,7 @@ class AsyncStrategy(SegmentedRanks):
         if self._metrics is not None:
             assert self._engine is not None and self._engine.service is not None
             self._engine.service.settle()
-            self._metrics.log(self.version, step)
+            self._metrics.log(self.version, step, self._trainer.current_epoch)
 
     @override
     def on_train_end(self) -> None:

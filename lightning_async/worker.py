@@ -74,6 +74,7 @@ class Worker:
         layout: where each parameter lies.
         optimizers: the module's optimizers, in the layout's order; read for gradients and hyper-parameters.
         latch: the run's failure latch.
+        alone: whether it is the holder's only worker, so that a step changes the parameters of its optimizer alone.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Worker:
         layout: FlatLayout,
         optimizers: Sequence[torch.optim.Optimizer],
         latch: FailureLatch,
+        alone: bool = False,
     ) -> None:
         self.rank = rank
+        self._alone = alone
         self.version = 0
         self.waited_s = 0.0
         # Called with what this rank did from when to when, in nanoseconds of the monotonic clock: "draw", "push",
@@ -245,7 +248,7 @@ class Worker:
                 self._land()
         else:
             applied = self._take_answer(lane)
-            self._land()
+            self._land(index if self._alone else None)
         self._last_wait_s = time.perf_counter() - started
         self.waited_s += self._last_wait_s
         return applied
@@ -338,13 +341,13 @@ class Worker:
             )
         lane.channel.receive_payload(arrived)
 
-    def _land(self) -> None:
-        """Makes the parameters that this turn's lane has read the module's own."""
+    def _land(self, index: int | None = None) -> None:
+        """Makes the parameters that this turn's lane has read the module's own; those of one optimizer, if told."""
         started = time.monotonic_ns()
         lane = self._lane
         if self._overlaps:
             self._landing.copy_(lane.channel.buffers.parameters)
-        self._binding.land()
+        self._binding.land(index)
         self.version = lane.version
         self._tell_span("pull", started)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -58,12 +59,16 @@ class Binding:
         views = [view for index in range(len(parameters)) for view in layout.views(buffers.parameters, index)]
         self._pairs = list(zip((p for owned in parameters for p in owned), views, strict=True))
         self._pointers = [view.data_ptr() for view in views]
+        ends = [*itertools.accumulate(map(len, self._owned), initial=0)]
+        self._places = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
         self._bound: list[Tensor] = []
         for parameter, view in self._pairs:
             view.copy_(parameter.detach())
             if parameter.dtype is view.dtype and parameter.is_contiguous() and parameter.device == view.device:
                 parameter.data = view
                 self._bound.append(parameter)
+        bound = set(map(id, self._bound))
+        self._bound_of = [[parameter for parameter in owned if id(parameter) in bound] for owned in self._owned]
         large = layout.numel * layout.dtype.itemsize >= _HOOKED_FROM_BYTES
         # On a GPU one copy of all gradients is a single kernel; a hook would launch one for each.
         on_host = buffers.gradient.device.type == "cpu"
@@ -92,18 +97,24 @@ class Binding:
                 torch._foreach_copy_(targets, sources)
         return present
 
-    def land(self) -> None:
-        """To be called when fresh parameters are in the buffer."""
+    def land(self, index: int | None = None) -> None:
+        """To be called when fresh parameters are in the buffer.
+
+        Args:
+            index: the optimizer whose parameters are fresh, where it is known that the others' are not; None for all.
+        """
+        places = slice(None) if index is None else self._places[index]
         strays = [
             (parameter, view)
-            for (parameter, view), pointer in zip(self._pairs, self._pointers, strict=True)
+            for (parameter, view), pointer in zip(self._pairs[places], self._pointers[places], strict=True)
             if parameter.data_ptr() != pointer
         ]
         if strays:
             with torch.no_grad():
                 torch._foreach_copy_([parameter for parameter, _ in strays], [view for _, view in strays])
-        if self._bound:
-            torch.autograd.graph.increment_version(self._bound)
+        bound = self._bound if index is None else self._bound_of[index]
+        if bound:
+            torch.autograd.graph.increment_version(bound)
 
     def release(self) -> None:
         """Gives the module memory of its own again: a view would keep, and save, the whole buffer."""

@@ -17,9 +17,11 @@ from typing_extensions import override
 from lightning_async.engine import Engine
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops
+from lightning_async.manual import ByHand
 from lightning_async.ranks import StartedRanks
 from lightning_async.resume import EpochPlace
 from lightning_async.shells import checkpointed_state, load_groups, snapshot_parameters
+from lightning_async.tally import STEPS
 from lightning_async.worker import Worker
 
 __all__ = ["CheckpointedRanks"]
@@ -32,6 +34,7 @@ class CheckpointedRanks(StartedRanks):
     """Started ranks that exchange gradients, as far as checkpoints and the version are concerned."""
 
     _engine: Engine | None = None
+    by_hand: ByHand | None = None
     _snapshot: Snapshot | None = None
     _version = 0
     # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
@@ -51,8 +54,30 @@ class CheckpointedRanks(StartedRanks):
 
     @property
     def clock(self) -> int:
-        """The global clock, k // N: what ``trainer.global_step`` shows."""
-        return self.version // self.world_size
+        """The global clock: what ``trainer.global_step`` shows.
+
+        It is k // N; under manual optimization the steps that Lightning counts, which user code may have a hand in.
+        """
+        return self.version // self.world_size if self._by_hand is None else self._by_hand.clock
+
+    @property
+    def log_clock(self) -> int:
+        """What loggers take as their x-axis: the clock; under manual optimization batches, as Lightning does."""
+        return self.clock if self._by_hand is None else self._by_hand.batch_clock
+
+    @property
+    def _hand(self) -> ByHand:
+        assert self.by_hand is not None
+        return self.by_hand
+
+    @property
+    def _by_hand(self) -> ByHand | None:
+        return self.by_hand if self.by_hand is not None and self.by_hand.manual else None
+
+    def clock_of(self, snapshot: Snapshot) -> int:
+        """The clock of what a checkpoint consists of."""
+        steps = snapshot.counts[STEPS] if self._by_hand is not None and snapshot.counts else snapshot.version
+        return steps // self.world_size
 
     @property
     def snapshot_in_progress(self) -> Snapshot | None:
@@ -87,6 +112,9 @@ class CheckpointedRanks(StartedRanks):
         if snapshot is not None and self._epoch_order is not None:
             clock = loops.scheduler_clock(self._trainer)
             noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
+        if self.by_hand is not None:
+            noted |= self.by_hand.state()
+            noted["counts"] = [*(self.by_hand.tally.totals if snapshot is None else snapshot.counts)]
         checkpoint[_CHECKPOINT_KEY] = noted
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -95,10 +123,13 @@ class CheckpointedRanks(StartedRanks):
         assert self._engine is not None
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         version = int(checkpoint["global_step"]) * self.world_size
+        counts: list[int] = []
         if saved:
-            # The same clock with another number of ranks is another version.
-            same = saved["world_size"] == self.world_size
-            version = saved["version"] if same else saved["version"] // saved["world_size"] * self.world_size
+            version, *counts = (
+                # The same clock with another number of ranks is another version.
+                count if saved["world_size"] == self.world_size else count // saved["world_size"] * self.world_size
+                for count in (saved["version"], *saved.get("counts", ()))
+            )
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         states = checkpoint["optimizer_states"]
         if self._engine.service is not None and self._engine.service.restore(version, states):
@@ -109,6 +140,8 @@ class CheckpointedRanks(StartedRanks):
             # The module's optimizer only carries hyper-parameters; the state is the holder's.
             load_groups(optimizer, state)
         self.worker.version = version
+        if self.by_hand is not None:
+            self.by_hand.load(saved, counts, version)
 
     @property
     def _trainer(self) -> Trainer:

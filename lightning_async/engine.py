@@ -109,7 +109,8 @@ class Engine:
                 dial(Address.from_json(found), rank, layout, groups, lane=lane, devices=devices, overlaps=lanes > 1)
                 for lane in range(lanes)
             ]
-        self.worker = Worker(rank, [on_device(channel, devices.own) for channel in channels], layout, optimizers, latch)
+        own = [on_device(channel, devices.own) for channel in channels]
+        self.worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1)
         self.worker.version = version
 
     @property

@@ -11,7 +11,9 @@ from math import isfinite
 from typing import TypeAlias
 
 __all__ = [
+    "COUNT_BYTES",
     "HYPER_BYTES",
+    "MAX_COUNTS",
     "MAX_HYPERS",
     "MAX_PRESENT_BYTES",
     "MAX_TEXT_BYTES",
@@ -19,8 +21,10 @@ __all__ = [
     "WireError",
     "fit_text",
     "pack_bitmap",
+    "pack_counts",
     "pack_hypers",
     "unpack_bitmap",
+    "unpack_counts",
     "unpack_hypers",
 ]
 
@@ -28,6 +32,8 @@ MAX_HYPERS = 1 << 15
 MAX_PRESENT_BYTES = 1 << 20
 MAX_TEXT_BYTES = 16 << 10
 HYPER_BYTES = 8
+MAX_COUNTS = 1 << 8
+COUNT_BYTES = 8
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -121,6 +127,40 @@ def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
     if not all(map(isfinite, values)):
         raise WireError(f"Hyper-parameters must be finite, and these are not: {values}.")
     return values
+
+
+def pack_counts(counts: Sequence[int]) -> bytes:
+    """Packs counts, none of them negative.
+
+    Args:
+        counts: the numbers.
+
+    Returns:
+        Eight bytes for each.
+
+    Raises:
+        WireError: if one is negative, too large or no whole number.
+
+    Examples:
+        >>> unpack_counts(pack_counts([3, 0]))
+        (3, 0)
+    """
+    try:
+        return struct.pack(f"<{len(counts)}Q", *counts)
+    except struct.error as error:
+        raise WireError(f"Counts must be whole numbers of 0 and more: {error}.") from error
+
+
+def unpack_counts(data: Bytes) -> tuple[int, ...]:
+    """Unpacks what `pack_counts` packed.
+
+    Args:
+        data: the packed numbers, a whole number of them.
+
+    Returns:
+        The numbers.
+    """
+    return struct.unpack(f"<{len(data) // COUNT_BYTES}Q", data)
 
 
 def fit_text(text: str) -> str:

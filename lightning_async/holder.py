@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_async.failure import FailureLatch
 from lightning_async.layout import FlatLayout
 from lightning_async.staleness import Barrier, Verdict
+from lightning_async.tally import STEPS, add_counts
 from lightning_async.update import HeldOptimizer
 
 __all__ = ["Holder", "Push", "Snapshot", "Update"]
@@ -37,6 +38,8 @@ class Push(NamedTuple):
         samples: number of samples in them.
         waited_s: seconds that the worker's previous push and pull took.
         lane: which of the worker's lanes it came by; each holds parameters of its own version (see `worker.py`).
+        counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
+            nothing but updates is counted.
     """
 
     worker: int
@@ -48,6 +51,7 @@ class Push(NamedTuple):
     samples: int = 0
     waited_s: float = 0.0
     lane: int = 0
+    counts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class Snapshot:
         optimizer_states: each optimizer's state dict.
         adapted: for each optimizer and param group the values that its own steps have changed.
         applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
+        counts: what all workers have counted.
     """
 
     version: int
@@ -88,6 +93,7 @@ class Snapshot:
     optimizer_states: list[dict[str, Any]]
     adapted: list[list[dict[str, Any]]]
     applied: tuple[tuple[int, int], ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 class Holder:
@@ -124,6 +130,7 @@ class Holder:
         self._changed = threading.Condition(self._lock)
         self._changes = 0
         self._waiting = 0
+        self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
@@ -209,10 +216,29 @@ class Holder:
                 staleness = self._barrier.apply(reader)
             else:
                 staleness = self._barrier.discard(reader)
+            if push.counts:
+                counts = [*push.counts]
+                # A step whose gradient was dropped is none.
+                counts[STEPS] = max(0, counts[STEPS] - (not applied))
+                self._counts = add_counts(self._counts, counts)
             update = Update(push, self._barrier.version, staleness, applied, parked_s)
             self._observer(update)
             self._tell()
             return update
+
+    def count(self, counts: Sequence[int]) -> None:
+        """Adds what a worker has counted, apart from a push."""
+        with self._lock:
+            self._counts = add_counts(self._counts, counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What all workers have counted."""
+        return tuple(self._counts)
+
+    @counts.setter
+    def counts(self, counts: Sequence[int]) -> None:
+        self._counts = [*counts]
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """Takes over parameters that differ from its own; nobody may be computing.
@@ -250,7 +276,8 @@ class Holder:
         with self._lock:
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
-            return Snapshot(self._barrier.version, self._flat.clone(), states, adapted, tuple(applied()))
+            version, counts = self._barrier.version, tuple(self._counts)
+            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts)
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.

@@ -144,6 +144,10 @@ class HolderProcess:
         self._unfinished_until = 0.0
         self._call("begin_epoch", tickets, block, tuple(applied))
 
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """See `Service.regroup`."""
+        self._call("regroup", block, equal_shares)
+
     def open(self, tickets: int) -> None:
         """See `Service.open`."""
         self._call("open", tickets)
@@ -181,6 +185,10 @@ class HolderProcess:
         """See `Service.restore`."""
         with Parcel(list(optimizer_states)) as parcel:
             return bool(self._call("restore", version, parcel.address))
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """See `Service.set_counts`."""
+        self._call("set_counts", tuple(counts))
 
     def close(self) -> None:
         """See `Service.close`; the process stays, for a successor of what it held."""

@@ -205,8 +205,14 @@ class MetricsLogger:
         """Leaves the time since the last logging out of the rates: validation is not training."""
         self._since = time.perf_counter()
 
-    def log(self, version: int, step: int) -> None:
-        """Writes the metrics at ``step``; nothing if no update came in since."""
+    def log(self, version: int, step: int, epoch: int) -> None:
+        """Writes the metrics at ``step``; nothing if no update came in since.
+
+        Args:
+            version: the version that they are at.
+            step: the x-axis.
+            epoch: goes into the row, as into every row that Lightning writes: loggers rely on it.
+        """
         now, stats = time.perf_counter(), self._stats.counts()
         updates = stats["updates"] - self._seen["updates"]
         if updates == 0:
@@ -215,7 +221,8 @@ class MetricsLogger:
         metrics = self._metrics(stats, staleness, version, now - self._since)
         self._seen, self._since = stats, now
         for sink in self._sinks:
-            sink.log(metrics, staleness, step)
+            # A copy for each: a logger may take something out of its row.
+            sink.log({**metrics, "epoch": epoch}, staleness, step)
 
     def finish(self) -> None:
         """Writes the run's final numbers; nothing if there was no update."""

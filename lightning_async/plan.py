@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lightning_async.ranges import UNBOUNDED
 
-__all__ = ["EpochPlan", "log_position"]
+__all__ = ["EpochPlan", "log_position", "tickets_until"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,31 @@ class EpochPlan:
     def _ticket_at(self, position: int) -> int:
         """The first ticket behind the last whole update before ``position``, counted in batches per rank."""
         return (position - self.batches_before) * self.world_size // self.block * self.block
+
+
+def tickets_until(max_steps: int, counted: int, world_size: int, steps: int, block: int) -> int:
+    """Tickets to hand out until every rank would have made ``max_steps`` steps under DDP.
+
+    A rank under DDP ends with the batch in which it reaches them, so with several steps in a batch it may make a few
+    more.
+
+    Args:
+        max_steps: ``trainer.max_steps``.
+        counted: steps of all ranks so far.
+        world_size: number of ranks N.
+        steps: the most steps that one block of batches makes.
+        block: batches that make these steps.
+
+    Examples:
+        >>> tickets_until(5, counted=0, world_size=3, steps=1, block=1)
+        15
+        >>> tickets_until(5, counted=6, world_size=3, steps=2, block=4)  # each rank makes 6 steps
+        24
+        >>> tickets_until(5, counted=14, world_size=3, steps=1, block=1)
+        1
+    """
+    groups = world_size * -(-max_steps // steps) - counted // steps
+    return max(groups, 1) * block
 
 
 def log_position(previous_clock: int, clock: int, every: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch import Tensor
 from lightning_async.buffers import average_buffers, average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
+from lightning_async.manual import Leftover
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.phases import Phase, forget_local_results
 from lightning_async.resume import EpochPlace, agree_on_order
+from lightning_async.tally import STEPS
 
 __all__ = ["SegmentedRanks", "Stop"]
 
@@ -48,9 +51,12 @@ class SegmentedRanks(CheckpointedRanks):
     """
 
     stats: RunStats
+    _leftover: Leftover
     sigterm_received: bool = False
     requeue: Callable[[], None] | None = None
     _metrics: MetricsLogger | None = None
+    # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
+    _dealt: tuple[int, bool] | None = None
 
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
         """Fills the ledger with what is left of an epoch; a collective call.
@@ -73,9 +79,16 @@ class SegmentedRanks(CheckpointedRanks):
         place = None if resumed is None else resumed.within(*self._epoch_order)
         applied = ((0, tickets_done),) if place is None else place.applied
         if self._engine.service is not None:
-            block = self._trainer.accumulate_grad_batches if self._automatic else 1
-            self._engine.service.begin_epoch(range(tickets), int(block), applied)
+            self._engine.service.begin_epoch(range(tickets), self.block, applied)
+            self._dealt = (self.block, False)
         return place
+
+    @property
+    def block(self) -> int:
+        """Batches that make one update, which go to one rank; 1 while nobody knows."""
+        if self._automatic:
+            return int(self._trainer.accumulate_grad_batches)
+        return self._hand.group or 1
 
     @property
     def unfinished_tickets(self) -> int:
@@ -83,10 +96,46 @@ class SegmentedRanks(CheckpointedRanks):
         assert self._engine is not None and self._engine.service is not None
         return self._engine.service.unfinished()
 
-    def enter_asynchronous_phase(self, tickets: int) -> None:
-        """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
+    @property
+    def must_learn_steps(self) -> bool:
+        """See `ByHand.must_learn`."""
+        return self._hand.must_learn
+
+    @property
+    def has_stepped(self) -> bool:
+        """See `ByHand.has_stepped`."""
+        return self._hand.has_stepped
+
+    @property
+    def steps_of_all_ranks(self) -> tuple[int, int]:
+        """Steps of all ranks so far, as the trainer counts them, and the most that one block of batches makes."""
+        return (self.version, 1) if self._automatic else (self._hand.tally.total(STEPS), self._hand.steps)
+
+    @property
+    def stepped_plateaus(self) -> list[Any]:
+        """Plateau schedulers that user code has stepped while the ranks trained."""
+        return self._hand.schedulers.plateaus
+
+    def restart_step_count(self) -> None:
+        """See `ByHand.restart_count`."""
+        self._hand.restart_count()
+
+    def enter_asynchronous_phase(self, tickets: int, equal_shares: bool = False) -> None:
+        """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over.
+
+        Args:
+            tickets: how many batches.
+            equal_shares: whether every rank gets an equal share of them, also where batches are shared.
+        """
         assert self._engine is not None
+        counts = self._hand.prepare(self.worker)
         if self._engine.service is not None:
+            if counts:
+                self._engine.service.set_counts(self._hand.tally.totals)
+            dealt = (self.block, equal_shares)
+            if dealt != self._dealt and not self._automatic:
+                self._engine.service.regroup(*dealt)
+            self._dealt = dealt
             self._engine.service.open(tickets)
         if self._metrics is not None:
             self._metrics.restart_clock()
@@ -94,21 +143,28 @@ class SegmentedRanks(CheckpointedRanks):
         self.barrier("a segment begins")
         Phase.asynchronous = True
 
+    def finish_segment(self) -> None:
+        """Ends this rank's part of a segment: what is left to push is pushed, and nothing more computed."""
+        self._leftover = self._hand.finish_segment(self.worker)
+        self.worker.finish_segment()
+
     def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
         """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.asynchronous = False
         forget_local_results()
         trainer = self._trainer
-        wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
+        mine = (trainer.should_stop, self.sigterm_received, validation_requested, skip_rest)
+        ranks = self.gather_objects((mine, self._leftover))
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
-            any(wish) for wish in zip(*wishes, strict=True)
+            any(wish) for wish in zip(*(wishes for wishes, _ in ranks), strict=True)
         )
         self.stats.end_segment()
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
         # Every rank's last push was answered before it came here, so these parameters are final.
         self.worker.refresh()
+        self._hand.agree(leftover for _, leftover in ranks)
         if self.world_size > 1:
             average_buffers(self.lightning_module)
             average_unlike(self._parameters_of_no_optimizer())

@@ -62,6 +62,9 @@ class Service(Protocol):
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
         """See `Ledger.begin_epoch`."""
 
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """See `Ledger.regroup`."""
+
     def open(self, tickets: int) -> None:
         """See `Ledger.open`."""
 
@@ -82,6 +85,9 @@ class Service(Protocol):
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """See `Holder.restore`."""
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """Sets what all workers have counted so far."""
 
     def close(self) -> None:
         """Waits until all workers have said goodbye, a few seconds at most, and serves nobody any more."""
@@ -150,6 +156,10 @@ class HolderService:
         """See `Ledger.begin_epoch`."""
         self.ledger.begin_epoch(tickets, block, applied)
 
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """See `Ledger.regroup`."""
+        self.ledger.regroup(block, equal_shares)
+
     def open(self, tickets: int) -> None:
         """See `Ledger.open`."""
         self.ledger.open(tickets)
@@ -176,6 +186,10 @@ class HolderService:
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """See `Holder.restore`."""
         return self.holder.restore(version, optimizer_states)
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """See `Service.set_counts`."""
+        self.holder.counts = tuple(counts)
 
     def local_channel(self, alone: bool) -> Channel:
         """The channel of the worker in this process; see `Server.local_channel`."""

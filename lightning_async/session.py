@@ -14,7 +14,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from lightning_async.failure import WorkerFailedError
-from lightning_async.fields import fit_text, pack_bitmap, unpack_bitmap, unpack_hypers
+from lightning_async.fields import fit_text, pack_bitmap, pack_counts, unpack_bitmap, unpack_counts, unpack_hypers
 from lightning_async.holder import Holder, Push
 from lightning_async.hyper import HyperLayout
 from lightning_async.layout import FlatLayout
@@ -103,7 +103,8 @@ class Session:
             if message.kind is Kind.PUSH:
                 yield from self._push(message)
             elif message.kind is Kind.PULL:
-                yield from self._pull()
+                self._count(message)
+                yield from self._pull(counted=bool(message.counts))
             else:
                 self._answer(message)
         except WorkerFailedError as error:
@@ -117,8 +118,10 @@ class Session:
             tickets = self._ledger.draw(self.worker)
             self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
         elif kind is Kind.READ:
-            self._send_parameters(self._holder.read(self._parameters))
+            self._count(message)
+            self._send_parameters(self._holder.read(self._parameters), counted=bool(message.counts))
         elif kind is Kind.SKIP:
+            self._count(message)
             self._complete(message.tickets)
             self._acknowledge()
         elif kind is Kind.RETURN:
@@ -148,6 +151,7 @@ class Session:
             message.samples,
             message.waited_s,
             self.lane,
+            unpack_counts(message.counts),
         )
         try:
             update = self._holder.try_push(push)
@@ -163,9 +167,9 @@ class Session:
         # has nothing to wait at the barrier for.
         tickets = self._ledger.draw(self.worker) if message.ticket else range(0)
         if message.ticket and not tickets:
-            self._send_parameters(self._holder.read(self._parameters), outcome)
+            self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
         else:
-            yield from self._pull(outcome, tickets)
+            yield from self._pull(outcome, tickets, counted=bool(message.counts))
 
     def _check_push(self, message: Message) -> list[Tensor | None]:
         index = message.optimizer
@@ -190,13 +194,17 @@ class Session:
             self._refuse(str(error))
         return [view if there else None for view, there in zip(views, present, strict=True)]
 
-    def _pull(self, outcome: int = 0, tickets: range = range(0)) -> Iterator[None]:
+    def _pull(self, outcome: int = 0, tickets: range = range(0), counted: bool = False) -> Iterator[None]:
         try:
             while (version := self._holder.try_pull(self.worker, self._parameters, self.lane)) is None:
                 yield
         except ValueError as error:
             self._refuse(str(error))
-        self._send_parameters(version, outcome, tickets)
+        self._send_parameters(version, outcome, tickets, counted)
+
+    def _count(self, message: Message) -> None:
+        if message.counts:
+            self._holder.count(unpack_counts(message.counts))
 
     def _complete(self, tickets: int) -> None:
         try:
@@ -210,7 +218,9 @@ class Session:
         except ValueError as error:
             self._refuse(str(error))
 
-    def _send_parameters(self, version: int, outcome: int = 0, tickets: range = range(0)) -> None:
+    def _send_parameters(
+        self, version: int, outcome: int = 0, tickets: range = range(0), counted: bool = False
+    ) -> None:
         message = Message(
             Kind.PARAMETERS,
             worker=self.worker,
@@ -220,6 +230,7 @@ class Session:
             outcome=outcome,
             dtype=self._parameters.dtype,
             payload_bytes=self._parameters.nbytes,
+            counts=pack_counts(self._holder.counts) if counted else b"",
         )
         self._channel.send(message, self._parameters)
 

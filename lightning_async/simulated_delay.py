@@ -272,7 +272,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         self.stats.end_segment()
         if self._metrics is not None:
             version = self._module.trainer.global_step if self._iterates is None else self._iterates.version
-            self._metrics.log(version, version - 1)
+            self._metrics.log(version, version - 1, self._module.trainer.current_epoch)
             self._metrics.finish()
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
             self._iterates.version = version
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         if self._metrics is not None and every > 0 and version % every == 0:
-            self._metrics.log(version, version - 1)
+            self._metrics.log(version, version - 1, trainer.current_epoch)
 
     @property
     def _module(self) -> LightningModule:

@@ -33,6 +33,8 @@ from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
 from lightning_async.failure import WorkerFailedError
 from lightning_async.internals import loops, trainer_state
+from lightning_async.manual import ByHand
+from lightning_async.module_wrapper import ModuleWrapper, call_directly
 from lightning_async.monitor import MetricsLogger, RunStats
 from lightning_async.optimizers import check_steppable
 from lightning_async.options import ExchangeOptions, WireDtype
@@ -152,7 +154,6 @@ class AsyncStrategy(SegmentedRanks):
         self.summary = summary
         self.sigterm_received = False
         self._metrics: MetricsLogger | None = None
-        self._version_at_backward = 0
         # Whether the train data is one loader, which all ranks may share.
         self.has_one_train_loader = True
 
@@ -177,7 +178,10 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def configure_ddp(self) -> None:
-        """Leaves the module unwrapped: there is no all-reduce to hook into its backward."""
+        """Puts a wrapper in the place of DDP's; there is no all-reduce to hook into the module's backward."""
+        assert self.lightning_module is not None
+        self._forward_redirection: Any = call_directly
+        self.model = ModuleWrapper(self.lightning_module)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -218,6 +222,7 @@ class AsyncStrategy(SegmentedRanks):
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
         self.stats = RunStats(self.world_size)
         self._engine = self._make_engine()
+        self.by_hand = ByHand(trainer, self.strategy_name, self._version)
         if self.is_global_zero and trainer.loggers:
             self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
             self._metrics.configure(self.configuration)
@@ -256,6 +261,7 @@ class AsyncStrategy(SegmentedRanks):
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
             self.worker.on_span = engine.worker.on_span
+            self.worker.tally = engine.worker.tally
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
@@ -281,6 +287,7 @@ class AsyncStrategy(SegmentedRanks):
     def begin_batch(self, samples: int) -> None:
         """Notes that this rank computes a batch; waits for parameters if it holds none."""
         self.worker.begin_batch(samples)
+        self._hand.begin_batch()
 
     @override
     def optimizer_step(
@@ -290,7 +297,8 @@ class AsyncStrategy(SegmentedRanks):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._hand.stepping():
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._automatic and self.worker.has_unreported_batches:
             # Nothing was pushed: training_step returned None, or the gradient scaler found an infinity.
             self.worker.skip()
@@ -298,21 +306,22 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._version_at_backward = self.version
-
-    def _push(self, index: int) -> None:
-        if len(self.optimizers) > 1 and self._version_at_backward != self.version:
-            raise MisconfigurationException(
-                f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed all "
-                f"parameters. With {self.strategy_name} call manual_backward and step for one optimizer after the "
-                "other."
-            )
-        self.worker.step(index)
+        self._hand.before_backward(self.version)
 
     @override
-    def enter_asynchronous_phase(self, tickets: int) -> None:
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._hand.explaining():
+            return super().backward(closure_loss, *args, **kwargs)
+
+    def _push(self, index: int) -> None:
+        self._hand.before_push(index, len(self.optimizers), self.version)
+        self.worker.step(index)
+        self._hand.after_push()
+
+    @override
+    def enter_asynchronous_phase(self, tickets: int, equal_shares: bool = False) -> None:
         self._follow_user_code()
-        super().enter_asynchronous_phase(tickets)
+        super().enter_asynchronous_phase(tickets, equal_shares)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -329,6 +338,8 @@ class AsyncStrategy(SegmentedRanks):
         Phase.asynchronous = False
         release_metrics()
         engine, self._engine = self._engine, None
+        if self.by_hand is not None:
+            self.by_hand.release()
         if engine is not None:
             self._version = engine.worker.version
             if engine.service is not None:
@@ -338,6 +349,7 @@ class AsyncStrategy(SegmentedRanks):
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)
+        self.model = self.lightning_module
         super().teardown()
 
     def _keep_state(self, engine: Engine) -> None:
@@ -358,7 +370,7 @@ class AsyncStrategy(SegmentedRanks):
         if self._metrics is not None:
             assert self._engine is not None and self._engine.service is not None
             self._engine.service.settle()
-            self._metrics.log(self.version, step)
+            self._metrics.log(self.version, step, self._trainer.current_epoch)
 
     @override
     def on_train_end(self) -> None:

@@ -50,6 +50,7 @@ class Ledger:
         self._workers = workers
         self._batches = batches
         self._block = 1
+        self._stop = 0
         self._queues = [TicketQueue([])]
         self._allowance = [0]
         self._closed = False
@@ -69,17 +70,26 @@ class Ledger:
             applied: tickets that are done already, as ``(start, stop)``: an epoch that is resumed.
         """
         with self._lock:
-            self._block = block
+            self._stop = tickets.stop
             self._applied = RangeSet([(0, tickets.start), *applied])
-            left = self._applied.missing(tickets.stop)
-            shares = 1 if self._batches == "shared" else self._workers
-            self._queues = [TicketQueue(left, block, share, shares) for share in range(shares)]
-            self._allowance = [0] * shares
+            self._deal(block, 1 if self._batches == "shared" else self._workers)
             self._without_batch = set(range(self._workers))
             self._over = set()
             # Batches that were on their way when an epoch was left early are lost with it.
             for leased in self._leased.values():
                 leased.clear()
+
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """Deals what is left of the epoch anew, while nobody has a ticket.
+
+        Args:
+            block: tickets handed out at once from here on.
+            equal_shares: whether every worker gets an equal share, also where batches are shared.
+        """
+        with self._lock:
+            self._deal(block, 1 if self._batches == "shared" and not equal_shares else self._workers)
+            for share in range(len(self._queues)):
+                self._clear_if_nobody_draws(share)
 
     def open(self, tickets: int) -> None:
         """Opens a segment in which the next ``tickets`` tickets, in the global order, may be drawn."""
@@ -150,11 +160,7 @@ class Ledger:
             if stream_over:
                 self._over.add(worker)
                 self._without_batch.discard(worker)
-            share = worker % len(self._queues)
-            if self._over.issuperset(range(share, self._workers, len(self._queues))):
-                # Nobody is left who could draw from it.
-                self._queues[share].clear()
-                self._allowance[share] = 0
+            self._clear_if_nobody_draws(worker % len(self._queues))
 
     def leased(self, worker: int) -> int:
         """Number of tickets handed to ``worker`` and not applied."""
@@ -179,6 +185,17 @@ class Ledger:
         """The tickets of this epoch that are applied, as ``(start, stop)`` in rising order."""
         with self._lock:
             return self._applied.pairs()
+
+    def _deal(self, block: int, shares: int) -> None:
+        self._block = block
+        left = self._applied.missing(self._stop)
+        self._queues = [TicketQueue(left, block, share, shares) for share in range(shares)]
+        self._allowance = [0] * shares
+
+    def _clear_if_nobody_draws(self, share: int) -> None:
+        if self._over.issuperset(range(share, self._workers, len(self._queues))):
+            self._queues[share].clear()
+            self._allowance[share] = 0
 
     def _put_back(self, tickets: Iterable[int]) -> None:
         for ticket in tickets:
@@ -292,13 +309,18 @@ class TicketSampler:
         """Draws the global order of ``epoch``; returns its digest."""
         return self._source.begin_epoch(epoch)
 
-    def open(self, draw: Callable[[], Sequence[int]]) -> None:
-        """Starts a segment whose tickets come from ``draw``; an empty answer means that it is over."""
+    def open(self, draw: Callable[[], Sequence[int]], ahead: bool = True) -> None:
+        """Starts a segment whose tickets come from ``draw``; an empty answer means that it is over.
+
+        Args:
+            draw: draws tickets.
+            ahead: whether batches may be on their way before the training loop asks for them.
+        """
         self._draw = draw
         self._drawn.clear()
         self._on_their_way.clear()
         self._exhausted = False
-        self._allowed = self._prefetch
+        self._allowed = self._prefetch if ahead else 0
 
     def has_next(self) -> bool:
         """Whether this rank has, or can draw, another batch in this segment."""

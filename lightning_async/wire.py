@@ -2,7 +2,7 @@
 
 Neighbours: `server.py` and `worker.py` exchange `Message` objects over a socket of `transport/`, which
 carries bytes. A message is a header of fixed size followed by a trailer: hyper-parameters of the param
-groups, the presence bitmap, and a text. Every field is a number, a bitmap or text with a bound of its own;
+groups, the presence bitmap, counts, and a text. Every field is a number, a bitmap or text with a bound of its own;
 nothing received is ever unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size
 here is a claim: whoever posts a receive for it compares it with the session's own size first.
 """
@@ -17,7 +17,16 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_async.fields import HYPER_BYTES, MAX_HYPERS, MAX_PRESENT_BYTES, MAX_TEXT_BYTES, Bytes, WireError
+from lightning_async.fields import (
+    COUNT_BYTES,
+    HYPER_BYTES,
+    MAX_COUNTS,
+    MAX_HYPERS,
+    MAX_PRESENT_BYTES,
+    MAX_TEXT_BYTES,
+    Bytes,
+    WireError,
+)
 
 __all__ = [
     "HEADER_BYTES",
@@ -35,16 +44,16 @@ __all__ = [
     "read_message",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 _MAGIC = b"LASY"
 # magic, protocol, kind, dtype, hyper-parameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
-# samples, payload bytes, waited_s, bitmap bytes, text bytes. The first six bytes and the size of 128 stay the
+# samples, payload bytes, waited_s, bitmap bytes, text bytes, counts. The first six bytes and the size of 128 stay the
 # same in every protocol version, so that each side can read the other's first header and name the mismatch.
-_HEADER = struct.Struct("<4sHBBHHIIIIQQQQdII52x")
+_HEADER = struct.Struct("<4sHBBHHIIIIQQQQdIIH50x")
 
 HEADER_BYTES = _HEADER.size
-MAX_TRAILER_BYTES = MAX_HYPERS * HYPER_BYTES + MAX_PRESENT_BYTES + MAX_TEXT_BYTES
+MAX_TRAILER_BYTES = MAX_HYPERS * HYPER_BYTES + MAX_PRESENT_BYTES + MAX_COUNTS * COUNT_BYTES + MAX_TEXT_BYTES
 
 _CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
     None: 0,
@@ -107,6 +116,8 @@ class Message(NamedTuple):
         groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
         text: HELLO: JSON; REFUSE, ABORT: the reason.
+        counts: PUSH, PULL, READ, SKIP: what the worker has counted since its last report (see `tally.py`): what
+            `pack_counts` made of it; PARAMETERS: the sums over all workers, if the request had any.
     """
 
     kind: Kind
@@ -124,6 +135,7 @@ class Message(NamedTuple):
     groups: bytes = b""
     present: bytes = b""
     text: str = ""
+    counts: bytes = b""
 
 
 class Header(NamedTuple):
@@ -144,11 +156,12 @@ class Header(NamedTuple):
     waited_s: float
     present_bytes: int
     text_bytes: int
+    count_count: int
 
     @property
     def trailer_bytes(self) -> int:
         """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
-        return self.hyper_count * HYPER_BYTES + self.present_bytes + self.text_bytes
+        return self.hyper_count * HYPER_BYTES + self.present_bytes + self.count_count * COUNT_BYTES + self.text_bytes
 
 
 def encode(message: Message) -> bytes:
@@ -169,13 +182,16 @@ def encode(message: Message) -> bytes:
         >>> decode(data[:HEADER_BYTES], data[HEADER_BYTES:]) == message
         True
     """
-    present, groups = message.present, message.groups
+    present, groups, counts = message.present, message.groups, message.counts
     try:
         text = message.text.encode()
         hyper_count, rest = divmod(len(groups), HYPER_BYTES)
         if rest:
             raise WireError(f"{len(groups)} bytes are no whole number of hyper-parameters.")
-        _check_sizes(hyper_count, len(present), len(text))
+        count_count, rest = divmod(len(counts), COUNT_BYTES)
+        if rest:
+            raise WireError(f"{len(counts)} bytes are no whole number of counts.")
+        _check_sizes(hyper_count, len(present), len(text), count_count)
         _check_seconds(message.waited_s)
         header = _HEADER.pack(
             _MAGIC,
@@ -195,8 +211,9 @@ def encode(message: Message) -> bytes:
             message.waited_s,
             len(present),
             len(text),
+            count_count,
         )
-        return header + groups + present + text
+        return header + groups + present + counts + text
     except (struct.error, OverflowError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise WireError(f"{_name(message)} cannot be encoded: {error!r}.") from error
 
@@ -230,7 +247,7 @@ def decode_header(header: Bytes) -> Header:
     if dtype_code not in _DTYPE_OF_CODE:
         raise WireError(f"There is no payload type with the number {dtype_code}.")
     fields = Header(kind, _DTYPE_OF_CODE[dtype_code], *numbers)
-    _check_sizes(fields.hyper_count, fields.present_bytes, fields.text_bytes)
+    _check_sizes(fields.hyper_count, fields.present_bytes, fields.text_bytes, fields.count_count)
     _check_seconds(fields.waited_s)
     return fields
 
@@ -292,14 +309,16 @@ def assemble(header: Header, trailer: Bytes) -> Message:
         raise WireError(
             f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, and {len(trailer)} arrived."
         )
-    groups, present, text = b"", b"", ""
+    groups, present, counts, text = b"", b"", b"", ""
     if trailer:
         groups_end = header.hyper_count * HYPER_BYTES
         present_end = groups_end + header.present_bytes
         groups = bytes(trailer[:groups_end])
         present = bytes(trailer[groups_end:present_end])
+        counts_end = present_end + header.count_count * COUNT_BYTES
+        counts = bytes(trailer[present_end:counts_end])
         try:
-            text = str(trailer[present_end:], "utf-8")
+            text = str(trailer[counts_end:], "utf-8")
         except UnicodeDecodeError as error:
             raise WireError(f"The text of {header.kind.name} is not UTF-8: {error}.") from error
     # Positional, in the order of the class: keywords take longer.
@@ -319,16 +338,19 @@ def assemble(header: Header, trailer: Bytes) -> Message:
         groups,
         present,
         text,
+        counts,
     )
 
 
-def _check_sizes(hyper_count: int, present_bytes: int, text_bytes: int) -> None:
+def _check_sizes(hyper_count: int, present_bytes: int, text_bytes: int, count_count: int) -> None:
     if hyper_count > MAX_HYPERS:
         raise WireError(f"{hyper_count} hyper-parameters are more than the {MAX_HYPERS} that a message may have.")
     if present_bytes > MAX_PRESENT_BYTES:
         raise WireError(f"A bitmap of {present_bytes} bytes is longer than the {MAX_PRESENT_BYTES} allowed.")
     if text_bytes > MAX_TEXT_BYTES:
         raise WireError(f"A text of {text_bytes} bytes is longer than the {MAX_TEXT_BYTES} allowed.")
+    if count_count > MAX_COUNTS:
+        raise WireError(f"{count_count} counts are more than the {MAX_COUNTS} that a message may have.")
 
 
 def _check_seconds(waited_s: float) -> None:

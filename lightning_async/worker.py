@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.fields import pack_bitmap
+from lightning_async.fields import pack_bitmap, unpack_counts
 from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout
 from lightning_async.session import DROPPED
+from lightning_async.tally import Tally
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import Kind, Message
 
@@ -74,6 +75,7 @@ class Worker:
         layout: where each parameter lies.
         optimizers: the module's optimizers, in the layout's order; read for gradients and hyper-parameters.
         latch: the run's failure latch.
+        alone: whether it is the holder's only worker, so that a step changes the parameters of its optimizer alone.
     """
 
     def __init__(
@@ -83,13 +85,17 @@ class Worker:
         layout: FlatLayout,
         optimizers: Sequence[torch.optim.Optimizer],
         latch: FailureLatch,
+        alone: bool = False,
     ) -> None:
         self.rank = rank
+        self._alone = alone
         self.version = 0
         self.waited_s = 0.0
         # Called with what this rank did from when to when, in nanoseconds of the monotonic clock: "draw", "push",
         # "wait", "pull".
         self.on_span: Callable[[str, int, int], None] | None = None
+        # What is counted besides updates, if anything is: reported with what this rank sends to the holder.
+        self.tally: Tally | None = None
         self._layout = layout
         self._hypers = [HyperReader(optimizer, HyperLayout(optimizer)) for optimizer in optimizers]
         self._latch = latch
@@ -228,6 +234,7 @@ class Worker:
             payload_bytes=payload.nbytes,
             groups=self._hypers[index].packed(),
             present=pack_bitmap(present),
+            counts=self._counted(),
         )
         self._tickets = self._samples = 0
         self._latch.check()
@@ -245,7 +252,7 @@ class Worker:
                 self._land()
         else:
             applied = self._take_answer(lane)
-            self._land()
+            self._land(index if self._alone else None)
         self._last_wait_s = time.perf_counter() - started
         self.waited_s += self._last_wait_s
         return applied
@@ -265,11 +272,12 @@ class Worker:
 
     def skip(self) -> None:
         """Reports batches that gave no gradient, and gives the parameters back that nothing will be pushed for."""
-        if self._tickets:
+        if self._tickets or (self.tally is not None and self.tally.has_news):
             for lane in self._lanes:
                 # The oldest batches are reported first, and a push that the barrier holds back has older ones.
                 self._take_answer(lane)
-            self._request(self._lane, Message(Kind.SKIP, worker=self.rank, tickets=self._tickets), Kind.ACK)
+            skipped = Message(Kind.SKIP, worker=self.rank, tickets=self._tickets, counts=self._counted())
+            self._request(self._lane, skipped, Kind.ACK)
             self._tickets = self._samples = 0
         self._leave(self._lane)
 
@@ -316,10 +324,13 @@ class Worker:
 
     def _pull(self, lane: _Lane, kind: Kind) -> None:
         started = time.perf_counter()
-        reply = self._request(lane, Message(kind, worker=self.rank), Kind.PARAMETERS)
+        reply = self._request(lane, Message(kind, worker=self.rank, counts=self._counted()), Kind.PARAMETERS)
         self._guarded(lambda: self._take_payload(lane, reply))
         lane.version = reply.version
         self.waited_s += time.perf_counter() - started
+
+    def _counted(self) -> bytes:
+        return b"" if self.tally is None else self.tally.take()
 
     def _exchange(self, lane: _Lane, push: Message, payload: Tensor) -> Message:
         """Sends a push and takes what comes back; in another thread than the one that computes."""
@@ -338,13 +349,13 @@ class Worker:
             )
         lane.channel.receive_payload(arrived)
 
-    def _land(self) -> None:
-        """Makes the parameters that this turn's lane has read the module's own."""
+    def _land(self, index: int | None = None) -> None:
+        """Makes the parameters that this turn's lane has read the module's own; those of one optimizer, if told."""
         started = time.monotonic_ns()
         lane = self._lane
         if self._overlaps:
             self._landing.copy_(lane.channel.buffers.parameters)
-        self._binding.land()
+        self._binding.land(index)
         self.version = lane.version
         self._tell_span("pull", started)
 
@@ -368,6 +379,8 @@ class Worker:
             raise RequestRefusedError(f"the holder refused rank {self.rank}: {reply.text}")
         if reply.kind is not expected:
             raise RequestRefusedError(f"the holder answers {sent.kind.name} with {reply.kind.name}")
+        if reply.counts and self.tally is not None:
+            self.tally.hear(unpack_counts(reply.counts))
         return reply
 
     def _guarded(self, exchange: Callable[[], _T]) -> _T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from lightning_async.internals.progress import show_progress
 from lightning_async.internals.results import align_results
 from lightning_async.internals.sizes import epoch_size
 from lightning_async.phases import Phase
-from lightning_async.plan import EpochPlan, log_position
+from lightning_async.plan import EpochPlan, log_position, tickets_until
 
 if TYPE_CHECKING:
     from lightning_async.strategy import AsyncStrategy
@@ -46,6 +46,8 @@ class Epoch:
     training: bool = False
     agreed: bool = False
     clock: int = 0
+    log_clock: int = 0
+    learning: bool = False
     ticks: range = range(0)
     first_step: int = 0
     first_batch: int = 0
@@ -94,6 +96,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         self._epoch = Epoch(
             batches_before=before,
             clock=step,
+            log_clock=self._strategy.log_clock,
             first_step=step,
             first_batch=self.batch_progress.current.ready,
             scheduled=step,
@@ -108,7 +111,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             # The epoch is not over before all ranks have met, so at least one batch is to come.
             done = sum(stop - start for start, stop in snapshot.applied)
             batches = min(epoch.plan.batches_done(done), epoch.plan.batches - 1)
-            clock = snapshot.version // self.trainer.world_size
+            clock = self._strategy.clock_of(snapshot)
             rewrite_as_ddp(state, prefix, batches, epoch.batches_before, clock)
         return state
 
@@ -128,6 +131,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             self._start_segment(data_fetcher)
             if self._epoch.agreed:
                 return
+        if self._epoch.learning and self._strategy.has_stepped:
+            self._finish_segment()
+            return
         if not data_fetcher.has_next():
             self._finish_segment()
             return
@@ -194,6 +200,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch, clock = self._epoch, self.global_step
         previous, epoch.clock = epoch.clock, clock
         epoch.ticks = range(previous + 1, clock + 1)
+        previous, epoch.log_clock = epoch.log_clock, self._strategy.log_clock
+        clock = epoch.log_clock
         trainer: Any = self.trainer  # attributes that connectors set are unknown to type checkers
         every = trainer.log_every_n_steps
         self._batches_that_stepped = log_position(previous, clock, every)
@@ -224,15 +232,18 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             order = fetcher.begin_epoch(trainer.current_epoch)
             epoch.plan = self._plan_epoch(fetcher)
             self._begin_epoch(fetcher, epoch.plan, order)
+        # User code may have shown only now how many batches it takes for a step.
+        epoch.plan = replace(epoch.plan, block=strategy.block)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
-        if self.max_steps != -1 and trainer.lightning_module.automatic_optimization:
-            updates = self.max_steps * trainer.world_size - strategy.version
-            tickets = min(tickets, updates * int(trainer.accumulate_grad_batches))
-        # Lightning zeroes and steps where this rank's count of batches is a multiple of `accumulate_grad_batches`.
+        epoch.learning = strategy.must_learn_steps
+        if self.max_steps != -1 and not epoch.learning:
+            counted, steps = strategy.steps_of_all_ranks
+            tickets = min(tickets, tickets_until(self.max_steps, counted, trainer.world_size, steps, strategy.block))
+        # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
         ready = self.batch_progress.current.ready
-        self.batch_progress.current.ready = ready + -ready % int(trainer.accumulate_grad_batches)
-        strategy.enter_asynchronous_phase(tickets)
-        fetcher.open(strategy.worker.draw, strategy.worker.give_back)
+        self.batch_progress.current.ready = ready + -ready % strategy.block
+        strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
+        fetcher.open(strategy.worker.draw, strategy.worker.give_back, ahead=not epoch.learning)
         epoch.training, epoch.agreed = True, False
 
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
@@ -264,14 +275,14 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             world_size=trainer.world_size,
             validate_every=every,
             batches_before=self._epoch.batches_before if across_epochs else 0,
-            block=int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1,
+            block=self._strategy.block,
         )
 
     def _finish_segment(self, skip_rest: bool = False) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         assert epoch.plan is not None
         self._flush_accumulated_gradients()
-        strategy.worker.finish_segment()
+        strategy.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
         epoch.tickets_done = progress.tickets_done
@@ -287,8 +298,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         strategy.save_checkpoints(lambda: save_passed(trainer))
         if complete:
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-        self._batches_that_stepped = max(0, self.global_step - 1)
-        strategy.log_statistics(self._batches_that_stepped)
+        self._batches_that_stepped = max(0, strategy.log_clock - 1)
+        if not epoch.learning:
+            strategy.log_statistics(self._batches_that_stepped)
         stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
         due = epoch.plan.validation_due(position) or stopping or progress.validation_requested
         due = due or (complete and trainer.val_check_batch == float("inf"))
@@ -297,9 +309,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             epoch.validated_at = position
             self._validate()
         self.update_lr_schedulers("step", update_plateau_schedulers=True)
-        share_plateaus(trainer, strategy.broadcast)
+        share_plateaus(trainer, strategy.broadcast, strategy.stepped_plateaus)
         epoch.validation_requested = False
-        self._batches_that_stepped = self.global_step
+        self._batches_that_stepped = strategy.log_clock
         self._save_loggers_on_train_batch_end()
         self._agree_on_stopping()
         epoch.agreed = True
@@ -342,6 +354,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             behind = step.total.completed - step.current.completed
             step.total.ready = step.total.completed = self.global_step
             step.current.ready = step.current.completed = max(0, self.global_step - behind)
+        self._strategy.restart_step_count()
 
     def _agree_on_stopping(self) -> None:
         trainer = self.trainer

@@ -82,14 +82,20 @@ class TicketFetcher(_DataFetcher):
         # The length says nothing of how many batches this rank gets, so "done" never comes from it.
         self.fetched, self.length, self.done = 0, None, False
 
-    def open(self, draw: Callable[[], range], give_back: Callable[[int, bool], None]) -> None:
-        """Starts a segment."""
+    def open(self, draw: Callable[[], range], give_back: Callable[[int, bool], None], ahead: bool = True) -> None:
+        """Starts a segment.
+
+        Args:
+            draw: draws tickets.
+            give_back: gives back tickets that there are no batches for.
+            ahead: whether the loader's workers may fetch batches ahead, which this rank must then compute.
+        """
         if self._sampler is None:
             # A stream goes on where the last segment has left it.
             self._stream.open(draw, give_back)
             return
         self.iterator = None
-        self._sampler.open(draw)
+        self._sampler.open(draw, ahead)
 
     def has_next(self) -> bool:
         """Whether this rank gets another batch in this segment; draws a ticket if it must."""

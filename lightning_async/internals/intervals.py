@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_async.internals.last_batch import LastBatch
+
 __all__ = ["StepInterval", "follow_clock", "save_passed", "unfollow_clock"]
+
+
+_HOOK = "on_train_batch_end"
 
 
 class StepInterval(int):
@@ -49,6 +54,7 @@ def follow_clock(trainer: Trainer, ticks: Callable[[], range]) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps > 0:
             callback._every_n_train_steps = StepInterval.of(callback._every_n_train_steps, ticks)
+            vars(callback)[_HOOK] = _keeping(callback)
 
 
 def save_passed(trainer: Trainer) -> None:
@@ -62,7 +68,10 @@ def save_passed(trainer: Trainer) -> None:
             if isinstance(callback, ModelCheckpoint):
                 interval: Any = callback._every_n_train_steps
                 if isinstance(interval, StepInterval) and interval.passed:
-                    callback.on_train_batch_end(trainer, trainer.lightning_module, None, None, 0)
+                    hook: Any = vars(callback)[_HOOK]
+                    if not hook.last.show(hook, trainer, trainer.lightning_module):
+                        # A checkpoint is due all the same; Lightning's own hook looks at no batch.
+                        ModelCheckpoint.on_train_batch_end(callback, trainer, trainer.lightning_module, None, None, 0)
     finally:
         connector._first_loop_iter = first_loop_iter
 
@@ -72,3 +81,15 @@ def unfollow_clock(trainer: Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback._every_n_train_steps = int(callback._every_n_train_steps)
+            vars(callback).pop(_HOOK, None)
+
+
+def _keeping(callback: ModelCheckpoint) -> Callable[..., None]:
+    save, last = callback.on_train_batch_end, LastBatch(callback)
+
+    def on_train_batch_end(trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last.keep(outputs, batch, batch_idx)
+        save(trainer, module, outputs, batch, batch_idx)
+
+    on_train_batch_end.last = last  # type: ignore[attr-defined]  # for `save_passed`
+    return on_train_batch_end

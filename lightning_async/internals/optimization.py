@@ -6,7 +6,7 @@ Below `loops.py` and `epochs.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -43,15 +43,23 @@ class AsyncAutomaticOptimization(_AutomaticOptimization):
             super()._optimizer_step(batch_idx, train_step_and_backward_closure)
 
 
-def share_plateaus(trainer: Trainer, broadcast: Callable[[Any], Any]) -> None:
+def share_plateaus(trainer: Trainer, broadcast: Callable[[Any], Any], by_hand: Sequence[Any] = ()) -> None:
     """Gives all ranks what rank 0's plateau schedulers have made of its own values; a collective call.
 
     Only those that are stepped between stops: each rank steps them by values that the others do not know.
+
+    Args:
+        trainer: the trainer.
+        broadcast: gives every rank rank 0's object.
+        by_hand: those that user code steps.
     """
     chosen = [
-        config.scheduler
-        for config in trainer.lr_scheduler_configs
-        if config.reduce_on_plateau and config.interval == "step"
+        *by_hand,
+        *(
+            config.scheduler
+            for config in trainer.lr_scheduler_configs
+            if config.reduce_on_plateau and config.interval == "step"
+        ),
     ]
     if not chosen:
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from lightning_async.internals.last_batch import LastBatch
 from lightning_async.monitor import RunStats
 from lightning_async.seeing.verdict import slow_ranks
 
@@ -100,7 +101,8 @@ def show_progress(trainer: Trainer) -> None:
     connector._first_loop_iter = False
     try:
         for bar in _bars(trainer):
-            bar.on_train_batch_end(trainer, trainer.lightning_module, None, None, 0)
+            hook: Any = vars(bar)["on_train_batch_end"]
+            hook.catch_up(trainer)
     finally:
         connector._first_loop_iter = first_loop_iter
 
@@ -114,6 +116,7 @@ def _bars(trainer: Trainer) -> list[ProgressBar]:
 def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
     show, tell = bar.on_train_batch_end, bar.get_metrics
     metrics = BarMetrics(lambda: strategy.stats)
+    last = LastBatch(bar)
     shown = 0
 
     def on_train_batch_end(
@@ -122,6 +125,7 @@ def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
         nonlocal shown
         if not trainer.is_global_zero:
             return
+        last.keep(outputs, batch, batch_idx)
         done: int = trainer.fit_loop.epoch_loop.batches_of_all_ranks  # type: ignore[attr-defined]
         previous, shown = (shown if shown <= done else 0), done
         if done > 0:
@@ -132,4 +136,10 @@ def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {**tell(trainer, pl_module), **(metrics.current() if trainer.is_global_zero else {})}
 
+    def catch_up(trainer: Trainer) -> None:
+        done: int = trainer.fit_loop.epoch_loop.batches_of_all_ranks  # type: ignore[attr-defined]
+        if done != shown:
+            last.show(on_train_batch_end, trainer, trainer.lightning_module)
+
+    on_train_batch_end.catch_up = catch_up  # type: ignore[attr-defined]  # for `show_progress`
     vars(bar).update(on_train_batch_end=on_train_batch_end, get_metrics=get_metrics)

@@ -93,17 +93,18 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
     for staleness in [0] * 19 + [10]:
         stats.record(update(0, staleness, waited_s=0.05))
     clock.now += 2.0
-    metrics.log(version=20, step=10)
+    metrics.log(version=20, step=10, epoch=0)
 
     stats.record(update(1, 4, waited_s=0.4))
     stats.record(update(0, 2, waited_s=0.2))
     stats.record(update(0, 5, applied=False))
     clock.now += 1.0
-    metrics.log(version=22, step=11)
+    metrics.log(version=22, step=11, epoch=1)
 
     (first_step, first), (second_step, second) = sink.logged
     assert (first_step, second_step) == (10, 11)
     assert first == {
+        "epoch": 0,
         "async/version": 20.0,
         "async/staleness_mean": 0.5,
         "async/staleness_p95": 0.0,
@@ -117,6 +118,7 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
         "async/updates_per_second_rank_0": 10.0,
         "async/updates_per_second_rank_1": 0.0,
     }
+    assert second["epoch"] == 1
     assert second["async/staleness_mean"] == 3.0
     assert second["async/staleness_max"] == 4.0
     assert second["async/staleness_p95"] == 4.0
@@ -132,15 +134,15 @@ def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.Monkey
     clock, sink, stats = Clock(monkeypatch), Sink(), RunStats(workers=1)
     metrics = MetricsLogger(stats, [sink])
 
-    metrics.log(version=0, step=0)
+    metrics.log(version=0, step=0, epoch=0)
     metrics.finish()
     assert sink.summaries == []
     clock.now += 100.0  # a validation
     metrics.restart_clock()
     stats.record(update(0, 0))
     clock.now += 0.5
-    metrics.log(version=1, step=1)
-    metrics.log(version=1, step=2)
+    metrics.log(version=1, step=1, epoch=0)
+    metrics.log(version=1, step=2, epoch=0)
 
     assert [step for step, _ in sink.logged] == [1]
     assert sink.logged[0][1]["async/updates_per_second"] == 2.0
@@ -154,7 +156,7 @@ def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     stats.record(update(0, 0))
     clock.now += 1.0
 
-    metrics.log(version=1, step=1)
+    metrics.log(version=1, step=1, epoch=0)
     metrics.finish()
 
     assert vars(sinks[0]) == vars(sinks[1])

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_async.fields import (
+    MAX_COUNTS,
     MAX_HYPERS,
     MAX_PRESENT_BYTES,
     MAX_TEXT_BYTES,
+    pack_counts,
     pack_hypers,
 )
 from lightning_async.wire import (
@@ -50,6 +52,7 @@ messages = st.builds(
     groups=st.lists(finite, max_size=12).map(pack_hypers),
     present=st.binary(max_size=40),
     text=st.text(max_size=40),
+    counts=st.lists(st.integers(0, UINT64), max_size=12).map(pack_counts),
 )
 
 
@@ -99,6 +102,7 @@ def test_the_largest_message_comes_out_as_it_went_in() -> None:
         groups=pack_hypers([0.9]) * MAX_HYPERS,
         present=b"\xff" * MAX_PRESENT_BYTES,
         text="x" * MAX_TEXT_BYTES,
+        counts=pack_counts([1]) * MAX_COUNTS,
     )
     stream = Stream(encode(message))
 
@@ -172,6 +176,8 @@ def test_the_numbers_of_the_kinds_stay_the_same() -> None:
         {"dtype": "float32"},
         {"kind": 99},
         {"groups": b"x" * 15},
+        {"counts": b"x" * 15},
+        {"counts": b"x" * 8 * (MAX_COUNTS + 1)},
         {"groups": (0.1, 0.2)},
         {"groups": b"x" * 8 * (MAX_HYPERS + 1)},
         {"groups": None},
@@ -246,7 +252,7 @@ def test_the_offsets_of_the_sizes_are_those_that_the_test_above_patches() -> Non
 
 @pytest.mark.parametrize(
     ("layout", "offset", "bound"),
-    [("<H", 8, MAX_HYPERS), ("<I", 68, MAX_PRESENT_BYTES), ("<I", 72, MAX_TEXT_BYTES)],
+    [("<H", 8, MAX_HYPERS), ("<I", 68, MAX_PRESENT_BYTES), ("<I", 72, MAX_TEXT_BYTES), ("<H", 76, MAX_COUNTS)],
 )
 def test_each_size_has_its_own_bound(layout: str, offset: int, bound: int) -> None:
     data = encode(Message(Kind.PUSH))

@@ -178,6 +178,7 @@ class ExitGuard:
         latch: the run's failure latch.
         grace_s: seconds between the failure and the forced end.
         exit_process: what ends the process; replaced in tests.
+        before_exit: called with the failure just before that.
     """
 
     def __init__(
@@ -186,9 +187,11 @@ class ExitGuard:
         latch: FailureLatch,
         grace_s: float = 5.0,
         exit_process: Callable[[int], object] = os._exit,
+        before_exit: Callable[[RunFailure], object] = lambda failure: None,
     ) -> None:
         self._rank = rank
         self._latch = latch
+        self._before_exit = before_exit
         self._exit_process = exit_process
         self._alarm = Alarm(self._end)
         latch.subscribe(lambda failure: self._alarm.set(grace_s))
@@ -200,8 +203,10 @@ class ExitGuard:
     def _end(self) -> None:
         failure = self._latch.failure
         try:
-            if failure is not None and not failure.announced:
-                say(self._rank, f"{failure}; ending this process.")
+            if failure is not None:
+                self._before_exit(failure)
+                if not failure.announced:
+                    say(self._rank, f"{failure}; ending this process.")
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch.distributed as dist
 
 from lightning_async.alarms import Alarm
+from lightning_async.elastic import forget_failure, is_supervised, record_failure
 from lightning_async.failure import (
     ExitGuard,
     FailureLatch,
@@ -31,8 +32,10 @@ __all__ = ["Membership", "guard_shutdown"]
 
 # How long the lifeline's news may trail an error that a lost peer causes in a collective.
 _NEWS_TIMEOUT_S = 3.0
-# Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit.
+# Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
+# at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
 _SURVIVOR_DELAY_S = 2.0
+_GRACE_S = 5.0
 # What the interpreter and Gloo may take to shut down after a failure.
 _SHUTDOWN_S = 5.0
 _LOST_PEER_WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "store")
@@ -64,7 +67,17 @@ class Membership:
         self.door: FrontDoor | None = None
         self.address: Address | None = None
         self._unexplained = RunFailure(rank, "an error that could not be described: out of memory", announced=True)
-        self._guard = ExitGuard(rank, self.latch, exit_process=exit_process)
+        # What a failed run in this process has left, and this one has outlived.
+        forget_failure()
+        supervised = is_supervised()
+        self._delay_s = _SURVIVOR_DELAY_S * (2 if supervised and rank > 0 else 1)
+        self._guard = ExitGuard(
+            rank,
+            self.latch,
+            _GRACE_S + (1.0 if supervised and rank > 0 else 0.0),
+            exit_process,
+            before_exit=lambda failure: record_failure(rank, failure),
+        )
         self._lifelines: Lifelines | None = None
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
@@ -139,15 +152,19 @@ class Membership:
         if failure is None and _may_be_lost_peer(error):
             failure = self.latch.wait(_NEWS_TIMEOUT_S)
         if failure is None or failure.rank == self.rank:
-            self.latch.trip(RunFailure(self.rank, describe_error(error), announced=True))
+            failure = RunFailure(self.rank, describe_error(error), announced=True)
+            self.latch.trip(failure)
+            record_failure(self.rank, failure, error)
             return error
         if self.rank == 0:
-            time.sleep(_SURVIVOR_DELAY_S)
+            time.sleep(self._delay_s)
+            record_failure(0, failure)
             return error if isinstance(error, WorkerFailedError) else WorkerFailedError(failure)
-        if failure.announced:
-            time.sleep(_SURVIVOR_DELAY_S)
-        else:
+        if not failure.announced:
             say(self.rank, str(failure))
+        if failure.announced or is_supervised():
+            time.sleep(self._delay_s)
+        record_failure(self.rank, failure)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
 

@@ -126,13 +126,10 @@ class StartedRanks(PhasedCollectives):
     @contextmanager
     def _impatience(self) -> Iterator[None]:
         """Says what is being waited for if the ranks do not find each other soon; they give up after `timeout`."""
-        environment = self.cluster_environment
+        environment, launcher = self.cluster_environment, self._launcher
         assert environment is not None
-        hint = (
-            "LOCAL_RANK is set, so Lightning takes it that something else starts them (unset it if nothing does)"
-            if environment.creates_processes_externally
-            else "they are started from here and may still be importing"
-        )
+        assert isinstance(launcher, (ScriptLauncher, ProcessLauncher))
+        hint = launcher.describe_start(self.num_nodes)
         timer = threading.Timer(
             _PATIENCE_S,
             lambda: log.warning(

@@ -78,6 +78,16 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             self.end_children(_END_TIMEOUT_S)
             raise
 
+    def describe_start(self, num_nodes: int) -> str:
+        """What starts the ranks, for a rank that waits for the others."""
+        environment = self.cluster_environment
+        if not isinstance(environment, LightningEnvironment):
+            starter = type(environment).__name__.removesuffix("Environment")
+            return f"{starter} starts them; see in what they print whether all of them have come so far"
+        if _STARTED_RANKS not in os.environ and environment.creates_processes_externally:
+            return "LOCAL_RANK is set, so Lightning takes it that something else starts them (unset it if nothing does)"
+        return _describe_own_start(num_nodes)
+
     def end_children(self, timeout_s: float) -> None:
         """Gives the ranks that were started from here ``timeout_s`` to end, then kills them."""
         deadline = time.monotonic() + timeout_s
@@ -118,6 +128,10 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
 class ProcessLauncher(_MultiProcessingLauncher):
     """Starts the ranks by spawn, fork or forkserver from a process that is none of them."""
+
+    def describe_start(self, num_nodes: int) -> str:
+        """See `ScriptLauncher.describe_start`; whatever the environment says of LOCAL_RANK, they are started here."""
+        return _describe_own_start(num_nodes)
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -262,6 +276,15 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _describe_own_start(num_nodes: int) -> str:
+    if num_nodes == 1:
+        return "they are started from here and may still be importing"
+    return (
+        f"those of this host are started from here and may still be importing; the script must run on all {num_nodes} "
+        "hosts, with the same MASTER_ADDR and MASTER_PORT and with a NODE_RANK of its own"
+    )
 
 
 def _refuse_another_number_of_ranks(world_size: int) -> None:

@@ -14,7 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import ranks
@@ -180,15 +184,13 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
     assert reported == [(1, "its process exited with code 1")]
 
 
-@pytest.mark.parametrize(
-    ("externally", "hint"), [(True, "LOCAL_RANK is set, so Lightning"), (False, "may still be importing")]
-)
-def test_a_rank_says_what_it_waits_for(
-    externally: bool, hint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
-    environment = SimpleNamespace(creates_processes_externally=externally, main_address="127.0.0.1", main_port=29500)
-    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=0, world_size=4)
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=29500)
+    launcher = ProcessLauncher.__new__(ProcessLauncher)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1, _launcher=launcher
+    )
 
     with ranks.StartedRanks._impatience(strategy):
         time.sleep(0.3)
@@ -199,7 +201,39 @@ def test_a_rank_says_what_it_waits_for(
     (record,) = caplog.records
     assert "rank 0 of 4 has waited" in record.message
     assert "127.0.0.1:29500" in record.message
-    assert hint in record.message
+    assert "they are started from here and may still be importing" in record.message
+
+
+@pytest.mark.parametrize("kind", [LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment])
+@pytest.mark.parametrize("started_here", [False, True])
+@pytest.mark.parametrize("local_rank", [None, "0", "1"])
+@pytest.mark.parametrize("launches", ["script", "process"])
+def test_local_rank_is_named_only_where_it_keeps_the_ranks_from_being_started(
+    kind: Any, started_here: bool, local_rank: str | None, launches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LOCAL_RANK", local_rank), (launchers._STARTED_RANKS, "2" if started_here else None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    launcher: Any = (ScriptLauncher if launches == "script" else ProcessLauncher).__new__(
+        ScriptLauncher if launches == "script" else ProcessLauncher
+    )
+    launcher.cluster_environment = kind()
+
+    hint = launcher.describe_start(1)
+
+    by_hand = launches == "script" and kind is LightningEnvironment and local_rank is not None and not started_here
+    assert ("LOCAL_RANK is set" in hint) == by_hand
+    assert hint.startswith("TorchElastic starts them") == (launches == "script" and kind is TorchElasticEnvironment)
+    assert hint.startswith("SLURM starts them") == (launches == "script" and kind is SLURMEnvironment)
+
+
+def test_over_several_hosts_the_hint_says_what_each_of_them_needs() -> None:
+    launcher = ProcessLauncher.__new__(ProcessLauncher)
+
+    assert "must run on all 3 hosts" in launcher.describe_start(3)
+    assert "NODE_RANK" in launcher.describe_start(3)
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

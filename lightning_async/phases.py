@@ -11,13 +11,31 @@ from typing import Any
 
 from torchmetrics import Metric
 
+from lightning_async.collective_guard import allow_collectives, refuse_collectives
+
 __all__ = ["Phase", "forget_local_results", "keep_metrics_local", "release_metrics"]
 
 
 class Phase:
-    """The current phase; `asynchronous` is set by the strategy alone."""
+    """The current phase, which the strategy alone changes.
+
+    Attributes:
+        asynchronous: whether ranks train asynchronously now. Collectives of user code are errors then.
+    """
 
     asynchronous = False
+
+    @classmethod
+    def begin_asynchronous(cls) -> None:
+        """Begins the asynchronous phase; idempotent."""
+        cls.asynchronous = True
+        refuse_collectives()
+
+    @classmethod
+    def end_asynchronous(cls) -> None:
+        """Ends the asynchronous phase; idempotent."""
+        cls.asynchronous = False
+        allow_collectives()
 
 
 def keep_metrics_local() -> None:

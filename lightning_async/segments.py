@@ -92,12 +92,12 @@ class SegmentedRanks(CheckpointedRanks):
             self._metrics.restart_clock()
         self.stats.start_segment()
         self.barrier("a segment begins")
-        Phase.asynchronous = True
+        Phase.begin_asynchronous()
 
     def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
         """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
-        Phase.asynchronous = False
+        Phase.end_asynchronous()
         forget_local_results()
         trainer = self._trainer
         wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
@@ -128,11 +128,11 @@ class SegmentedRanks(CheckpointedRanks):
         A collective call. What came due since a rank's last batch is not the same on all ranks, so rank 0 decides.
         """
         if self.is_global_zero:
-            Phase.asynchronous = True
+            Phase.begin_asynchronous()
             try:
                 save()
             finally:
-                Phase.asynchronous = False
+                Phase.end_asynchronous()
         fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
         trainer_state.set_checkpoint_fields(self._trainer, fields)
 

@@ -326,7 +326,7 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def teardown(self) -> None:
-        Phase.asynchronous = False
+        Phase.end_asynchronous()
         release_metrics()
         engine, self._engine = self._engine, None
         if engine is not None:

@@ -24,7 +24,7 @@ __all__ = ["allow_collectives", "asynchronous_call_error", "refuse_collectives"]
 # Wins over every backend's kernel, also under torch.inference_mode.
 _KEY = "BackendSelect"
 
-_guard: torch.library.Library | None = None
+_guard: Any = None  # a torch.library.Library, whose methods have no types
 _new_group = distributed_c10d._new_group_with_tag
 
 
@@ -46,7 +46,8 @@ def refuse_collectives() -> None:
     global _guard
     if _guard is not None or not dist.is_available():
         return
-    guard = torch.library.Library("c10d", "IMPL")
+    library: Any = torch.library.Library
+    guard = library("c10d", "IMPL")
     for name in collective_operators():
         guard.impl(name, _refusal(name), _KEY, with_keyset=True)
     # To make a group is a collective as well, and waits on a store, past the dispatcher.

@@ -160,6 +160,14 @@ def _is_initialized() -> bool:
 
 # The strategy's methods that are collectives, and what they ask on the way.
 _COLLECTIVES = frozenset(
-    ("barrier", "broadcast", "reduce", "reduce_boolean_decision", "all_gather", "_is_local", "_group")
-    + ("_called_by_library",)
+    (
+        "_called_by_library",
+        "_group",
+        "_is_local",
+        "all_gather",
+        "barrier",
+        "broadcast",
+        "reduce",
+        "reduce_boolean_decision",
+    )
 )

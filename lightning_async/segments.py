@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
-from lightning_async.buffers import average_buffers, average_unlike
+from lightning_async.buffer_sync import BufferSync, check_averaged, ignored_names, share_module
+from lightning_async.buffers import average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
 from lightning_async.monitor import MetricsLogger, RunStats
@@ -51,6 +52,28 @@ class SegmentedRanks(CheckpointedRanks):
     sigterm_received: bool = False
     requeue: Callable[[], None] | None = None
     _metrics: MetricsLogger | None = None
+    _buffers: BufferSync | None = None
+
+    def share_module(self) -> None:
+        """Gives every rank rank 0's parameters and buffers before a fit; a collective call.
+
+        Raises:
+            MisconfigurationException: if the ranks have built different modules.
+        """
+        module = self.lightning_module
+        assert module is not None
+        try:
+            check_averaged(module)
+            if self.world_size > 1:
+                share_module(module, self.gather_objects)
+                self._buffers = BufferSync(module, self.gather_objects, self.global_rank)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}.") from error
+
+    def share_buffers(self, batches: int, batches_as_ddp: int) -> None:
+        """Gives every rank the same buffers after a segment; a collective call. See `BufferSync.meet`."""
+        if self._buffers is not None:
+            self._buffers.meet(batches, batches_as_ddp)
 
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
         """Fills the ledger with what is left of an epoch; a collective call.
@@ -91,11 +114,13 @@ class SegmentedRanks(CheckpointedRanks):
         if self._metrics is not None:
             self._metrics.restart_clock()
         self.stats.start_segment()
+        if self._buffers is not None:
+            self._buffers.begin_segment()
         self.barrier("a segment begins")
         Phase.begin_asynchronous()
 
     def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
-        """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
+        """Waits for all ranks, then gives them the holder's parameters and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.end_asynchronous()
         forget_local_results()
@@ -110,7 +135,6 @@ class SegmentedRanks(CheckpointedRanks):
         # Every rank's last push was answered before it came here, so these parameters are final.
         self.worker.refresh()
         if self.world_size > 1:
-            average_buffers(self.lightning_module)
             average_unlike(self._parameters_of_no_optimizer())
         done, left = self.broadcast((0, 0) if self._engine.service is None else self._engine.service.progress())
         return Stop(done, left, validation_requested, skip_rest)
@@ -120,7 +144,9 @@ class SegmentedRanks(CheckpointedRanks):
         assert self.lightning_module is not None
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         owned = {id(parameter) for group in groups for parameter in group["params"]}
-        return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in owned]
+        ignored = ignored_names(self.lightning_module)
+        named = self.lightning_module.named_parameters()
+        return [parameter for name, parameter in named if id(parameter) not in owned and name not in ignored]
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.

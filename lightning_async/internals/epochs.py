@@ -49,6 +49,7 @@ class Epoch:
     ticks: range = range(0)
     first_step: int = 0
     first_batch: int = 0
+    batches_started: int = 0
     scheduled: int = 0
     scheduled_batch: int | None = None
     validation_requested: bool = False
@@ -75,6 +76,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._epoch.scheduled_batch is not None:
             return self._epoch.scheduled_batch
         return super().batch_idx
+
+    @property
+    def _batches_started(self) -> int:
+        """Batches of this epoch that this rank has computed, or is computing."""
+        current: Any = self.batch_progress.current
+        return int(current.started)
 
     @property
     def done(self) -> bool:
@@ -231,6 +238,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         # Lightning zeroes and steps where this rank's count of batches is a multiple of `accumulate_grad_batches`.
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % int(trainer.accumulate_grad_batches)
+        epoch.batches_started = self._batches_started
         strategy.enter_asynchronous_phase(tickets)
         fetcher.open(strategy.worker.draw, strategy.worker.give_back)
         epoch.training, epoch.agreed = True, False
@@ -274,12 +282,15 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         strategy.worker.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
-        epoch.tickets_done = progress.tickets_done
+        before, epoch.tickets_done = epoch.tickets_done, progress.tickets_done
         exhausted = progress.tickets_left == 0
         complete = exhausted or progress.skip_rest
         # Streams may end before, or at an end that nobody knew of.
         position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
-        self._count_as_ddp(epoch.plan.batches_done(position), complete)
+        batches = epoch.plan.batches_done(position)
+        computed = self._batches_started - epoch.batches_started
+        strategy.share_buffers(computed, batches - epoch.plan.batches_done(before))
+        self._count_as_ddp(batches, complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
         show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)

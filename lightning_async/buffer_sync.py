@@ -16,12 +16,12 @@ Above `buffers.py`, which moves them. Below `segments.py`.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -30,8 +30,6 @@ from torch.optim import Optimizer
 from lightning_async.buffers import average, broadcast_tensors, take_unlike_from_rank_0
 
 __all__ = ["BufferSync", "check_averaged", "check_ignored", "counted_as_ddp", "ignored_names", "share_module"]
-
-log = logging.getLogger(__name__)
 
 _Gather = Callable[[Any], list[Any]]
 
@@ -125,11 +123,11 @@ class BufferSync:
         """Says once of each buffer that is unlike on the ranks that it stays so."""
         news = sorted(unlike.keys() - self._kept)
         self._kept.update(news)
-        if news and self._rank == 0:
-            log.warning(
-                "These buffers do not have one shape and dtype on all ranks, so each rank keeps its own: %s. Name them "
-                "in the module's _ddp_params_and_buffers_to_ignore if that is meant.",
-                _list_unlike(news, unlike),
+        if news:
+            rank_zero_warn(
+                "These buffers do not have one shape and dtype on all ranks, so each rank keeps its own: "
+                f"{_list_unlike(news, unlike)}. Name them in the module's _ddp_params_and_buffers_to_ignore if that is "
+                "meant."
             )
 
 

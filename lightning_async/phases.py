@@ -5,10 +5,12 @@ Process-wide, like ``torch.distributed``'s default group whose use it governs. U
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 
 from lightning_async.collective_guard import allow_collectives, refuse_collectives
@@ -68,6 +70,14 @@ def forget_local_results() -> None:
     _computed_locally.clear()
 
 
+@functools.cache
+def _warn_of_local_steps() -> None:
+    rank_zero_warn(
+        "The ranks are not at the same batch while they train asynchronously, so a metric with dist_sync_on_step=True "
+        "gives each rank its own value of a step. What it computes where the ranks meet is over all of them."
+    )
+
+
 _sync = Metric.sync
 # By identity: torchmetrics hash a metric by its states.
 _computed_locally: dict[int, weakref.ref[Metric]] = {}
@@ -83,4 +93,6 @@ def _sync_between_segments(
     if not Phase.asynchronous:
         _sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
     elif should_sync:
+        if metric.dist_sync_on_step:
+            _warn_of_local_steps()
         _computed_locally[id(metric)] = weakref.ref(metric)

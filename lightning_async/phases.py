@@ -5,19 +5,39 @@ Process-wide, like ``torch.distributed``'s default group whose use it governs. U
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
+
+from lightning_async.collective_guard import allow_collectives, refuse_collectives
 
 __all__ = ["Phase", "forget_local_results", "keep_metrics_local", "release_metrics"]
 
 
 class Phase:
-    """The current phase; `asynchronous` is set by the strategy alone."""
+    """The current phase, which the strategy alone changes.
+
+    Attributes:
+        asynchronous: whether ranks train asynchronously now. Collectives of user code are errors then.
+    """
 
     asynchronous = False
+
+    @classmethod
+    def begin_asynchronous(cls) -> None:
+        """Begins the asynchronous phase; idempotent."""
+        cls.asynchronous = True
+        refuse_collectives()
+
+    @classmethod
+    def end_asynchronous(cls) -> None:
+        """Ends the asynchronous phase; idempotent."""
+        cls.asynchronous = False
+        allow_collectives()
 
 
 def keep_metrics_local() -> None:
@@ -50,6 +70,14 @@ def forget_local_results() -> None:
     _computed_locally.clear()
 
 
+@functools.cache
+def _warn_of_local_steps() -> None:
+    rank_zero_warn(
+        "The ranks are not at the same batch while they train asynchronously, so a metric with dist_sync_on_step=True "
+        "gives each rank its own value of a step. What it computes where the ranks meet is over all of them."
+    )
+
+
 _sync = Metric.sync
 # By identity: torchmetrics hash a metric by its states.
 _computed_locally: dict[int, weakref.ref[Metric]] = {}
@@ -65,4 +93,6 @@ def _sync_between_segments(
     if not Phase.asynchronous:
         _sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
     elif should_sync:
+        if metric.dist_sync_on_step:
+            _warn_of_local_steps()
         _computed_locally[id(metric)] = weakref.ref(metric)

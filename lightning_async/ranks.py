@@ -23,6 +23,7 @@ from lightning_async.finders import refuse_finders
 from lightning_async.holder_process import HolderProcess
 from lightning_async.internals.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.membership import Membership, guard_shutdown
+from lightning_async.process_groups import open_exchange_group
 
 __all__ = ["StartedRanks"]
 
@@ -118,6 +119,7 @@ class StartedRanks(PhasedCollectives):
             self._holder_process = HolderProcess()
         with self._impatience():
             super().setup_environment()
+            open_exchange_group(self._timeout)
         assert self._membership is not None and self.cluster_environment is not None
         host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
         self._membership.meet(self.world_size, host, super().broadcast)

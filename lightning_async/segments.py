@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
-from lightning_async.buffers import average_buffers, average_unlike
+from lightning_async.buffer_sync import BufferSync, check_averaged, ignored_names, share_module
+from lightning_async.buffers import average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
 from lightning_async.internals import trainer_state
 from lightning_async.manual import Leftover
@@ -57,6 +58,28 @@ class SegmentedRanks(CheckpointedRanks):
     _metrics: MetricsLogger | None = None
     # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
     _dealt: tuple[int, bool] | None = None
+    _buffers: BufferSync | None = None
+
+    def share_module(self) -> None:
+        """Gives every rank rank 0's parameters and buffers before a fit; a collective call.
+
+        Raises:
+            MisconfigurationException: if the ranks have built different modules.
+        """
+        module = self.lightning_module
+        assert module is not None
+        try:
+            check_averaged(module)
+            if self.world_size > 1:
+                share_module(module, self.gather_objects)
+                self._buffers = BufferSync(module, self.gather_objects, self.global_rank)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}.") from error
+
+    def share_buffers(self, batches: int, batches_as_ddp: int) -> None:
+        """Gives every rank the same buffers after a segment; a collective call. See `BufferSync.meet`."""
+        if self._buffers is not None:
+            self._buffers.meet(batches, batches_as_ddp)
 
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
         """Fills the ledger with what is left of an epoch; a collective call.
@@ -140,8 +163,10 @@ class SegmentedRanks(CheckpointedRanks):
         if self._metrics is not None:
             self._metrics.restart_clock()
         self.stats.start_segment()
+        if self._buffers is not None:
+            self._buffers.begin_segment()
         self.barrier("a segment begins")
-        Phase.asynchronous = True
+        Phase.begin_asynchronous()
 
     def finish_segment(self) -> None:
         """Ends this rank's part of a segment: what is left to push is pushed, and nothing more computed."""
@@ -149,9 +174,9 @@ class SegmentedRanks(CheckpointedRanks):
         self.worker.finish_segment()
 
     def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
-        """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
+        """Waits for all ranks, then gives them the holder's parameters and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
-        Phase.asynchronous = False
+        Phase.end_asynchronous()
         forget_local_results()
         trainer = self._trainer
         mine = (trainer.should_stop, self.sigterm_received, validation_requested, skip_rest)
@@ -166,7 +191,6 @@ class SegmentedRanks(CheckpointedRanks):
         self.worker.refresh()
         self._hand.agree(leftover for _, leftover in ranks)
         if self.world_size > 1:
-            average_buffers(self.lightning_module)
             average_unlike(self._parameters_of_no_optimizer())
         done, left = self.broadcast((0, 0) if self._engine.service is None else self._engine.service.progress())
         return Stop(done, left, validation_requested, skip_rest)
@@ -176,7 +200,9 @@ class SegmentedRanks(CheckpointedRanks):
         assert self.lightning_module is not None
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         owned = {id(parameter) for group in groups for parameter in group["params"]}
-        return [parameter for parameter in self.lightning_module.parameters() if id(parameter) not in owned]
+        ignored = ignored_names(self.lightning_module)
+        named = self.lightning_module.named_parameters()
+        return [parameter for name, parameter in named if id(parameter) not in owned and name not in ignored]
 
     def save_checkpoints(self, save: Callable[[], None]) -> None:
         """Runs ``save`` on rank 0, as between batches; then all ranks' Checkpoint callbacks note the same.
@@ -184,11 +210,11 @@ class SegmentedRanks(CheckpointedRanks):
         A collective call. What came due since a rank's last batch is not the same on all ranks, so rank 0 decides.
         """
         if self.is_global_zero:
-            Phase.asynchronous = True
+            Phase.begin_asynchronous()
             try:
                 save()
             finally:
-                Phase.asynchronous = False
+                Phase.end_asynchronous()
         fields = self.broadcast(trainer_state.checkpoint_fields(self._trainer))
         trainer_state.set_checkpoint_fields(self._trainer, fields)
 

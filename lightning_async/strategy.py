@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.amsgrad import UnsupportedOptimizerError
-from lightning_async.buffers import broadcast_tensors
+from lightning_async.buffer_sync import check_ignored
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
 from lightning_async.failure import WorkerFailedError
@@ -212,11 +212,8 @@ class AsyncStrategy(SegmentedRanks):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self.lightning_module is not None
-        module = self.lightning_module
         keep_metrics_local()
-        if self.world_size > 1:
-            broadcast_tensors([*module.parameters(), *module.buffers()])
+        self.share_module()
         self.sigterm_received = False
         self._epoch_order = self._resumed = None
         self._version = trainer_state.optimizer_steps(trainer) * self.world_size
@@ -231,6 +228,7 @@ class AsyncStrategy(SegmentedRanks):
         assert self.lightning_module is not None and self._membership is not None
         try:
             check_module(self.lightning_module)
+            check_ignored(self.lightning_module, self.optimizers)
             return Engine(
                 rank=self.global_rank,
                 world_size=self.world_size,
@@ -335,7 +333,7 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def teardown(self) -> None:
-        Phase.asynchronous = False
+        Phase.end_asynchronous()
         release_metrics()
         engine, self._engine = self._engine, None
         if self.by_hand is not None:

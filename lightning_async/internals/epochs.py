@@ -51,6 +51,7 @@ class Epoch:
     ticks: range = range(0)
     first_step: int = 0
     first_batch: int = 0
+    batches_started: int = 0
     scheduled: int = 0
     scheduled_batch: int | None = None
     validation_requested: bool = False
@@ -77,6 +78,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._epoch.scheduled_batch is not None:
             return self._epoch.scheduled_batch
         return super().batch_idx
+
+    @property
+    def _batches_started(self) -> int:
+        """Batches of this epoch that this rank has computed, or is computing."""
+        current: Any = self.batch_progress.current
+        return int(current.started)
 
     @property
     def done(self) -> bool:
@@ -242,6 +249,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % strategy.block
+        epoch.batches_started = self._batches_started
         strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
         fetcher.open(strategy.worker.draw, strategy.worker.give_back, ahead=not epoch.learning)
         epoch.training, epoch.agreed = True, False
@@ -285,12 +293,15 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         strategy.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
-        epoch.tickets_done = progress.tickets_done
+        before, epoch.tickets_done = epoch.tickets_done, progress.tickets_done
         exhausted = progress.tickets_left == 0
         complete = exhausted or progress.skip_rest
         # Streams may end before, or at an end that nobody knew of.
         position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
-        self._count_as_ddp(epoch.plan.batches_done(position), complete)
+        batches = epoch.plan.batches_done(position)
+        computed = self._batches_started - epoch.batches_started
+        strategy.share_buffers(computed, batches - epoch.plan.batches_done(before))
+        self._count_as_ddp(batches, complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
         show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)

@@ -221,23 +221,6 @@ def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> No
     assert "Take `batch` (and `batch_idx`) instead" in message
 
 
-@pytest.mark.compatibility(
-    "Refused",
-    "`all_gather` in `training_step`",
-    "refused",
-    "No two ranks are at the same batch. Call it in validation or at the end of the epoch.",
-)
-def test_a_gathering_in_a_training_step_is_refused(tmp_path: Path) -> None:
-    class Gathers(TinyClassifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.all_gather(super().training_step(batch, batch_idx)).mean()
-
-    message = refusal(tmp_path, Gathers())
-
-    assert "all_gather was called while the ranks train asynchronously" in message
-    assert "Call it in validation or at the end of the epoch" in message
-
-
 def test_a_refusal_ends_all_ranks_soon_and_is_told_once(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         module = WithOptimizers(lambda module: torch.optim.SGD(module.parameters(), lr=0.1))

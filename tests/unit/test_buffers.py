@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_async import buffers
-from lightning_async.buffers import average_buffers, average_unlike, broadcast_tensors
+from lightning_async.buffer_sync import BufferSync
+from lightning_async.buffers import average, average_unlike, broadcast_tensors, take_unlike_from_rank_0
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +34,19 @@ class Buffers(nn.Module):
         self.register_buffer("empty", torch.zeros(0))
 
 
+def meet(module: nn.Module) -> None:
+    sync = BufferSync(module, lambda mine: [mine], rank=0)
+    sync.begin_segment()
+    sync.meet(batches=1, batches_as_ddp=1)
+
+
 def test_what_all_ranks_agree_on_stays_exactly_what_it_is() -> None:
     module = Buffers()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     storages = {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
 
-    average_buffers(module)
+    module.averaged_buffers = ["in_half", "mean", "in_double", "mask", "empty"]  # type: ignore[assignment]
+    meet(module)
 
     for name, buffer in module.named_buffers():
         assert buffer.dtype is before[name].dtype
@@ -67,15 +75,16 @@ def test_what_nccl_cannot_reach_goes_through_the_gpu_and_comes_back(monkeypatch:
         return tensor.clone().as_subclass(Copied) if arguments == ("gpu",) else real(tensor, *arguments)
 
     monkeypatch.setattr(torch.Tensor, "to", move)
-    average_buffers(module)
+    average([module.mean, module.mask])
+    broadcast_tensors([module.count])
 
-    assert reached == [Copied] * 3
+    assert reached == [Copied] * 2
     assert module.count.item() == 3
     assert module.mean.tolist() == [[3.0, 3.0]]
 
 
 def test_a_module_without_buffers_is_left_alone() -> None:
-    average_buffers(nn.Linear(2, 2))
+    meet(nn.Linear(2, 2))
 
 
 def test_only_what_differs_between_ranks_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +92,7 @@ def test_only_what_differs_between_ranks_is_sent(monkeypatch: pytest.MonkeyPatch
     others = (torch.ones(2, 3, dtype=torch.complex64), torch.tensor(3, dtype=torch.uint8), torch.tensor([True]))
     sent: list[torch.Size] = []
 
-    def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
         if op == dist.ReduceOp.MAX:
             tensor[2:4] += 1  # as if another rank had others
         elif op == dist.ReduceOp.SUM:
@@ -107,3 +116,33 @@ def test_parameters_keep_their_strides_and_need_no_gradient_for_it() -> None:
     assert weight.equal(before)
     assert weight.requires_grad
     assert weight.grad_fn is None
+
+
+def pretend_unlike(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Makes all tensors differ between ranks, and rank 0's hold ``value``."""
+
+    def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        if op == dist.ReduceOp.MAX:
+            tensor += 1
+
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src, group: tensor.fill_(value))
+
+
+def test_a_buffer_that_validation_has_made_is_overwritten_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        made = torch.zeros(2)
+    pretend_unlike(monkeypatch, 5.0)
+
+    take_unlike_from_rank_0([made])
+
+    assert made.tolist() == [5.0, 5.0]
+
+
+def test_a_buffer_that_is_one_element_many_times_need_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    expanded = torch.full((1,), 5.0).expand(4)
+    pretend_unlike(monkeypatch, 5.0)
+
+    take_unlike_from_rank_0([expanded])
+
+    assert expanded.tolist() == [5.0] * 4

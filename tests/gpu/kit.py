@@ -29,6 +29,8 @@ BUDGET_S = 480.0
 DRY_S = 180.0
 PROBE = "nccl shares a GPU"
 REFUSED = "NCCL does not take two ranks on one GPU here (2.30 and newer do)"
+# With a GPU in sight no process that is forked after a backward pass can have one, and these tests fork after some.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SHARING = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 # What unit tests of the suite need beyond the kit's wheels; they are left out where it is missing.
@@ -104,7 +106,7 @@ def _full_steps(folder: Path) -> list[Step]:
         Step(PROBE, [sys.executable, "-m", "tests.gpu.share_probe"], 45, SHARING),
         _tests(folder, "nccl tests", 100, ["-k", "nccl or auto", "tests/gpu"], processes=4, needs=PROBE),
         _benchmark(folder, "nccl overhead", 60, "overhead", *cuda, "--ranks", "3", "--backend", "nccl", needs=PROBE),
-        _tests(folder, "suite", 150, suite, processes=14, environment={"CUDA_VISIBLE_DEVICES": ""}),
+        _tests(folder, "suite", 150, suite, processes=14, environment=NO_GPU),
         _benchmark(folder, "scaling", 75, "scaling", "--seconds", "3", "--ranks", "1", "4", "16"),
         _benchmark(folder, "ceiling", 60, "ceiling", "--seconds", "1.5", "--workers", "1", "12"),
         _benchmark(folder, "floor", 45, "floor", "--seconds", "1.5"),

@@ -221,10 +221,11 @@ def test_a_checkpoint_from_a_host_goes_on_on_a_gpu(
     tmp_path: Path, options: dict[str, Any], apart: bool, kinds: list[tuple[str, str]]
 ) -> None:
     def script(folder: Path) -> None:
-        fork_trainer(folder, 1, "auto", enable_checkpointing=True).fit(Oddly(), loader(80, BATCH_SIZE))
-        found = next(folder.rglob("*.ckpt"))
-        trainer, _ = gpu_trainer(folder / "second", 2, apart, options, max_epochs=2, enable_checkpointing=True)
-        trainer.fit(OnGpu(), loader(80, BATCH_SIZE), ckpt_path=found, weights_only=False)
+        # In a rank of its own: with a GPU in sight no process that is forked after a backward pass can have one.
+        fork_trainer(folder, 1, "ddp_fork", enable_checkpointing=True).fit(Oddly(), loader(80, BATCH_SIZE))
+        path = next(folder.rglob("*.ckpt")).rename(folder / "first.ckpt")
+        trainer, _ = gpu_trainer(folder, 2, apart, options, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(OnGpu(), loader(80, BATCH_SIZE), ckpt_path=path, weights_only=False)
 
     run = launch(script, tmp_path, timeout_s=RUN_S)
 

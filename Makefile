@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda-build test-lowest strangers lint docs table bench clean
+.PHONY: help demo test test-cuda-build test-lowest strangers lint docs table bench gpu-kit clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs    the documentation, into site/"
 	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
+	@echo "make gpu-kit    the wheels that tests/gpu/run.sh takes along to a machine with a GPU and no network"
 	@echo "make clean   remove $(VENV) and $(VENV)-*, caches and results"
 
 # Installed once, and again when what is to be installed has changed.
@@ -62,6 +63,9 @@ table: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.straggler
+
+gpu-kit: $(STAMP)
+	$(BIN)/python -m tests.gpu.wheels make
 
 clean:
 	rm -rf $(VENV) $(VENV)-strangers $(VENV)-cuda $(VENV)-lowest site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs

@@ -3,6 +3,9 @@
 Run ``python -m benchmarks.overhead``. Ranks of one speed train LeNet-5 and ResNet18 on random images, one thread each.
 For the asynchronous runs the time that rank 0 spends in each part of the exchange is added up and divided by its steps.
 With more than one rank the holder is also given a process of its own (``holder="process"``).
+
+With ``--device cuda`` all ranks share the first GPU. Parameters then travel as `docs/gpu.md` says, and DDP reduces over
+``--backend``: NCCL takes several ranks on one GPU only where NCCL_MULTI_RANK_GPU_ENABLE=1 is set and understood.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 import lightning_async
 from benchmarks.emulated import hush_lightning
@@ -46,6 +50,20 @@ PARTS: dict[str, tuple[type, str]] = {
 }
 
 
+class Images(Dataset[tuple[Tensor, int]]):
+    """Random images, a few of them again and again, so that long runs need no memory for them."""
+
+    def __init__(self, samples: int, shape: tuple[int, ...]) -> None:
+        self.samples = samples
+        self.images = torch.randn(64, *shape)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index % len(self.images)], 0
+
+
 class ImageModule(LightningModule):
     """A classifier that leaves the first batches out of its measurement."""
 
@@ -54,16 +72,33 @@ class ImageModule(LightningModule):
         self.net = net
         self.warm_up = warm_up
         self.batches = 0
-        self.started = self.ended = 0.0
+        self.started: Any = None
+        self.ended: Any = None
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.batches == self.warm_up:
-            self.started = time.perf_counter()
+            self.started = self.mark()
         self.batches += 1
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.ended = time.perf_counter()
+        self.ended = self.mark()
+
+    def mark(self) -> Any:
+        """This moment; on a GPU the moment at which what has been queued is done, which nothing waits for here."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        cuda: Any = torch.cuda
+        event = cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def measured_s(self) -> float:
+        """Seconds from the end of the warm-up to the end of the last batch."""
+        if self.device.type != "cuda":
+            return float(self.ended - self.started)
+        self.ended.synchronize()
+        return float(self.started.elapsed_time(self.ended)) / 1e3
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return lightning_async.AMSGrad(self.parameters(), lr=1e-4, fused=True)
@@ -76,15 +111,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=12.0, help="about how long each run takes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, taken in turns; medians are shown")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="the first GPU for all ranks, or none")
+    parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"], help="of DDP's process group")
+    parser.add_argument("--batch-size", type=int, help="in place of each model's own")
     arguments = parser.parse_args()
+    # Counts GPUs without CUDA, which does not survive the fork that starts the ranks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ["OMP_NUM_THREADS"] = "1"
     found = []
     for model in arguments.models:
+        step_s = float(_in_process("a step", _measure_step, model, arguments))
         for ranks in arguments.ranks:
             runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for _ in range(arguments.repeats):
                 for strategy in (ASYNC, DDP, APART) if ranks > 1 else (ASYNC, DDP):
-                    runs[strategy].append(measure(model, ranks, strategy, arguments.seconds))
+                    runs[strategy].append(measure(model, ranks, strategy, step_s, arguments))
             rates = {
                 strategy: sorted(run["samples_per_second"] for run in repeats)[len(repeats) // 2]
                 for strategy, repeats in runs.items()
@@ -103,50 +144,55 @@ def main() -> None:
                     row[strategy]["rank_0"] = rank_0
                     print(f"      rank 0 makes {rank_0:.3f} of another rank's samples a second", flush=True)
             found.append(row)
-    save("overhead", vars(arguments), found)
+    name = "overhead" if arguments.device == "cpu" else f"overhead_{arguments.device}_{arguments.backend}"
+    save(name, vars(arguments), found)
 
 
-def measure(model: str, ranks: int, strategy: str, seconds: float) -> dict[str, Any]:
+def measure(model: str, ranks: int, strategy: str, step_s: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples per second over all ranks, rank 0's over another's, and rank 0's time in each part of a step."""
+    return dict(_in_process(strategy, _measure, model, ranks, strategy, step_s, arguments))
+
+
+def _in_process(what: str, target: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(queue, model, ranks, strategy, seconds))
+    process = context.Process(target=target, args=(queue, *arguments))
     process.start()
     process.join()
     if process.exitcode != 0:
-        raise SystemExit(f"the measurement of {strategy} failed with exit code {process.exitcode}")
-    return dict(queue.get())
+        raise SystemExit(f"the measurement of {what} failed with exit code {process.exitcode}")
+    return queue.get()
 
 
-def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) -> None:
+def _measure(queue: Any, model: str, ranks: int, strategy: str, step_s: float, arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     make, shape, batch_size = MODELS[model]
+    batch_size = arguments.batch_size or batch_size
     results: Any = multiprocessing.get_context("fork").SimpleQueue()
-    per_rank = max(10, int(seconds / _step_seconds(make(), shape, batch_size)))
+    per_rank = max(10, int(arguments.seconds / step_s))
     warm_up = per_rank // 5
     spent = _time_parts()
 
     class Reporting(ImageModule):
         def on_train_end(self) -> None:
-            steps = self.batches - self.warm_up
-            rate = batch_size * steps / (self.ended - self.started)
+            steps = max(1, self.batches - self.warm_up)
+            rate = batch_size * steps / self.measured_s()
             parts = {name: 1e6 * total / self.batches for name, total in spent.items()}
             results.put((self.global_rank, rate, parts))
 
-    batches = per_rank * ranks
-    data = TensorDataset(torch.randn(batches * batch_size, *shape), torch.zeros(batches * batch_size, dtype=torch.long))
     hush_lightning()
     trainer = Trainer(
-        strategy="ddp_fork" if strategy == DDP else _asynchronous("process" if strategy == APART else "thread"),
-        accelerator="cpu",
-        devices=ranks,
+        strategy=_strategy(strategy, [torch.device(arguments.device, 0)] * ranks, arguments.backend),
+        accelerator=arguments.device,
+        devices=1,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    data = Images(per_rank * ranks * batch_size, shape)
     trainer.fit(Reporting(make(), warm_up), DataLoader(data, batch_size))
     reports = sorted(results.get() for _ in range(ranks))
     rates = [rate for _, rate, _ in reports]
@@ -154,19 +200,31 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, seconds: float) 
     queue.put({"samples_per_second": sum(rates), "rank_0": rates[0] / others, "parts_us": reports[0][2]})
 
 
-def _asynchronous(holder: Literal["thread", "process"]) -> lightning_async.AsyncStrategy:
-    return lightning_async.AsyncAMSGradStrategy(holder=holder, start_method="fork", summary=False)
+def _strategy(name: str, devices: list[torch.device], backend: str) -> DDPStrategy:
+    if name == DDP:
+        return DDPStrategy(parallel_devices=devices, process_group_backend=backend, start_method="fork")
+    holder: Literal["thread", "process"] = "process" if name == APART else "thread"
+    return lightning_async.AsyncAMSGradStrategy(
+        parallel_devices=devices, holder=holder, start_method="fork", summary=False
+    )
 
 
-def _step_seconds(net: nn.Module, shape: tuple[int, ...], batch_size: int) -> float:
-    images, labels = torch.randn(batch_size, *shape), torch.zeros(batch_size, dtype=torch.long)
+def _measure_step(queue: Any, model: str, arguments: argparse.Namespace) -> None:
+    """The seconds of a forward and backward pass; in a process of its own, since the ranks' may not touch CUDA."""
+    torch.set_num_threads(1)
+    make, shape, batch_size = MODELS[model]
+    batch_size, device = arguments.batch_size or batch_size, arguments.device
+    net = make().to(device)
+    images, labels = torch.randn(batch_size, *shape, device=device), torch.zeros(batch_size, dtype=torch.long)
     durations = []
     for _ in range(4):
         started = time.perf_counter()
-        loss: Any = nn.functional.cross_entropy(net(images), labels)
+        loss: Any = nn.functional.cross_entropy(net(images), labels.to(device))
         loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
         durations.append(time.perf_counter() - started)
-    return min(durations)
+    queue.put(min(durations))
 
 
 def _time_parts() -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""What a benchmark found, kept beside the benchmarks: `benchmarks/results/NAME.json`, with the configuration."""
+"""What a benchmark found, with its configuration: `benchmarks/results/NAME.json`.
+
+The variable BENCHMARK_RESULTS names another folder.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from typing import Any
 
 __all__ = ["RESULTS", "load", "save"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def save(name: str, arguments: dict[str, Any], found: Any) -> None:
     """Writes what was found, with the date and what it was found on."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": {
@@ -32,7 +35,7 @@ def save(name: str, arguments: dict[str, Any], found: Any) -> None:
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to benchmarks/results/{path.name}")
+    print(f"written to {path.parent.name}/{path.name}")
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -53,6 +53,7 @@ class Epoch:
     scheduled_batch: int | None = None
     validation_requested: bool = False
     validated_at: int = -1
+    draws_further: bool = False
 
 
 class AsyncEpochLoop(_TrainingEpochLoop):
@@ -129,14 +130,20 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             if self._epoch.agreed:
                 return
         if not data_fetcher.has_next():
-            self._finish_segment()
+            self._finish_segment(data_fetcher)
             return
         try:
             super().advance(data_fetcher)
-        except StopIteration:
+        except StopIteration as error:
+            if not self.batch_progress.is_last_batch:
+                raise RuntimeError(
+                    "StopIteration was raised while a train batch was computed, by training_step or a hook of a batch: "
+                    "an iterator in it has ended, and ranks take unlike numbers of batches. Begin it anew there, or "
+                    "return -1 from on_train_batch_start to skip the rest of the epoch."
+                ) from error
             # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
             self._strategy.worker.close_hand_out()
-            self._finish_segment(skip_rest=True)
+            self._finish_segment(data_fetcher, skip_rest=True)
 
     @override
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
@@ -221,7 +228,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if super().done:
             return
         if epoch.plan is None:
-            order = fetcher.begin_epoch(trainer.current_epoch)
+            limit = trainer.num_training_batches
+            tickets = None if limit == float("inf") else int(limit) * trainer.world_size
+            order = fetcher.begin_epoch(trainer.current_epoch, tickets)
             epoch.plan = self._plan_epoch(fetcher)
             self._begin_epoch(fetcher, epoch.plan, order)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
@@ -232,14 +241,15 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % int(trainer.accumulate_grad_batches)
         strategy.enter_asynchronous_phase(tickets)
-        fetcher.open(strategy.worker.draw, strategy.worker.give_back)
+        fetcher.open(strategy.worker.draw, strategy.worker.give_back, strategy.worker.leave_out)
         epoch.training, epoch.agreed = True, False
 
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         done = self.batch_progress.current.ready
         epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
-        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done)
+        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
+        epoch.draws_further = fetcher.draws_further
         if place is not None:
             epoch.tickets_done = sum(stop - start for start, stop in place.applied)
             # The number of ranks may be another one now.
@@ -267,13 +277,15 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             block=int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1,
         )
 
-    def _finish_segment(self, skip_rest: bool = False) -> None:
+    def _finish_segment(self, fetcher: TicketFetcher, skip_rest: bool = False) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         assert epoch.plan is not None
         self._flush_accumulated_gradients()
         strategy.worker.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
+        if epoch.draws_further:
+            strategy.compare_orders(fetcher.digests)
         epoch.tickets_done = progress.tickets_done
         exhausted = progress.tickets_left == 0
         complete = exhausted or progress.skip_rest

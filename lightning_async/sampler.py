@@ -262,13 +262,7 @@ class TicketFeed:
             self._threaded = self._threaded or foreign
             if foreign and created_in != self._pass:
                 self._refuse(foreign, created_in)
-            if self._active is not iterator:
-                # Only one of the loader's iterators is asked at a time; what the last one has not delivered, this one
-                # loads again.
-                if self._loading:
-                    self._discard_active()
-                    self.reload()
-                self._active = iterator
+            self.activate(iterator)
             while not self._drawn and not self._loading:
                 if not foreign:
                     if not self._draw_ahead():
@@ -277,6 +271,20 @@ class TicketFeed:
                     self._refuse(foreign, created_in)
                 else:
                     self._changed.wait(_LOOK_S)
+
+    def activate(self, iterator: Discardable | None) -> None:
+        """Makes this the loader's iterator that is asked; what the last one has not delivered, this one loads again."""
+        with self._changed:
+            if self._active is not iterator:
+                if self._loading:
+                    self._discard_active()
+                    self.reload()
+                self._active = iterator
+
+    @property
+    def is_asked_here(self) -> bool:
+        """Whether this is the training thread, and it is about to get a batch from the loader."""
+        return self._fetching_since is not None and threading.current_thread() is self._owner
 
     def load_next(self) -> Any:
         """The next batch's indices, for torch's iterator or for a loader that asks its batch sampler itself."""

@@ -112,7 +112,10 @@ class _Feeding:
 
 
 class LoadingIterator:
-    """Torch's iterator of the private loader, made when the first batch is asked for.
+    """Torch's iterator of the private loader, made once there are tickets for it.
+
+    It starts worker processes. So it is made in the training thread where it can be: a process that is forked by one
+    thread inherits the locks that others hold.
 
     Args:
         feed: the feed.
@@ -127,6 +130,7 @@ class LoadingIterator:
         self._created_in = feed.current_pass
         self._base: Any = None
         self._stale = False
+        self._prepare()
 
     def __iter__(self) -> LoadingIterator:
         return self
@@ -163,6 +167,7 @@ class LoadingIterator:
         """Begins a new pass with the same worker processes; called by a loader whose workers are persistent."""
         self._created_in = self._feed.current_pass
         self._stale = True
+        self._prepare()
 
     def discard(self, for_good: bool = False) -> None:
         """Drops what is loading, and with it the worker processes, unless they are persistent."""
@@ -173,6 +178,12 @@ class LoadingIterator:
         self._base = None
         if shutdown is not None:
             shutdown()
+
+    def _prepare(self) -> None:
+        if self._feed.is_asked_here:
+            self._feed.activate(self)
+            with self._feed.loads():
+                self._refresh()
 
     def _refresh(self) -> None:
         if self._base is None:

@@ -189,7 +189,8 @@ def test_an_order_is_known_again_under_another_limit(order: list[list[int]], lim
 
 
 @pytest.mark.parametrize(
-    ("samples", "size", "sizes"), [(49, 16, [16, 16, 9, 8]), (7, 3, [3, 2, 2]), (50, 16, [16, 16, 16, 2]), (3, 2, [2, 1])]
+    ("samples", "size", "sizes"),
+    [(49, 16, [16, 16, 9, 8]), (7, 3, [3, 2, 2]), (50, 16, [16, 16, 16, 2]), (3, 2, [2, 1])],
 )
 def test_a_single_sample_that_is_left_over_gets_half_of_the_batch_before_it(
     samples: int, size: int, sizes: list[int]

@@ -579,9 +579,7 @@ def test_a_batch_sampler_that_is_one_ranks_alone_is_refused_with_the_way_out() -
     shared = share_loader(loader, 2, 0, SEED)
     object.__setattr__(loader, "batch_sampler", BatchSampler(SequentialSampler(range(8)), 4, drop_last=False))
 
-    with pytest.raises(
-        LoaderError, match="DataLoader cannot be shared by all ranks any more: .* over `loader.sampler`"
-    ):
+    with pytest.raises(LoaderError, match="DataLoader cannot be shared by all ranks any more"):
         shared.begin_epoch(0, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,11 @@ class EpochPlace:
         flat: Sequence[int] = state["applied"]
         return cls(state["epoch"], state["order"], state["clock"], tuple(zip(flat[::2], flat[1::2], strict=True)))
 
-    def within(self, epoch: int, order: str) -> EpochPlace | None:
+    def within(self, epoch: int, matches: Callable[[str], bool]) -> EpochPlace | None:
         """This place if it is one in ``epoch``; None otherwise, with a warning if the order has changed since."""
         if self.epoch != epoch:
             return None
-        if self.order != order:
+        if not matches(self.order):
             rank_zero_warn(
                 f"The checkpoint was saved in the middle of epoch {epoch}, whose batches came in another order than "
                 "now: the data, the batch size, the sampler or the seed have changed. Training goes on after as many "
@@ -71,6 +71,7 @@ def agree_on_order(orders: Sequence[str]) -> None:
     if other is not None:
         raise MisconfigurationException(
             f"The sampler of the train DataLoader gives rank {other} other batches than rank 0, so the ranks cannot "
-            "share one epoch. Seed the sampler (with a torch.Generator of a fixed seed, for instance), or pass "
+            "share one epoch. Seed the sampler (with a torch.Generator of a fixed seed, for instance), change its "
+            "attributes on every rank alike, or pass "
             "Trainer(use_distributed_sampler=False) to let each rank walk a loader of its own."
         )

@@ -81,13 +81,16 @@ class SegmentedRanks(CheckpointedRanks):
         if self._buffers is not None:
             self._buffers.meet(batches, batches_as_ddp)
 
-    def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
+    def begin_epoch(
+        self, tickets: int, order: str, tickets_done: int, matches: Callable[[str], bool]
+    ) -> EpochPlace | None:
         """Fills the ledger with what is left of an epoch; a collective call.
 
         Args:
             tickets: batches of the epoch over all ranks.
             order: digest of this rank's order of batches; empty for a stream of its own.
             tickets_done: how many a checkpoint's counters say are done, for one that does not say which.
+            matches: whether the order that a digest tells of is this one.
 
         Returns:
             The place that a checkpoint has recorded, if this epoch is resumed from there.
@@ -99,12 +102,18 @@ class SegmentedRanks(CheckpointedRanks):
         self._epoch_order = (self._trainer.current_epoch, order)
         agree_on_order(self.gather_objects(order))
         resumed, self._resumed = self._resumed, None
-        place = None if resumed is None else resumed.within(*self._epoch_order)
+        place = None if resumed is None else resumed.within(self._trainer.current_epoch, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
         if self._engine.service is not None:
             self._engine.service.begin_epoch(range(tickets), self.block, applied)
             self._dealt = (self.block, False)
         return place
+
+    def compare_orders(self, digests: list[str]) -> None:
+        """Checks that what the ranks have drawn further of a long epoch is one order; a collective call."""
+        everyone = self.gather_objects(digests)
+        common = min(map(len, everyone))
+        agree_on_order(["".join(theirs[:common]) for theirs in everyone])
 
     @property
     def block(self) -> int:

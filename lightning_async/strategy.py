@@ -43,10 +43,10 @@ from lightning_async.registry import register
 from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
 from lightning_async.service import UpdateObserver
+from lightning_async.shared_loader import share_loader
 from lightning_async.shells import load_state, make_shell
 from lightning_async.sinks import sink_for
 from lightning_async.staleness import resolve_max_staleness
-from lightning_async.tickets import share_loader
 from lightning_async.wrappers import check_module
 
 __all__ = ["AsyncStrategy"]
@@ -277,7 +277,7 @@ class AsyncStrategy(SegmentedRanks):
         trainer = self._trainer
         training = trainer.state.fn == TrainerFn.FITTING and trainer.training
         if training and self.has_one_train_loader and _walks_one_order(dataloader):
-            share_loader(dataloader, self.world_size, trainer_state.run_seed())
+            share_loader(dataloader, self.world_size, self.global_rank, trainer_state.run_seed())
         return dataloader
 
     # --- one step ----------------------------------------------------------------------------------------------------

@@ -1,27 +1,20 @@
-"""Hand-out of batches: the ledger on rank 0 and the sampler in every rank.
+"""Hand-out of batches: the ledger on rank 0.
 
-A ticket is a position in the epoch's one global order of batches. The ledger says who may compute which ticket and
-which are applied; the sampler turns the tickets that its rank drew into the indices of samples. Used by `session.py`
-(ledger), `internals/` and `strategy.py` (sampler). Imports no Lightning.
+A ticket is a position in the epoch's one global order of batches (`orders.py`). The ledger says who may compute which
+ticket and which are applied; a rank's `sampler.py` turns the tickets that it drew into the indices of samples. Used by
+`session.py`. Imports no Lightning.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
+from collections.abc import Iterable
+from typing import Literal
 
 from lightning_async.ranges import UNBOUNDED, RangeSet, TicketQueue
 
-__all__ = ["BatchSource", "Ledger", "TicketSampler", "share_loader"]
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -213,176 +206,3 @@ class Ledger:
             else:
                 high = middle
         return low
-
-
-class BatchSource:
-    """The epoch's global order of batches, the same on every rank.
-
-    Args:
-        batches: the loader's batch sampler (or its sampler, where the loader does not batch); it must know its
-            length.
-        seed: the seed of the run. Samplers that draw from a global generator (Python's, NumPy's, torch's) are run
-            under ``seed + epoch``, so that all ranks walk the same order.
-    """
-
-    def __init__(self, batches: Any, seed: int) -> None:
-        self.batches = batches
-        self._seed = seed
-        self._order: list[Any] | None = None
-
-    def __len__(self) -> int:
-        """Batches of an epoch, as their sampler says; Lightning's limits and intervals are made from it."""
-        return len(self.batches)
-
-    @property
-    def drawn(self) -> int:
-        """Batches of the epoch whose order was drawn; what the sampler says before that.
-
-        A sampler that fills its batches by length, for instance, may only estimate how many there are. As under DDP,
-        an epoch ends where its batches do, and no later than it says.
-        """
-        return len(self) if self._order is None else min(len(self), len(self._order))
-
-    def begin_epoch(self, epoch: int) -> str:
-        """Draws the order of ``epoch`` and returns its digest: two orders are the same if their digests are."""
-        with _seeded(self._seed + epoch):
-            self._order = list(self.batches)
-        digest = hashlib.blake2b(digest_size=16)
-        for batch in self._order:
-            digest.update(repr(batch).encode())
-        return digest.hexdigest()
-
-    def __getitem__(self, ticket: int) -> Any:
-        assert self._order is not None
-        return self._order[ticket]
-
-
-class TicketSampler:
-    """Yields the batches whose tickets this rank drew; takes the place of a DataLoader's batch sampler.
-
-    The loader's worker processes prefetch through this sampler, and a slow rank would hoard tickets that a fast one
-    could compute. So at most ``prefetch`` batches are on their way; past that the iterator raises a *temporary*
-    StopIteration, which ``_MultiProcessingDataLoaderIter._try_put_index`` (torch, ``dataloader.py``) takes as
-    "nothing to put now".
-
-    Args:
-        source: the global order.
-        world_size: number of ranks N.
-        prefetch: batches that may be on their way to the training loop: the number of the loader's workers.
-    """
-
-    def __init__(self, source: BatchSource, world_size: int, prefetch: int) -> None:
-        self._source = source
-        self._world_size = world_size
-        self._prefetch = max(1, prefetch)
-        self._draw: Callable[[], Sequence[int]] | None = None
-        self._drawn: deque[int] = deque()
-        self._on_their_way: deque[int] = deque()
-        self._exhausted = True
-        self._allowed = 0
-
-    @property
-    def sampler(self) -> Any:
-        """The sampler below, for whoever sets its epoch."""
-        return getattr(self._source.batches, "sampler", self._source.batches)
-
-    @property
-    def batch_size(self) -> int | None:
-        """The loader's batch size, if its batch sampler has one."""
-        return getattr(self._source.batches, "batch_size", None)
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether the loader drops an incomplete last batch."""
-        return bool(getattr(self._source.batches, "drop_last", False))
-
-    @property
-    def global_batches(self) -> int:
-        """Batches of the epoch whose order was drawn last, over all ranks."""
-        return self._source.drawn
-
-    def __len__(self) -> int:
-        """Batches of an epoch *per rank*, as under DDP, so that limits and intervals keep their meaning."""
-        return -(-len(self._source) // self._world_size)
-
-    def begin_epoch(self, epoch: int) -> str:
-        """Draws the global order of ``epoch``; returns its digest."""
-        return self._source.begin_epoch(epoch)
-
-    def open(self, draw: Callable[[], Sequence[int]], ahead: bool = True) -> None:
-        """Starts a segment whose tickets come from ``draw``; an empty answer means that it is over.
-
-        Args:
-            draw: draws tickets.
-            ahead: whether batches may be on their way before the training loop asks for them.
-        """
-        self._draw = draw
-        self._drawn.clear()
-        self._on_their_way.clear()
-        self._exhausted = False
-        self._allowed = self._prefetch if ahead else 0
-
-    def has_next(self) -> bool:
-        """Whether this rank has, or can draw, another batch in this segment."""
-        return bool(self._on_their_way) or self._draw_ahead()
-
-    def allow_another(self) -> None:
-        """Lets one more batch be sent on its way; to be called before the loader is asked for one."""
-        self._allowed += 1
-
-    def take_samples(self) -> int:
-        """Number of samples of the oldest batch on its way, which the loader has just delivered."""
-        indices = self._source[self._on_their_way.popleft()]
-        return len(indices) if isinstance(indices, Sequence) else 1
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        # `_allowed` counts what may be sent; it keeps a loader's workers from running ahead of the training loop.
-        if self._allowed <= 0 or not self._draw_ahead():
-            raise StopIteration
-        ticket = self._drawn.popleft()
-        self._on_their_way.append(ticket)
-        self._allowed -= 1
-        return self._source[ticket]
-
-    def _draw_ahead(self) -> bool:
-        # Outside a segment nothing may be drawn: Lightning calls iter() on the loader during its set-up.
-        if not self._drawn and not self._exhausted and self._draw is not None:
-            self._drawn.extend(self._draw())
-            self._exhausted = not self._drawn
-        return bool(self._drawn)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Runs samplers of any make under one seed; leaves the generators as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def share_loader(loader: DataLoader[Any], world_size: int, seed: int) -> TicketSampler:
-    """Makes ``loader`` yield only the batches whose tickets this rank drew, in place; returns the sampler.
-
-    Args:
-        loader: a map-style loader whose sampler walks the same order on every rank.
-        world_size: number of ranks.
-        seed: the seed of the run.
-    """
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    current = getattr(loader, name)
-    if isinstance(current, TicketSampler):
-        return current
-    sampler = TicketSampler(BatchSource(current, seed), world_size, prefetch=loader.num_workers)
-    # DataLoader.__setattr__ refuses this attribute; building another loader would lose what its subclass keeps.
-    object.__setattr__(loader, name, sampler)
-    return sampler

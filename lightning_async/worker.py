@@ -165,6 +165,10 @@ class Worker:
         """
         for lane in self._lanes:
             self._take_answer(lane)
+        if stream_over:
+            # What came with the last answer is newer still.
+            tickets += sum(map(len, self._drawn))
+            self._drawn.clear()
         given = Message(Kind.RETURN, worker=self.rank, tickets=tickets, outcome=int(stream_over))
         self._request(self._lane, given, Kind.ACK)
 
@@ -186,6 +190,10 @@ class Worker:
             self.pull()
         self._tickets += 1
         self._samples += samples
+
+    def leave_out(self, tickets: int) -> None:
+        """Notes batches that the loader has left out: they count as done."""
+        self._tickets += tickets
 
     def pull(self) -> None:
         """Lands the holder's parameters, once the barrier lets this rank read."""

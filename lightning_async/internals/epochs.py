@@ -56,6 +56,7 @@ class Epoch:
     scheduled_batch: int | None = None
     validation_requested: bool = False
     validated_at: int = -1
+    draws_further: bool = False
 
 
 class AsyncEpochLoop(_TrainingEpochLoop):
@@ -139,17 +140,23 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             if self._epoch.agreed:
                 return
         if self._epoch.learning and self._strategy.has_stepped:
-            self._finish_segment()
+            self._finish_segment(data_fetcher)
             return
         if not data_fetcher.has_next():
-            self._finish_segment()
+            self._finish_segment(data_fetcher)
             return
         try:
             super().advance(data_fetcher)
-        except StopIteration:
+        except StopIteration as error:
+            if not self.batch_progress.is_last_batch:
+                raise RuntimeError(
+                    "StopIteration was raised while a train batch was computed, by training_step or a hook of a batch: "
+                    "an iterator in it has ended, and ranks take unlike numbers of batches. Begin it anew there, or "
+                    "return -1 from on_train_batch_start to skip the rest of the epoch."
+                ) from error
             # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
             self._strategy.worker.close_hand_out()
-            self._finish_segment(skip_rest=True)
+            self._finish_segment(data_fetcher, skip_rest=True)
 
     @override
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
@@ -236,7 +243,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if super().done:
             return
         if epoch.plan is None:
-            order = fetcher.begin_epoch(trainer.current_epoch)
+            limit = trainer.num_training_batches
+            tickets = None if limit == float("inf") else int(limit) * trainer.world_size
+            order = fetcher.begin_epoch(trainer.current_epoch, tickets)
             epoch.plan = self._plan_epoch(fetcher)
             self._begin_epoch(fetcher, epoch.plan, order)
         # User code may have shown only now how many batches it takes for a step.
@@ -251,14 +260,16 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         self.batch_progress.current.ready = ready + -ready % strategy.block
         epoch.batches_started = self._batches_started
         strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
-        fetcher.open(strategy.worker.draw, strategy.worker.give_back, ahead=not epoch.learning)
+        worker = strategy.worker
+        fetcher.open(worker.draw, worker.give_back, worker.leave_out, ahead=not epoch.learning)
         epoch.training, epoch.agreed = True, False
 
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         done = self.batch_progress.current.ready
         epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
-        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done)
+        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
+        epoch.draws_further = fetcher.draws_further
         if place is not None:
             epoch.tickets_done = sum(stop - start for start, stop in place.applied)
             # The number of ranks may be another one now.
@@ -286,13 +297,15 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             block=self._strategy.block,
         )
 
-    def _finish_segment(self, skip_rest: bool = False) -> None:
+    def _finish_segment(self, fetcher: TicketFetcher, skip_rest: bool = False) -> None:
         epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
         assert epoch.plan is not None
         self._flush_accumulated_gradients()
         strategy.finish_segment()
         progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
         epoch.training = False
+        if epoch.draws_further:
+            strategy.compare_orders(fetcher.digests)
         before, epoch.tickets_done = epoch.tickets_done, progress.tickets_done
         exhausted = progress.tickets_left == 0
         complete = exhausted or progress.skip_rest

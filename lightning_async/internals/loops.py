@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_async.internals.averaging import average_with_clock, forget_clock
 from lightning_async.internals.epochs import AsyncEpochLoop, Epoch
-from lightning_async.internals.fetcher import TicketFetcher
+from lightning_async.internals.fetcher import TicketFetcher, shared_loader
 from lightning_async.internals.intervals import follow_clock, unfollow_clock
 from lightning_async.internals.optimization import AsyncAutomaticOptimization
 from lightning_async.internals.progress import follow_all_ranks, unfollow_all_ranks
@@ -66,6 +66,24 @@ class AsyncFitLoop(_FitLoop):
         fetcher = self._data_fetcher
         if isinstance(fetcher, TicketFetcher) and fetcher is not before and not fetcher.is_shared:
             agree_on_size(self.trainer, strategy.gather_objects)
+
+    @override
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().on_save_checkpoint()
+        if self._shares_loader:
+            # The ledger knows what is left of the epoch; a loader that skips, too, would skip twice.
+            state.pop("combined_loader", None)
+        return state
+
+    @override
+    def _load_combined_loader_states(self) -> None:
+        if self._shares_loader:
+            self._combined_loader_states_to_load = []
+        super()._load_combined_loader_states()
+
+    @property
+    def _shares_loader(self) -> bool:
+        return self._combined_loader is not None and shared_loader(self._combined_loader) is not None
 
     @override
     def on_advance_end(self) -> None:

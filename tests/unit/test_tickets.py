@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_async.ranges import UNBOUNDED
-from lightning_async.tickets import BatchSource, Ledger, TicketSampler, share_loader
+from lightning_async.tickets import Ledger
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -255,153 +252,3 @@ def test_what_is_reclaimed_is_handed_out_first() -> None:
     assert ledger.leased(1) == 0
 
     assert [list(ledger.draw(0)) for _ in range(5)] == [[1], [2], [4], [5], []]
-
-
-# --- the sampler, in real loaders ------------------------------------------------------------------------------------
-
-
-class Loop:
-    """A rank's training loop, as far as its loader is concerned."""
-
-    def __init__(self, ledger: Ledger, worker: int, loader: DataLoader[Any], ranks: int) -> None:
-        self.ledger = ledger
-        self.worker = worker
-        self.loader = loader
-        self.sampler = share_loader(loader, ranks, seed=3)
-        self.iterator: Iterator[Any] | None = None
-        self.seen: list[int] = []
-        self.most_leased = 0
-
-    def open(self) -> None:
-        self.iterator = None
-        self.sampler.open(lambda: self.ledger.draw(self.worker))
-
-    def step(self) -> bool:
-        """Computes one batch; False if there is none."""
-        if not self.sampler.has_next():
-            return False
-        if self.iterator is None:
-            self.iterator = iter(self.loader)
-        self.sampler.allow_another()
-        (batch,) = next(self.iterator)
-        self.most_leased = max(self.most_leased, self.ledger.leased(self.worker))
-        assert self.sampler.take_samples() == len(batch)
-        self.seen += batch.tolist()
-        self.ledger.complete(self.worker, 1)
-        return True
-
-
-def loops(ledger: Ledger, ranks: int, samples: int = 42, **arguments: Any) -> list[Loop]:
-    dataset = TensorDataset(torch.arange(samples))
-    return [Loop(ledger, worker, DataLoader(dataset, batch_size=4, **arguments), ranks) for worker in range(ranks)]
-
-
-def run_segment(ranks: list[Loop], speeds: tuple[int, ...]) -> None:
-    """Rank r computes ``speeds[r]`` batches in each round until nobody gets any more."""
-    for rank in ranks:
-        rank.open()
-    while sum(rank.step() for rank, speed in zip(ranks, speeds, strict=True) for _ in range(speed)):
-        continue
-
-
-LOADERS: list[dict[str, Any]] = [
-    {"num_workers": 0},
-    {"num_workers": 2},
-    {"num_workers": 2, "persistent_workers": True},
-    {"num_workers": 1, "prefetch_factor": 4},
-]
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["shared", "sharded"])
-@pytest.mark.parametrize("arguments", LOADERS, ids=str)
-def test_ranks_of_unlike_speed_see_every_sample_once_over_several_segments(mode: Mode, arguments: Any) -> None:
-    ledger = Ledger(2, mode)
-    ranks = loops(ledger, 2, shuffle=True, **arguments)
-    total = ranks[0].sampler.global_batches
-
-    for epoch in range(2):
-        ledger.begin_epoch(range(total))
-        for rank in ranks:
-            rank.seen.clear()
-            rank.sampler.begin_epoch(epoch)
-        for tickets in (3, 4, total):
-            ledger.open(tickets)
-            run_segment(ranks, speeds=(3, 1))
-
-        assert sorted(ranks[0].seen + ranks[1].seen) == list(range(42))
-        assert ledger.progress() == (11, 0)
-    if mode == "shared":
-        assert len(ranks[0].seen) > len(ranks[1].seen) > 0
-    # A slow rank's loader does not hoard what a fast rank could compute.
-    allowed = max(1, arguments["num_workers"]) + 1
-    assert max(rank.most_leased for rank in ranks) <= allowed
-    for rank in ranks:
-        rank.iterator = None
-        rank.loader._iterator = None
-
-
-def test_all_ranks_walk_one_order_that_is_another_one_in_each_epoch() -> None:
-    orders = []
-    for _ in range(2):
-        torch.manual_seed(torch.seed() % 1000)  # what each rank's own generator says must not matter
-        source = BatchSource(BatchSampler(RandomSampler(range(20)), 3, drop_last=False), seed=5)
-        epochs = []
-        for epoch in (0, 1):
-            source.begin_epoch(epoch)
-            epochs.append([source[ticket] for ticket in range(len(source))])
-        orders.append(epochs)
-
-    assert orders[0] == orders[1]
-    assert orders[0][0] != orders[0][1]
-    assert all(sorted(index for batch in epoch for index in batch) == list(range(20)) for epoch in orders[0])
-
-
-def test_drawing_an_order_leaves_the_global_generator_alone() -> None:
-    source = BatchSource(BatchSampler(RandomSampler(range(20)), 3, drop_last=False), seed=5)
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-
-    torch.manual_seed(1)
-    source.begin_epoch(0)
-
-    assert torch.rand(3).equal(expected)
-
-
-def test_the_sampler_shows_the_length_that_ddp_would_have() -> None:
-    batches = BatchSampler(SequentialSampler(range(10)), 2, drop_last=True)
-    sampler = TicketSampler(BatchSource(batches, seed=0), world_size=3, prefetch=0)
-
-    assert (sampler.global_batches, len(sampler)) == (5, 2)
-    assert (sampler.batch_size, sampler.drop_last) == (2, True)
-    assert sampler.sampler is batches.sampler
-
-
-def test_outside_a_segment_nothing_is_drawn() -> None:
-    batches = BatchSampler(SequentialSampler(range(10)), 2, drop_last=False)
-    sampler = TicketSampler(BatchSource(batches, seed=0), world_size=1, prefetch=0)
-    sampler.begin_epoch(0)
-
-    # Lightning calls iter() on the loader while it sets up.
-    assert list(sampler) == []
-    assert not sampler.has_next()
-
-
-def test_loaders_that_do_not_batch_are_shared_too() -> None:
-    ledger = Ledger(1)
-    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(5)), batch_size=None)
-    sampler = share_loader(loader, 1, seed=0)
-    assert share_loader(loader, 1, seed=0) is sampler
-    ledger.begin_epoch(range(5))
-    ledger.open(5)
-    sampler.begin_epoch(0)
-    sampler.open(lambda: ledger.draw(0))
-
-    seen = []
-    iterator = iter(loader)
-    while sampler.has_next():
-        sampler.allow_another()
-        seen.append(int(next(iterator)[0]))
-        assert sampler.take_samples() == 1
-
-    assert seen == [0, 1, 2, 3, 4]

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_async.buffers import average_buffers, average_unlike
 from lightning_async.checkpoints import CheckpointedRanks
@@ -52,6 +57,23 @@ class SegmentedRanks(CheckpointedRanks):
     requeue: Callable[[], None] | None = None
     _metrics: MetricsLogger | None = None
 
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        return super().optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if Phase.asynchronous:
+            raise MisconfigurationException(
+                "the optimizers were replaced between two batches, while the other ranks train with those of before. "
+                "Replace them where the ranks meet, for example in on_train_epoch_start, on_validation_end or "
+                "on_train_epoch_end: the new ones are in force from the next batch."
+            )
+        own = [each.optimizer if isinstance(each, LightningOptimizer) else each for each in optimizers]
+        assign: Any = Strategy.optimizers.fset  # type: ignore[attr-defined]  # a property is a function to mypy
+        assign(self, own)
+
     def begin_epoch(self, tickets: int, order: str, tickets_done: int) -> EpochPlace | None:
         """Fills the ledger with what is left of an epoch; a collective call.
 
@@ -92,12 +114,14 @@ class SegmentedRanks(CheckpointedRanks):
             self._metrics.restart_clock()
         self.stats.start_segment()
         self.barrier("a segment begins")
+        self._engine.states.begin_segment()
         Phase.asynchronous = True
 
     def enter_synchronous_phase(self, validation_requested: bool, skip_rest: bool) -> Stop:
         """Waits for all ranks, then gives them the holder's parameters, common buffers and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.asynchronous = False
+        self._engine.states.end_segment()
         forget_local_results()
         trainer = self._trainer
         wishes = self.gather_objects((trainer.should_stop, self.sigterm_received, validation_requested, skip_rest))
@@ -112,7 +136,11 @@ class SegmentedRanks(CheckpointedRanks):
         if self.world_size > 1:
             average_buffers(self.lightning_module)
             average_unlike(self._parameters_of_no_optimizer())
-        done, left = self.broadcast((0, 0) if self._engine.service is None else self._engine.service.progress())
+        service = self._engine.service
+        (done, left), adapted = self.broadcast(
+            ((0, 0), []) if service is None else (service.progress(), service.take_adapted())
+        )
+        self._engine.show_adapted(adapted)
         return Stop(done, left, validation_requested, skip_rest)
 
     def _parameters_of_no_optimizer(self) -> list[Tensor]:

@@ -134,8 +134,11 @@ class Binding:
                 parameter.data = parameter.data.clone()
         for owned, views in zip(self._owned, self._gradients, strict=True):
             for parameter, view in zip(owned, views, strict=True):
-                if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
-                    parameter.grad = parameter.grad.clone()
+                gradient = parameter.grad
+                if gradient is None or gradient.layout is not torch.strided:
+                    continue
+                if gradient.data_ptr() == view.data_ptr():
+                    parameter.grad = gradient.clone()
 
     def _install_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         hooks = []

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from lightning_async.layout import exchanged_parameters
 
-__all__ = ["HeldState", "OptimizerStateError", "OptimizerStates", "StateByPlace", "same_state"]
+__all__ = [
+    "HeldState",
+    "OptimizerStateError",
+    "OptimizerStates",
+    "StateByPlace",
+    "StateElsewhere",
+    "same_state",
+    "state_by_place",
+]
 
 # What an optimizer keeps for each parameter, by the parameter's place among those that travel.
 StateByPlace: TypeAlias = Mapping[int, Any]
@@ -134,6 +142,17 @@ class HeldState(defaultdict[Any, Any]):
         except OptimizerStateError:
             return False
         return True
+
+
+class StateElsewhere(HeldState):
+    """What stands in ``optimizer.state`` where the state is not, and cannot be fetched any more.
+
+    Args:
+        reason: what whoever looks at it is told.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(lambda: _refuse(reason), int, lambda: _refuse(reason))
 
 
 def _reads(name: str) -> Callable[..., Any]:
@@ -274,7 +293,7 @@ class OptimizerStates:
                 continue
             own: defaultdict[Any, Any]
             if state_of is None:
-                own = HeldState(lambda: _refuse(elsewhere), int, lambda: _refuse(elsewhere))
+                own = StateElsewhere(elsewhere)
             elif shown.is_loaded and not self._in_segment:
                 own = defaultdict(dict, dict.items(shown))
             else:

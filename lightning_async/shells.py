@@ -5,6 +5,7 @@ The state is the holder's, and `optimizer_state.py` shows it. Below `strategy.py
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from lightning_async.engine import Engine
 from lightning_async.holder import Snapshot
 from lightning_async.layout import exchanged, exchanged_parameters
-from lightning_async.optimizer_state import HeldState
+from lightning_async.optimizer_state import HeldState, StateElsewhere
 
 __all__ = [
     "agree_on_optimizers",
@@ -27,8 +28,10 @@ __all__ = [
     "held_state",
     "load_groups",
     "make_shell",
+    "place_in",
     "snapshot_parameters",
     "unmake_shell",
+    "with_own_state",
 ]
 
 
@@ -43,6 +46,9 @@ def make_shell(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_ch
         push: pushes its gradients and lands fresh parameters.
         keeps_changes: whether what a hook does to the parameters is done to the holder's.
     """
+    if isinstance(vars(optimizer).get("state"), StateElsewhere):
+        # From an earlier fit, or retired in this one: what it has is on rank 0, and goes to the holder from there.
+        vars(optimizer)["state"] = defaultdict(dict)
     watched: list[tuple[str, list[Tensor]]] = []
 
     def watch(kind: str, hooks: Mapping[int, Any]) -> None:
@@ -82,6 +88,26 @@ def make_shell(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_ch
     shell._opt_called = True
     # Lightning would leave unscaling to a fused optimizer; what is pushed must be unscaled.
     shell._step_supports_amp_scaling = False
+
+
+def place_in(engine: Engine, optimizer: Optimizer) -> int:
+    """The index of an optimizer that makes a step.
+
+    Raises:
+        MisconfigurationException: if the engine was built without it.
+    """
+    place = engine.place_of(optimizer)
+    if place is None:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} makes a step and is none of trainer.optimizers. Assign it to "
+            "trainer.optimizers where the ranks meet, for example in on_train_epoch_start."
+        )
+    return place
+
+
+def with_own_state(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """Those whose state is with them, and not with the holder."""
+    return [optimizer for optimizer in optimizers if not isinstance(vars(optimizer).get("state"), HeldState)]
 
 
 def unmake_shell(optimizer: Optimizer) -> None:

@@ -39,7 +39,7 @@ from lightning_async.registry import register
 from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
 from lightning_async.service import UpdateObserver
-from lightning_async.shells import agree_on_optimizers, make_shell, unmake_shell
+from lightning_async.shells import agree_on_optimizers, make_shell, place_in, unmake_shell, with_own_state
 from lightning_async.sinks import sink_for
 from lightning_async.staleness import resolve_max_staleness
 from lightning_async.tickets import share_loader
@@ -309,12 +309,7 @@ class AsyncStrategy(SegmentedRanks):
 
     def _push(self, optimizer: Optimizer) -> None:
         assert self._engine is not None
-        index = self._engine.place_of(optimizer)
-        if index is None:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} makes a step and is none of trainer.optimizers. Assign it to "
-                "trainer.optimizers where the ranks meet, for example in on_train_epoch_start."
-            )
+        index = place_in(self._engine, optimizer)
         self._engine.states.check_untouched()
         if len(self.optimizers) > 1 and self._version_at_backward != self.version:
             raise MisconfigurationException(
@@ -358,7 +353,10 @@ class AsyncStrategy(SegmentedRanks):
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)
+        # It moves states to the host, which must not ask for those that are on rank 0.
+        optimizers, self.optimizers = self.optimizers, with_own_state(self.optimizers)
         super().teardown()
+        self.optimizers = optimizers
 
     # --- what the user sees ------------------------------------------------------------------------------------------
 

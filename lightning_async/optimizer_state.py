@@ -122,6 +122,10 @@ class HeldState(defaultdict[Any, Any]):
         self.load()
         return defaultdict(dict, dict.items(self))
 
+    def copy(self) -> Any:
+        """A dict of its own with the values."""
+        return self.__copy__()
+
     def __or__(self, other: Any) -> Any:
         return self.__copy__() | other
 

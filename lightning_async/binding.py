@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_async.layout import FlatLayout
 from lightning_async.transport.base import Buffers
 
-__all__ = ["Binding"]
+__all__ = ["Binding", "UnsupportedGradientError"]
 
 # From here on copying a gradient while the processor's caches still hold it saves more than the hook costs.
 _HOOKED_FROM_BYTES = 1 << 20
@@ -28,13 +28,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT_BYTES, _KEPT_BYTES = 32 << 20, 256 << 20
 
 
+class UnsupportedGradientError(RuntimeError):
+    """A gradient that is no dense tensor.
+
+    Args:
+        parameter: whose gradient it is.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__(f"the gradient of a parameter of shape {tuple(parameter.shape)} is no dense tensor")
+        self.parameter = parameter
+
+
 class Binding:
     """Ties a module's parameters to the buffer that the holder fills, and its gradients to the one that it reads.
 
     A parameter becomes a view of the buffer: fresh values land in it with the message that announces them, which comes
     only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly instead of
-    giving a wrong gradient. What cannot be a view (another dtype, another memory format) or is no longer one
-    (``module.to(...)``) is found at each landing, and copied.
+    giving a wrong gradient. Each has a storage of its own, of its own size, in the buffer's memory: what saves a tensor
+    with its storage (torch.save, pickle) saves the parameter and not the buffer. What cannot be a view (another dtype,
+    another memory format) or is no longer one (``module.to(...)``) is found at each landing, and copied.
 
     A gradient moves into the buffer once, when autograd has completed it: then ``.grad`` is a view of the buffer, on
     which accumulation, unscaling and clipping work in place. Small models are copied when they are pushed, which is
@@ -65,7 +78,7 @@ class Binding:
         for parameter, view in self._pairs:
             view.copy_(parameter.detach())
             if parameter.dtype is view.dtype and parameter.is_contiguous() and parameter.device == view.device:
-                parameter.data = view
+                parameter.data = _with_own_storage(view)
                 self._bound.append(parameter)
         bound = set(map(id, self._bound))
         self._bound_of = [[parameter for parameter in owned if id(parameter) in bound] for owned in self._owned]
@@ -86,12 +99,19 @@ class Binding:
             into: views to copy them to in place of the buffer's, one per parameter.
         """
         present, targets, sources = [], [], []
-        for parameter, view in zip(self._owned[index], into or self._gradients[index], strict=True):
-            gradient = parameter.grad
-            present.append(gradient is not None)
-            if gradient is not None and gradient.data_ptr() != view.data_ptr():
-                targets.append(view)
-                sources.append(gradient)
+        try:
+            for parameter, view in zip(self._owned[index], into or self._gradients[index], strict=True):
+                gradient = parameter.grad
+                present.append(gradient is not None)
+                if gradient is not None and gradient.data_ptr() != view.data_ptr():
+                    targets.append(view)
+                    sources.append(gradient)
+        except RuntimeError as error:
+            # Who has no data has no pointer. To ask each gradient what it is would take as long again.
+            for parameter in self._owned[index]:
+                if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                    raise UnsupportedGradientError(parameter) from error
+            raise
         if targets:
             with torch.no_grad():
                 torch._foreach_copy_(targets, sources)
@@ -125,8 +145,11 @@ class Binding:
                 parameter.data = parameter.data.clone()
         for owned, views in zip(self._owned, self._gradients, strict=True):
             for parameter, view in zip(owned, views, strict=True):
-                if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
-                    parameter.grad = parameter.grad.clone()
+                gradient = parameter.grad
+                if gradient is None or gradient.layout is not torch.strided:
+                    continue
+                if gradient.data_ptr() == view.data_ptr():
+                    parameter.grad = gradient.clone()
 
     def _install_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         hooks = []
@@ -137,6 +160,14 @@ class Binding:
                     move = functools.partial(_move_gradient, view=view)
                     hooks.append(parameter.register_post_accumulate_grad_hook(move))
         return hooks
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage ends where it does; the memory lives as long as either."""
+    if view.numel() == 0:
+        return view
+    own: Tensor = torch.from_dlpack(view)
+    return own
 
 
 def _return_freed_memory() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,9 +19,10 @@ from lightning_async.engine import Engine
 from lightning_async.holder import Snapshot
 from lightning_async.internals import loops
 from lightning_async.manual import ByHand
+from lightning_async.phases import Phase
 from lightning_async.ranks import StartedRanks
 from lightning_async.resume import EpochPlace
-from lightning_async.shells import checkpointed_state, load_groups, snapshot_parameters
+from lightning_async.shells import bare_state, checkpointed_state, held_state, load_groups, snapshot_parameters
 from lightning_async.tally import STEPS
 from lightning_async.worker import Worker
 
@@ -94,15 +96,21 @@ class CheckpointedRanks(StartedRanks):
         if snapshot is None:
             return state
         assert self.lightning_module is not None
-        snapshot_parameters(state, self.lightning_module, self.optimizers, self._engine.layout, snapshot)
-        return state
+        if Phase.asynchronous:
+            snapshot_parameters(state, self.lightning_module, self._engine, snapshot)
+            return state
+        # Where the ranks meet the module's are the same, but for what user code has changed. Training writes to them.
+        return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._snapshot is None:
-            return super().optimizer_state(optimizer)
         own = getattr(optimizer, "_optimizer", optimizer)
-        return checkpointed_state(own, self._snapshot, self.optimizers.index(own))
+        if self._engine is not None and self._snapshot is not None:
+            return checkpointed_state(own, self._engine, self._snapshot)
+        if not self.is_global_zero:
+            # It is not written, and would have to be fetched.
+            return bare_state(own)
+        return super().optimizer_state(own)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -131,14 +139,18 @@ class CheckpointedRanks(StartedRanks):
                 for count in (saved["version"], *saved.get("counts", ()))
             )
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
-        states = checkpoint["optimizer_states"]
+        states = [
+            held_state(optimizer, state)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ]
         if self._engine.service is not None and self._engine.service.restore(version, states):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             # The module's optimizer only carries hyper-parameters; the state is the holder's.
             load_groups(optimizer, state)
+        self._engine.states.reset()
         self.worker.version = version
         if self.by_hand is not None:
             self.by_hand.load(saved, counts, version)

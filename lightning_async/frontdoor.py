@@ -1,7 +1,7 @@
 """Rank 0's front door: one listening socket; lets the run's own ranks in and refuses everyone else by name.
 
-A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `lifeline.py`) or a
-doorbell (served by `server.py`). Knows no Lightning.
+A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `lifeline.py`), a
+doorbell (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`). Knows no Lightning.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection, connect
 from lightning_async.wire import Kind, Message, WireError
 
-__all__ = ["Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
+__all__ = ["DOORBELL", "LIFELINE", "STATE", "Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
 
 log = logging.getLogger(__name__)
 
-LIFELINE, DOORBELL = "lifeline", "doorbell"
+LIFELINE, DOORBELL, STATE = "lifeline", "doorbell", "state"
 _HANDSHAKE_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 30.0
 # Before rank 0 welcomes a doorbell it reserves the worker's buffers, a second or so for each GB, and may have to wait
@@ -134,6 +134,8 @@ class FrontDoor:
         self._closing = threading.Event()
         # Served while training; before and after, a doorbell finds nobody.
         self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
+        # Served while training, too, in the visitor's own thread: answers one question.
+        self.on_state: Callable[[Visitor, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
         self.rank_0_rings = False
@@ -216,10 +218,11 @@ class FrontDoor:
             visitor, role = self._identify(connection.receive())
             if role == LIFELINE:
                 self._take_lifeline(visitor, connection)
-            elif self.on_doorbell is None:
+                return
+            answer = self.on_doorbell if role == DOORBELL else self.on_state
+            if answer is None:
                 raise HandshakeError("no training is under way")
-            else:
-                self.on_doorbell(visitor, connection)
+            answer(visitor, connection)
         except (WireError, ChannelClosedError, HandshakeError) as error:
             self._refuse(connection, str(error))
         except Exception as error:
@@ -274,7 +277,7 @@ class FrontDoor:
         if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
         first = 0 if role == DOORBELL and self.rank_0_rings else 1
-        if role not in (LIFELINE, DOORBELL) or not first <= hello.worker < self._workers:
+        if role not in (LIFELINE, DOORBELL, STATE) or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
         return Visitor(hello.worker, hello.incarnation, claims), role
 
@@ -287,7 +290,7 @@ def introduce(
     Args:
         address: from `FrontDoor.address`.
         rank: this rank.
-        role: `LIFELINE` or `DOORBELL`.
+        role: `LIFELINE`, `DOORBELL` or `STATE`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 
@@ -302,7 +305,7 @@ def introduce(
     connection.settimeout(_HANDSHAKE_TIMEOUT_S)
     text = json.dumps({"token": address.token, "role": role, **claims})
     connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
-    if role == DOORBELL:
+    if role != LIFELINE:
         connection.settimeout(_WELCOME_TIMEOUT_S)
     reply = connection.receive()
     if reply.kind is not Kind.WELCOME:

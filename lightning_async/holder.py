@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_async.failure import FailureLatch
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, exchanged
+from lightning_async.optimizer_state import StateByPlace
 from lightning_async.staleness import Barrier, Verdict
 from lightning_async.tally import STEPS, add_counts
 from lightning_async.update import HeldOptimizer
@@ -110,6 +111,7 @@ class Holder:
         barrier: who may proceed; owned by the holder from here on.
         latch: the run's failure latch.
         observer: called under the lock with every applied or dropped push; must be quick.
+        states: for each optimizer the state to begin with; None for what its template has.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Holder:
         barrier: Barrier,
         latch: FailureLatch,
         observer: Callable[[Update], None] = lambda update: None,
+        states: Sequence[StateByPlace | None] = (),
     ) -> None:
         self._layout = layout
         self._flat = parameters.detach().clone()
@@ -135,8 +138,12 @@ class Holder:
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
-            groups = [[torch.nn.Parameter(next(views)) for _ in group["params"]] for group in template.param_groups]
+            groups = [
+                [torch.nn.Parameter(next(views)) for parameter in group["params"] if exchanged(parameter)]
+                for group in template.param_groups
+            ]
             self._optimizers.append(HeldOptimizer(template, groups))
+        self.adopt_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
         this = weakref.ref(self)
         latch.subscribe(lambda failure: _wake(this()))
@@ -253,6 +260,28 @@ class Holder:
                     own = view.to(device=parameter.device, dtype=parameter.dtype)
                     if not torch.equal(own, parameter.detach()):
                         view.copy_(parameter.detach())
+
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """Takes over optimizer states that differ from its own; nobody may be computing.
+
+        Args:
+            states: for each optimizer what it keeps for each parameter; None leaves it as it is.
+        """
+        with self._lock:
+            for optimizer, state in zip(self._optimizers, states, strict=False):
+                if state is not None:
+                    optimizer.adopt(state)
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """A copy of what one optimizer keeps, by the places of its parameters."""
+        with self._lock:
+            state: StateByPlace = self._optimizers[index].state_dict()["state"]
+            return state
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """For each optimizer and param group the values that steps have changed, for the workers to set in theirs."""
+        with self._lock:
+            return [optimizer.take_adapted() for optimizer in self._optimizers]
 
     def leave(self, worker: int, lane: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""

@@ -36,6 +36,18 @@ log = logging.getLogger(__name__)
 
 # Rank 0 takes the news of many updates at once, which costs its training less than each of them by itself.
 _NEWS_EVERY_S = 0.05
+# Calls that are not the service's own: what they take or return is large.
+_BY_PARCEL = (
+    "begin",
+    "serve",
+    "adopt",
+    "adopt_states",
+    "optimizer_state",
+    "take_adapted",
+    "snapshot",
+    "forget",
+    "restore",
+)
 # Of linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 
@@ -124,10 +136,10 @@ class Desk:
         Raises:
             ValueError: if the optimizers cannot be rebuilt here.
         """
-        dtype, parts, options, world_size, version, origins = _unpack_held(parcel)
+        dtype, parts, options, world_size, version, origins, states = _unpack_held(parcel)
         torch.set_default_dtype(dtype)
         optimizers = [assemble(kind, attributes) for kind, attributes in parts]
-        held = Held(optimizers, options, world_size, version, origins)
+        held = Held(optimizers, options, world_size, version, origins, states)
         self._service = HolderService(
             held, self._latch, self._door, self._news.note, self._news.note_refused, predecessor=self._service
         )
@@ -136,10 +148,25 @@ class Desk:
         """See `Service.adopt`."""
         self.service.adopt(unpack(parcel))
 
+    def adopt_states(self, parcel: str) -> None:
+        """See `Service.adopt_states`."""
+        self.service.adopt_states(unpack(parcel))
+
+    def optimizer_state(self, index: int) -> str:
+        """See `Service.optimizer_state`; returns the address of a parcel, as `snapshot` does."""
+        return self._keep(self.service.optimizer_state(index))
+
+    def take_adapted(self) -> str:
+        """See `Service.take_adapted`; returns the address of a parcel, as `snapshot` does."""
+        return self._keep(self.service.take_adapted())
+
     def snapshot(self) -> str:
         """See `Service.snapshot`; returns the address of a parcel, which lasts until `forget`."""
+        return self._keep(self.service.snapshot())
+
+    def _keep(self, value: Any) -> str:
         self.forget()
-        self._parcel = Parcel(self.service.snapshot())
+        self._parcel = Parcel(value)
         return self._parcel.address
 
     def forget(self) -> None:
@@ -160,8 +187,7 @@ class Desk:
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Does what rank 0 asks for."""
-        target = self if name in ("begin", "serve", "adopt", "snapshot", "forget", "restore") else self.service
-        return getattr(target, name)(*arguments)
+        return getattr(self if name in _BY_PARCEL else self.service, name)(*arguments)
 
 
 def main(control: int, lifeline: int, rank_0: int) -> None:

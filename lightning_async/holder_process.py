@@ -31,6 +31,7 @@ from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError,
 from lightning_async.frontdoor import Address
 from lightning_async.holder import Push, Snapshot, Update
 from lightning_async.lifeline import Lifelines
+from lightning_async.optimizer_state import StateByPlace
 from lightning_async.optimizers import dismantle
 from lightning_async.parcel import Parcel, unpack
 from lightning_async.service import Held, UpdateObserver
@@ -175,10 +176,25 @@ class HolderProcess:
         with Parcel([[parameter.detach() for parameter in owned] for owned in parameters]) as parcel:
             self._call("adopt", parcel.address)
 
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Service.adopt_states`."""
+        if any(state is not None for state in states):
+            with Parcel([None if state is None else dict(state) for state in states]) as parcel:
+                self._call("adopt_states", parcel.address)
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """See `Service.optimizer_state`."""
+        state: StateByPlace = self._take("optimizer_state", index)
+        return state
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """See `Service.take_adapted`."""
+        adapted: list[list[dict[str, Any]]] = self._take("take_adapted")
+        return adapted
+
     def snapshot(self) -> Snapshot:
         """See `Service.snapshot`."""
-        snapshot: Snapshot = unpack(self._call("snapshot"))
-        self._call("forget")
+        snapshot: Snapshot = self._take("snapshot")
         return snapshot
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
@@ -258,6 +274,12 @@ class HolderProcess:
             raise value
         return value
 
+    def _take(self, name: str, *arguments: Any) -> Any:
+        """Calls what answers with a parcel; returns its value."""
+        value = unpack(self._call(name, *arguments))
+        self._call("forget")
+        return value
+
     def _send(self, request: tuple[str, int, tuple[Any, ...]]) -> None:
         with self._sending:
             self._connection.send(request)
@@ -327,7 +349,9 @@ def _parcel_of(held: Held) -> Parcel:
         if any(kind.__module__ == "__main__" for kind in kinds):
             raise pickle.PicklingError("it is defined in the script itself, which is not run there")
         parts = [dismantle(optimizer) for optimizer in held.optimizers]
-        return Parcel((torch.get_default_dtype(), parts, held.options, held.world_size, held.version, held.origins))
+        states = [None if state is None else dict(state) for state in held.states]
+        how = (held.options, held.world_size, held.version, held.origins, states)
+        return Parcel((torch.get_default_dtype(), parts, *how))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         names = " and ".join(kind.__name__ for kind in kinds)
         raise ValueError(

@@ -16,7 +16,25 @@ from torch import Tensor
 
 from lightning_async.hyper import HyperLayout
 
-__all__ = ["FlatLayout", "describe_model"]
+__all__ = ["FlatLayout", "describe_model", "exchanged", "exchanged_parameters"]
+
+
+def exchanged(parameter: Tensor) -> bool:
+    """Whether a parameter travels: whether it is of a real floating-point dtype.
+
+    Others (the codes of a quantised layer, say) never have a gradient here; the optimizers that hold them leave them
+    where they are.
+
+    Examples:
+        >>> exchanged(torch.zeros(2)), exchanged(torch.zeros(2, dtype=torch.uint8))
+        (True, False)
+    """
+    return parameter.is_floating_point()
+
+
+def exchanged_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """An optimizer's parameters that travel, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if exchanged(parameter)]
 
 
 class FlatLayout:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,8 +18,13 @@ from torch import Tensor, nn
 
 from lightning_async.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.hyper import make_plain
+from lightning_async.layout import exchanged
+from lightning_async.optimizer_state import HeldState
 
-__all__ = ["assemble", "check_steppable", "dismantle", "is_amsgrad", "rebuild"]
+__all__ = ["assemble", "check_steppable", "dismantle", "is_amsgrad", "rebuild", "step_without_hooks"]
+
+# Of the function that torch puts around every optimizer's step.
+_HOOKS_AROUND: Any = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 _ADVICE = 'Return another optimizer from configure_optimizers, or use strategy="ddp".'
 
@@ -80,7 +87,8 @@ def rebuild(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parame
 
     Args:
         template: an optimizer that `check_steppable` has accepted.
-        params: for every param group of the template, the tensors that take the place of its parameters.
+        params: for every param group of the template, the tensors that take the place of its parameters that are
+            `exchanged`; the others are left out.
 
     Returns:
         The optimizer; it shares nothing with the template.
@@ -92,7 +100,10 @@ def rebuild(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parame
         (True, 0.5, True)
     """
     optimizer = _copy(template, params)
-    for group in optimizer.param_groups:
+    for group, tensors in zip(optimizer.param_groups, params, strict=True):
+        for left_out in {*group["params"]} - {*tensors}:
+            optimizer.state.pop(left_out, None)
+        group["params"] = [*tensors]
         make_plain(group)
         if type(template).__module__.startswith("torch.optim"):
             _choose_kernel(type(template), group)
@@ -119,10 +130,10 @@ def dismantle(optimizer: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimi
         ('SGD', 0.5, [1.0, 1.0])
     """
     params = [
-        [nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad) for parameter in group["params"]]
+        [nn.Parameter(tensor.detach().cpu().clone(), tensor.requires_grad) for tensor in group["params"]]
         for group in optimizer.param_groups
     ]
-    return type(optimizer), _attributes(_copy(optimizer, params))
+    return type(optimizer), _attributes(_copy(optimizer, params, everything=True))
 
 
 def assemble(kind: type[torch.optim.Optimizer], attributes: dict[str, Any]) -> torch.optim.Optimizer:
@@ -133,20 +144,36 @@ def assemble(kind: type[torch.optim.Optimizer], attributes: dict[str, Any]) -> t
     return optimizer
 
 
-def _copy(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
+def step_without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The optimizer's ``step`` without torch's hooks around it: they belong to the step that the user's code makes.
+
+    Torch wraps the method for them. An instance has its own hooks, but those that are registered for all optimizers
+    would be called for the holder's too, in whichever thread updates.
+    """
+    step: Any = type(optimizer).step
+    if getattr(step, "__code__", None) is _HOOKS_AROUND:
+        step = step.__wrapped__
+    return MethodType(step, optimizer)
+
+
+def _copy(
+    template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]], everything: bool = False
+) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = type(template).__new__(type(template))
     memo: dict[int, Any] = {id(template): optimizer}
     for group, tensors in zip(template.param_groups, params, strict=True):
-        memo |= {id(old): new for old, new in zip(group["params"], tensors, strict=True)}
+        replaced = [parameter for parameter in group["params"] if everything or exchanged(parameter)]
+        memo |= {id(old): new for old, new in zip(replaced, tensors, strict=True)}
     # As in `assemble`.
     torch.optim.Optimizer.__setstate__(optimizer, copy.deepcopy(_attributes(template), memo))
     return optimizer
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # Hooks are the user's process's affair; `step` there is a scheduler's or the shell's.
+    # Hooks are the user's process's affair; `step` there is a scheduler's or the shell's. What shows the holder's state
+    # would fetch it.
     return {
-        name: value
+        name: defaultdict(dict) if isinstance(value, HeldState) else value
         for name, value in vars(optimizer).items()
         if name not in ("step", "_opt_called", "_step_supports_amp_scaling") and not name.endswith("_hooks")
     }
@@ -183,14 +210,15 @@ def _reason(optimizer: torch.optim.Optimizer) -> str | None:
 def _try(optimizer: torch.optim.Optimizer) -> str | None:
     """Steps a copy of the optimizer over copies of its parameters; returns what is wrong with it."""
     params = [
-        [nn.Parameter(parameter.detach().clone()) for parameter in group["params"]] for group in optimizer.param_groups
+        [nn.Parameter(parameter.detach().clone()) for parameter in group["params"] if exchanged(parameter)]
+        for group in optimizer.param_groups
     ]
     try:
         trial = rebuild(optimizer, params)
         for parameter in (parameter for group in params for parameter in group):
             parameter.grad = torch.ones_like(parameter)
         with torch.random.fork_rng(devices=[]):
-            trial.step()
+            step_without_hooks(trial)()
     except Exception as error:
         return f"which failed when a copy of it made a step without a closure: {error!r}"
     return None

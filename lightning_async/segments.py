@@ -9,8 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_async.buffer_sync import BufferSync, check_averaged, ignored_names, share_module
 from lightning_async.buffers import average_unlike
@@ -59,6 +63,23 @@ class SegmentedRanks(CheckpointedRanks):
     # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
     _dealt: tuple[int, bool] | None = None
     _buffers: BufferSync | None = None
+
+    @property
+    @override
+    def optimizers(self) -> list[Optimizer]:
+        return super().optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if Phase.asynchronous:
+            raise MisconfigurationException(
+                "the optimizers were replaced between two batches, while the other ranks train with those of before. "
+                "Replace them where the ranks meet, for example in on_train_epoch_start, on_validation_end or "
+                "on_train_epoch_end: the new ones are in force from the next batch."
+            )
+        own = [each.optimizer if isinstance(each, LightningOptimizer) else each for each in optimizers]
+        assign: Any = Strategy.optimizers.fset  # type: ignore[attr-defined]  # a property is a function to mypy
+        assign(self, own)
 
     def share_module(self) -> None:
         """Gives every rank rank 0's parameters and buffers before a fit; a collective call.
@@ -175,6 +196,7 @@ class SegmentedRanks(CheckpointedRanks):
         if self._buffers is not None:
             self._buffers.begin_segment()
         self.barrier("a segment begins")
+        self._engine.states.begin_segment()
         Phase.begin_asynchronous()
 
     def finish_segment(self) -> None:
@@ -186,6 +208,7 @@ class SegmentedRanks(CheckpointedRanks):
         """Waits for all ranks, then gives them the holder's parameters and common decisions."""
         assert self._engine is not None and self.lightning_module is not None
         Phase.end_asynchronous()
+        self._engine.states.end_segment()
         forget_local_results()
         trainer = self._trainer
         mine = (trainer.should_stop, self.sigterm_received, validation_requested, skip_rest)
@@ -201,7 +224,11 @@ class SegmentedRanks(CheckpointedRanks):
         self._hand.agree(leftover for _, leftover in ranks)
         if self.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())
-        done, left = self.broadcast((0, 0) if self._engine.service is None else self._engine.service.progress())
+        service = self._engine.service
+        (done, left), adapted = self.broadcast(
+            ((0, 0), []) if service is None else (service.progress(), service.take_adapted())
+        )
+        self._engine.show_adapted(adapted)
         return Stop(done, left, validation_requested, skip_rest)
 
     def _parameters_of_no_optimizer(self) -> list[Tensor]:

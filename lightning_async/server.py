@@ -21,6 +21,7 @@ from lightning_async.layout import FlatLayout, describe_model
 from lightning_async.reactor import Reactor
 from lightning_async.session import Session, SessionError
 from lightning_async.site import HolderSite
+from lightning_async.state_transfer import send_state
 from lightning_async.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.tickets import Ledger
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -105,6 +106,7 @@ class Server:
             )
             door.on_refused = on_refused
             door.on_doorbell = self._answer_door
+            door.on_state = self._answer_state
 
     def local_channel(self, worker: int = 0, alone: bool = False) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread.
@@ -125,7 +127,7 @@ class Server:
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
         if self._door is not None:
-            self._door.on_doorbell = None
+            self._door.on_doorbell = self._door.on_state = None
         with self._lock:
             self._closing = True
             threads, channels = list(self._threads.values()), list(self._channels)
@@ -203,6 +205,12 @@ class Server:
         thread.start()
         with self._lock:
             self._threads[visitor.rank, visitor.lane] = thread
+
+    def _answer_state(self, visitor: Visitor, connection: ControlConnection) -> None:
+        index = visitor.claims.get("optimizer")
+        if not isinstance(index, int) or not 0 <= index < len(self._groups):
+            raise HandshakeError(f"it asks for the state of optimizer {index} of {len(self._groups)}")
+        send_state(connection, lambda: self._holder.optimizer_state(index))
 
     def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
         assert self._office is not None

@@ -17,7 +17,8 @@ from lightning_async.failure import FailureLatch
 from lightning_async.frontdoor import Address, FrontDoor
 from lightning_async.holder import Snapshot, Update
 from lightning_async.hyper import HyperLayout
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, exchanged_parameters
+from lightning_async.optimizer_state import StateByPlace
 from lightning_async.options import ExchangeOptions
 from lightning_async.server import Server
 from lightning_async.site import HolderSite
@@ -43,6 +44,7 @@ class Held:
         world_size: number of ranks.
         version: the version to start from.
         origins: where parameters come from that another service has held, which this one takes the place of.
+        states: for each optimizer the state to begin with; None for what its parameters had in that service.
     """
 
     optimizers: Sequence[torch.optim.Optimizer]
@@ -50,6 +52,7 @@ class Held:
     world_size: int
     version: int
     origins: Origins | None = None
+    states: Sequence[StateByPlace | None] = ()
 
 
 class Service(Protocol):
@@ -79,6 +82,15 @@ class Service(Protocol):
 
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """See `Holder.adopt`."""
+
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Holder.adopt_states`."""
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """See `Holder.optimizer_state`; at any time."""
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """See `Holder.take_adapted`."""
 
     def snapshot(self) -> Snapshot:
         """Parameters, optimizer states and applied tickets of one version; at any time."""
@@ -128,9 +140,11 @@ class HolderService:
                 view.copy_(parameter.detach())
         bound = resolve_max_staleness(options.max_staleness, held.world_size)
         barrier = Barrier(bound, options.on_stale, version=held.version)
-        self.holder = site.make_holder(layout, initial.to(site.device), held.optimizers, barrier, latch, self._complete)
+        self.holder = site.make_holder(
+            layout, initial.to(site.device), held.optimizers, barrier, latch, self._complete, states=held.states
+        )
         if predecessor is not None and held.origins is not None:
-            self._inherit(predecessor, held.origins)
+            self._inherit(predecessor, held.origins, held.states)
         self._workers = held.world_size
         self._server = Server(
             self.holder,
@@ -179,6 +193,18 @@ class HolderService:
         """See `Holder.adopt`."""
         self.holder.adopt(parameters)
 
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Holder.adopt_states`."""
+        self.holder.adopt_states(states)
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """See `Holder.optimizer_state`."""
+        return self.holder.optimizer_state(index)
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """See `Holder.take_adapted`."""
+        return self.holder.take_adapted()
+
     def snapshot(self) -> Snapshot:
         """See `Service.snapshot`."""
         return self.holder.snapshot(self.ledger.applied)
@@ -202,26 +228,26 @@ class HolderService:
     def _complete(self, update: Update) -> None:
         self._on_update(update, self.ledger.complete(update.push.worker, update.push.tickets))
 
-    def _inherit(self, predecessor: HolderService, origins: Origins) -> None:
+    def _inherit(self, predecessor: HolderService, origins: Origins, states: Sequence[StateByPlace | None]) -> None:
         """Gives the holder what the predecessor's has made of the parameters that it had."""
         before, mine = predecessor.holder.snapshot(), self.holder.snapshot()
         values = [self.layout.views(mine.parameters, index) for index in range(len(origins))]
         known = [predecessor.layout.views(before.parameters, index) for index in range(len(before.optimizer_states))]
         for index, (state, of_one) in enumerate(zip(mine.optimizer_states, origins, strict=True)):
-            state["state"] = {}
+            begins_anew = index < len(states) and states[index] is not None
+            if not begins_anew:
+                state["state"] = {}
             for position, origin in enumerate(of_one):
                 if origin is None:
                     continue
                 values[index][position] = known[origin[0]][origin[1]]
                 former = before.optimizer_states[origin[0]]["state"]
-                if origin[1] in former:
+                if origin[1] in former and not begins_anew:
                     state["state"][position] = former[origin[1]]
         self.holder.restore(before.version, mine.optimizer_states)
         self.holder.adopt(values)
 
 
 def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[Tensor]]:
-    """Each optimizer's parameters, in the order of its groups."""
-    return [
-        [parameter for group in optimizer.param_groups for parameter in group["params"]] for optimizer in optimizers
-    ]
+    """Each optimizer's parameters that travel, in the order of its groups."""
+    return [exchanged_parameters(optimizer) for optimizer in optimizers]

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_async.devices import DeviceFacts
 from lightning_async.holder import Holder, Push, Snapshot, Update
+from lightning_async.optimizer_state import StateByPlace
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.staged import on_device
 
@@ -89,6 +90,24 @@ class DeviceHolder(Holder):
     def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         with self._lane.entered():
             super().adopt(parameters)
+
+    @override
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        with self._lane.entered():
+            super().adopt_states(states)
+
+    @override
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """A copy of what one optimizer keeps, in host memory."""
+        with self._lane.entered():
+            state: StateByPlace = _on_host(super().optimizer_state(index))
+            return state
+
+    @override
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        with self._lane.entered():
+            adapted: list[list[dict[str, Any]]] = _on_host(super().take_adapted())
+            return adapted
 
     @override
     def read(self, out: Tensor) -> int:

@@ -6,8 +6,6 @@ Lightning's loops in phases.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -28,10 +26,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_async.amsgrad import UnsupportedOptimizerError
+from lightning_async.binding import UnsupportedGradientError
 from lightning_async.buffer_sync import check_ignored
 from lightning_async.devices import RankDevices, describe_device, place_holder
 from lightning_async.engine import Engine
-from lightning_async.failure import WorkerFailedError
 from lightning_async.internals import loops, trainer_state
 from lightning_async.manual import ByHand
 from lightning_async.module_wrapper import ModuleWrapper, call_directly
@@ -44,14 +42,12 @@ from lightning_async.seeing.summary import print_summary
 from lightning_async.segments import SegmentedRanks
 from lightning_async.service import UpdateObserver
 from lightning_async.shared_loader import share_loader
-from lightning_async.shells import load_state, make_shell
+from lightning_async.shells import agree_on_optimizers, make_shell, place_in, unmake_shell, with_own_state
 from lightning_async.sinks import sink_for
 from lightning_async.staleness import resolve_max_staleness
-from lightning_async.wrappers import check_module
+from lightning_async.wrappers import check_module, check_parameters, describe_gradient
 
 __all__ = ["AsyncStrategy"]
-
-log = logging.getLogger(__name__)
 
 
 class AsyncStrategy(SegmentedRanks):
@@ -191,9 +187,12 @@ class AsyncStrategy(SegmentedRanks):
                 f"{self.strategy_name} needs an optimizer. Return lightning_async.AMSGrad(...) from "
                 "configure_optimizers."
             )
-        for index, optimizer in enumerate(self.optimizers):
-            self._accept_optimizer(optimizer)
-            make_shell(optimizer, functools.partial(self._push, index))
+        for optimizer in self.optimizers:
+            self._take_optimizer(optimizer)
+
+    def _take_optimizer(self, optimizer: Optimizer) -> None:
+        self._accept_optimizer(optimizer)
+        make_shell(optimizer, self._push, lambda: self._engine is not None and self._engine.shares_parameters)
 
     def _accept_optimizer(self, optimizer: Optimizer) -> None:
         """Refuses an optimizer that rank 0 cannot step."""
@@ -229,6 +228,7 @@ class AsyncStrategy(SegmentedRanks):
         try:
             check_module(self.lightning_module)
             check_ignored(self.lightning_module, self.optimizers)
+            check_parameters(self.lightning_module, self.optimizers)
             return Engine(
                 rank=self.global_rank,
                 world_size=self.world_size,
@@ -248,14 +248,21 @@ class AsyncStrategy(SegmentedRanks):
             raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
 
     def _follow_user_code(self) -> None:
-        """Takes over what hooks between segments did to parameters and param groups; a collective call."""
+        """Takes over what hooks between segments did to parameters, optimizers and their states; a collective call."""
         engine = self._engine
         assert engine is not None
+        agree_on_optimizers(self.optimizers, engine, self.gather_objects)
         engine.adopt_parameters()
-        if not engine.owns(self.optimizers):
+        if engine.owns(self.optimizers):
+            engine.adopt_states()
+        else:
+            for optimizer in self.optimizers:
+                if engine.place_of(optimizer) is None:
+                    self._take_optimizer(optimizer)
             self._version = engine.worker.version
+            engine.release_states(kept=self.optimizers)
             # Rank 0 must not shut the door on a rank that is still on its way to this engine.
-            self.barrier("param groups were added")
+            self.barrier("optimizers or param groups have changed")
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
             self.worker.on_span = engine.worker.on_span
@@ -311,9 +318,16 @@ class AsyncStrategy(SegmentedRanks):
         with self._hand.explaining():
             return super().backward(closure_loss, *args, **kwargs)
 
-    def _push(self, index: int) -> None:
+    def _push(self, optimizer: Optimizer) -> None:
+        assert self._engine is not None
+        index = place_in(self._engine, optimizer)
+        self._engine.states.check_untouched()
         self._hand.before_push(index, len(self.optimizers), self.version)
-        self.worker.step(index)
+        try:
+            self.worker.step(index)
+        except UnsupportedGradientError as error:
+            assert self.lightning_module is not None
+            raise MisconfigurationException(describe_gradient(self.lightning_module, error.parameter)) from error
         self._hand.after_push()
 
     @override
@@ -340,26 +354,19 @@ class AsyncStrategy(SegmentedRanks):
             self.by_hand.release()
         if engine is not None:
             self._version = engine.worker.version
-            if engine.service is not None:
-                self._keep_state(engine)
+            engine.release_states()
             engine.close()
+            for optimizer in engine.optimizers:
+                unmake_shell(optimizer)
         self._end_holder_process()
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             loops.uninstall(self.lightning_module.trainer)
         self.model = self.lightning_module
+        # It moves states to the host, which must not ask for those that are on rank 0.
+        optimizers, self.optimizers = self.optimizers, with_own_state(self.optimizers)
         super().teardown()
-
-    def _keep_state(self, engine: Engine) -> None:
-        """Gives the optimizers their state, so that `trainer.save_checkpoint` after fit still has it."""
-        try:
-            snapshot = engine.snapshot()
-        except WorkerFailedError as error:
-            log.debug("the optimizers' state went with the process that held it: %s", error)
-            return
-        assert snapshot is not None
-        for index, optimizer in enumerate(self.optimizers):
-            load_state(optimizer, snapshot, index)
+        self.optimizers = optimizers
 
     # --- what the user sees ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ Above `amsgrad.py`, `optimizers.py` and `hyper.py`; below `holder.py`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_async.amsgrad import STEP_AT_INFINITY, AMSGrad, adopt_amsgrad_state, holder_optimizer
 from lightning_async.hyper import KERNEL_KEYS, HyperLayout, make_plain
-from lightning_async.optimizers import is_amsgrad, rebuild
+from lightning_async.optimizer_state import StateByPlace, same_state
+from lightning_async.optimizers import is_amsgrad, rebuild, step_without_hooks
 
 __all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
 
@@ -24,7 +27,8 @@ class HeldOptimizer:
 
     Args:
         template: the module's optimizer, with no state that matters.
-        params: for every param group of the template, the tensors that take the place of its parameters.
+        params: for every param group of the template, the tensors that take the place of its parameters that are
+            exchanged; the others are left out.
     """
 
     def __init__(self, template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -72,6 +76,38 @@ class HeldOptimizer:
             for own, expected in zip(self._own_values(), scratch, strict=True)
         ]
 
+    def take_adapted(self) -> list[dict[str, Any]]:
+        """What `adapted` says, for workers that set it in their own groups, from where it counts as known.
+
+        Values that cannot travel with a push stay here.
+        """
+        told = [
+            {key: value for key, value in values.items() if key not in names or _can_travel(value)}
+            for values, names in zip(self.adapted(), self.hypers.names, strict=True)
+        ]
+        if any(told):
+            self.hypers.assign(self._before_steps, self._assigned, self.hypers.read(self._before_steps))
+            for group, values in zip(self._before_steps, told, strict=True):
+                group.update(copy.deepcopy(values))
+            self._assigned = self.hypers.read(self._before_steps)
+        return told
+
+    def adopt(self, state: StateByPlace) -> bool:
+        """Takes over a state if it differs from its own; hyper-parameters and kernel stay.
+
+        Returns:
+            Whether it differed.
+        """
+        own = self.optimizer.state_dict()
+        if same_state(own["state"], state):
+            return False
+        wanted = {**own, "state": copy.deepcopy(dict(state))}
+        if isinstance(self.optimizer, AMSGrad):
+            adopt_amsgrad_state(wanted)
+        self.optimizer.load_state_dict(wanted)
+        self._update.forget()
+        return True
+
     def load(self, state: Mapping[str, Any]) -> bool:
         """Loads a state dict in torch's format; the kernel stays.
 
@@ -111,6 +147,7 @@ class StepUpdate:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._make_step = step_without_hooks(optimizer)
 
     def forget(self) -> None:
         """To be called when the optimizer has loaded another state."""
@@ -123,7 +160,7 @@ class StepUpdate:
     def _step(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        self._optimizer.step()
+        self._make_step()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -172,7 +209,8 @@ class FusedUpdate(StepUpdate):
         self._state: list[list[list[Tensor]]] | None = None
         # The step counts of all parameters: one addition for all of them, where the kernel reads them. NumPy's takes a
         # fraction of torch's time, and keeps the interpreter's lock.
-        self._counts = torch.zeros(len(self._parameters), device=self._parameters[0].device)
+        device = self._parameters[0].device if self._parameters else None
+        self._counts = torch.zeros(len(self._parameters), device=device)
         self._count: Any = self._counts.numpy() if self._counts.is_cpu else self._counts
 
     def forget(self) -> None:
@@ -191,6 +229,8 @@ class FusedUpdate(StepUpdate):
         for group, (parameters, *moments, steps) in zip(groups, self._state, strict=True):
             taken = gradients[start : start + len(parameters)]
             start += len(parameters)
+            if not parameters:
+                continue
             told = steps
             if not group["bias_correction"]:
                 told = [torch.full_like(step, STEP_AT_INFINITY) for step in steps[:1]] * len(steps)
@@ -235,6 +275,14 @@ def _update_of(optimizer: torch.optim.Optimizer) -> StepUpdate:
     if type(optimizer) is torch.optim.SGD and any(group["fused"] for group in optimizer.param_groups):
         return FusedSGDUpdate(optimizer)
     return StepUpdate(optimizer)
+
+
+def _can_travel(value: object) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(
+        (isinstance(item, Real) or (isinstance(item, Tensor) and item.numel() == 1)) and math.isfinite(float(item))
+        for item in values
+    )
 
 
 def _same(first: object, second: object) -> bool:

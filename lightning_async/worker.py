@@ -19,7 +19,7 @@ from lightning_async.binding import Binding
 from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.fields import pack_bitmap, unpack_counts
 from lightning_async.hyper import HyperLayout, HyperReader
-from lightning_async.layout import FlatLayout
+from lightning_async.layout import FlatLayout, exchanged_parameters
 from lightning_async.session import DROPPED
 from lightning_async.tally import Tally
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -118,7 +118,7 @@ class Worker:
             # A landing of its own, so that the lane that is not computed with can be filled meanwhile.
             self._landing = torch.empty_like(self._landing)
             buffers = Buffers(buffers.gradient, self._landing)
-        owned = [_parameters(optimizer) for optimizer in optimizers]
+        owned = [exchanged_parameters(optimizer) for optimizer in optimizers]
         self._binding = Binding(owned, layout, buffers, moves_gradients=not self._overlaps)
 
     @property
@@ -398,10 +398,6 @@ class Worker:
             failure = self._latch.wait(_NEWS_TIMEOUT_S) or RunFailure(0, f"lost by rank {self.rank}: {error}")
             self._latch.trip(failure)
             raise WorkerFailedError(failure) from error
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _in_background(run: Callable[[], _T]) -> Future[_T]:

@@ -1,13 +1,18 @@
-"""Modules that cannot be trained: those with collectives of their own, for which ranks would have to run together.
+"""Modules that cannot be trained: those with collectives of their own, or whose gradients cannot be exchanged.
 
 Below `strategy.py`. Knows no Lightning.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-__all__ = ["check_module"]
+import torch
+from torch import Tensor, nn
+
+from lightning_async.layout import exchanged
+
+__all__ = ["check_module", "check_parameters", "describe_gradient"]
 
 _ADVICE = {
     "SyncBatchNorm": "Use BatchNorm: its running statistics are averaged over the ranks at each stop",
@@ -36,3 +41,38 @@ def check_module(module: nn.Module) -> None:
                     f"{name or 'the module itself'} is a {kind.__name__}, whose collectives need all ranks at the same "
                     f"batch. {_ADVICE[kind.__name__]}"
                 )
+
+
+def check_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuses parameters that are to be trained and cannot be exchanged.
+
+    Args:
+        module: knows the parameters' names.
+        optimizers: have the parameters.
+
+    Raises:
+        ValueError: if there is one; the message names it, and says what to do.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not exchanged(parameter):
+                    raise ValueError(
+                        f"{_name_of(module, parameter)} is trained and of {parameter.dtype}, and gradients are "
+                        "exchanged in real numbers. Keep it as a real parameter and take torch.view_as_complex(...) of "
+                        'it in forward, freeze it with requires_grad=False, or use strategy="ddp"'
+                    )
+
+
+def describe_gradient(module: nn.Module, parameter: Tensor) -> str:
+    """What is wrong with a gradient that cannot be exchanged, and what to do."""
+    layout = "missing" if parameter.grad is None else str(parameter.grad.layout).removeprefix("torch.")
+    return (
+        f"the gradient of {_name_of(module, parameter)} is {layout}, and gradients are exchanged as dense tensors. "
+        "Make it dense: pass sparse=False where the parameter is used (torch.nn.functional.embedding, for example)."
+    )
+
+
+def _name_of(module: nn.Module, parameter: Tensor) -> str:
+    names = [name for name, own in module.named_parameters() if own is parameter]
+    return names[0] if names else f"a parameter of shape {tuple(parameter.shape)} that is none of the module's"

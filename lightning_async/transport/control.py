@@ -98,6 +98,33 @@ class ControlConnection:
             self._spin(spin_s)
         return read_message(self._receive_exactly)
 
+    def send_bytes(self, data: memoryview) -> None:
+        """Sends bytes that a message has announced.
+
+        Raises:
+            ChannelClosedError: if the peer is gone or a time-out is set and runs out.
+        """
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise ChannelClosedError(f"connection lost while sending: {error}") from error
+
+    def receive_bytes(self, into: memoryview) -> None:
+        """Fills ``into`` with bytes that a message has announced.
+
+        Raises:
+            ChannelClosedError: if the peer is gone or a time-out is set and runs out.
+        """
+        received = 0
+        while received < len(into):
+            try:
+                count = self._socket.recv_into(into[received:])
+            except OSError as error:
+                raise ChannelClosedError(f"connection lost while receiving: {error}") from error
+            if count == 0:
+                raise ChannelClosedError("connection closed")
+            received += count
+
     def receive_available(self) -> list[Message]:
         """The messages that have arrived whole, without waiting; for use with a selector that says "readable".
 
@@ -172,15 +199,7 @@ class ControlConnection:
 
     def _receive_exactly(self, size: int) -> bytes:
         buffer = bytearray(size)
-        view, received = memoryview(buffer), 0
-        while received < size:
-            try:
-                count = self._socket.recv_into(view[received:])
-            except OSError as error:
-                raise ChannelClosedError(f"connection lost while receiving: {error}") from error
-            if count == 0:
-                raise ChannelClosedError("connection closed")
-            received += count
+        self.receive_bytes(memoryview(buffer))
         return bytes(buffer)
 
 

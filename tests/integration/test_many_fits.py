@@ -1,4 +1,4 @@
-"""A process that fits many times keeps nothing of the fits before: no module, descriptor, mapping, thread or callback."""
+"""A process that fits many times keeps nothing of a fit: no module, descriptor, mapping, thread or callback."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
 pytestmark = pytest.mark.timeout(180)
 
 FITS = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Measured(TinyClassifier):
@@ -74,8 +75,8 @@ def fit_ten_times(folder: Path, ranks: int, **options: Any) -> None:
     """Reports what this process has after the second of the fits, and after the last."""
     watched: list[weakref.ref[Any]] = []
     seen = []
-    for _ in range(FITS):
-        watched += fit_and_watch(folder, AsyncAMSGradStrategy(summary=False, **options), ranks)
+    for fit in range(FITS):
+        watched += fit_and_watch(folder / f"fit{fit}", AsyncAMSGradStrategy(summary=False, **options), ranks)
         seen.append(resources(watched))
     report(folder, int(os.environ.get("LOCAL_RANK", "0")), after_two=seen[1], after_ten=seen[-1])
 

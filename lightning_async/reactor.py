@@ -111,6 +111,8 @@ class Reactor:
         except Exception as error:
             # Out of memory, for instance: workers would wait for answers for ever.
             self._on_failed(error)
+        finally:
+            self._release()
 
     def _serve_all(self) -> None:
         self._prepare_thread()
@@ -121,7 +123,6 @@ class Reactor:
                 else:
                     self._serve(key.data)
             self._resume()
-        self._release()
 
     def _release(self) -> None:
         self._selector.close()

@@ -42,6 +42,9 @@ __all__ = ["ProcessLauncher", "ScriptLauncher"]
 # How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
 _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 
+# The processes of these ranks, on this host and but for this one.
+_started: list[subprocess.Popen[bytes]] = []
+
 _POLL_S = 0.5
 _EXIT_POLL_S = 0.05
 _EXIT_STATUS_TIMEOUT_S = 1.0
@@ -69,14 +72,23 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             # this process's next run from starting any.
             os.environ[_STARTED_RANKS] = str(world_size)
             self._call_children_scripts()
-            threading.Thread(target=self._watch, args=(list(self.procs),), name="child-watch", daemon=True).start()
+            _started[:] = self.procs
+        # A script's later Trainers train with the ranks that the first has started.
+        self.procs = list(_started)
         _set_num_threads_if_needed(num_processes=self.num_processes)
+        over = threading.Event()
+        if self.procs:
+            watch = threading.Thread(target=self._watch, args=(list(self.procs), over), name="child-watch", daemon=True)
+            watch.start()
         try:
             with self._strategy.guard_run():
                 return function(*args, **kwargs)
         except BaseException:
             self.end_children(_END_TIMEOUT_S)
             raise
+        finally:
+            # The thread keeps the trainer, which has ended.
+            over.set()
 
     def describe_start(self, num_nodes: int) -> str:
         """What starts the ranks, for a rank that waits for the others."""
@@ -112,10 +124,10 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         except subprocess.TimeoutExpired:
             return None
 
-    def _watch(self, processes: list[subprocess.Popen[bytes]]) -> None:
+    def _watch(self, processes: list[subprocess.Popen[bytes]], over: threading.Event) -> None:
         # The lifelines see most deaths first; this sees those that come before they exist.
         running = True
-        while running:
+        while running and not over.is_set():
             # Asked before the statuses are looked at, so that those of the last to end are looked at too.
             running = any(process.poll() is None for process in processes)
             for local_rank, process in enumerate(processes, start=1):
@@ -123,7 +135,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                     time.sleep(_EXIT_STATUS_TIMEOUT_S)
                     self._strategy.report_failure(local_rank, describe_exit(process.returncode))
                     return
-            time.sleep(_POLL_S)
+            over.wait(_POLL_S)
 
 
 class ProcessLauncher(_MultiProcessingLauncher):

@@ -27,7 +27,7 @@ RANKS = 3
 class Host:
     """Rank 0 without a trainer: a door, a server and its holder, in this process."""
 
-    def __init__(self, transport: Literal["auto", "gloo"] = "auto") -> None:
+    def __init__(self, transport: Literal["auto", "gloo"] = "auto", lanes: int = 1) -> None:
         self.parameters = model()
         optimizer = AMSGrad(self.parameters, lr=0.1)
         self.layout = FlatLayout([self.parameters])
@@ -42,7 +42,15 @@ class Host:
         self.ledger.open(100)
         self.holder = Holder(self.layout, self.layout.buffer(), [optimizer], Barrier(None), self.latch)
         self.server = Server(
-            self.holder, self.ledger, self.layout, self.groups, self.latch, self.door, transport, self.stats.refuse
+            self.holder,
+            self.ledger,
+            self.layout,
+            self.groups,
+            self.latch,
+            self.door,
+            transport,
+            self.stats.refuse,
+            lanes=lanes,
         )
 
     def close(self) -> None:

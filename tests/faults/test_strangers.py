@@ -92,6 +92,12 @@ STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
     "other shapes": (lambda host: hello(host.hello(model={"shapes": "0" * 16})), "rank 1 has shapes = 0000"),
     "other groups": (lambda host: hello(host.hello(model={"groups": [1, 2]})), "rank 1 has groups = [1, 2]"),
     "no model": (lambda host: hello(host.hello() | {"model": None}), "rank 1 has parameters = None"),
+    "a second lane": (lambda host: hello(host.hello(lane=1, overlaps=True)), "comes for its lane 1 with overlap=True"),
+    "a second lane without overlap": (lambda host: hello(host.hello(lane=1)), "comes for its lane 1"),
+    "overlap": (lambda host: hello(host.hello(overlaps=True)), "give all ranks the same strategy"),
+    "a lane below the first": (lambda host: hello(host.hello(lane=-1)), "comes for its lane -1"),
+    "a lane that is no number": (lambda host: hello(host.hello(lane=[0])), "comes for its lane -1"),
+    "a lane that is a truth": (lambda host: hello(host.hello(lane=False)), "comes for its lane -1"),
     "long claims": (lambda host: hello(host.hello(model={"dtype": "x" * 15_900})), "rank 1 has dtype = xxx"),
     "unprintable claims": (lambda host: hello(host.hello(model={"dtype": "\ud800"})), "rank 1 has dtype = ?"),
 }
@@ -148,6 +154,77 @@ def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
     assert host.stats.rejected == 1
     first.shutdown()
     first.close()
+
+
+def test_where_there_are_two_lanes_each_is_let_in_once_and_no_third() -> None:
+    host = Host(lanes=2)
+    model = {"model": describe_model(host.layout, host.groups)}
+    both = [introduce(host.door.address, 1, DOORBELL, **model, lane=lane, overlaps=True)[0] for lane in (0, 1)]
+
+    for lane, overlaps, reason in ((0, True, "here already"), (2, True, "its lane 2"), (0, False, "overlap=False")):
+        with pytest.raises(HandshakeError, match=reason):
+            introduce(host.door.address, 1, DOORBELL, **model, lane=lane, overlaps=overlaps)
+
+    assert host.stats.rejected == 3
+    assert host.latch.failure is None
+    for connection in both:
+        connection.shutdown()
+        connection.close()
+    host.close()
+
+
+def has_gone(host: Host, rank: int) -> bool:
+    return eventually(lambda: (rank, 0) not in host.server._present)
+
+
+def test_a_rank_that_has_left_comes_back_as_its_next_incarnation_only(host: Host) -> None:
+    def come(incarnation: int) -> None:
+        channel = dial(host.door.address, 1, host.layout, host.groups, incarnation)
+        channel.send(Message(Kind.GOODBYE, worker=1))
+        assert has_gone(host, 1)
+        channel.close()
+
+    come(0)
+    with pytest.raises(HandshakeError, match="cannot be incarnation 0"):
+        come(0)
+    come(3)
+    for incarnation in (0, 2, 3):
+        with pytest.raises(HandshakeError, match=f"rank 1 was here and has left; .* incarnation {incarnation}"):
+            come(incarnation)
+
+    assert host.stats.rejected == 4
+    assert host.latch.failure is None
+    assert host.serves(rank=2)
+
+
+def test_a_lifeline_of_a_rank_that_has_left_is_refused(host: Host) -> None:
+    """Who has the token could end the run by it, in the name of a rank that is done."""
+    latch = FailureLatch()
+    lifelines = Lifelines(1, latch, timeout_s=30.0)
+    lifelines.add(0, introduce(host.door.address, 1, LIFELINE)[0])
+    assert eventually(lambda: host.lifelines.watches(1))
+    lifelines.close()
+    assert eventually(lambda: not host.lifelines.watches(1))
+
+    with pytest.raises(HandshakeError, match="rank 1 was here and has left"):
+        introduce(host.door.address, 1, LIFELINE)
+
+    assert host.stats.rejected == 1
+    assert host.latch.failure is None
+    introduce(host.door.address, 1, LIFELINE, incarnation=1)[0].close()
+
+
+def test_a_door_without_lifelines_refuses_them() -> None:
+    """That of the holder's own process: the ranks' lifelines come in at rank 0's."""
+    refused: list[int] = []
+    door = FrontDoor("127.0.0.1", RANKS, None)
+    door.on_refused = lambda: refused.append(1)
+
+    with pytest.raises(HandshakeError, match="lifelines come in at another door"):
+        introduce(door.address, 1, LIFELINE)
+
+    assert refused == [1]
+    door.close()
 
 
 def sessions() -> list[threading.Thread]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -179,7 +180,7 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
     script.procs = [child("false"), *map(child, others)]
     script.procs[0].wait()
 
-    script._watch(script.procs)
+    script._watch(script.procs, threading.Event())
 
     assert reported == [(1, "its process exited with code 1")]
 
@@ -234,6 +235,45 @@ def test_over_several_hosts_the_hint_says_what_each_of_them_needs() -> None:
 
     assert "must run on all 3 hosts" in launcher.describe_start(3)
     assert "NODE_RANK" in launcher.describe_start(3)
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_started(
+    script: Any, monkeypatch: pytest.MonkeyPatch, first_fails: bool
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(launchers, "_POLL_S", 0.01)
+    monkeypatch.setenv(launchers._STARTED_RANKS, "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    reported: list[tuple[int, str]] = []
+    heard = threading.Event()
+    script.procs = [child("sh -c 'sleep 0.2; exit 3'" if first_fails else "sleep 60")]
+    monkeypatch.setattr(launchers, "_started", list(script.procs))
+    strategy: Any = SimpleNamespace(
+        cluster_environment=LightningEnvironment(),
+        num_processes=2,
+        num_nodes=1,
+        guard_run=nullcontext,
+        report_failure=lambda rank, reason: (reported.append((rank, reason)), heard.set()),
+    )
+    later = ScriptLauncher(strategy)
+
+    def part() -> None:
+        if first_fails:
+            assert heard.wait(10.0)
+
+    later.launch(part)
+
+    assert later.procs == script.procs
+    assert reported == ([(1, "its process exited with code 3")] if first_fails else [])
+    assert eventually(lambda: "child-watch" not in {thread.name for thread in threading.enumerate()})
+
+
+def eventually(condition: Any) -> bool:
+    deadline = time.monotonic() + 5.0
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lightning_async import lifeline
 from lightning_async.failure import FailureLatch, RunFailure
 from lightning_async.lifeline import Lifelines
+from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.control import ControlConnection
 from lightning_async.wire import Kind, Message, encode
 
@@ -229,6 +231,90 @@ def test_a_peer_that_does_not_read_holds_nobody_up(peers: Peers) -> None:
     other.close()
 
     assert latch.wait(5.0) == RunFailure(2, "its process is gone: the connection was closed")
+
+
+def next_news(peer: ControlConnection) -> Message:
+    """What comes that is no beat."""
+    peer.settimeout(5.0)
+    while (message := peer.receive()).kind is Kind.BEAT:
+        continue
+    return message
+
+
+def test_who_has_no_memory_to_say_more_says_so_much(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, latch = peers.process(1)
+    peer = silent_peer(peers, lines, rank=0)
+
+    def out_of_memory(message: Message) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(lifeline, "encode", out_of_memory)
+    latch.trip(RunFailure(1, "ValueError: a long story", announced=True))
+
+    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="out of memory")
+
+
+def test_a_peer_that_could_not_be_told_is_told_with_the_next_sign_of_life(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, latch = peers.process(1, timeout_s=1.0)
+    peer = silent_peer(peers, lines, rank=0)
+    tell = Lifelines._tell
+    tries: list[int] = []
+
+    def fail_once(self: Lifelines, *arguments: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise MemoryError
+        tell(self, *arguments)
+
+    monkeypatch.setattr(Lifelines, "_tell", fail_once)
+    latch.trip(RunFailure(1, "ValueError: no", announced=True))
+
+    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="ValueError: no")
+
+
+def test_a_part_that_has_failed_does_not_leave_with_a_goodbye_alone(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, latch = peers.process(1)
+    peer = silent_peer(peers, lines, rank=0)
+    monkeypatch.setattr(lines, "_pass_on", lambda failure: None)
+    latch.trip(RunFailure(1, "ValueError: no", announced=True))
+
+    lines.close()
+
+    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="ValueError: no")
+
+
+def test_there_is_no_sign_of_life_after_a_failure(peers: Peers) -> None:
+    # A beat each half second, for the two seconds that the peer may be silent.
+    lines, latch = peers.process(1, timeout_s=2.0)
+    peer = silent_peer(peers, lines, rank=0)
+    latch.trip(RunFailure(1, "ValueError: no", announced=True))
+    assert next_news(peer).kind is Kind.ABORT
+
+    peer.settimeout(1.2)
+    with pytest.raises(ChannelClosedError, match="timed out"):
+        peer.receive()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_can_watch_over_nobody_any_more_has_failed(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    lines, latch = peers.process(rank)
+    peer = silent_peer(peers, lines, rank=2)
+
+    def out_of_memory(peer: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(lines, "_read", out_of_memory)
+    peer.send(Message(Kind.BEAT, worker=2))
+
+    reason = "MemoryError: out of memory (while it watched over the other ranks)"
+    assert latch.wait(5.0) == RunFailure(rank, reason, announced=rank != 0)
+    assert next_news(peer) == Message(Kind.ABORT, worker=rank, text=reason)
 
 
 def test_closing_twice_is_closing(peers: Peers) -> None:

@@ -200,3 +200,19 @@ def test_all_sessions_share_one_thread_and_closing_ends_it() -> None:
     office.close()
 
     assert (during, threading.active_count()) == (before + 1, before)
+
+
+@pytest.mark.parametrize("office", [(2, None)], indirect=True)
+def test_a_reactor_that_fails_says_so(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers would wait for ever."""
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(office.reactor, "_resume", out_of_memory)
+    office.ends[0].send(Message(Kind.PULL, worker=0))
+    deadline = time.monotonic() + 5.0
+    while not office.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert [type(error) for error in office.failed] == [MemoryError]

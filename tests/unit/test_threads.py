@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_async.threads import SWITCH_INTERVAL_S, PromptSwitching, use_one_thread
+from lightning_async.threads import SWITCH_INTERVAL_S, Errands, PromptSwitching, use_one_thread
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -73,3 +73,29 @@ def test_rank_0_switches_promptly_while_it_serves_and_not_afterwards(tmp_path: P
     assert run.returncode == 0, run.output
     assert [rank["interval"] for rank in run.reports()] == pytest.approx([SWITCH_INTERVAL_S, 5e-3])
     assert float((tmp_path / "after0").read_text()) == pytest.approx(5e-3)
+
+
+def test_errands_are_run_in_turn_by_a_thread_that_was_there_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errands, done = Errands("errands"), threading.Event()
+    errands.start()
+    errands.start()
+    ran: list[str] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def fail() -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for errand in (lambda: ran.append("first"), fail, lambda: ran.append("second"), done.set):
+        errands.run(errand)
+
+    assert done.wait(5.0)
+    assert ran == ["first", "second"]
+    assert "an errand of errands failed" in caplog.text
+    errands.close(5.0)
+    errands.close(5.0)
+    assert "errands" not in {thread.name for thread in threading.enumerate()}

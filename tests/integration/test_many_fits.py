@@ -1,0 +1,146 @@
+"""A process that fits many times keeps nothing of a fit: no module, descriptor, mapping, thread or callback."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_async import AsyncAMSGradStrategy, AsyncMonitor
+from tests.every_rank import run_on_every_rank
+from tests.launch import launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+pytestmark = pytest.mark.timeout(180)
+
+FITS = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Measured(TinyClassifier):
+    """With a metric, which the strategy patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(2)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("val/accuracy", self.accuracy)
+
+
+def fit_and_watch(folder: Path, strategy: AsyncAMSGradStrategy, ranks: int) -> list[weakref.ref[Any]]:
+    callbacks = [AsyncMonitor(trace="trace.json", folder=folder), ModelCheckpoint(folder, every_n_train_steps=8)]
+    trainer = fork_trainer(
+        folder, ranks, strategy, max_epochs=2, enable_checkpointing=True, callbacks=callbacks, enable_progress_bar=True
+    )
+    module, train, validation = Measured(), loader(64), loader(16)
+    trainer.fit(module, train, validation)
+    watched = (trainer, strategy, module, train, validation, *callbacks, *trainer.optimizers)
+    return [weakref.ref(each) for each in watched]
+
+
+def resources(watched: list[weakref.ref[Any]]) -> dict[str, Any]:
+    """What this process has, after a look for garbage."""
+    gc.collect()
+    return {
+        "alive": [type(each()).__name__ for each in watched if each() is not None],
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "shared mappings": Path("/proc/self/maps").read_text().count("/memfd:"),
+        "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "callbacks at exit": atexit._ncallbacks(),
+        "signal handlers": [
+            repr(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        ],
+        "import hooks": len(sys.meta_path),
+        "metrics": Metric.sync.__qualname__,
+        "switch interval": sys.getswitchinterval(),
+    }
+
+
+def fit_ten_times(folder: Path, ranks: int, **options: Any) -> None:
+    """Reports what this process has after the second of the fits, and after the last."""
+    watched: list[weakref.ref[Any]] = []
+    seen = []
+    for fit in range(FITS):
+        watched += fit_and_watch(folder / f"fit{fit}", AsyncAMSGradStrategy(summary=False, **options), ranks)
+        seen.append(resources(watched))
+    report(folder, int(os.environ.get("LOCAL_RANK", "0")), after_two=seen[1], after_ten=seen[-1])
+
+
+def assert_flat(after_two: dict[str, Any], after_ten: dict[str, Any]) -> None:
+    # The allocator maps something anew now and then; eight fits that keep something have a mapping each.
+    assert after_ten.pop("mappings") < after_two.pop("mappings") + FITS - 2
+    assert after_ten == after_two
+    assert after_ten["alive"] == []
+    assert after_ten["shared mappings"] == 0
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "shared memory": {},
+    "gloo, two lanes": {"transport": "gloo", "overlap": True},
+    "a process of its own": {"holder": "process"},
+}
+
+
+def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path) -> None:
+    run = launch(lambda folder: fit_ten_times(folder, 1), tmp_path, timeout_s=120.0)
+
+    assert run.returncode == 0, run.output
+    assert_flat(**run.report(0))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str) -> None:
+    run = launch(
+        lambda folder: run_on_every_rank(2, lambda: fit_ten_times(folder, 2, **OPTIONS[options])),
+        tmp_path,
+        timeout_s=150.0,
+    )
+
+    assert run.returncode == 0, run.output
+    for rank in run.reports():
+        assert_flat(**rank)
+
+
+def test_the_process_that_starts_ranks_keeps_nothing(tmp_path: Path) -> None:
+    run = launch(lambda folder: fit_ten_times(folder, 2, start_method="fork"), tmp_path, timeout_s=150.0)
+
+    assert run.returncode == 0, run.output
+    assert_flat(**run.report(0))
+
+
+SCRIPT = """
+from pathlib import Path
+from tests.integration.test_many_fits import fit_ten_times
+
+fit_ten_times(Path.cwd(), 2)
+"""
+
+
+def test_ranks_of_a_script_keep_nothing(tmp_path: Path) -> None:
+    """The first of its trainers starts the ranks, and watches over them."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def script(folder: Path) -> None:
+        sys.exit(subprocess.run([sys.executable, "train.py"], env=environment).returncode)
+
+    run = launch(script, tmp_path, timeout_s=150.0)
+
+    assert run.returncode == 0, run.output
+    for rank in run.reports():
+        assert_flat(**rank)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_async.collective_watch import CollectiveWatch
 from lightning_async.failure import FailureLatch, RunFailure
 from lightning_async.fields import fit_text
 from lightning_async.transport.base import ChannelClosedError
@@ -47,6 +48,7 @@ class Lifelines:
         timeout_s: seconds without a sign of life after which a peer counts as lost.
         describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
         who: what stands before "gave no sign of life", where the peer is not the rank's main process.
+        watch: asked at each beat which collective this rank waits in, and told where the others do.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Lifelines:
         timeout_s: float,
         describe_end: Callable[[int], str | None] = lambda rank: None,
         who: str = "",
+        watch: CollectiveWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._who = f"{who} " if who else ""
         self._rank = rank
         self._latch = latch
@@ -143,8 +147,11 @@ class Lifelines:
             last_round = now
             if now >= next_beat:
                 next_beat = now + self._beat_s
+                waiting = "" if self._watch is None else fit_text(self._watch.look())
                 for peer in peers:
-                    self._send(peer, Message(Kind.BEAT, worker=self._rank))
+                    self._send(peer, Message(Kind.BEAT, worker=self._rank, text=waiting))
+                if self._watch is not None and (failure := self._watch.failure()) is not None:
+                    self._latch.trip(failure)
             for peer in peers:
                 if now - peer.last_seen > self._timeout_s:
                     self._lose(peer, f"{self._who}gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
@@ -168,7 +175,10 @@ class Lifelines:
                 # Its end of the connection is about to vanish, which is then no news.
                 self._forget(peer)
             self._latch.trip(RunFailure(message.worker, message.text, announced=self._rank != 0))
-        elif message.kind is not Kind.BEAT:
+        elif message.kind is Kind.BEAT:
+            if self._watch is not None:
+                self._watch.hear(peer.rank, message.text)
+        else:
             raise WireError(f"unexpected {message.kind.name} on a lifeline")
 
     def _lose(self, peer: _Peer, reason: str) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from lightning_async.collective_watch import CollectiveWatch
 from lightning_async.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError, say
 from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
 from lightning_async.lifeline import Lifelines
@@ -64,7 +65,8 @@ class Membership:
         """
         if world_size == 1 or self._lifelines is not None:
             return
-        self._lifelines = Lifelines(self.rank, self.latch, self._worker_timeout_s, self._describe_end)
+        watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
+        self._lifelines = Lifelines(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
         if self.rank == 0:
             self.door = FrontDoor(host, world_size, self._lifelines)
             self.address = self.door.address

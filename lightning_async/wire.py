@@ -106,7 +106,7 @@ class Message(NamedTuple):
         payload_bytes: size of the payload on the data channel.
         groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
-        text: HELLO: JSON; REFUSE, ABORT: the reason.
+        text: HELLO: JSON; REFUSE, ABORT: the reason. BEAT: the collective that the rank waits in for too long, if any.
     """
 
     kind: Kind

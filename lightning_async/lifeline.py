@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lightning_async.collective_watch import CollectiveWatch
 from lightning_async.failure import FailureLatch, RunFailure, describe_error
 from lightning_async.fields import fit_text
 from lightning_async.transport.base import ChannelClosedError
@@ -50,6 +51,7 @@ class Lifelines:
         timeout_s: seconds without a sign of life after which a peer counts as lost.
         describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
         who: what stands before "gave no sign of life", where the peer is not the rank's main process.
+        watch: asked at each beat which collective this rank waits in, and told where the others do.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Lifelines:
         timeout_s: float,
         describe_end: Callable[[int], str | None] = lambda rank: None,
         who: str = "",
+        watch: CollectiveWatch | None = None,
     ) -> None:
+        self._collectives = watch
         self._who = f"{who} " if who else ""
         self._rank = rank
         self._latch = latch
@@ -182,10 +186,16 @@ class Lifelines:
                     self._lose(peer, f"{self._who}gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
 
     def _give_signs_of_life(self, peers: list[_Peer]) -> None:
+        beat = self._beat
+        if self._collectives is not None:
+            if waiting := self._collectives.look():
+                beat = encode(Message(Kind.BEAT, worker=self._rank, text=fit_text(waiting)))
+            if (stuck := self._collectives.failure()) is not None:
+                self._latch.trip(stuck)
         failure = self._latch.failure
         for peer in peers:
             if failure is None:
-                self._send(peer, self._beat)
+                self._send(peer, beat)
             else:
                 # This rank's part is over. Whoever has not heard so must not believe that it goes on.
                 self._tell(peer, failure)
@@ -209,7 +219,10 @@ class Lifelines:
                 # Its end of the connection is about to vanish, which is then no news.
                 self._forget(peer)
             self._latch.trip(RunFailure(message.worker, message.text, announced=self._rank != 0))
-        elif message.kind is not Kind.BEAT:
+        elif message.kind is Kind.BEAT:
+            if self._collectives is not None:
+                self._collectives.hear(peer.rank, message.text)
+        else:
             raise WireError(f"unexpected {message.kind.name} on a lifeline")
 
     def _lose(self, peer: _Peer, reason: str) -> None:

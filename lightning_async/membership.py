@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch.distributed as dist
 
 from lightning_async.alarms import Alarm
+from lightning_async.collective_watch import CollectiveWatch
 from lightning_async.elastic import forget_failure, is_supervised, record_failure
 from lightning_async.failure import (
     ExitGuard,
@@ -93,7 +94,8 @@ class Membership:
         """
         if world_size == 1 or self._lifelines is not None:
             return
-        self._lifelines = Lifelines(self.rank, self.latch, self._worker_timeout_s, self._describe_end)
+        watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
+        self._lifelines = Lifelines(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
         if self.rank == 0:
             self.door = FrontDoor(host, world_size, self._lifelines)
             self.address = self.door.address

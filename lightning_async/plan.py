@@ -56,6 +56,10 @@ class EpochPlan:
             return -(-tickets_done // self.world_size)
         return min(tickets_done // self.world_size, self.batches - 1)
 
+    def batches_computed(self, tickets_done: int) -> int:
+        """Those of them that are computed: `StochasticWeightAveraging` has one counted that does not exist."""
+        return min(self.batches_done(tickets_done), -(-self.tickets // self.world_size))
+
     def end(self, tickets_done: int) -> int:
         """The ticket that counts as the epoch's end when nothing is left of it after ``tickets_done``."""
         return self.tickets if self.tickets < UNBOUNDED else tickets_done

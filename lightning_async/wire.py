@@ -115,7 +115,7 @@ class Message(NamedTuple):
         payload_bytes: size of the payload on the data channel.
         groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
-        text: HELLO: JSON; REFUSE, ABORT: the reason.
+        text: HELLO: JSON; REFUSE, ABORT: the reason; BEAT: the collective that the rank waits in for too long, if any.
         counts: PUSH, PULL, READ, SKIP: what the worker has counted since its last report (see `tally.py`): what
             `pack_counts` made of it; PARAMETERS: the sums over all workers, if the request had any.
     """

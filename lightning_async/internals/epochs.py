@@ -313,7 +313,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
         batches = epoch.plan.batches_done(position)
         computed = self._batches_started - epoch.batches_started
-        strategy.share_buffers(computed, batches - epoch.plan.batches_done(before))
+        as_ddp = epoch.plan.batches_computed(position) - epoch.plan.batches_computed(before)
+        strategy.share_buffers(computed, as_ddp)
         self._count_as_ddp(batches, complete)
         align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
         show_progress(trainer)

@@ -524,3 +524,37 @@ def test_torch_describes_the_nccl_group_as_it_is_used() -> None:
     missing = {"Options", "abort"} - known["ProcessGroupNCCL"] | {"eager_connect_single_device"} - known["Backend"]
     if missing:
         fail("transport/nccl.py", f"ProcessGroupNCCL having {missing}")
+
+
+def test_torchs_dispatcher_and_groups_can_be_guarded_in_the_same_way() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    for operator in ("c10d::allreduce_", "c10d::barrier", "c10d::send"):
+        if operator not in names:
+            fail("collective_guard.py", f"torch's dispatcher having the operator {operator}")
+    schema = str(torch.ops.c10d.allreduce_.default._schema)
+    if "c10d.ProcessGroup process_group" not in schema:
+        fail("collective_guard.py", "c10d's operators taking their group as c10d.ProcessGroup")
+    paths = [
+        *("torch.library.Library._destroy", "torch._C._dispatch_keyset_full_after", "torch._C.DispatchKey"),
+        *("torch.distributed.ProcessGroup.unbox", "torch.distributed.distributed_c10d._new_group_with_tag"),
+    ]
+    for path in paths:
+        resolve(path, "collective_guard.py")
+    from torch.distributed import distributed_c10d
+
+    if "_new_group_with_tag(" not in inspect.getsource(distributed_c10d.new_group):
+        fail("collective_guard.py", "torch.distributed.new_group calling _new_group_with_tag")
+
+
+def test_ddp_reads_what_to_ignore_from_the_same_attribute() -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    if "module._ddp_params_and_buffers_to_ignore" not in inspect.getsource(DistributedDataParallel.__init__):
+        fail("buffer_sync.py", "DistributedDataParallel reading _ddp_params_and_buffers_to_ignore of its module")
+
+
+def test_lightning_counts_a_batch_as_started_once_its_hooks_let_it_be() -> None:
+    source = inspect.getsource(resolve(f"{EPOCH_LOOP}.advance", "internals/epochs.py"))
+
+    if "self.batch_progress.increment_started()" not in source:
+        fail("internals/epochs.py", "batch_progress.current.started counting the batches that are computed")

@@ -120,3 +120,9 @@ def test_a_rank_logs_once_whenever_the_clock_has_passed_a_multiple(every: int, s
 
 def test_nothing_is_logged_by_steps_where_that_is_off() -> None:
     assert [log_position(0, clock, every=0) for clock in (0, 1, 7)] == [0, 0, 6]
+
+
+def test_a_batch_that_is_counted_and_not_there_is_not_computed() -> None:
+    plan = EpochPlan(tickets=24, batches=9, world_size=3)
+
+    assert [plan.batches_done(24), plan.batches_computed(24), plan.batches_computed(12)] == [9, 8, 4]

@@ -202,6 +202,25 @@ def test_what_pytest_and_benchmarks_leave_is_gathered(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text()) == {"floor": {"floor": {"found": [1]}}}
 
 
+@pytest.mark.timeout(300)
+def test_the_gpu_tests_run_with_the_host_in_the_gpus_place(tmp_path: Path) -> None:
+    environment = {**os.environ, "GPU_KIT_STAND_IN": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'runs'}"]
+    chosen = "one_line or replayed and (overlap or nccl) or from_a_host and both or agree and nccl and mixed"
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-k", chosen, "tests/gpu"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
+
+
 def test_only_what_is_missing_or_too_old_is_taken_from_the_kit() -> None:
     files = [Path(f"{name}-1.0-py3-none-any.whl") for name in ("pytest", "no_such_project", "torch")]
 

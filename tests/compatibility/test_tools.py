@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, DeviceStatsMonitor, LearningRateFinder, RichModelSummary
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+    RichModelSummary,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.tuner import Tuner
@@ -336,6 +343,123 @@ def test_the_twin_packages_trainer_says_what_to_import(tmp_path: Path, first: st
                 twin.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
         # Its own strategies are as they were.
         assert type(twin.Trainer(accelerator="cpu", devices=2, strategy="ddp_fork").strategy).__name__ == "DDPStrategy"
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+
+
+class OwnBar(ProgressBar):
+    """Shows the loss and the size of the batch, as Lightning's documentation has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: list[int] = []
+
+    def disable(self) -> None:
+        """Shows all the same."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        assert float(outputs["loss"]) * len(batch[0]) > 0
+        self.positions.append(batch_idx)
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """Looks at the loss before it saves."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert float(outputs["loss"]) * len(batch[0]) > 0
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+@compatible(
+    "subclasses of ProgressBar and ModelCheckpoint",
+    note="They are called once more where the ranks meet, with this rank's last batch, if others have done more since.",
+)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_user_codes_bars_and_checkpoints_are_given_a_batch(tmp_path: Path, slow: int) -> None:
+    def on_rank_0(folder: Path) -> None:
+        class Reports(OwnBar):
+            def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+                if trainer.is_global_zero:
+                    report(folder, 0, positions=self.positions)
+
+        bar, checkpoint = Reports(), OwnCheckpoint(folder / "saved", every_n_train_steps=3, save_top_k=-1)
+        arguments: dict[str, Any] = {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": 2}
+        trainer = fork_trainer(folder, RANKS, callbacks=[bar, checkpoint], **arguments)
+        trainer.fit(TinyClassifier(UNEVEN if slow else UNEVEN[::-1]), loader())
+
+    run = launch(on_rank_0, tmp_path)
+
+    assert run.returncode == 0, run.output
+    positions = run.report(0)["positions"]
+    assert positions[-1] == max(positions) == 7
+    assert len([*(tmp_path / "saved").glob("*.ckpt")]) == 16 // 3
+
+
+class History(Logger):
+    """Relies on the epoch, which Lightning puts into every row, and takes it out."""
+
+    name, version = "history", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, set[str]]] = []
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        """Keeps none."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        epoch = metrics.pop("epoch")
+        self.rows.append((int(epoch), set(metrics)))
+
+
+@compatible("loggers of one's own that rely on `epoch` in every row")
+def test_every_row_that_a_logger_gets_has_its_epoch(tmp_path: Path) -> None:
+    class Module(TinyClassifier):
+        def on_fit_end(self) -> None:
+            loggers: Any = self.trainer.loggers
+            report(tmp_path, self.global_rank, rows=[logger.rows for logger in loggers])
+
+    def script(folder: Path) -> None:
+        fork_trainer(folder, RANKS, logger=[History(), History()], log_every_n_steps=2, max_epochs=2).fit(
+            Module(UNEVEN), loader()
+        )
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    first, second = run.report(0)["rows"]
+    ours = [epoch for epoch, names in first if "async/version" in names]
+    assert set(ours) == {0, 1}
+    assert [row for row in second if "async/version" in row[1]] == [row for row in first if "async/version" in row[1]]
+
+
+@compatible(
+    "`trainer.model.module`, `trainer.model.no_sync()`",
+    note="`trainer.model` is a wrapper during fit, as under DDP; it is no `DistributedDataParallel`.",
+)
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_the_module_is_reached_through_a_wrapper_as_under_ddp(tmp_path: Path, ranks: int) -> None:
+    class Module(TinyClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            trainer: Any = self.trainer
+            with trainer.model.no_sync():
+                loss = super().training_step(batch, batch_idx)
+            assert trainer.model.module is trainer.strategy.model.module is self
+            assert trainer.lightning_module is self
+            return loss
+
+        def on_validation_epoch_end(self) -> None:
+            trainer: Any = self.trainer
+            assert not trainer.model.training
+            assert {f"module.{name}" for name in self.state_dict()} == {*trainer.model.state_dict()}
+
+    def script(folder: Path) -> None:
+        module, trainer = Module(), fork_trainer(folder, ranks, "async_amsgrad" if ranks == 1 else "async_amsgrad_fork")
+        trainer.fit(module, loader(), loader(8))
+        assert ranks > 1 or trainer.model is module
 
     run = launch(script, tmp_path)
 

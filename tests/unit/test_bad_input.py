@@ -153,8 +153,13 @@ def one_each(module: TinyClassifier) -> list[torch.optim.Optimizer]:
     "Call `manual_backward` and `step` for one optimizer after the other.",
 )
 def test_a_gradient_from_before_another_optimizers_step_is_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path, Manual(one_each, one_after_the_other=False))
+    def script(folder: Path) -> None:
+        fork_trainer(folder, 2).fit(Manual(one_each, one_after_the_other=False), loader())
 
+    run = launch(script, tmp_path)
+
+    assert run.returncode != 0
+    message = run.output
     assert "optimizer 1 steps on a gradient from before another optimizer's step" in message
     assert "call manual_backward and step for one optimizer after the other" in message
 

@@ -132,6 +132,15 @@ SIGNATURES = {
         f"{AUTOMATIC}._optimizer_step": "self, batch_idx, train_step_and_backward_closure",
         "lightning.pytorch.trainer.call._call_strategy_hook": "trainer, hook_name, *args, **kwargs",
     },
+    "internals/manual.py": {
+        "lightning.pytorch.loops.optimization.manual._ManualOptimization._on_before_step": "self",
+        "lightning.pytorch.loops.optimization.manual._ManualOptimization._on_after_step": "self",
+    },
+    "module_wrapper.py": {
+        "lightning.pytorch.strategies.strategy._ForwardRedirection.__call__": (
+            "self, wrapper_module, original_module, method_name, *args, **kwargs"
+        ),
+    },
     "internals/averaging.py": {
         f"{AVERAGING}.on_train_batch_end": "self, trainer, pl_module, outputs, batch, batch_idx",
         f"{AVERAGING}.should_update": "self, step_idx, epoch_idx",
@@ -189,6 +198,7 @@ SIGNATURES = {
         f"{DDP}.connect": "self, model",
         f"{DDP}.process_dataloader": "self, dataloader",
         f"{DDP}.pre_backward": "self, closure_loss",
+        f"{DDP}.backward": "self, closure_loss, optimizer, *args, **kwargs",
         f"{DDP}.optimizer_step": "self, optimizer, closure, model, **kwargs",
         f"{DDP}.lightning_module_state_dict": "self",
         f"{DDP}.optimizer_state": "self, optimizer",
@@ -435,6 +445,32 @@ def test_an_epoch_loops_counters_are_saved_under_the_same_names(tmp_path: Path) 
     steps = (loop.automatic_optimization.optim_progress, loop.manual_optimization.optim_step_progress.total)
     if (*counts, steps[0].optimizer_steps, steps[1].completed) != (3, 12, 2, 7, 7):
         fail("internals/counters.py", "the names of the counters in an epoch loop's state_dict")
+
+
+def test_lightning_counts_a_manual_step_in_the_hooks_of_its_optimizer(tmp_path: Path) -> None:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+
+    source = inspect.getsource(_ManualOptimization)
+    for line in (
+        "lightning_optimizer._on_after_step = self._on_after_step",
+        "self.optim_step_progress.increment_completed()",
+        "self.trainer.strategy._lightning_optimizers",
+    ):
+        if line not in source:
+            fail("internals/manual.py", f"_ManualOptimization having {line}")
+    if "self._on_after_step()" not in inspect.getsource(LightningOptimizer.step):
+        fail("internals/manual.py", "LightningOptimizer.step calling self._on_after_step after the strategy's step")
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    if not isinstance(trainer.fit_loop.epoch_loop._batches_that_stepped, int):
+        fail("internals/manual.py", "the epoch loop's _batches_that_stepped")
+
+
+def test_a_strategy_calls_the_steps_of_a_wrapped_module_by_one_object() -> None:
+    from lightning.pytorch.strategies import Strategy
+
+    if "self._forward_redirection(self.model, self.lightning_module" not in inspect.getsource(Strategy.training_step):
+        fail("module_wrapper.py", "Strategy.training_step calling _forward_redirection(model, lightning_module, ...)")
 
 
 def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:

@@ -395,6 +395,8 @@ def test_a_thread_that_waits_for_more_than_it_gets_is_told_and_nothing_is_lost(m
     assert seen == [list(range(42))]
 
 
+# A thread that ends by SystemExit ends silently, but for pytest.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("endless", [False, True])
 def test_a_loaders_thread_ends_when_the_loader_is_closed(monkeypatch: pytest.MonkeyPatch, endless: bool) -> None:
     monkeypatch.setattr(sampler_module, "_LOOK_S", 0.01)

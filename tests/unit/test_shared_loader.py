@@ -52,7 +52,8 @@ class Rank:
     def begin_epoch(self, epoch: int, limit: int | None = None) -> str:
         self.iterator = None
         self.seen.clear()
-        self.visible.sampler.set_epoch(epoch)
+        batches: Any = self.visible.batch_sampler
+        batches.sampler.set_epoch(epoch)
         return self.shared.begin_epoch(epoch, limit)
 
     def open(self) -> None:
@@ -455,7 +456,8 @@ def test_a_pass_of_user_code_sees_ddps_share_and_training_goes_on_untouched(
         for number, peek in enumerate(peeks):
             passes[number] += [batch.tolist() for (batch,) in [next(peek, [None])] if batch is not None]
     for number, peek in enumerate(peeks):
-        passes[number] += [batch.tolist() for (batch,) in peek]
+        while item := next(peek, None):
+            passes[number].append(item[0].tolist())
 
     assert passes == [ddp_share(number, epoch=1) for number in range(2)]
     assert sorted(ranks[0].seen + ranks[1].seen) == list(range(42))

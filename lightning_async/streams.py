@@ -1,6 +1,6 @@
 """A rank's own stream of batches, where ranks cannot share one order: tickets are permits to take its next batch.
 
-Beside `tickets.py`, whose sampler serves the loaders that can be shared; used by `internals/fetcher.py`.
+Beside `shared_loader.py`, which serves the loaders that can be shared; used by `internals/fetcher.py`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tests.models import TinyClassifier, fork_trainer, indexed_data
 RANKS = 2
 UNEVEN = (0.001, 0.006)
 Hand = Literal["shared", "sharded"]
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 both = pytest.mark.parametrize("batches", ["shared", "sharded"])
 
 
@@ -345,11 +346,11 @@ def test_the_ledger_alone_knows_what_is_left_of_a_shared_epoch(
     def data() -> Stateful:
         return Stateful(indexed_data(64), batch_size=4)
 
-    saving = ModelCheckpoint(dirpath=tmp_path, filename="mid", every_n_train_steps=3)
+    saving = ModelCheckpoint(dirpath=tmp_path / "saved", filename="mid", every_n_train_steps=3)
     began = fit(tmp_path / "first", data, first, max_steps=3, enable_checkpointing=True, callbacks=[saving])
     (before,) = trained(began)
 
-    run = fit(tmp_path / "second", data, batches, ckpt_path=tmp_path / "mid.ckpt")
+    run = fit(tmp_path / "second", data, batches, ckpt_path=tmp_path / "saved" / "mid.ckpt")
 
     first_epoch, second_epoch = trained(run)
     if first is not None:
@@ -375,7 +376,7 @@ def test_a_stream_that_restores_itself_is_not_skipped_twice(tmp_path: Path) -> N
         def train_dataloader(self) -> Any:
             return data()
 
-    saving = ModelCheckpoint(dirpath=tmp_path, filename="mid", every_n_train_steps=3)
+    saving = ModelCheckpoint(dirpath=tmp_path / "saved", filename="mid", every_n_train_steps=3)
     began = fit(
         tmp_path / "first",
         lambda: None,
@@ -387,7 +388,7 @@ def test_a_stream_that_restores_itself_is_not_skipped_twice(tmp_path: Path) -> N
     )
     (before,) = trained(began)
 
-    run = fit(tmp_path / "second", lambda: None, "shared", WithData, ckpt_path=tmp_path / "mid.ckpt")
+    run = fit(tmp_path / "second", lambda: None, "shared", WithData, ckpt_path=tmp_path / "saved" / "mid.ckpt")
 
     first_epoch, second_epoch = trained(run)
     assert sorted(before + first_epoch) == list(range(64))

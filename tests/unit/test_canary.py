@@ -6,6 +6,7 @@ A failure here says which file relies on what has changed; look there before any
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -96,6 +97,7 @@ SIGNATURES = {
     "internals/fetcher.py": {
         f"{FETCHER}.setup": "self, combined_loader",
         f"{FETCHER}.reset": "self",
+        f"{FETCHER}.teardown": "self",
         f"{FETCHER}.__iter__": "self",
         f"{FETCHER}.__next__": "self",
         "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
@@ -118,6 +120,8 @@ SIGNATURES = {
     "internals/loops.py": {
         f"{FIT_LOOP}.setup_data": "self",
         f"{FIT_LOOP}.on_advance_end": "self",
+        f"{FIT_LOOP}.on_save_checkpoint": "self",
+        f"{FIT_LOOP}._load_combined_loader_states": "self",
         "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
         "lightning.pytorch.trainer.connectors.data_connector._request_dataloader": "data_source",
         "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
@@ -340,6 +344,8 @@ TRAINER_ATTRIBUTES = {
         "strategy._lightning_optimizers",
     ],
     "internals/loops.py": [
+        "fit_loop._combined_loader",
+        "fit_loop._combined_loader_states_to_load",
         "fit_loop._data_fetcher",
         "fit_loop.epoch_loop.automatic_optimization",
         "_signal_connector._sigterm_notifier_fn",
@@ -484,14 +490,70 @@ def test_a_stop_iteration_may_be_temporary() -> None:
     kind: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     source = " ".join(inspect.getsource(kind._try_put_index).split())
     if "index = self._next_index() except StopIteration: return" not in source:
-        fail("tickets.py", "DataLoader workers' _try_put_index taking StopIteration for 'nothing to put now'")
+        fail("sampler.py", "DataLoader workers' _try_put_index taking StopIteration for 'nothing to put now'")
 
 
 def test_a_loaders_batch_sampler_can_be_replaced() -> None:
     loader: DataLoader[Any] = DataLoader([1, 2, 3], batch_size=2)
     object.__setattr__(loader, "batch_sampler", [[2], [1]])
     if [batch.tolist() for batch in loader] != [[3], [2]]:
-        fail("tickets.py", "a DataLoader that reads its attribute batch_sampler when it is iterated")
+        fail("faces.py", "a DataLoader that reads its attribute batch_sampler when it is iterated")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_a_loader_gets_its_iterator_by_one_method_and_workers_are_driven_by_the_same_ones(arguments: Any) -> None:
+    loader: Any = DataLoader([1, 2, 3], batch_size=2, **arguments)
+    made: list[Any] = []
+    vars(loader)["_get_iterator"] = lambda: made.append(DataLoader._get_iterator(loader)) or made[-1]
+    if [batch.tolist() for batch in loader] != [[1, 2], [3]] or not made:
+        fail("shared_loader.py", "DataLoader.__iter__ asking self._get_iterator() for its iterator")
+    if not arguments:
+        return
+    (iterator,) = made
+    for name in ("_try_put_index", "_shutdown_workers", "_persistent_workers"):
+        if not hasattr(iterator, name):
+            fail("shared_loader.py", f"the iterator over loader workers having {name}")
+    if list(inspect.signature(iterator._reset).parameters) != ["loader", "first_iter"]:
+        fail("shared_loader.py", "the iterator over loader workers having _reset(loader, first_iter)")
+    if arguments.get("persistent_workers") and loader._iterator is not iterator:
+        fail("shared_loader.py", "a loader with persistent workers keeping its iterator in _iterator")
+    iterator._shutdown_workers()
+
+
+def test_loaders_have_the_attributes_that_are_read() -> None:
+    loader = vars(DataLoader([1, 2, 3], batch_size=2))
+    for name in ("batch_sampler", "sampler", "_iterator", "in_order", "num_workers", "prefetch_factor"):
+        if name not in loader:
+            fail("shared_loader.py", f"a DataLoader that keeps {name} among its attributes")
+
+
+def test_lightnings_sampler_of_samplers_keeps_what_it_has_drawn_in_its_data_set() -> None:
+    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+
+    sampler: Any = DistributedSamplerWrapper([5, 6, 7], num_replicas=1, rank=0, shuffle=False)
+    drawing = iter(sampler)
+    if next(drawing) != 5 or sampler.dataset._sampler_list != [5, 6, 7]:
+        fail("faces.py", "DistributedSamplerWrapper keeping the drawn list in its dataset")
+
+
+def test_a_copy_of_a_combined_loader_takes_other_loaders() -> None:
+    loader = fetcher.CombinedLoader([[1, 2]], "max_size_cycle")
+    other = copy.copy(loader)
+    other.flattened = [[3, 4]]
+    if ([batch for batch, *_ in loader], [batch for batch, *_ in other]) != ([[1], [2]], [[3], [4]]):
+        fail("internals/fetcher.py", "a copy of a CombinedLoader with other loaders in it")
+
+
+def test_loaders_states_are_saved_under_the_same_name() -> None:
+    source = inspect.getsource(loops._FitLoop.on_save_checkpoint)
+    if 'state_dict["combined_loader"]' not in source:
+        fail("internals/loops.py", "the fit loop saving the loaders' states as combined_loader")
+
+
+def test_a_hook_that_skips_the_epoch_marks_the_last_batch() -> None:
+    source = inspect.getsource(resolve(f"{EPOCH_LOOP}.advance", "internals/epochs.py"))
+    if "self.batch_progress.increment_by(0, is_last_batch=True)" not in source:
+        fail("internals/epochs.py", "a batch whose hook has returned -1 being marked as the last one")
 
 
 def test_schedulers_know_a_wrapped_step_by_the_same_marks() -> None:

@@ -217,6 +217,9 @@ def _try(optimizer: torch.optim.Optimizer) -> str | None:
         trial = rebuild(optimizer, params)
         for parameter in (parameter for group in params for parameter in group):
             parameter.grad = torch.ones_like(parameter)
+        if callable(begin := getattr(trial, "train", None)):
+            # A schedule-free one, which steps in that mode only.
+            begin()
         with torch.random.fork_rng(devices=[]):
             step_without_hooks(trial)()
     except Exception as error:

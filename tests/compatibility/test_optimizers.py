@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
 from lightning_async.optimizer_state import OptimizerStateError, same_state
-from tests.compatibility.runs import RANKS, Reporting, train
+from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.elsewhere import ScheduleFreeSGD
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
@@ -140,7 +140,7 @@ def test_what_user_code_makes_of_the_state_is_taken_over(tmp_path: Path) -> None
 
 
 class Switching(Reporting):
-    """Goes on with other optimizers: a new one, one from configure_optimizers, with its scheduler, and the first one."""
+    """Goes on with other optimizers: a new one, one of configure_optimizers with a scheduler, and the first one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,8 +174,8 @@ class Switching(Reporting):
 @pytest.mark.compatibility(
     "Optimization",
     "optimizers replaced in mid-run: `trainer.optimizers = [...]`, `strategy.setup_optimizers(trainer)`",
-    note="In hooks where the ranks meet, in force from the next batch, with the state that the new one has. Between two "
-    "batches it is refused.",
+    note="In hooks where the ranks meet, in force from the next batch, with the state that the new one has. Between "
+    "two batches it is refused.",
 )
 @pytest.mark.parametrize("holder", ["thread", "process"])
 def test_a_replaced_optimizer_is_in_force_with_its_own_state(tmp_path: Path, holder: Any) -> None:
@@ -317,7 +317,8 @@ def test_with_one_rank_such_a_hook_works_as_it_does_without(tmp_path: Path) -> N
         for strategy in ("async_amsgrad", "auto"):
             torch.manual_seed(1)
             module = Clipping()
-            fork_trainer(folder, 1, strategy).fit(module, loader(32))
+            # The order of the data, which is shuffled else.
+            fork_trainer(folder, 1, strategy, use_distributed_sampler=False).fit(module, loader(32))
             ends.append(module.flat_parameters())
         assert ends[0].abs().max() <= 0.1
         torch.testing.assert_close(*ends)
@@ -369,8 +370,8 @@ class KeepsGradients(Callback):
 @pytest.mark.compatibility(
     "Optimization",
     "optimizers with `train()` and `eval()` (schedule-free)",
-    note='With `strategy="async"`. Their methods, and any other that reads or writes the state and the parameters, work '
-    "where the ranks meet.",
+    note='With `strategy="async"`. Their methods, and any other that reads or writes the state and the parameters, '
+    "work where the ranks meet.",
 )
 @pytest.mark.parametrize("holder", ["thread", "process"])
 def test_a_schedule_free_optimizer_is_validated_at_its_average(tmp_path: Path, holder: Any) -> None:
@@ -458,13 +459,14 @@ def test_groups_and_parts_are_as_torch_has_them(tmp_path: Path) -> None:
     optimizer.load_state_dict(saved["optimizer_states"][0])
     assert module.codes not in optimizer.state
     assert optimizer.state[module.body.weight]["exp_avg"].shape == (500, 500)
-    warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     path = tmp_path / "checkpoints" / "epoch=0.ckpt"
 
     def resume(folder: Path) -> None:
         strategy = AsyncAMSGradStrategy(start_method="fork")
+        strategy.observers.append(History())
+        warnings.filterwarnings("ignore", "The dirpath has changed")
         trainer = fork_trainer(folder, RANKS, strategy, max_epochs=2, enable_checkpointing=True)
         trainer.fit(Grouped(), loader(96), ckpt_path=path)
 
@@ -512,7 +514,7 @@ class Rotated(TinyClassifier):
     "Refused",
     "complex parameters that are trained",
     "refused",
-    "Keep a real one, and take torch.view_as_complex of it.",
+    "Keep a real one and take torch.view_as_complex of it.",
 )
 def test_a_trained_complex_parameter_is_refused_by_name(tmp_path: Path) -> None:
     output = fail(tmp_path, Rotated(UNEVEN))
@@ -539,7 +541,7 @@ def test_the_state_of_a_fit_that_is_over_is_on_rank_0(tmp_path: Path) -> None:
 
     class TwoFits(Kept):
         def on_fit_end(self) -> None:
-            assert self.optimizer.state
+            assert self.global_rank > 0 or self.optimizer.state
 
     def script(folder: Path) -> None:
         from tests.every_rank import run_on_every_rank

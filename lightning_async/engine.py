@@ -186,15 +186,15 @@ class Engine:
         return None if self.service is None else self.service.snapshot()
 
     def release_states(self, kept: Sequence[torch.optim.Optimizer] = ()) -> None:
-        """Gives the optimizers states of their own again: what the holder has or, on other ranks, where that is.
+        """Gives the optimizers states of their own again: what the holder has, or where that is if it was not fetched.
 
         Args:
             kept: those that a successor of this engine holds.
         """
         service = self.service
         elsewhere = (
-            "the state of an optimizer that is no longer trained with, or after fit, is on rank 0. Read it there "
-            "(`if trainer.is_global_zero`), or on any rank before that, for example in on_train_end"
+            "the state of an optimizer that is no longer trained with, or whose fit was broken off, is on rank 0. Read "
+            "it there (`if trainer.is_global_zero`), or on any rank before that"
         )
         try:
             self.show_adapted(self.take_adapted() or [[] for _ in self.optimizers])

@@ -245,6 +245,12 @@ class OptimizerStates:
             self._in_segment = False
             self._meetings += 1
 
+    def load(self) -> None:
+        """Fetches every state, for the time after the last meeting: nobody can be asked then."""
+        for shown in self._shown:
+            if shown is not None:
+                shown.load()
+
     def reset(self) -> None:
         """Shows the holder's states, whatever the optimizers have in their place."""
         for optimizer, shown in zip(self._optimizers, self._shown, strict=True):
@@ -296,10 +302,10 @@ class OptimizerStates:
             if shown is None or vars(optimizer)["state"] is not shown or id(optimizer) in known:
                 continue
             own: defaultdict[Any, Any]
-            if state_of is None:
-                own = StateElsewhere(elsewhere)
-            elif shown.is_loaded and not self._in_segment:
+            if shown.is_loaded and not self._in_segment:
                 own = defaultdict(dict, dict.items(shown))
+            elif state_of is None:
+                own = StateElsewhere(elsewhere)
             else:
                 own = defaultdict(dict, self._by_parameter(index, state_of(index)))
             vars(optimizer)["state"] = own

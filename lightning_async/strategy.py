@@ -380,6 +380,11 @@ class AsyncStrategy(SegmentedRanks):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        assert self._engine is not None
+        if not self.is_global_zero:
+            # As under DDP, user code finds the state on every rank after fit.
+            self._engine.states.load()
+        self.barrier("every rank has the optimizers' states")
         if self._metrics is not None:
             self._metrics.finish()
         if self.summary and self.is_global_zero:

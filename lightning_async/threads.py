@@ -1,14 +1,19 @@
-"""What the threads that serve workers ask of torch and of the interpreter. Used by `server.py`. Knows no Lightning."""
+"""What threads ask of torch and of the interpreter. Used by `server.py` and `worker.py`. Knows no Lightning."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["PromptSwitching", "use_one_thread"]
+__all__ = ["PromptSwitching", "in_background", "use_one_thread"]
+
+_T = TypeVar("_T")
 
 # Ten times as often as Python does by itself. Each request takes the interpreter's lock several times, and each time
 # has to wait for so long while rank 0's training runs pure Python.
@@ -51,3 +56,18 @@ class PromptSwitching:
             if self._before is not None:
                 sys.setswitchinterval(self._before)
                 self._before = None
+
+
+def in_background(run: Callable[[], _T]) -> Future[_T]:
+    """Runs it in a thread of its own, which keeps no process alive."""
+    future: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            # For whoever asks for the result.
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="exchange", daemon=True).start()
+    return future

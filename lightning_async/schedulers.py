@@ -105,8 +105,8 @@ class SharedSchedulers:
         # A scheduler of schedulers steps those that it has, which may be shared too.
         before, self._inside = self._inside, True
         try:
-            scheduler = self._schedulers[place]
-            super(type(scheduler), scheduler).step(*arguments, **keywords)
+            scheduler: Any = self._schedulers[place]
+            type(scheduler).__mro__[1].step(scheduler, *arguments, **keywords)
         finally:
             self._inside = before
 
@@ -119,12 +119,16 @@ def _count_steps(scheduler: Any, called: Callable[..., None]) -> None:
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         # A copy is one of the scheduler as the user made it.
-        make, (_, *arguments), *rest = super(type(self), self).__reduce_ex__(protocol)
-        return make, (kind, *arguments), *rest
+        _, _, *state = super(type(self), self).__reduce_ex__(protocol)
+        return _make_empty, (kind,), *state
 
     # A class and not an attribute: torch saves a scheduler's attributes as its state.
     names = {"step": step, "__reduce_ex__": reduce_ex, "__module__": kind.__module__, "__doc__": kind.__doc__}
     scheduler.__class__ = type(kind.__name__, (kind,), names)
+
+
+def _make_empty(kind: type) -> Any:
+    return object.__new__(kind)
 
 
 def schedulers_in(values: Mapping[str, Any], optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Any]:

@@ -199,6 +199,11 @@ class SegmentedRanks(CheckpointedRanks):
         self._engine.states.begin_segment()
         Phase.begin_asynchronous()
 
+    def begin_batch(self, samples: int) -> None:
+        """Notes that this rank computes a batch; waits for parameters if it holds none."""
+        self.worker.begin_batch(samples)
+        self._hand.begin_batch()
+
     def finish_segment(self) -> None:
         """Ends this rank's part of a segment: what is left to push is pushed, and nothing more computed."""
         self._leftover = self._hand.finish_segment(self.worker)

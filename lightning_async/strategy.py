@@ -148,8 +148,6 @@ class AsyncStrategy(SegmentedRanks):
         # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
         self.summary = summary
-        self.sigterm_received = False
-        self._metrics: MetricsLogger | None = None
         # Whether the train data is one loader, which all ranks may share.
         self.has_one_train_loader = True
 
@@ -288,11 +286,6 @@ class AsyncStrategy(SegmentedRanks):
         return dataloader
 
     # --- one step ----------------------------------------------------------------------------------------------------
-
-    def begin_batch(self, samples: int) -> None:
-        """Notes that this rank computes a batch; waits for parameters if it holds none."""
-        self.worker.begin_batch(samples)
-        self._hand.begin_batch()
 
     @override
     def optimizer_step(

@@ -1,4 +1,4 @@
-"""What the threads that serve workers ask of torch and of the interpreter. Used by `server.py`. Knows no Lightning."""
+"""What threads ask of torch and of the interpreter. Used by `server.py` and `worker.py`. Knows no Lightning."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Errands", "PromptSwitching", "use_one_thread"]
+__all__ = ["Errands", "PromptSwitching", "in_background", "use_one_thread"]
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # Ten times as often as Python does by itself. Each request takes the interpreter's lock several times, and each time
 # has to wait for so long while rank 0's training runs pure Python.
@@ -99,3 +103,18 @@ class Errands:
                 errand()
             except Exception:  # noqa: PERF203  # the next one is another matter
                 log.exception("lightning_async: an errand of %s failed", threading.current_thread().name)
+
+
+def in_background(run: Callable[[], _T]) -> Future[_T]:
+    """Runs it in a thread of its own, which keeps no process alive."""
+    future: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            # For whoever asks for the result.
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="exchange", daemon=True).start()
+    return future

@@ -5,7 +5,6 @@ Above `transport/` and `layout.py`; below `strategy.py` and `internals/`. Knows 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout, exchanged_parameters
 from lightning_async.session import DROPPED
 from lightning_async.tally import Tally
+from lightning_async.threads import in_background
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import Kind, Message
 
@@ -248,7 +248,7 @@ class Worker:
         self._latch.check()
         pushed = time.monotonic_ns()
         if self._overlaps and lane.channel.serves_any_thread:
-            lane.under_way = _in_background(lambda: self._exchange(lane, message, payload))
+            lane.under_way = in_background(lambda: self._exchange(lane, message, payload))
         else:
             self._guarded(lambda: lane.channel.send(message, payload))
         self._tell_span("push", pushed)
@@ -398,18 +398,3 @@ class Worker:
             failure = self._latch.wait(_NEWS_TIMEOUT_S) or RunFailure(0, f"lost by rank {self.rank}: {error}")
             self._latch.trip(failure)
             raise WorkerFailedError(failure) from error
-
-
-def _in_background(run: Callable[[], _T]) -> Future[_T]:
-    """Runs it in a thread of its own, which keeps no process alive."""
-    future: Future[_T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(run())
-        except BaseException as error:
-            # For whoever asks for the result.
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="exchange", daemon=True).start()
-    return future

@@ -161,14 +161,10 @@ class Worker:
 
         Args:
             tickets: how many.
-            stream_over: this rank's own stream has ended: it draws nothing more in this epoch.
+            stream_over: this rank's own stream, or loader, has ended: it draws nothing more in this epoch.
         """
         for lane in self._lanes:
             self._take_answer(lane)
-        if stream_over:
-            # What came with the last answer is newer still.
-            tickets += sum(map(len, self._drawn))
-            self._drawn.clear()
         given = Message(Kind.RETURN, worker=self.rank, tickets=tickets, outcome=int(stream_over))
         self._request(self._lane, given, Kind.ACK)
 

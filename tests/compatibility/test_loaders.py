@@ -61,13 +61,16 @@ def fit(
     batches: Hand | None = "shared",
     module: type[Noting] = Noting,
     ckpt_path: Path | None = None,
+    overlap: bool = False,
     **arguments: Any,
 ) -> Launched:
     """Trains on what ``data()`` makes; under DDP if ``batches`` is None."""
     folder.mkdir(exist_ok=True)
 
     def script(folder: Path) -> None:
-        strategy = "ddp_fork" if batches is None else AsyncAMSGradStrategy(batches=batches, start_method="fork")
+        strategy: Any = "ddp_fork"
+        if batches is not None:
+            strategy = AsyncAMSGradStrategy(batches=batches, overlap=overlap, start_method="fork")
         trainer = fork_trainer(folder, RANKS, strategy, **({"max_epochs": 2} | arguments))
         trainer.fit(module(folder), data(), ckpt_path=ckpt_path)
 
@@ -154,8 +157,11 @@ class Short(DataLoader[Any]):
     note="Each rank takes what its loader has in an epoch, as under DDP; the epoch then ends as any other does.",
 )
 @both
-def test_an_epoch_of_a_loader_that_ends_early_has_as_many_batches_as_under_ddp(tmp_path: Path, batches: Hand) -> None:
-    run = fit(tmp_path, lambda: Short(indexed_data(64), batch_size=4), batches)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_epoch_of_a_loader_that_ends_early_has_as_many_batches_as_under_ddp(
+    tmp_path: Path, overlap: bool, batches: Hand
+) -> None:
+    run = fit(tmp_path, lambda: Short(indexed_data(64), batch_size=4), batches, overlap=overlap)
 
     epochs = trained(run)
     assert [len(epoch) for epoch in epochs] == [RANKS * 3 * 4] * 2

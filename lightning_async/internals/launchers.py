@@ -76,19 +76,28 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         # A script's later Trainers train with the ranks that the first has started.
         self.procs = list(_started)
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        over = threading.Event()
-        if self.procs:
-            watch = threading.Thread(target=self._watch, args=(list(self.procs), over), name="child-watch", daemon=True)
-            watch.start()
         try:
-            with self._strategy.guard_run():
+            with self._watching(), self._strategy.guard_run():
                 return function(*args, **kwargs)
         except BaseException:
             self.end_children(_END_TIMEOUT_S)
             raise
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Reports a rank that was started from here and ends with an error."""
+        if not self.procs:
+            yield
+            return
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(list(self.procs), over), name="child-watch", daemon=True)
+        watch.start()
+        try:
+            yield
         finally:
-            # The thread keeps the trainer, which has ended.
+            # It would keep the trainer, which has ended.
             over.set()
+            watch.join(_EXIT_STATUS_TIMEOUT_S)
 
     def describe_start(self, num_nodes: int) -> str:
         """What starts the ranks, for a rank that waits for the others."""
@@ -132,8 +141,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             running = any(process.poll() is None for process in processes)
             for local_rank, process in enumerate(processes, start=1):
                 if process.poll():
-                    time.sleep(_EXIT_STATUS_TIMEOUT_S)
-                    self._strategy.report_failure(local_rank, describe_exit(process.returncode))
+                    if not over.wait(_EXIT_STATUS_TIMEOUT_S):
+                        self._strategy.report_failure(local_rank, describe_exit(process.returncode))
                     return
             over.wait(_POLL_S)
 

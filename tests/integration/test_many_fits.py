@@ -23,7 +23,7 @@ from tests.every_rank import run_on_every_rank
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 FITS = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -71,33 +71,36 @@ def resources(watched: list[weakref.ref[Any]]) -> dict[str, Any]:
     }
 
 
-def fit_ten_times(folder: Path, ranks: int, **options: Any) -> None:
+def fit_many_times(folder: Path, ranks: int, fits: int = FITS, **options: Any) -> None:
     """Reports what this process has after the second of the fits, and after the last."""
     watched: list[weakref.ref[Any]] = []
     seen = []
-    for fit in range(FITS):
+    for fit in range(fits):
         watched += fit_and_watch(folder / f"fit{fit}", AsyncAMSGradStrategy(summary=False, **options), ranks)
         seen.append(resources(watched))
-    report(folder, int(os.environ.get("LOCAL_RANK", "0")), after_two=seen[1], after_ten=seen[-1])
+    report(folder, int(os.environ.get("LOCAL_RANK", "0")), fits=fits, early=seen[1], late=seen[-1])
 
 
-def assert_flat(after_two: dict[str, Any], after_ten: dict[str, Any]) -> None:
-    # The allocator maps something anew now and then; eight fits that keep something have a mapping each.
-    assert after_ten.pop("mappings") < after_two.pop("mappings") + FITS - 2
-    assert after_ten == after_two
-    assert after_ten["alive"] == []
-    assert after_ten["shared mappings"] == 0
+def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
+    # The allocator maps something anew now and then, and Gloo closes its sockets a moment later; what each fit keeps
+    # would be more.
+    for name in ("mappings", "descriptors"):
+        assert late.pop(name) < early.pop(name) + fits - 2, name
+    assert late == early
+    assert late["alive"] == []
+    assert late["shared mappings"] == 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "shared memory": {},
     "gloo, two lanes": {"transport": "gloo", "overlap": True},
-    "a process of its own": {"holder": "process"},
+    # Each fit has an interpreter to start.
+    "a process of its own": {"holder": "process", "fits": 6},
 }
 
 
 def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path) -> None:
-    run = launch(lambda folder: fit_ten_times(folder, 1), tmp_path, timeout_s=120.0)
+    run = launch(lambda folder: fit_many_times(folder, 1), tmp_path, timeout_s=120.0)
 
     assert run.returncode == 0, run.output
     assert_flat(**run.report(0))
@@ -106,9 +109,9 @@ def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str) -> None:
     run = launch(
-        lambda folder: run_on_every_rank(2, lambda: fit_ten_times(folder, 2, **OPTIONS[options])),
+        lambda folder: run_on_every_rank(2, lambda: fit_many_times(folder, 2, **OPTIONS[options])),
         tmp_path,
-        timeout_s=150.0,
+        timeout_s=240.0,
     )
 
     assert run.returncode == 0, run.output
@@ -117,7 +120,7 @@ def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str) ->
 
 
 def test_the_process_that_starts_ranks_keeps_nothing(tmp_path: Path) -> None:
-    run = launch(lambda folder: fit_ten_times(folder, 2, start_method="fork"), tmp_path, timeout_s=150.0)
+    run = launch(lambda folder: fit_many_times(folder, 2, start_method="fork"), tmp_path, timeout_s=240.0)
 
     assert run.returncode == 0, run.output
     assert_flat(**run.report(0))
@@ -125,9 +128,9 @@ def test_the_process_that_starts_ranks_keeps_nothing(tmp_path: Path) -> None:
 
 SCRIPT = """
 from pathlib import Path
-from tests.integration.test_many_fits import fit_ten_times
+from tests.integration.test_many_fits import fit_many_times
 
-fit_ten_times(Path.cwd(), 2)
+fit_many_times(Path.cwd(), 2)
 """
 
 
@@ -139,7 +142,7 @@ def test_ranks_of_a_script_keep_nothing(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         sys.exit(subprocess.run([sys.executable, "train.py"], env=environment).returncode)
 
-    run = launch(script, tmp_path, timeout_s=150.0)
+    run = launch(script, tmp_path, timeout_s=240.0)
 
     assert run.returncode == 0, run.output
     for rank in run.reports():

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Errands", "PromptSwitching", "in_background", "use_one_thread"]
+__all__ = ["Errands", "PromptSwitching", "use_one_thread"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,20 @@ class Errands:
         """Has it run soon."""
         self._errands.put(errand)
 
+    def submit(self, errand: Callable[[], _T]) -> Future[_T]:
+        """Has it run soon; what it returns or raises is the future's."""
+        future: Future[_T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(errand())
+            except BaseException as error:
+                # For the thread that asks for the result.
+                future.set_exception(error)
+
+        self.run(work)
+        return future
+
     def close(self, timeout_s: float) -> None:
         """Waits up to ``timeout_s`` seconds for the errands under way; idempotent."""
         self._errands.put(None)
@@ -103,18 +117,3 @@ class Errands:
                 errand()
             except Exception:  # noqa: PERF203  # the next one is another matter
                 log.exception("lightning_async: an errand of %s failed", threading.current_thread().name)
-
-
-def in_background(run: Callable[[], _T]) -> Future[_T]:
-    """Runs it in a thread of its own, which keeps no process alive."""
-    future: Future[_T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(run())
-        except BaseException as error:
-            # For whoever asks for the result.
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="exchange", daemon=True).start()
-    return future

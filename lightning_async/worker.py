@@ -21,7 +21,7 @@ from lightning_async.hyper import HyperLayout, HyperReader
 from lightning_async.layout import FlatLayout, exchanged_parameters
 from lightning_async.session import DROPPED
 from lightning_async.tally import Tally
-from lightning_async.threads import in_background
+from lightning_async.threads import Errands
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.wire import Kind, Message
 
@@ -31,6 +31,8 @@ _T = TypeVar("_T")
 
 # How long the lifeline's news (who failed, and why) may trail the loss of the channel.
 _NEWS_TIMEOUT_S = 3.0
+# How long a thread that exchanges a payload may take to see that its channel is closed.
+_EXCHANGE_ENDS_S = 1.0
 
 
 class RequestRefusedError(RuntimeError):
@@ -120,6 +122,10 @@ class Worker:
             buffers = Buffers(buffers.gradient, self._landing)
         owned = [exchanged_parameters(optimizer) for optimizer in optimizers]
         self._binding = Binding(owned, layout, buffers, moves_gradients=not self._overlaps)
+        # It sends one push after the other, and is there from the beginning: where memory is short no thread starts.
+        self._exchanges = Errands("exchange")
+        if self._overlaps:
+            self._exchanges.start()
 
     @property
     def _overlaps(self) -> bool:
@@ -244,7 +250,7 @@ class Worker:
         self._latch.check()
         pushed = time.monotonic_ns()
         if self._overlaps and lane.channel.serves_any_thread:
-            lane.under_way = in_background(lambda: self._exchange(lane, message, payload))
+            lane.under_way = self._exchanges.submit(lambda: self._exchange(lane, message, payload))
         else:
             self._guarded(lambda: lane.channel.send(message, payload))
         self._tell_span("push", pushed)
@@ -306,6 +312,7 @@ class Worker:
         finally:
             for lane in self._lanes:
                 lane.channel.close()
+            self._exchanges.close(_EXCHANGE_ENDS_S)
             self._binding.release()
 
     def _take_answer(self, lane: _Lane) -> bool:

@@ -106,7 +106,8 @@ class SharedSchedulers:
         before, self._inside = self._inside, True
         try:
             scheduler: Any = self._schedulers[place]
-            type(scheduler).__mro__[1].step(scheduler, *arguments, **keywords)
+            kind: Any = type(scheduler).__mro__[1]
+            kind.step(scheduler, *arguments, **keywords)
         finally:
             self._inside = before
 

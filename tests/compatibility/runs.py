@@ -87,6 +87,7 @@ def train(
     options: dict[str, Any] | None = None,
     samples: int = 96,
     validation_samples: int = 0,
+    ckpt_path: Path | None = None,
     **arguments: Any,
 ) -> Launched:
     """Fits a module on `RANKS` forked ranks; fails unless all of them end well and with the same parameters.
@@ -97,6 +98,7 @@ def train(
         options: of the strategy.
         samples: of the train data; a batch has four.
         validation_samples: of the validation data.
+        ckpt_path: a checkpoint to go on from.
         arguments: of the trainer.
     """
 
@@ -105,7 +107,7 @@ def train(
         strategy.observers.append(History())
         validation = loader(validation_samples) if validation_samples else None
         fork_trainer(folder, RANKS, strategy, **arguments).fit(
-            make_module(), loader(samples, collate_fn=_collate), validation
+            make_module(), loader(samples, collate_fn=_collate), validation, ckpt_path=ckpt_path
         )
 
     run = launch(script, folder)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
-from tests.compatibility.runs import RANKS, Reporting, train
+from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -75,7 +75,8 @@ class SmallGAN(Reporting):
 @pytest.mark.compatibility(
     "Optimization",
     "schedulers that are stepped by hand",
-    note="Every rank makes a step for each N calls that all ranks together have made.",
+    note="Every rank makes a step for each N calls that all ranks together have made. After resuming in mid-epoch a "
+    "schedule may be one step behind.",
 )
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_a_gan_is_trained_by_two_optimizers_in_turns(tmp_path: Path, batches: str) -> None:
@@ -204,6 +205,61 @@ def test_a_step_that_is_left_out_now_and_then_is_no_accumulation(tmp_path: Path)
 
     assert run.report(0)["version"] == 22
     assert "left over" not in run.output
+
+
+class AccumulatingOnASchedule(Accumulating):
+    """Steps a schedule with each step of the optimizer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        # An epoch that is gone on with has no start.
+        self.seen = self.seen or [[]]
+        super().training_step(batch, batch_idx)
+        if (batch_idx + 1) % self.every == 0:
+            self.lr_schedulers().step()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AMSGrad(self.parameters())
+        return [optimizer], [OneCycleLR(optimizer, max_lr=0.01, total_steps=8)]
+
+    def facts(self) -> dict[str, Any]:
+        return {"last": self.lr_schedulers().last_epoch}
+
+
+def test_a_run_that_is_resumed_in_mid_epoch_goes_on_with_whole_groups_and_its_schedule(tmp_path: Path) -> None:
+    samples, groups, path = 4 * 4 * 24, 24, tmp_path / "mid.ckpt"
+
+    def first(folder: Path) -> None:
+        class Saving(AccumulatingOnASchedule):
+            def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+                # Rank 0 writes.
+                if self.trainer.global_step >= 3 and not path.exists():
+                    self.trainer.save_checkpoint(path)
+
+        strategy = AsyncAMSGradStrategy(start_method="fork")
+        strategy.observers.append(History())
+        trainer = fork_trainer(folder, RANKS, strategy)
+        trainer.fit(Saving(), loader(samples))
+
+    (tmp_path / "first").mkdir()
+    begun = launch(first, tmp_path / "first")
+    assert begun.returncode == 0, begun.output
+    saved = torch.load(path)["async_amsgrad"]
+    bounds = saved["applied"]
+    applied = [n for start, stop in zip(bounds[::2], bounds[1::2], strict=True) for n in range(start, stop)]
+    (tmp_path / "second").mkdir()
+
+    run = train(tmp_path / "second", AccumulatingOnASchedule, samples=samples, ckpt_path=path)
+
+    updates = run.report(0)["updates"]
+    trained = [ticket for update in updates for ticket in update["tickets"]]
+    assert len(applied) == 4 * saved["version"] < 4 * groups
+    assert sorted(applied + trained) == [*range(4 * groups)]
+    assert {len(update["tickets"]) for update in updates} == {4}
+    steps = groups // RANKS
+    assert [rank["step"] for rank in run.reports()] == [steps] * RANKS
+    # Calls that other ranks had made since their last push are in no checkpoint.
+    (last,) = {rank["last"] for rank in run.reports()}
+    assert last in (steps - 1, steps)
 
 
 # --- what is counted as a step ---------------------------------------------------------------------------------------

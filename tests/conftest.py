@@ -4,6 +4,9 @@ One thread per process: ranks are forked from the test process, and OpenMP's thr
 little patience with name servers: torch's TCPStore asks for the name of ``::ffff:127.0.0.1``, five seconds each time
 that the answer is lost.
 
+And no compilers: where Triton is installed, torch starts a process for each core when its compiler is imported, which
+outlives a forked child that imports it.
+
 And the environment is each test's own: a launcher's variables that one test leaves behind make the ranks of the next
 wait for others that nobody starts.
 """
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 import pytest
 import torch  # after the environment is set

@@ -6,7 +6,8 @@ How to run, on a machine with a CUDA build of torch (`tests/gpu/run.sh` runs thi
     python -m pytest tests/gpu -q                                 # two GPUs: NCCL as well
     NCCL_MULTI_RANK_GPU_ENABLE=1 python -m pytest tests/gpu -q    # one GPU, if NCCL's version allows two ranks on it
 
-Ranks are forked, so nothing in the test process may initialise CUDA.
+Ranks are forked, so nothing in the test process may initialise CUDA. The other tests see no GPU (tests/conftest.py), so
+these may run beside them.
 """
 
 from __future__ import annotations

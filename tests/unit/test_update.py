@@ -215,14 +215,20 @@ def test_state_goes_to_a_single_device_and_back_without_a_trace(name: str) -> No
     assert differing(params, last.views) == []
 
 
-def test_an_optimizer_that_is_not_elementwise_sees_each_parameters_shape() -> None:
+# Muon comes with torch 2.9.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Adafactor", {"foreach": False}), *([("Muon", {})] if hasattr(torch.optim, "Muon") else [])],
+)
+def test_an_optimizer_that_is_not_elementwise_sees_each_parameters_shape(name: str, options: dict[str, Any]) -> None:
     shapes = ((6, 4), (5, 5))
     gradients = [
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in shapes] for seed in (1, 2)
     ]
     params = parameters(shapes)
-    plain = torch.optim.Muon(params, lr=0.1)
-    template = torch.optim.Muon(parameters(shapes), lr=0.1)
+    optimizer = getattr(torch.optim, name)
+    plain = optimizer(params, lr=0.1, **options)
+    template = optimizer(parameters(shapes), lr=0.1, **options)
     views = [nn.Parameter(parameter.detach().clone()) for parameter in parameters(shapes)]
     held = HeldOptimizer(template, [views])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
-from lightning_async.optimizer_state import OptimizerStateError, same_state
+from lightning_async.optimizer_state import same_state
 from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.elsewhere import ScheduleFreeSGD
 from tests.launch import launch, report
@@ -57,7 +58,7 @@ class Reading(Reporting):
 STATE = "`optimizer.state` and `optimizer.state_dict()` in hooks"
 STATE_NOTE = (
     "The holder's, fetched by the rank that looks, when it looks: nothing is sent otherwise, and no rank waits for "
-    "another. Between batches it is as new as the rank's parameters. After fit it is on rank 0."
+    "another. Between batches it is as new as the rank's parameters. After fit every rank has it."
 )
 
 
@@ -523,7 +524,7 @@ def test_a_trained_complex_parameter_is_refused_by_name(tmp_path: Path) -> None:
     assert "view_as_complex" in output
 
 
-def test_the_state_of_a_fit_that_is_over_is_on_rank_0(tmp_path: Path) -> None:
+def test_after_a_fit_every_rank_has_the_state(tmp_path: Path) -> None:
     class Kept(TinyClassifier):
         optimizer: Any = None
 
@@ -533,29 +534,25 @@ def test_the_state_of_a_fit_that_is_over_is_on_rank_0(tmp_path: Path) -> None:
             return self.optimizer
 
         def on_train_end(self) -> None:
-            steps = [int(state["step"]) for state in self.optimizer.state.values()]
-            report(Path.cwd(), self.global_rank, steps=steps)
+            self.steps = [int(state["step"]) for state in self.optimizer.state.values()]
 
         def teardown(self, stage: str) -> None:
             self.trainer.strategy.barrier()
 
     class TwoFits(Kept):
         def on_fit_end(self) -> None:
-            assert self.global_rank > 0 or self.optimizer.state
+            assert self.optimizer.state
 
     def script(folder: Path) -> None:
         from tests.every_rank import run_on_every_rank
 
         def fit() -> None:
-            module = TwoFits(UNEVEN)
+            module, kept = TwoFits(UNEVEN), []
             for _ in range(2):
                 trainer = fork_trainer(folder, RANKS, "async_amsgrad")
                 trainer.fit(module, loader(96))
-                if trainer.is_global_zero:
-                    assert module.optimizer.state
-                else:
-                    with pytest.raises(OptimizerStateError, match="is on rank 0"):
-                        module.optimizer.state_dict()
+                kept.append(copy.deepcopy(module.optimizer.state_dict()["state"]))
+            report(folder, trainer.global_rank, steps=module.steps, kept=kept)
             trainer.save_checkpoint(folder / "after.ckpt")
 
         run_on_every_rank(RANKS, fit)
@@ -563,6 +560,11 @@ def test_the_state_of_a_fit_that_is_over_is_on_rank_0(tmp_path: Path) -> None:
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
+    first, *others = run.reports()
     assert [rank["steps"] for rank in run.reports()] == [[48] * 4] * RANKS
+    assert [state["step"] for state in first["kept"][1].values()] == [48.0] * 4
+    assert all(
+        same_state(mine, theirs) for rank in others for mine, theirs in zip(first["kept"], rank["kept"], strict=True)
+    )
     saved = torch.load(tmp_path / "after.ckpt")
     assert {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()} == {48}

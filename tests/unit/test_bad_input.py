@@ -206,7 +206,7 @@ def test_parameters_that_are_not_real_numbers_are_refused(tmp_path: Path) -> Non
 
     message = refusal(tmp_path, Complex())
 
-    assert "every parameter must be of a real floating-point dtype" in message
+    assert "phase is trained and of torch.complex64" in message
 
 
 @pytest.mark.compatibility(

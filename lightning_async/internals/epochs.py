@@ -228,8 +228,11 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             return True
         if trainer.should_stop and trainer.fit_loop._can_stop_early:
             return True
-        if self.max_steps != -1 and self.global_step >= self.max_steps:
-            return True
+        if self.max_steps != -1 and not self._epoch.learning:
+            counted, steps = self._strategy.steps_of_all_ranks
+            # As under DDP, every rank makes the batch in which it reaches them.
+            if counted >= trainer.world_size * -(-self.max_steps // steps) * steps:
+                return True
         interval = trainer._val_check_time_interval
         if interval is not None and trainer.is_global_zero and time.monotonic() - trainer._last_val_time >= interval:
             self._epoch.validation_requested = True

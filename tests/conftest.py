@@ -18,10 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 
+import hypothesis
 import pytest
 import torch  # after the environment is set
 
 torch.set_num_threads(1)
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # What Lightning and torch set in a process that trains with one rank, or that seeds; harmless to who comes after.
 LEFT_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "KMP_INIT_AT_FORK"}

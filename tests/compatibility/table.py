@@ -39,12 +39,11 @@ markers on those tests (`make table`), and another test fails when the two diffe
 
 ## Versions
 
-| Python | torch | Lightning | torchmetrics | jsonargparse | what ran on 2026-11-27 |
+| Python | torch | Lightning | torchmetrics | jsonargparse | what ran on 2026-11-27, before that day's last changes |
 |---|---|---|---|---|---|
 | 3.10 | 2.8.0, CUDA build | 2.6.0 | 1.4.0 | 4.52.0 | unit, integration and compatibility tests: `make test-lowest` |
 | 3.11 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, without a GPU: `make test-cuda-build` |
 | 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, before each change: `make test` |
-| 3.13 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | unit and integration tests, without a GPU |
 
 These are the ends of what `pyproject.toml` allows. torch 2.7 is not: its ranks may hang on their way out, and none of
 them gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.

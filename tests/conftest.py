@@ -29,7 +29,14 @@ hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
 # What Lightning and torch set in a process that trains with one rank, or that seeds; harmless to who comes after.
-LEFT_BY_LIGHTNING = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "KMP_INIT_AT_FORK"}
+LEFT_BY_LIGHTNING = {
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "KMP_INIT_AT_FORK",
+    "KMP_DUPLICATE_LIB_OK",
+}
 
 
 @pytest.fixture(autouse=True)

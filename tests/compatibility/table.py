@@ -45,8 +45,8 @@ markers on those tests (`make table`), and another test fails when the two diffe
 | 3.11 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, without a GPU: `make test-cuda-build` |
 | 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, before each change: `make test` |
 
-With 3.10 1,607 passed and 6 failed, with the CUDA build of 2.14.1 1,796 passed and 8 failed; all of them passed when they
-were run again, but for the one that compares this page.
+With 3.10 1,607 passed and 6 failed, with the CUDA build of 2.14.1 1,796 passed and 8 failed; all of them passed when
+run again, but for the one that compares this page.
 
 These are the ends of what `pyproject.toml` allows. torch 2.7 is not: its ranks may hang on their way out, and none of
 them gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.

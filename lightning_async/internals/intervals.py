@@ -50,7 +50,10 @@ class StepInterval(int):
 
 
 def follow_clock(trainer: Trainer, ticks: Callable[[], range]) -> None:
-    """Makes the callbacks that save every n steps save once for each multiple of n that the clock passes."""
+    """Makes the callbacks that save every n steps save when the clock has passed a multiple of n.
+
+    One checkpoint is saved for all multiples that the clock has passed since this rank's last batch.
+    """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps > 0:
             callback._every_n_train_steps = StepInterval.of(callback._every_n_train_steps, ticks)

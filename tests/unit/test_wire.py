@@ -277,7 +277,7 @@ def test_a_flipped_bit_is_a_wire_error_or_another_message(message: Message, wher
 
     received = receive_garbage(bytes(data))
 
-    reserved = 76 <= bit // 8 < HEADER_BYTES
+    reserved = 78 <= bit // 8 < HEADER_BYTES
     # Compared as bytes: a zero with the other sign is another message.
     same = received is not None and encode(received) == encode(message)
     assert same == reserved

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class ByHand:
         self._module = module
         self._counter = StepCounter(trainer)
         self._rhythm = Rhythm()
+        self._steps_to_make: float = inf
         self._version_at_backward = version
         self._moved = False
         self._warned = False
@@ -91,6 +93,8 @@ class ByHand:
         Returns:
             Whether anything is counted.
         """
+        if self._trainer.max_steps != -1:
+            self._steps_to_make = self._rhythm.counted + self._trainer.max_steps - self.clock
         if self._trainer.world_size > 1:
             self.schedulers.share(self._stepped_by_hand())
         self.tally.extend(BATCHES + 1 + len(self.schedulers))
@@ -201,13 +205,13 @@ class ByHand:
     # --- batches that make one step -----------------------------------------------------------------------------------
 
     @property
-    def has_stepped(self) -> bool:
-        """Whether user code has stepped on this rank since the fit began."""
-        return self._rhythm.has_stepped
+    def has_learned(self) -> bool:
+        """Whether this rank has seen how many batches make a step, or has made all steps that the fit is to make."""
+        return self._rhythm.is_shown or self._rhythm.counted >= self._steps_to_make
 
     @property
     def must_learn(self) -> bool:
-        """Whether batches are to be handed out in equal shares until every rank has stepped once.
+        """Whether batches are to be handed out in equal shares until every rank has learned.
 
         How many batches make a step is known then; a count of steps can end exactly, and batches of one step go to one
         rank.
@@ -221,15 +225,16 @@ class ByHand:
             return Leftover(self._rhythm.seen)
         batches = self._rhythm.open_batches
         own = usual_group([self._rhythm.seen]) or 1
+        accumulates = not self._rhythm.is_shown or max(own, self.group or 1) > 1
         pushed = lost = 0
         # Alone, the parameters stay as they are, and the gradient stays good for the next step, as under DDP. One that
         # user code has left out a step for, where it steps in each batch, was not meant to be applied.
-        if batches and max(own, self.group or 1) > 1 and self._trainer.world_size > 1:
+        if batches and accumulates and self._trainer.world_size > 1:
             gradients = [p.grad for p in _parameters(self._trainer.optimizers) if p.grad is not None]
             if any(bool(gradient.count_nonzero()) for gradient in gradients):
                 pushed, lost = (batches, 0) if self._push_leftover(gradients) else (0, batches)
         if self._trainer.world_size > 1:
-            self._rhythm.drop_open()
+            self._rhythm.end_segment()
         self.tally.add(STEPS, self._counter.take())
         return Leftover(self._rhythm.seen, pushed, lost)
 
@@ -258,20 +263,22 @@ class ByHand:
         if self._warned or not pushed + lost:
             return
         self._warned = True
+        known = self.group is not None and self.group > 1
+        rhythm = f"steps once in {self.group} batches" if known else "does not step in each batch"
         advice = (
-            f"To leave none, give the epoch a multiple of {self.group} batches over all ranks (limit_train_batches, "
-            "drop_last)"
+            f"To leave none, give the epoch a multiple of {self.group if known else 'what makes a step'} batches over all ranks "
+            "(limit_train_batches, drop_last)"
         )
         if pushed:
             rank_zero_warn(
-                f"`training_step` steps once in {self.group} batches, and {pushed} of the last segment's batches were "
+                f"`training_step` {rhythm}, and {pushed} of the last segment's batches were "
                 f"left over. Their gradient, scaled as `training_step` has scaled it and not clipped, was applied as "
                 "an update of its own, as Lightning does with the last batches under `accumulate_grad_batches`. "
                 f"{advice}. This is said once."
             )
         else:
             rank_zero_warn(
-                f"`training_step` steps once in {self.group} batches, and {lost} of the last segment's batches were "
+                f"`training_step` {rhythm}, and {lost} of the last segment's batches were "
                 "left over. Their gradient was NOT applied: there are several optimizers, or it is not finite. "
                 f"{advice}, or step in each batch. This is said once."
             )

@@ -18,11 +18,13 @@ class Seen(NamedTuple):
     """What a rank has seen of user code's rhythm.
 
     Args:
-        groups: number of batches for a step -> how often there were so many.
+        groups: batches from one step to the next -> how often there were so many.
+        first_groups: the same of batches up to a segment's first step, which may be a part of a group.
         steps: the most steps that a batch has made and that the trainer counts.
     """
 
     groups: dict[int, int]
+    first_groups: dict[int, int]
     steps: int
 
 
@@ -35,14 +37,21 @@ class Rhythm:
         ...     rhythm.begin_batch()
         ...     if (batch_idx + 1) % 4 == 0:
         ...         rhythm.step()
-        >>> rhythm.seen.groups, rhythm.open_batches
-        ({4: 2}, 0)
+        >>> rhythm.seen.groups, rhythm.seen.first_groups, rhythm.open_batches
+        ({4: 1}, {4: 1}, 0)
+
+    Attributes:
+        counted: steps so far, as the trainer counts them.
+        open_batches: batches since the last step.
     """
 
     def __init__(self) -> None:
         self._groups: Counter[int] = Counter()
+        self._first_groups: Counter[int] = Counter()
+        self._follows_step = False
         self._most_steps = 1
         self._steps = 0
+        self.counted = 0
         self.open_batches = 0
 
     def begin_batch(self) -> None:
@@ -57,24 +66,30 @@ class Rhythm:
             counted: by how many steps the trainer's count is ahead of the last one here.
         """
         if self.open_batches:
-            self._groups[self.open_batches] += 1
+            (self._groups if self._follows_step else self._first_groups)[self.open_batches] += 1
             self.open_batches = 0
+        self._follows_step = True
         self._steps += counted
+        self.counted += counted
         self._most_steps = max(self._most_steps, self._steps)
 
-    def drop_open(self) -> None:
+    def end_segment(self) -> None:
         """Forgets batches that no step was made for: their rank has met the others."""
         self.open_batches = 0
+        self._follows_step = False
 
     @property
-    def has_stepped(self) -> bool:
-        """Whether there was a step."""
-        return bool(self._groups)
+    def is_shown(self) -> bool:
+        """Whether it is known how many batches make a step.
+
+        A step in the first batch says nothing yet: user code may step in each batch, or in the first of four.
+        """
+        return bool(self._groups) or any(batches > 1 for batches in self._first_groups)
 
     @property
     def seen(self) -> Seen:
         """What this rank has seen."""
-        return Seen(dict(self._groups), self._most_steps)
+        return Seen(dict(self._groups), dict(self._first_groups), self._most_steps)
 
 
 def usual_group(ranks: Iterable[Seen]) -> int | None:
@@ -84,10 +99,14 @@ def usual_group(ranks: Iterable[Seen]) -> int | None:
     one step and no rhythm.
 
     Examples:
-        >>> usual_group([Seen({1: 1, 4: 7}, 1), Seen({4: 2}, 1)]), usual_group([Seen({}, 1)])
-        (4, None)
+        >>> usual_group([Seen({1: 1, 4: 7}, {2: 9}, 1), Seen({4: 2}, {}, 1)]), usual_group([Seen({}, {3: 1}, 1)])
+        (4, 3)
     """
+    ranks = [*ranks]
     groups: Counter[int] = Counter()
     for rank in ranks:
         groups.update(rank.groups)
+    if not groups:
+        for rank in ranks:
+            groups.update(rank.first_groups)
     return max(groups, key=lambda batches: (groups[batches], batches), default=None)

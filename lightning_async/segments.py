@@ -155,9 +155,9 @@ class SegmentedRanks(CheckpointedRanks):
         return self._hand.must_learn
 
     @property
-    def has_stepped(self) -> bool:
-        """See `ByHand.has_stepped`."""
-        return self._hand.has_stepped
+    def has_learned_steps(self) -> bool:
+        """See `ByHand.has_learned`."""
+        return self._hand.has_learned
 
     @property
     def steps_of_all_ranks(self) -> tuple[int, int]:

@@ -139,7 +139,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             self._start_segment(data_fetcher)
             if self._epoch.agreed:
                 return
-        if self._epoch.learning and self._strategy.has_stepped:
+        if self._epoch.learning and self._strategy.has_learned_steps:
             self._finish_segment(data_fetcher)
             return
         if not data_fetcher.has_next():

@@ -161,8 +161,8 @@ def sizes(run: Any) -> list[int]:
 @pytest.mark.compatibility(
     "Optimization",
     "accumulation by hand (`if (batch_idx + 1) % n == 0`)",
-    note="The batches of a step stay on one rank. In the first epoch each rank takes an equal share until it has "
-    "stepped once; then n is known. The leftover of an epoch makes one update, with a warning.",
+    note="The batches of a step stay on one rank. In the first epoch each rank takes an equal share until its steps "
+    "have shown n. The leftover of an epoch makes one update, with a warning.",
 )
 @pytest.mark.parametrize("options", [{}, {"batches": "sharded"}, {"holder": "process"}], ids=str)
 def test_batches_that_are_accumulated_by_hand_all_take_part_in_an_update(
@@ -190,6 +190,17 @@ def test_a_step_in_the_first_batch_of_each_group_loses_none(tmp_path: Path) -> N
     run = train(tmp_path, StepsFirst, samples=4 * 48, max_epochs=2)
 
     assert sum(sizes(run)) == 96
+
+
+@pytest.mark.parametrize("batches", [4, 7, 11, 16])
+def test_a_short_epoch_ends_before_the_rhythm_is_known_and_loses_none(tmp_path: Path, batches: int) -> None:
+    class StepsFirst(Accumulating):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx + 3)
+
+    run = train(tmp_path, StepsFirst, samples=4 * batches, max_epochs=2)
+
+    assert sum(sizes(run)) == 2 * batches
 
 
 def test_a_step_that_is_left_out_now_and_then_is_no_accumulation(tmp_path: Path) -> None:

@@ -265,10 +265,8 @@ class ByHand:
         self._warned = True
         known = self.group is not None and self.group > 1
         rhythm = f"steps once in {self.group} batches" if known else "does not step in each batch"
-        advice = (
-            f"To leave none, give the epoch a multiple of {self.group if known else 'what makes a step'} batches over all ranks "
-            "(limit_train_batches, drop_last)"
-        )
+        multiple = f"a multiple of {self.group} batches" if known else "a multiple of what makes a step"
+        advice = f"To leave none, give the epoch {multiple} over all ranks (limit_train_batches, drop_last)"
         if pushed:
             rank_zero_warn(
                 f"`training_step` {rhythm}, and {pushed} of the last segment's batches were "

@@ -26,8 +26,8 @@ from torch import nn
 
 from benchmarks.processes import SHAPES, hold, work_for
 from benchmarks.record import save
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.holder_process import HolderProcess
+from lightning_async.exchange.remote_service import HolderProcess
+from lightning_async.holder.amsgrad import AMSGrad
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_async
 from benchmarks.emulated import hush_lightning
 from benchmarks.record import save
-from lightning_async.binding import Binding
-from lightning_async.holder import Holder
-from lightning_async.worker import Worker
+from lightning_async.exchange.param_views import Binding
+from lightning_async.exchange.worker import Worker
+from lightning_async.holder.holder import Holder
 from recipes.models import LeNet5, ResNet18
 
 ASYNC, APART, DDP = "async_amsgrad", "async_amsgrad, holder apart", "ddp"

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.engine import Engine
-from lightning_async.failure import FailureLatch, WorkerFailedError
-from lightning_async.frontdoor import LIFELINE, Address, FrontDoor, introduce
-from lightning_async.holder_process import HolderProcess
-from lightning_async.lifeline import Lifelines
-from lightning_async.monitor import RunStats
-from lightning_async.options import ExchangeOptions
+from lightning_async.exchange.engine import Engine
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.exchange.remote_service import HolderProcess
+from lightning_async.holder.amsgrad import AMSGrad
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import LIFELINE, Address, FrontDoor, introduce
 
 __all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
 

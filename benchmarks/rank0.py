@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
-from lightning_async import threads
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.holder_process import HolderProcess
-from lightning_async.monitor import RunStats
-from lightning_async.worker import Worker
+from lightning_async.exchange.remote_service import HolderProcess
+from lightning_async.exchange.worker import Worker
+from lightning_async.holder.amsgrad import AMSGrad
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime import threads
 from recipes.models import LeNet5
 
 SHAPES_OF_LENET5 = SHAPES["44K"]

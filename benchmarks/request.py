@@ -19,16 +19,16 @@ import torch
 from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES, optimizer_of
 from benchmarks.record import save
-from lightning_async.failure import FailureLatch
-from lightning_async.fields import pack_bitmap
-from lightning_async.hyper import HyperLayout, HyperReader
-from lightning_async.monitor import RunStats
-from lightning_async.options import ExchangeOptions
-from lightning_async.service import Held, HolderService
-from lightning_async.session import Session
-from lightning_async.transport.control import ControlConnection
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.exchange.service import Held, HolderService
+from lightning_async.exchange.session import Session
+from lightning_async.holder.hyperparams import HyperLayout, HyperReader
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.failure import FailureLatch
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.fields import pack_bitmap
+from lightning_async.transport.message import Kind, Message
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment
-from lightning_async.wire import Kind, Message
 
 _TICKETS = 10**9
 _SHOWN = 12

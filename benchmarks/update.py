@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from benchmarks.processes import SHAPES, Shapes
-from lightning_async.amsgrad import AMSGrad
-from lightning_async.failure import FailureLatch
-from lightning_async.holder import Holder, Push
-from lightning_async.hyper import HyperLayout
-from lightning_async.layout import FlatLayout
-from lightning_async.staleness import Barrier
+from lightning_async.holder.amsgrad import AMSGrad
+from lightning_async.holder.holder import Holder, Push
+from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.staleness import Barrier
+from lightning_async.runtime.failure import FailureLatch
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_async.import_hooks import when_imported
 
 if TYPE_CHECKING:
-    from lightning_async.amsgrad import AMSGrad
-    from lightning_async.amsgrad_strategy import AsyncAMSGradStrategy
-    from lightning_async.callback import AsyncMonitor
-    from lightning_async.failure import WorkerFailedError
-    from lightning_async.monitor import RunStats
-    from lightning_async.simulated_delay import SimulatedDelayStrategy
-    from lightning_async.strategy import AsyncStrategy
+    from lightning_async.callbacks import AsyncMonitor
+    from lightning_async.holder.amsgrad import AMSGrad
+    from lightning_async.monitoring.stats import RunStats
+    from lightning_async.runtime.failure import WorkerFailedError
+    from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
+    from lightning_async.strategies.simulated_delay import SimulatedDelayStrategy
+    from lightning_async.strategies.strategy import AsyncStrategy
 
 __all__ = [
     "AMSGrad",
@@ -37,13 +37,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AMSGrad": "lightning_async.amsgrad",
-    "AsyncAMSGradStrategy": "lightning_async.amsgrad_strategy",
-    "AsyncMonitor": "lightning_async.callback",
-    "AsyncStrategy": "lightning_async.strategy",
-    "RunStats": "lightning_async.monitor",
-    "SimulatedDelayStrategy": "lightning_async.simulated_delay",
-    "WorkerFailedError": "lightning_async.failure",
+    "AMSGrad": "lightning_async.holder.amsgrad",
+    "AsyncAMSGradStrategy": "lightning_async.strategies.amsgrad",
+    "AsyncMonitor": "lightning_async.callbacks",
+    "AsyncStrategy": "lightning_async.strategies.strategy",
+    "RunStats": "lightning_async.monitoring.stats",
+    "SimulatedDelayStrategy": "lightning_async.strategies.simulated_delay",
+    "WorkerFailedError": "lightning_async.runtime.failure",
 }
 
 
@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 def _register(pytorch: Any) -> None:
-    registration: Any = importlib.import_module("lightning_async.registry")
+    registration: Any = importlib.import_module("lightning_async.strategies.registration")
     for kind, name in (("AsyncAMSGradStrategy", "async_amsgrad"), ("AsyncStrategy", "async")):
         # By a function: a half imported module of this package may be what imports Lightning.
         registration.register(kind, name, functools.partial(_make, kind), pytorch.strategies.StrategyRegistry)
@@ -70,7 +70,7 @@ def _make(kind: str, **arguments: Any) -> Any:
 
 
 def _explain_to_twin(strategies: ModuleType) -> None:
-    twin: Any = importlib.import_module("lightning_async.internals.twin")
+    twin: Any = importlib.import_module("lightning_async.strategies.twin")
     twin.explain_to_twin(strategies)
 
 

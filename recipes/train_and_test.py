@@ -3,7 +3,7 @@
 The subcommands of `lightning-async` do one of the two. What runs here takes the same options.
 """
 
-from lightning_async.cli import AsyncCLI
+from lightning_async.cli.app import AsyncCLI
 
 if __name__ == "__main__":
     cli = AsyncCLI(run=False)

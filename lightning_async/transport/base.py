@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_async.wire import Message
+from lightning_async.transport.message import Message
 
 __all__ = ["Buffers", "Channel", "ChannelClosedError"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import Message
 from lightning_async.transport.readiness import say_ready, wait_until_ready
-from lightning_async.wire import Message
 
 __all__ = ["HOLDER_SIDE", "WORKER_SIDE", "GlooChannel", "WireDtypes"]
 

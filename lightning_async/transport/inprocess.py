@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.wire import Message
+from lightning_async.transport.message import Message
 
 __all__ = ["in_process_pair"]
 

@@ -4,7 +4,7 @@ NCCL has no tags and no any-source, a communicator must not be used by two threa
 operations in the same order, and a side whose peer has died waits for ever unless the communicator is aborted. So each
 communicator has one thread that issues everything (`Link`), both sides post a payload only behind its message, whoever
 waits has a deadline and watches the control connection, and after any error the communicator is aborted and not used
-again. Above `control.py`, which carries the messages; built by `nccl_office.py`.
+again. Above `control.py`, which carries the messages; built by `nccl_negotiation.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import Message
 from lightning_async.transport.readiness import say_ready, wait_until_ready
-from lightning_async.wire import Message
 
 __all__ = [
     "CONNECT_TIMEOUT_S",

@@ -5,8 +5,8 @@ Used by `gloo.py` and `nccl.py`. Above `control.py`.
 
 from __future__ import annotations
 
-from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import Kind, Message, WireError
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import Kind, Message, WireError
 
 __all__ = ["say_ready", "wait_until_ready"]
 

@@ -11,10 +11,10 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_async.memory import AnonymousMemory, open_memory
 from lightning_async.transport.base import Buffers, Channel
-from lightning_async.transport.control import ControlConnection
-from lightning_async.wire import Message
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.memory import AnonymousMemory, open_memory
+from lightning_async.transport.message import Message
 
 __all__ = ["SharedMemoryChannel", "SharedSegment", "host_identity"]
 

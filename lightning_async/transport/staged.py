@@ -1,7 +1,7 @@
 """A channel for buffers on a GPU around one whose buffers are in host memory: one copy each way per message.
 
 For ranks that share a GPU, for a holder and a worker of which only one has a GPU, and wherever NCCL cannot be had.
-Above any other channel; built by `site.py` and `engine.py`.
+Above any other channel; built by `placement.py` and `engine.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.message import Message
 from lightning_async.transport.pinning import pin, unpin
 from lightning_async.transport.side_stream import SideStream, side_stream
-from lightning_async.wire import Message
 
 __all__ = ["StagedChannel", "on_device"]
 

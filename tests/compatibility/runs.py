@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.hyper import HyperLayout
+from lightning_async.holder.hyperparams import HyperLayout
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 

@@ -281,8 +281,8 @@ class Endless(BatchSampler):
 def test_a_batch_sampler_without_an_end_is_drawn_as_far_as_needed(
     tmp_path: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_async.orders._SAMPLES_AHEAD", 20)
-    monkeypatch.setattr("lightning_async.orders._STRIDE", 8)
+    monkeypatch.setattr("lightning_async.data.orders._SAMPLES_AHEAD", 20)
+    monkeypatch.setattr("lightning_async.data.orders._STRIDE", 8)
     data = indexed_data(64)
 
     run = fit(tmp_path, lambda: DataLoader(data, batch_sampler=Endless(RandomSampler(data), 4, False)), **arguments)

@@ -8,18 +8,18 @@ from typing import Any, Literal
 import torch
 
 from lightning_async import AMSGrad
-from lightning_async.channels import dial
-from lightning_async.failure import FailureLatch
-from lightning_async.frontdoor import DOORBELL, FrontDoor
-from lightning_async.holder import Holder
-from lightning_async.hyper import HyperLayout
-from lightning_async.layout import FlatLayout, describe_model
-from lightning_async.lifeline import Lifelines
-from lightning_async.monitor import RunStats
-from lightning_async.server import Server
-from lightning_async.staleness import Barrier
-from lightning_async.tickets import Ledger
-from lightning_async.worker import Worker
+from lightning_async.data.ledger import Ledger
+from lightning_async.exchange.negotiation import dial
+from lightning_async.exchange.server import Server
+from lightning_async.exchange.worker import Worker
+from lightning_async.holder.holder import Holder
+from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.layout import FlatLayout, describe_model
+from lightning_async.holder.staleness import Barrier
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import DOORBELL, FrontDoor
 
 RANKS = 3
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.collective_watch import CollectiveWatch, Waiting, judge
+from lightning_async.runtime.collective_watch import CollectiveWatch, Waiting, judge
 from tests.launch import launch
 from tests.models import TinyClassifier, fork_trainer, loader
 

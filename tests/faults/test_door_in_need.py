@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from lightning_async import frontdoor
-from lightning_async.channels import dial
-from lightning_async.frontdoor import DOORBELL, LIFELINE, HandshakeError, introduce
-from lightning_async.layout import describe_model
+from lightning_async.exchange.negotiation import dial
+from lightning_async.holder.layout import describe_model
+from lightning_async.runtime import listener as frontdoor
+from lightning_async.runtime.listener import DOORBELL, LIFELINE, HandshakeError, introduce
 from tests.faults.host import Host
 
 pytestmark = pytest.mark.timeout(60)

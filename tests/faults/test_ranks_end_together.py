@@ -177,8 +177,8 @@ def test_after_sigterm_all_ranks_leave_together(tmp_path: Path, rank: int, kind:
     def script(folder: Path) -> None:
         from lightning.pytorch import Callback, LightningModule, Trainer
 
-        from lightning_async import ranks
-        from lightning_async.membership import Membership
+        from lightning_async.runtime.membership import Membership
+        from lightning_async.strategies import supervisor as ranks
 
         trainers: list[Trainer] = []
 
@@ -267,7 +267,7 @@ def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
 
 def test_twenty_runs_in_a_row_raise_no_false_alarm(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
-        from lightning_async.internals.launchers import ProcessLauncher
+        from lightning_async.strategies.launchers import ProcessLauncher
 
         descriptor = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 2)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightning_async import channels
-from lightning_async.channels import dial
-from lightning_async.transport import shortcut
+from lightning_async.exchange import negotiation as channels
+from lightning_async.exchange.negotiation import dial
+from lightning_async.transport import unix_socket as shortcut
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.transport.control import ControlConnection
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import Kind, Message
 from lightning_async.transport.shm import SharedMemoryChannel
-from lightning_async.transport.shortcut import Shortcut, find_shortcut
-from lightning_async.wire import Kind, Message
+from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 from tests.faults.host import Host
 
 pytestmark = pytest.mark.timeout(60)

@@ -18,18 +18,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async import AMSGrad, channels, frontdoor
-from lightning_async.channels import dial
-from lightning_async.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.fields import pack_bitmap, pack_hypers
-from lightning_async.frontdoor import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
-from lightning_async.layout import describe_model
-from lightning_async.lifeline import Lifelines
+from lightning_async import AMSGrad
+from lightning_async.exchange import negotiation as channels
+from lightning_async.exchange.negotiation import dial
+from lightning_async.exchange.worker import RequestRefusedError, Worker
+from lightning_async.holder.layout import describe_model
+from lightning_async.runtime import listener as frontdoor
+from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
 from lightning_async.transport.base import Channel, ChannelClosedError
-from lightning_async.transport.control import ControlConnection, connect
+from lightning_async.transport.connection import ControlConnection, connect
+from lightning_async.transport.fields import pack_bitmap, pack_hypers
+from lightning_async.transport.message import HEADER_BYTES, Kind, Message, encode
 from lightning_async.transport.shm import SharedSegment
-from lightning_async.wire import HEADER_BYTES, Kind, Message, encode
-from lightning_async.worker import RequestRefusedError, Worker
 from tests.faults.host import RANKS, Host, model
 from tests.faults.injector import pid_of
 from tests.faults.train import Run, train

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_async import elastic
-from lightning_async.elastic import forget_failure, record_failure
-from lightning_async.failure import RunFailure
+from lightning_async.runtime import elastic
+from lightning_async.runtime.elastic import forget_failure, record_failure
+from lightning_async.runtime.failure import RunFailure
 from tests.faults.injector import Fault
 from tests.faults.test_ranks_end_together import POPEN, SCRIPT_TIMEOUT_S
 from tests.faults.train import Run, exec_script

@@ -15,9 +15,12 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import pytest
 import torch
 
-from lightning_async import AsyncAMSGradStrategy, engine, nccl_office, site
-from lightning_async.devices import RankDevices, place_holder
+from lightning_async import AsyncAMSGradStrategy
+from lightning_async.exchange import engine
+from lightning_async.exchange import nccl_negotiation as nccl_office
+from lightning_async.holder import placement as site
 from lightning_async.transport.base import Channel
+from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.staged import StagedChannel
 from tests.cuda import count_gpus

@@ -35,9 +35,9 @@ SHARING = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 # What unit tests of the suite need beyond the kit's wheels; they are left out where it is missing.
 NEEDED = {
-    "sklearn": ["tests/unit/test_recipes*.py", "tests/unit/test_compare_recipes.py", "tests/unit/test_cli.py"],
-    "wandb": ["tests/unit/test_canary.py::test_a_logger_keeps_its_prefix_under_the_same_names"],
-    "matplotlib": ["tests/unit/test_report.py", "tests/unit/test_compare_results.py"],
+    "sklearn": ["tests/unit/test_recipes*.py", "tests/unit/cli/test_compare_recipes.py", "tests/unit/cli/test_app.py"],
+    "wandb": ["tests/unit/loops/test_canary.py::test_a_logger_keeps_its_prefix_under_the_same_names"],
+    "matplotlib": ["tests/unit/monitoring/test_report.py", "tests/unit/cli/test_compare_results.py"],
 }
 # Those of the integration tests that take the ways that GPU ranks take, and those that hold the promises.
 INTEGRATION = [
@@ -118,7 +118,7 @@ def _full_steps(folder: Path) -> list[Step]:
 def _dry_steps(folder: Path) -> list[Step]:
     host = ["--models", "LeNet-5", "--batch-size", "4", "--seconds", "0.3", "--repeats", "1", "--ranks", "2"]
     few = "replayed and (shm or overlap) or one_line or agree and overlap and mixed"
-    suite = ["tests/integration/test_gpu_paths.py", "tests/unit/test_wire.py"]
+    suite = ["tests/integration/test_gpu_paths.py", "tests/unit/transport/test_message.py"]
     ceiling = ["--sizes", "44K", "--transports", "shm", "--workers", "1", "--seconds", "0.3"]
     return [
         _tests(folder, "gpu tests", DRY_S, ["-k", few, "tests/gpu"], processes=2),

@@ -26,7 +26,7 @@ from tests.integration.test_equality import (
 )
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
-from tests.unit.test_update import SignDescent
+from tests.unit.holder.test_update import SignDescent
 
 MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, fused=True),

@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.phases import Phase
+from lightning_async.loops.phase import Phase
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -108,7 +108,7 @@ def test_the_counter_sees_the_collective_that_lightning_runs_before_every_batch(
     def script(folder: Path) -> None:
         from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-        from lightning_async.internals.epochs import AsyncEpochLoop
+        from lightning_async.loops.epoch_loop import AsyncEpochLoop
 
         AsyncEpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
         # Equal shares: with this broadcast in, unequal ones would leave a rank waiting.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-from lightning_async.cli import main
-from lightning_async.compare.recorder import RunRecorder
-from lightning_async.compare.results import Record
+from lightning_async.cli.app import main
+from lightning_async.cli.compare.recorder import RunRecorder
+from lightning_async.cli.compare.results import Record
 from tests.launch import launch
 from tests.models import TinyClassifier, fork_trainer, loader
 

@@ -13,7 +13,8 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_async import AMSGrad, AsyncAMSGradStrategy, binding
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from lightning_async.exchange import param_views as binding
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 

@@ -20,8 +20,11 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo
 
-from lightning_async import AMSGrad, AsyncAMSGradStrategy, engine, nccl_office, site
-from lightning_async.devices import RankDevices, place_holder
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from lightning_async.exchange import engine
+from lightning_async.exchange import nccl_negotiation as nccl_office
+from lightning_async.holder import placement as site
+from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.staged import StagedChannel
 from tests.integration.test_equality import (
     BATCH_SIZE,

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.cli import AsyncCLI, main
+from lightning_async.cli.app import AsyncCLI, main
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async import strategy as strategy_module
+from lightning_async.strategies import strategy as strategy_module
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 

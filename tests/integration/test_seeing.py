@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_async import AsyncAMSGradStrategy, AsyncMonitor
-from lightning_async.seeing.record import RunRecord
+from lightning_async.monitoring.record import RunRecord
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 

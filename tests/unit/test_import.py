@@ -27,7 +27,7 @@ assert trainer.strategy._start_method == "spawn"
         "import lightning_async, lightning as L",
         "import lightning_async, lightning.pytorch as L",
         # A module of this package is what imports Lightning.
-        "import lightning_async.internals.loops, lightning as L",
+        "import lightning_async.loops.fit_loop, lightning as L",
         "from lightning_async import AsyncMonitor; import lightning as L",
     ],
 )

@@ -1,0 +1,229 @@
+"""The command line `lightning-async`: LightningCLI with the asynchronous strategies registered, and two commands more.
+
+The outermost room: it imports the package and nothing imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_async  # registers the strategy names too
+from lightning_async.cli.compare import compare_main, compare_parser
+from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
+
+__all__ = ["AsyncCLI", "ConciseParser", "add_working_directory_to_path", "main"]
+
+_PROGRAM = "lightning-async"
+_DESCRIPTION = (
+    "Asynchronous data-parallel training with bounded staleness. Model and data are named by class path, in a YAML "
+    "file or on the command line; classes in the working directory are found."
+)
+_EPILOGUE = (
+    "example: lightning-async fit --config recipes/lenet5_digits.yaml --trainer.max_epochs=5 "
+    "(JSONARGPARSE_DEBUG=1 in the environment shows the traceback behind a one-line error)"
+)
+_SUMMARIES = {
+    "fit": "train a model",
+    "validate": "evaluate a model on the validation set",
+    "test": "evaluate a model on the test set",
+    "predict": "let a model predict",
+    "compare": "train one recipe in several variants; write a table and plots",
+    "report": "show a finished run as one HTML page",
+}
+
+
+class _Commands(ActionSubCommands):
+    """Subcommands with one line of help each, where LightningCLI would show the Trainer's docstrings."""
+
+    def add_subcommand(self, name: str, parser: Any, **kwargs: Any) -> Any:
+        kwargs["help"] = _SUMMARIES.get(name, kwargs.get("help"))
+        return super().add_subcommand(name, parser, **kwargs)
+
+
+class ConciseParser(LightningArgumentParser):
+    """A parser that reports what is wrong in one line, without the usage text, which lists every Trainer argument."""
+
+    commands: ActionSubCommands | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Else a misspelt `--trainer.max_epoch` passes for the argument that it abbreviates, which YAML refuses.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> ActionSubCommands:
+        """Add subcommands, and keep the action that more of them can be added to."""
+        heading = {"title": "commands", "metavar": "COMMAND", "description": f"{_PROGRAM} COMMAND --help says more."}
+        self.commands = super().add_subcommands(*args, **{"action": _Commands, **heading, **kwargs})
+        return self.commands
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message to stderr and exit with status 2, or raise where the caller asked for that.
+
+        Args:
+            message: what is wrong with the arguments or the configuration.
+            ex: the exception behind it.
+        """
+        if not self.exit_on_error or is_debugging():
+            super().error(message, ex)
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+class AsyncCLI(LightningCLI):
+    """LightningCLI that accepts any LightningModule and LightningDataModule by class path.
+
+    Args:
+        args: command line arguments without the program's name; `None` takes those of the process.
+        run: whether the first argument is a subcommand (`fit`, `validate`, `test`, `predict`) that is
+            run. If `False`, only `trainer`, `model` and `datamodule` are built.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        commands = {
+            name: {
+                "usage": f"{_PROGRAM} {name} --config FILE [options]",
+                # The Trainer's docstrings begin with half a sentence.
+                "description": f"{_SUMMARIES[name].capitalize()}.",
+            }
+            for name in self.subcommands()
+        }
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": _DESCRIPTION, "epilog": _EPILOGUE, "prog": _PROGRAM, **commands}
+            if run
+            else {},
+            parser_class=ConciseParser,
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Set up the parser; list the commands that do not run a Trainer beside those that do."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        commands: ActionSubCommands | None = getattr(self.parser, "commands", None)
+        if commands is not None:
+            # For the help and for shell completion: `main` hands their arguments to their own parsers.
+            for name in _OTHER_COMMANDS:
+                parser = compare_parser() if name == "compare" else ConciseParser(description=_SUMMARIES[name])
+                commands.add_subcommand(name, parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments; a command that runs no Trainer is not for this class.
+
+        Raises:
+            SystemExit: with status 2 if the arguments are wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"a configuration file is not text: {error}", error)
+        command = self.config.get("subcommand")
+        if command in _OTHER_COMMANDS:
+            parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the checkpoint's hyper-parameters, outside of all that reports errors.
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            self.parser.error(f"{path} cannot be read as a checkpoint: {error}", error)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and Trainer; what they refuse is an error of the configuration.
+
+        Raises:
+            SystemExit: with status 2 if an argument's value is refused.
+        """
+        path = _class_path(self._get(self.config, "trainer.strategy"))
+        if path is not None:
+            if complaint := _complaint(path):
+                self.parser.error(f"trainer.strategy: {complaint}")
+            no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
+            named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
+            self._get(self.config, "trainer")["strategy"] = named
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError) as error:
+            self.parser.error(str(error), error)
+
+
+def _class_path(strategy: Any) -> str | None:
+    """The class path, if that is what a text is; without arguments it passes as a name, which Lightning refuses."""
+    if not isinstance(strategy, str):
+        return None
+    path = f"lightning_async.{strategy}" if strategy in lightning_async.__all__ else strategy
+    return path if "." in path else None
+
+
+def _complaint(path: str) -> str | None:
+    """Why no strategy can be built of a class without arguments."""
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"there is no class {path}: {error}"
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        return f"{path} is no strategy"
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return f"{path} needs init_args: {', '.join(missing)}" if missing else None
+
+
+def add_working_directory_to_path() -> None:
+    """Make class paths such as `recipes.classifier.Classifier` resolve from the working directory.
+
+    A console script has its own directory on `sys.path` instead. The processes that Lightning
+    launches run the same script again and so come through here as well.
+    """
+    directory = os.getcwd()
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+
+
+def _report(args: Sequence[str]) -> int:
+    # Imported when it is called: what it needs to draw is of no use to a training rank.
+    report: Any = importlib.import_module("lightning_async.monitoring.report")
+    return int(report.report_main(list(args)))
+
+
+_OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"compare": compare_main, "report": _report}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `lightning-async fit|validate|test|predict|compare|report ...`.
+
+    Args:
+        args: arguments without the program's name; `None` takes those of the process.
+
+    Raises:
+        SystemExit: with status 2 when the arguments or the configuration are wrong; with the status of
+            `compare` and `report` when they are done.
+    """
+    add_working_directory_to_path()
+    given = list(sys.argv[1:] if args is None else args)
+    with told_in_one_line():
+        if given and given[0] in _OTHER_COMMANDS:
+            sys.exit(_OTHER_COMMANDS[given[0]](given[1:]))
+        set_parsing_settings(add_print_completion_argument=True)
+        AsyncCLI(args)

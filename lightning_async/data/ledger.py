@@ -1,0 +1,208 @@
+"""Hand-out of batches: the ledger on rank 0.
+
+A ticket is a position in the epoch's one global order of batches (`orders.py`). The ledger says who may compute which
+ticket and which are applied; a rank's `ticket_feed.py` turns the tickets that it drew into the indices of samples. Used by
+`session.py`. Imports no Lightning.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Literal
+
+from lightning_async.data.ranges import UNBOUNDED, RangeSet, TicketQueue
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Who may compute which ticket of this epoch, and which tickets are applied; a monitor on rank 0.
+
+    An epoch is cut into segments (training between two validations). A segment hands out a number of tickets and is
+    over when they are gone, or when someone closes it; tickets that were not handed out stay for the next segment.
+
+    With ``batches="shared"`` whoever asks gets the next ticket. With ``"sharded"`` ticket ``t`` belongs to worker
+    ``(t // block) mod N``, so every worker gets an equal share.
+
+    Args:
+        workers: number of workers N.
+        batches: the hand-out rule.
+
+    Examples:
+        >>> ledger = Ledger(workers=2, batches="shared")
+        >>> ledger.begin_epoch(range(3))
+        >>> ledger.open(3)
+        >>> [list(ledger.draw(worker)) for worker in (0, 1, 0, 1)]
+        [[0], [1], [2], []]
+    """
+
+    def __init__(self, workers: int, batches: Literal["shared", "sharded"] = "shared") -> None:
+        self._lock = threading.Lock()
+        self._workers = workers
+        self._batches = batches
+        self._block = 1
+        self._stop = 0
+        self._queues = [TicketQueue([])]
+        self._allowance = [0]
+        self._closed = False
+        self._leased: dict[int, deque[int]] = {worker: deque() for worker in range(workers)}
+        self._without_batch: set[int] = set()
+        self._over: set[int] = set()
+        self._applied = RangeSet()
+
+    def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
+        """Starts an epoch.
+
+        Args:
+            tickets: the epoch's tickets, up to `ranges.UNBOUNDED` if its end is not known. What comes before the first
+                one counts as applied.
+            block: tickets handed out at once: the number of micro-batches that make one update, so that the
+                micro-batches of an update stay on one worker.
+            applied: tickets that are done already, as ``(start, stop)``: an epoch that is resumed.
+        """
+        with self._lock:
+            self._stop = tickets.stop
+            self._applied = RangeSet([(0, tickets.start), *applied])
+            self._deal(block, 1 if self._batches == "shared" else self._workers)
+            self._without_batch = set(range(self._workers))
+            self._over = set()
+            # Batches that were on their way when an epoch was left early are lost with it.
+            for leased in self._leased.values():
+                leased.clear()
+
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """Deals what is left of the epoch anew, while nobody has a ticket.
+
+        Args:
+            block: tickets handed out at once from here on.
+            equal_shares: whether every worker gets an equal share, also where batches are shared.
+        """
+        with self._lock:
+            self._deal(block, 1 if self._batches == "shared" and not equal_shares else self._workers)
+            for share in range(len(self._queues)):
+                self._clear_if_nobody_draws(share)
+
+    def open(self, tickets: int) -> None:
+        """Opens a segment in which the next ``tickets`` tickets, in the global order, may be drawn."""
+        with self._lock:
+            end = self._end_of_next(tickets)
+            self._allowance = [queue.count_below(end) for queue in self._queues]
+            self._closed = False
+
+    def close(self) -> None:
+        """Ends the segment early: no further ticket is handed out until the next one opens."""
+        with self._lock:
+            self._closed = True
+
+    def draw(self, worker: int) -> range:
+        """Hands the next block of tickets to ``worker``; an empty range means that its segment is over.
+
+        Each worker's first batch of an epoch is kept for it: metrics that are reduced over the ranks at the end of
+        an epoch must have been logged on every one of them.
+        """
+        with self._lock:
+            if self._closed or worker in self._over:
+                return range(0)
+            index = worker % len(self._queues)
+            allowance = self._allowance[index]
+            if len(self._queues) == 1 and self._without_batch and worker not in self._without_batch:
+                allowance -= len(self._without_batch) * self._block
+                if allowance < self._block:
+                    # A part of a block would make two updates of one.
+                    return range(0)
+            drawn = self._queues[index].take(allowance)
+            if drawn:
+                self._allowance[index] -= len(drawn)
+                self._leased[worker].extend(drawn)
+                self._without_batch.discard(worker)
+            return drawn
+
+    def complete(self, worker: int, tickets: int) -> tuple[int, ...]:
+        """Marks the oldest ``tickets`` leases of ``worker`` as applied and returns them.
+
+        Raises:
+            ValueError: if the worker holds fewer leases than it says it has computed.
+        """
+        with self._lock:
+            leased = self._leased[worker]
+            if tickets > len(leased):
+                raise ValueError(f"worker {worker} reports {tickets} batches but was handed {len(leased)}")
+            done = tuple([leased.popleft() for _ in range(tickets)])
+            for ticket in done:
+                self._applied.add(ticket, ticket + 1)
+            return done
+
+    def give_back(self, worker: int, tickets: int, stream_over: bool) -> None:
+        """Takes back the newest ``tickets`` leases of ``worker``, which it has no batches for.
+
+        Args:
+            worker: the worker.
+            tickets: how many.
+            stream_over: the worker's own stream has ended: it gets nothing more in this epoch.
+
+        Raises:
+            ValueError: if the worker holds fewer leases than it gives back.
+        """
+        with self._lock:
+            leased = self._leased[worker]
+            if tickets > len(leased):
+                raise ValueError(f"worker {worker} gives back {tickets} batches but was handed {len(leased)}")
+            self._put_back(leased.pop() for _ in range(tickets))
+            if stream_over:
+                self._over.add(worker)
+                self._without_batch.discard(worker)
+            self._clear_if_nobody_draws(worker % len(self._queues))
+
+    def leased(self, worker: int) -> int:
+        """Number of tickets handed to ``worker`` and not applied."""
+        with self._lock:
+            return len(self._leased[worker])
+
+    def reclaim(self, worker: int) -> int:
+        """Takes back what ``worker`` was handed and has not finished, to be handed out first; returns how many."""
+        with self._lock:
+            leased = self._leased[worker]
+            count = len(leased)
+            self._put_back(leased)
+            leased.clear()
+            return count
+
+    def progress(self) -> tuple[int, int]:
+        """``(applied, not yet handed out)``: how many tickets of this epoch, what it was resumed with included."""
+        with self._lock:
+            return len(self._applied), sum(queue.count for queue in self._queues)
+
+    def applied(self) -> list[tuple[int, int]]:
+        """The tickets of this epoch that are applied, as ``(start, stop)`` in rising order."""
+        with self._lock:
+            return self._applied.pairs()
+
+    def _deal(self, block: int, shares: int) -> None:
+        self._block = block
+        left = self._applied.missing(self._stop)
+        self._queues = [TicketQueue(left, block, share, shares) for share in range(shares)]
+        self._allowance = [0] * shares
+
+    def _clear_if_nobody_draws(self, share: int) -> None:
+        if self._over.issuperset(range(share, self._workers, len(self._queues))):
+            self._queues[share].clear()
+            self._allowance[share] = 0
+
+    def _put_back(self, tickets: Iterable[int]) -> None:
+        for ticket in tickets:
+            index = (ticket // self._block) % len(self._queues)
+            self._queues[index].put_back(ticket)
+            self._allowance[index] += 1
+
+    def _end_of_next(self, tickets: int) -> int:
+        """The ticket that the next ``tickets`` undrawn ones come before."""
+        low, high = 0, UNBOUNDED
+        while low < high:
+            middle = (low + high) // 2
+            if sum(queue.count_below(middle) for queue in self._queues) < tickets:
+                low = middle + 1
+            else:
+                high = middle
+        return low

@@ -1,0 +1,360 @@
+"""A process of its own for what serves the workers, as rank 0 sees it: ``holder="process"``.
+
+Rank 0's training and the updates then share neither an interpreter nor a process, and rank 0's own worker comes in by
+the door like the others. `remote_main.py` is what runs there. Above `service.py` and `heartbeat.py`; below `engine.py`.
+Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_async.exchange.service import Held, UpdateObserver
+from lightning_async.exchange.shared_payload import Parcel, unpack
+from lightning_async.holder.holder import Push, Snapshot, Update
+from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.rebuild import dismantle
+from lightning_async.runtime.alarms import Alarm
+from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import Address
+from lightning_async.transport.connection import ControlConnection
+
+__all__ = ["HolderProcess", "HolderProcessError"]
+
+log = logging.getLogger(__name__)
+
+# An interpreter that imports torch, on a slow disk and a busy machine.
+_START_TIMEOUT_S = 300.0
+_END_TIMEOUT_S = 5.0
+_ANSWER_LASTS_S = 0.05
+# Between a failure and its end, so that it can still tell its workers.
+_GRACE_S = 1.0
+# How long the lifeline's news may trail the loss of the control connection.
+_NEWS_TIMEOUT_S = 3.0
+# What a terminal or a job scheduler sends to every process is rank 0's to answer.
+_RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Its own main module is none that a user's script could be run by.
+_BOOT = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from lightning_async.exchange.remote_main import main
+main(*map(int, sys.argv[2:]))
+"""
+
+
+class HolderProcessError(RuntimeError):
+    """The holder's process could not be started."""
+
+
+class HolderProcess:
+    """Holder, ledger and server in a process of their own; a `Service`, once it was told what to hold.
+
+    The process begins to import when this is made, and ends with `end` or with this process, however that ends. That it
+    ends or stops by itself is a failure of rank 0.
+
+    Args:
+        start_timeout_s: seconds that it may take to start.
+    """
+
+    def __init__(self, start_timeout_s: float = _START_TIMEOUT_S) -> None:
+        self._start_timeout_s = start_timeout_s
+        self._numbers = itertools.count()
+        self._sending = threading.Lock()
+        self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
+        self._latch: FailureLatch | None = None
+        self._lifelines: Lifelines | None = None
+        self._address: Address | None = None
+        self._unfinished, self._unfinished_until = 0, 0.0
+        self._on_update: UpdateObserver = lambda update, tickets: None
+        self._on_refused: Callable[[], None] = lambda: None
+        self._ready = threading.Event()
+        self._gone = threading.Event()
+        self._ended = False
+        mine, theirs = socket.socketpair()
+        self._my_lifeline, their_lifeline = socket.socketpair()
+        descriptors = (theirs.fileno(), their_lifeline.fileno())
+        arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
+        # The mask is inherited, so no moment is left in which such a signal would end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _RANK_0S_SIGNALS)
+        try:
+            self._process = subprocess.Popen([sys.executable, "-c", _BOOT, *arguments], pass_fds=descriptors)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            their_lifeline.close()
+        self._killing = Alarm(self._process.kill)
+        self._connection = Connection(mine.detach())
+        self._reader = threading.Thread(target=self._read, name="holder-news", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def address(self) -> Address | None:
+        """Where workers come in."""
+        return self._address
+
+    def serve(
+        self, held: Held, host: str, latch: FailureLatch, on_update: UpdateObserver, on_refused: Callable[[], None]
+    ) -> HolderProcess:
+        """Has it hold, in the place of what it held before, and serve workers.
+
+        Args:
+            held: what to hold.
+            host: the address that the workers reach rank 0 at.
+            latch: the run's failure latch.
+            on_update: called in a thread of this process with each update, some milliseconds after it, without
+                its gradients, and with the tickets that it covers; all that were answered have been told when one of
+                the calls below returns.
+            on_refused: called when a connection or a request is refused.
+
+        Raises:
+            ValueError: if an optimizer cannot be sent to another process.
+            HolderProcessError: if the process does not start.
+        """
+        self._on_update, self._on_refused = on_update, on_refused
+        with _parcel_of(held) as parcel:
+            if self._lifelines is None:
+                self._begin(held, host, latch)
+            self._call("serve", parcel.address)
+        return self
+
+    def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
+        """See `Service.begin_epoch`."""
+        self._unfinished_until = 0.0
+        self._call("begin_epoch", tickets, block, tuple(applied))
+
+    def regroup(self, block: int, equal_shares: bool) -> None:
+        """See `Service.regroup`."""
+        self._call("regroup", block, equal_shares)
+
+    def open(self, tickets: int) -> None:
+        """See `Service.open`."""
+        self._call("open", tickets)
+
+    def progress(self) -> tuple[int, int]:
+        """See `Service.progress`."""
+        self._unfinished_until = 0.0
+        applied, left = self._call("progress")
+        return applied, left
+
+    def unfinished(self) -> int:
+        """See `Service.unfinished`; asked by progress bars for every batch, so the answer may be a little old."""
+        now = time.monotonic()
+        if now >= self._unfinished_until:
+            self._unfinished = int(self._call("unfinished"))
+            self._unfinished_until = now + _ANSWER_LASTS_S
+        return self._unfinished
+
+    def settle(self) -> None:
+        """See `Service.settle`."""
+        self._call("settle")
+
+    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """See `Service.adopt`."""
+        with Parcel([[parameter.detach() for parameter in owned] for owned in parameters]) as parcel:
+            self._call("adopt", parcel.address)
+
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Service.adopt_states`."""
+        if any(state is not None for state in states):
+            with Parcel([None if state is None else dict(state) for state in states]) as parcel:
+                self._call("adopt_states", parcel.address)
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """See `Service.optimizer_state`."""
+        state: StateByPlace = self._take("optimizer_state", index)
+        return state
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """See `Service.take_adapted`."""
+        adapted: list[list[dict[str, Any]]] = self._take("take_adapted")
+        return adapted
+
+    def snapshot(self) -> Snapshot:
+        """See `Service.snapshot`."""
+        snapshot: Snapshot = self._take("snapshot")
+        return snapshot
+
+    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+        """See `Service.restore`."""
+        with Parcel(list(optimizer_states)) as parcel:
+            return bool(self._call("restore", version, parcel.address))
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """See `Service.set_counts`."""
+        self._call("set_counts", tuple(counts))
+
+    def close(self) -> None:
+        """See `Service.close`; the process stays, for a successor of what it held."""
+        if self._latch is not None and self._latch.failure is None:
+            try:
+                self._call("close")
+            except WorkerFailedError as error:
+                # Whoever was to be waited for is gone.
+                log.debug("not closed in order: %s", error)
+
+    def end(self) -> None:
+        """Ends the process; idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._killing.close()
+        if self._lifelines is not None:
+            self._lifelines.close()
+        failed = self._latch is None or self._latch.failure is not None
+        try:
+            if not failed and not self._gone.is_set():
+                self._send(("end", next(self._numbers), ()))
+                self._process.wait(_END_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.debug("the holder's process does not end by itself: %s", error)
+        self._process.kill()
+        self._process.wait()
+        # All its descriptors are closed now, so the reader has come to the end.
+        self._reader.join(_END_TIMEOUT_S)
+        self._connection.close()
+        self._my_lifeline.close()
+
+    def _begin(self, held: Held, host: str, latch: FailureLatch) -> None:
+        if not self._ready.wait(self._start_timeout_s) or self._gone.is_set():
+            ended = self._describe_end() if self._gone.is_set() else None
+            ended = ended or f"the process of the holder has not started in {self._start_timeout_s:g} s"
+            raise HolderProcessError(
+                f'{ended}; what it printed stands above. holder="thread" does without a process of its own'
+            )
+        timeout_s = held.options.worker_timeout_s
+        self._latch = latch
+        self._lifelines = Lifelines(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
+        self._lifelines.add(0, ControlConnection(self._my_lifeline))
+        latch.subscribe(lambda failure: self._give_up())
+        self._address = Address.from_json(self._call("begin", timeout_s, host, held.world_size))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        assert self._latch is not None, "nothing is held yet"
+        if threading.current_thread() is self._reader:
+            raise RuntimeError(f"an observer of the updates may not call {name}: its own thread takes the answers")
+        number = next(self._numbers)
+        answers = self._waiting[number] = queue.SimpleQueue()
+        try:
+            if self._gone.is_set():
+                self._raise_failure()
+            try:
+                self._send((name, number, arguments))
+            except OSError:
+                self._raise_failure()
+            self._latch.check()
+            kind, value = answers.get()
+        finally:
+            del self._waiting[number]
+        if kind == "woken":
+            self._raise_failure()
+        if kind == "error":
+            raise value
+        return value
+
+    def _take(self, name: str, *arguments: Any) -> Any:
+        """Calls what answers with a parcel; returns its value."""
+        value = unpack(self._call(name, *arguments))
+        self._call("forget")
+        return value
+
+    def _send(self, request: tuple[str, int, tuple[Any, ...]]) -> None:
+        with self._sending:
+            self._connection.send(request)
+
+    def _raise_failure(self) -> None:
+        """Raises what is known of the run's end."""
+        assert self._latch is not None
+        if self._latch.wait(_NEWS_TIMEOUT_S) is None:
+            self._latch.trip(RunFailure(0, self._describe_end() or "its holder process no longer answers"))
+        self._latch.check()
+
+    def _give_up(self) -> None:
+        self._wake()
+        # Whoever still waits for an answer of it, which may be stopped, is woken by the end of the connection.
+        self._killing.set(_GRACE_S)
+
+    def _wake(self) -> None:
+        for answers in list(self._waiting.values()):
+            answers.put(("woken", None))
+
+    def _read(self) -> None:
+        try:
+            while (received := self._receive()) is not None:
+                kind, number, value = received
+                if kind == "ready":
+                    self._ready.set()
+                elif kind == "news":
+                    self._tell(value)
+                elif (answers := self._waiting.get(number)) is not None:
+                    answers.put((kind, value))
+        except Exception as error:
+            # An observer's; whoever watches must not be left to believe that nothing has happened.
+            log.error("the news of an update could not be told", exc_info=error)
+            if self._latch is not None:
+                self._latch.trip(RunFailure(0, f"an observer of the updates failed: {error!r}"))
+        finally:
+            self._gone.set()
+            self._ready.set()
+            self._wake()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            log.debug("the holder's process has closed its connection: %s", error)
+            return None
+
+    def _tell(self, news: Sequence[tuple[Any, ...] | None]) -> None:
+        for note in news:
+            if note is None:
+                self._on_refused()
+                continue
+            push, update, tickets = note
+            self._on_update(Update(Push(*push), *update), tickets)
+
+    def _describe_end(self) -> str | None:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return None
+        return describe_exit(code, "its holder process")
+
+
+def _parcel_of(held: Held) -> Parcel:
+    kinds = [type(optimizer) for optimizer in held.optimizers]
+    try:
+        if any(kind.__module__ == "__main__" for kind in kinds):
+            raise pickle.PicklingError("it is defined in the script itself, which is not run there")
+        parts = [dismantle(optimizer) for optimizer in held.optimizers]
+        states = [None if state is None else dict(state) for state in held.states]
+        how = (held.options, held.world_size, held.version, held.origins, states)
+        return Parcel((torch.get_default_dtype(), parts, *how))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f'holder="process" sends the optimizer to another process, and {names} cannot go there: {error}. '
+            'Define it in a module that can be imported, or take holder="thread"'
+        ) from error

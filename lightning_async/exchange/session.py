@@ -1,0 +1,249 @@
+"""A session: what the holder's side does for one worker, message by message.
+
+Above `holder.py` and `ledger.py`; below `server.py`, which gives each session a channel and somebody to drive it: the
+reactor's one thread for all workers in shared memory, a thread of its own for a worker across a network, and rank 0's
+own worker's thread for that one. The code is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from lightning_async.data.ledger import Ledger
+from lightning_async.holder.holder import Holder, Push
+from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.layout import FlatLayout
+from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.transport.base import Channel
+from lightning_async.transport.fields import (
+    fit_text,
+    pack_bitmap,
+    pack_counts,
+    unpack_bitmap,
+    unpack_counts,
+    unpack_hypers,
+)
+from lightning_async.transport.message import Kind, Message, WireError
+
+__all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
+
+APPLIED, DROPPED = 1, 2
+
+
+class SessionError(WireError):
+    """A message that does not fit its session; names the worker."""
+
+
+class Session:
+    """Serves one worker: hands out tickets, takes its gradients, answers with fresh parameters.
+
+    The channel's buffers are this worker's alone (a gradient and a copy of the parameters), so that no lock is held
+    while bytes move.
+
+    Args:
+        worker: the worker's rank.
+        channel: the holder's end of its channel.
+        holder: the holder.
+        ledger: the ledger.
+        layout: where each parameter lies.
+        groups: which hyper-parameters each optimizer's param groups have.
+        lane: which of the worker's lanes this is.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        channel: Channel,
+        holder: Holder,
+        ledger: Ledger,
+        layout: FlatLayout,
+        groups: Sequence[HyperLayout],
+        lane: int = 0,
+    ) -> None:
+        self.worker = worker
+        self.lane = lane
+        self.finished = False
+        self._channel = channel
+        self._holder = holder
+        self._ledger = ledger
+        self._layout = layout
+        self._groups = groups
+        # Of each optimizer what came last: the bytes, and the numbers in them.
+        self._hypers: list[tuple[bytes | None, tuple[float, ...]]] = [(None, ())] * len(groups)
+        self._gradient = channel.buffers.gradient
+        self._segments = [layout.segment(self._gradient, index) for index in range(len(groups))]
+        self._views: list[list[Tensor | None]] = [
+            [*layout.views(self._gradient, index)] for index in range(len(groups))
+        ]
+        self._all_present = [pack_bitmap([True] * len(views)) for views in self._views]
+        self._parameters = channel.buffers.parameters
+
+    def serve_one(self) -> None:
+        """Receives one request and answers it, waiting for both in the calling thread.
+
+        Raises:
+            SessionError: if the request does not fit the session; the worker was told.
+            ChannelClosedError: if the worker is gone.
+            WorkerFailedError: if the run has failed; the worker was told.
+        """
+        message = self._channel.receive()
+        seen = self._holder.changes
+        for _ in self.serve(message):
+            self._holder.wait_for_change(seen)
+            seen = self._holder.changes
+
+    def serve(self, message: Message) -> Iterator[None]:
+        """Answers one request; yields for as long as the barrier holds it back, to be resumed after a change.
+
+        Raises:
+            SessionError: if the request does not fit the session; the worker was told.
+            ChannelClosedError: if the worker is gone.
+            WorkerFailedError: if the run has failed; the worker was told.
+        """
+        if message.worker != self.worker:
+            self._refuse(f"its message claims to come from worker {message.worker}")
+        try:
+            if message.kind is Kind.PUSH:
+                yield from self._push(message)
+            elif message.kind is Kind.PULL:
+                self._count(message)
+                yield from self._pull(counted=bool(message.counts))
+            else:
+                self._answer(message)
+        except WorkerFailedError as error:
+            failure = error.failure
+            self._channel.send(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+            raise
+
+    def _answer(self, message: Message) -> None:
+        kind = message.kind
+        if kind is Kind.DRAW:
+            tickets = self._ledger.draw(self.worker)
+            self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
+        elif kind is Kind.READ:
+            self._count(message)
+            self._send_parameters(self._holder.read(self._parameters), counted=bool(message.counts))
+        elif kind is Kind.SKIP:
+            self._count(message)
+            self._complete(message.tickets)
+            self._acknowledge()
+        elif kind is Kind.RETURN:
+            self._give_back(message)
+            self._acknowledge()
+        elif kind is Kind.LEAVE:
+            self._holder.leave(self.worker, self.lane)
+            self._acknowledge()
+        elif kind is Kind.CLOSE:
+            self._ledger.close()
+            self._acknowledge()
+        elif kind is Kind.GOODBYE:
+            self.finished = True
+        else:
+            self._refuse(f"a worker may not send {kind.name}")
+
+    def _push(self, message: Message) -> Iterator[None]:
+        gradients = self._check_push(message)
+        self._channel.receive_payload(self._segments[message.optimizer])
+        push = Push(
+            self.worker,
+            message.optimizer,
+            message.version,
+            gradients,
+            self._hypers[message.optimizer][1],
+            message.tickets,
+            message.samples,
+            message.waited_s,
+            self.lane,
+            unpack_counts(message.counts),
+        )
+        try:
+            update = self._holder.try_push(push)
+            if update is None:
+                arrived = time.monotonic()
+                while update is None:
+                    yield
+                    update = self._holder.try_push(push, time.monotonic() - arrived)
+        except ValueError as error:
+            self._refuse(str(error))
+        outcome = APPLIED if update.applied else DROPPED
+        # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none, it
+        # has nothing to wait at the barrier for.
+        tickets = self._ledger.draw(self.worker) if message.ticket else range(0)
+        if message.ticket and not tickets:
+            self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
+        else:
+            yield from self._pull(outcome, tickets, counted=bool(message.counts))
+
+    def _check_push(self, message: Message) -> list[Tensor | None]:
+        index = message.optimizer
+        if index >= len(self._groups):
+            self._refuse(f"it pushes for optimizer {index} of {len(self._groups)}")
+        if message.dtype is not self._layout.dtype:
+            self._refuse(f"it pushes {message.dtype}, the holder keeps {self._layout.dtype}")
+        expected = self._layout.segment_bytes(index)
+        if message.payload_bytes != expected:
+            self._refuse(f"it pushes {message.payload_bytes} bytes for optimizer {index}, which has {expected}")
+        if message.tickets > self._ledger.leased(self.worker):
+            self._refuse(f"it reports {message.tickets} batches and was handed {self._ledger.leased(self.worker)}")
+        views = self._views[index]
+        try:
+            # They seldom change from one push to the next, and then there is nothing to check.
+            if message.groups != self._hypers[index][0]:
+                self._hypers[index] = (message.groups, unpack_hypers(message.groups, self._groups[index].count))
+            if message.present == self._all_present[index]:
+                return views
+            present = unpack_bitmap(message.present, len(views))
+        except WireError as error:
+            self._refuse(str(error))
+        return [view if there else None for view, there in zip(views, present, strict=True)]
+
+    def _pull(self, outcome: int = 0, tickets: range = range(0), counted: bool = False) -> Iterator[None]:
+        try:
+            while (version := self._holder.try_pull(self.worker, self._parameters, self.lane)) is None:
+                yield
+        except ValueError as error:
+            self._refuse(str(error))
+        self._send_parameters(version, outcome, tickets, counted)
+
+    def _count(self, message: Message) -> None:
+        if message.counts:
+            self._holder.count(unpack_counts(message.counts))
+
+    def _complete(self, tickets: int) -> None:
+        try:
+            self._ledger.complete(self.worker, tickets)
+        except ValueError as error:
+            self._refuse(str(error))
+
+    def _give_back(self, message: Message) -> None:
+        try:
+            self._ledger.give_back(self.worker, message.tickets, stream_over=bool(message.outcome))
+        except ValueError as error:
+            self._refuse(str(error))
+
+    def _send_parameters(
+        self, version: int, outcome: int = 0, tickets: range = range(0), counted: bool = False
+    ) -> None:
+        message = Message(
+            Kind.PARAMETERS,
+            worker=self.worker,
+            version=version,
+            ticket=tickets.start,
+            tickets=len(tickets),
+            outcome=outcome,
+            dtype=self._parameters.dtype,
+            payload_bytes=self._parameters.nbytes,
+            counts=pack_counts(self._holder.counts) if counted else b"",
+        )
+        self._channel.send(message, self._parameters)
+
+    def _acknowledge(self) -> None:
+        self._channel.send(Message(Kind.ACK, worker=self.worker))
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self._channel.send(Message(Kind.REFUSE, worker=self.worker, text=fit_text(reason)))
+        raise SessionError(f"worker {self.worker} refused: {reason}")

@@ -1,0 +1,344 @@
+"""The holder: master parameters, optimizer state and version, in rank 0.
+
+Above `staleness.py` (the rule of who may proceed) and `update.py` (the update); below `server.py`, whose sessions
+are its only callers. Does no I/O and imports no Lightning.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_async.holder.layout import FlatLayout, exchanged
+from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.staleness import Barrier, Verdict
+from lightning_async.holder.tally import STEPS, add_counts
+from lightning_async.holder.update import HeldOptimizer
+from lightning_async.runtime.failure import FailureLatch
+
+__all__ = ["Holder", "Push", "Snapshot", "Update"]
+
+
+class Push(NamedTuple):
+    """A gradient and what is needed to apply it.
+
+    Args:
+        worker: the worker that computed it.
+        optimizer: index of the optimizer that owns the parameters.
+        version_read: version of the parameters that it was computed at.
+        gradients: one tensor per parameter of the optimizer, None where the parameter took no part.
+        groups: the worker's current hyper-parameters, of all param groups, in the order of `HyperLayout`.
+        tickets: number of batches that the gradient covers.
+        samples: number of samples in them.
+        waited_s: seconds that the worker's previous push and pull took.
+        lane: which of the worker's lanes it came by; each holds parameters of its own version (see `worker.py`).
+        counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
+            nothing but updates is counted.
+    """
+
+    worker: int
+    optimizer: int
+    version_read: int
+    gradients: Sequence[Tensor | None]
+    groups: Sequence[float]
+    tickets: int = 1
+    samples: int = 0
+    waited_s: float = 0.0
+    lane: int = 0
+    counts: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What became of a push.
+
+    Args:
+        push: the push.
+        version: the holder's version after it.
+        staleness: updates applied between the read and this push, k - r.
+        applied: False if it was dropped as too stale.
+        parked_s: seconds that the barrier held it back.
+        at_ns: when, by the monotonic clock; now by default.
+    """
+
+    push: Push
+    version: int
+    staleness: int
+    applied: bool
+    parked_s: float
+    at_ns: int = field(default_factory=time.monotonic_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Parameters and optimizer states of one version, and the tickets that it was made of; owns its memory.
+
+    Args:
+        version: the version.
+        parameters: the flat buffer.
+        optimizer_states: each optimizer's state dict.
+        adapted: for each optimizer and param group the values that its own steps have changed.
+        applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
+        counts: what all workers have counted.
+    """
+
+    version: int
+    parameters: Tensor
+    optimizer_states: list[dict[str, Any]]
+    adapted: list[list[dict[str, Any]]]
+    applied: tuple[tuple[int, int], ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+class Holder:
+    """Master parameters, optimizer state and version; a monitor that does no I/O and never waits.
+
+    Every public method takes the lock, leaves the state consistent, and returns or fills copies. A push or a pull
+    that the barrier holds back is told so; its caller tries again after the next change (`wait_for_change`,
+    `subscribe`).
+
+    Args:
+        layout: where each parameter lies.
+        parameters: initial values, a flat buffer of ``layout``; copied.
+        optimizers: the optimizers to stand in for, in the layout's order.
+        barrier: who may proceed; owned by the holder from here on.
+        latch: the run's failure latch.
+        observer: called under the lock with every applied or dropped push; must be quick.
+        states: for each optimizer the state to begin with; None for what its template has.
+    """
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        parameters: Tensor,
+        optimizers: Sequence[torch.optim.Optimizer],
+        barrier: Barrier,
+        latch: FailureLatch,
+        observer: Callable[[Update], None] = lambda update: None,
+        states: Sequence[StateByPlace | None] = (),
+    ) -> None:
+        self._layout = layout
+        self._flat = parameters.detach().clone()
+        self._barrier = barrier
+        self._latch = latch
+        self._observer = observer
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._changes = 0
+        self._waiting = 0
+        self._counts: list[int] = []
+        self._listeners: list[Callable[[], None]] = []
+        self._optimizers: list[HeldOptimizer] = []
+        for index, template in enumerate(optimizers):
+            views = iter(layout.views(self._flat, index))
+            groups = [
+                [torch.nn.Parameter(next(views)) for parameter in group["params"] if exchanged(parameter)]
+                for group in template.param_groups
+            ]
+            self._optimizers.append(HeldOptimizer(template, groups))
+        self.adopt_states(states)
+        # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
+        this = weakref.ref(self)
+        latch.subscribe(lambda failure: _wake(this()))
+
+    @property
+    def version(self) -> int:
+        """Number of updates applied so far, k."""
+        with self._lock:
+            return self._barrier.version
+
+    @property
+    def changes(self) -> int:
+        """How often something has changed that a held-back caller may have waited for."""
+        return self._changes
+
+    def wait_for_change(self, seen: int) -> None:
+        """Waits until `changes` is no longer ``seen``, or the run fails."""
+        with self._lock:
+            self._waiting += 1
+            try:
+                while self._changes == seen and self._latch.failure is None:
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
+        """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
+
+        Whoever is held back keeps its place in the queue of readers.
+
+        Raises:
+            ValueError: if the worker holds parameters already.
+            WorkerFailedError: if the run has failed.
+        """
+        with self._lock:
+            self._latch.check()
+            reader = (worker, lane)
+            self._barrier.ask(reader)
+            if not self._barrier.may_read(reader):
+                return None
+            version = self._barrier.read(reader)
+            self._copy(out)
+            # The next reader in the queue may go too: nobody else would tell it.
+            self._tell()
+            return version
+
+    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+        """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
+
+        Args:
+            push: the gradient.
+            parked_s: seconds that the barrier has held it back so far.
+
+        Raises:
+            ValueError: if the worker does not hold the version that it says it read.
+            WorkerFailedError: if the run has failed.
+        """
+        with self._lock:
+            self._latch.check()
+            reader = (push.worker, push.lane)
+            held = self._barrier.held(reader)
+            if held != push.version_read:
+                raise ValueError(
+                    f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
+                )
+            verdict = self._barrier.verdict(reader)
+            if verdict is Verdict.WAIT:
+                return None
+            applied = verdict is Verdict.APPLY
+            if applied:
+                self._optimizers[push.optimizer].apply(push.gradients, push.groups)
+                staleness = self._barrier.apply(reader)
+            else:
+                staleness = self._barrier.discard(reader)
+            if push.counts:
+                counts = [*push.counts]
+                # A step whose gradient was dropped is none.
+                counts[STEPS] = max(0, counts[STEPS] - (not applied))
+                self._counts = add_counts(self._counts, counts)
+            update = Update(push, self._barrier.version, staleness, applied, parked_s)
+            self._observer(update)
+            self._tell()
+            return update
+
+    def count(self, counts: Sequence[int]) -> None:
+        """Adds what a worker has counted, apart from a push."""
+        with self._lock:
+            self._counts = add_counts(self._counts, counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What all workers have counted."""
+        return tuple(self._counts)
+
+    @counts.setter
+    def counts(self, counts: Sequence[int]) -> None:
+        self._counts = [*counts]
+
+    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """Takes over parameters that differ from its own; nobody may be computing.
+
+        Args:
+            parameters: for each optimizer its parameters. Where they are rounded (a module in bfloat16), the holder
+                keeps its own values as long as they round to these.
+        """
+        with self._lock:
+            for index, owned in enumerate(parameters):
+                for view, parameter in zip(self._layout.views(self._flat, index), owned, strict=True):
+                    own = view.to(device=parameter.device, dtype=parameter.dtype)
+                    if not torch.equal(own, parameter.detach()):
+                        view.copy_(parameter.detach())
+
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """Takes over optimizer states that differ from its own; nobody may be computing.
+
+        Args:
+            states: for each optimizer what it keeps for each parameter; None leaves it as it is.
+        """
+        with self._lock:
+            for optimizer, state in zip(self._optimizers, states, strict=False):
+                if state is not None:
+                    optimizer.adopt(state)
+
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """A copy of what one optimizer keeps, by the places of its parameters."""
+        with self._lock:
+            state: StateByPlace = self._optimizers[index].state_dict()["state"]
+            return state
+
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        """For each optimizer and param group the values that steps have changed, for the workers to set in theirs."""
+        with self._lock:
+            return [optimizer.take_adapted() for optimizer in self._optimizers]
+
+    def leave(self, worker: int, lane: int = 0) -> None:
+        """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
+        with self._lock:
+            self._barrier.leave((worker, lane))
+            self._tell()
+
+    def read(self, out: Tensor) -> int:
+        """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
+        with self._lock:
+            self._copy(out)
+            return self._barrier.version
+
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
+        """Parameters and optimizer states of one version.
+
+        Args:
+            applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
+                are those of the same version.
+        """
+        with self._lock:
+            states = [optimizer.state_dict() for optimizer in self._optimizers]
+            adapted = [optimizer.adapted() for optimizer in self._optimizers]
+            version, counts = self._barrier.version, tuple(self._counts)
+            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts)
+
+    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+        """Loads optimizer states, in torch's format, and the version; nobody may be computing.
+
+        Returns:
+            True if a state came from Adam without AMSGrad, whose maximum was then started from its ``exp_avg_sq``.
+        """
+        adopted = False
+        with self._lock:
+            for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
+                adopted |= optimizer.load(state)
+            self._barrier.version = version
+        return adopted
+
+    def lend(self) -> Tensor:
+        """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
+        return self._flat
+
+    def _copy(self, out: Tensor) -> None:
+        if out is not self._flat:
+            out.copy_(self._flat)
+
+    def _tell(self) -> None:
+        self._changes += 1
+        if self._waiting:
+            self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+
+def _wake(holder: Holder | None) -> None:
+    """Lets whoever waits at ``holder`` see that the run has failed."""
+    if holder is not None:
+        with holder._lock:
+            holder._tell()

@@ -1,0 +1,179 @@
+"""Where the holder lives: rank 0's host, or rank 0's GPU with a stream of its own.
+
+Above `holder.py` and `transport/staged.py`; used by `engine.py` and `server.py`. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_async.holder.holder import Holder, Push, Snapshot, Update
+from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.devices import DeviceFacts
+from lightning_async.transport.staged import on_device
+
+__all__ = ["CudaLane", "DeviceHolder", "HolderSite", "Lane"]
+
+
+class Lane(Protocol):
+    """A device's queue that only the holder uses, so that nothing of the holder's waits for rank 0's training."""
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """What the calling thread queues in this context goes into the lane.
+
+        The thread first waits until what it has queued before has been computed: otherwise the lane would have to, and
+        with it every other worker. What it queues afterwards comes after the lane's work.
+        """
+
+
+class CudaLane:
+    """A CUDA stream as a `Lane`.
+
+    Args:
+        device: rank 0's GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda: Any = torch.cuda
+        self._device = device
+        self._stream = cuda.Stream(device)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """See `Lane.entered`."""
+        caller = torch.cuda.current_stream(self._device)
+        if caller == self._stream:
+            yield
+            return
+        cuda: Any = torch.cuda
+        # A blocking event lets the thread sleep instead of spin.
+        ready = cuda.Event(blocking=True)
+        ready.record(caller)
+        ready.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+        caller.wait_stream(self._stream)
+
+
+class DeviceHolder(Holder):
+    """A holder whose buffers and optimizer states are on a GPU; its work goes into a lane, its snapshots to the host.
+
+    Args:
+        lane: the holder's own.
+        arguments: see `Holder`; the initial values are on the GPU.
+    """
+
+    def __init__(self, lane: Lane, *arguments: Any, **more: Any) -> None:
+        self._lane = lane
+        with lane.entered():
+            super().__init__(*arguments, **more)
+
+    @override
+    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
+        with self._lane.entered():
+            return super().try_pull(worker, out, lane)
+
+    @override
+    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+        with self._lane.entered():
+            return super().try_push(push, parked_s)
+
+    @override
+    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        with self._lane.entered():
+            super().adopt(parameters)
+
+    @override
+    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+        with self._lane.entered():
+            super().adopt_states(states)
+
+    @override
+    def optimizer_state(self, index: int) -> StateByPlace:
+        """A copy of what one optimizer keeps, in host memory."""
+        with self._lane.entered():
+            state: StateByPlace = _on_host(super().optimizer_state(index))
+            return state
+
+    @override
+    def take_adapted(self) -> list[list[dict[str, Any]]]:
+        with self._lane.entered():
+            adapted: list[list[dict[str, Any]]] = _on_host(super().take_adapted())
+            return adapted
+
+    @override
+    def read(self, out: Tensor) -> int:
+        with self._lane.entered():
+            return super().read(out)
+
+    @override
+    def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
+        """Parameters and optimizer states of one version, in host memory, so that they load anywhere."""
+        with self._lane.entered():
+            taken = super().snapshot(applied)
+            return dataclasses.replace(
+                taken,
+                parameters=taken.parameters.cpu(),
+                optimizer_states=_on_host(taken.optimizer_states),
+                adapted=_on_host(taken.adapted),
+            )
+
+    @override
+    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+        with self._lane.entered():
+            return super().restore(version, optimizer_states)
+
+
+class HolderSite:
+    """The device of the holder, and what its sessions need to work there.
+
+    Args:
+        device: of the holder's buffers.
+        facts: what rank 0 says of its GPU if the holder is there; None otherwise.
+        lane: the holder's own; made here if the device is a CUDA device.
+    """
+
+    def __init__(self, device: torch.device | None = None, facts: DeviceFacts = None, lane: Lane | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.facts = facts
+        self._lane = lane or (CudaLane(self.device) if self.device.type == "cuda" else None)
+
+    def make_holder(self, *arguments: Any, **more: Any) -> Holder:
+        """A holder here; see `Holder` for the arguments, of which the initial values are on this device."""
+        return Holder(*arguments, **more) if self._lane is None else DeviceHolder(self._lane, *arguments, **more)
+
+    def adopt_thread(self) -> None:
+        """To be called first in each thread that serves a worker.
+
+        Such a thread would otherwise begin on the first GPU and on the stream that rank 0 trains on.
+        """
+        if self.device.type == "cuda":
+            cuda: Any = torch.cuda
+            cuda.set_device(self.device)
+            cuda.set_stream(cuda.Stream(self.device))
+
+    def buffers(self, numel: int, dtype: torch.dtype) -> Buffers:
+        """Zeroed buffers on this device."""
+        return Buffers.allocate(numel, dtype, self.device)
+
+    def stage(self, channel: Channel) -> Channel:
+        """The channel with its buffers on this device."""
+        return on_device(channel, self.device)
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(item) for item in value)
+    return value

@@ -1,0 +1,291 @@
+"""The holder's optimizers: any torch optimizer by its own step, AMSGrad by its kernel.
+
+Above `amsgrad.py`, `rebuild.py` and `hyperparams.py`; below `holder.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, adopt_amsgrad_state, holder_optimizer
+from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperLayout, make_plain
+from lightning_async.holder.optimizer_state import StateByPlace, same_state
+from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
+
+__all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
+
+
+class HeldOptimizer:
+    """One optimizer of the holder: its update, its hyper-parameters and its state.
+
+    Args:
+        template: the module's optimizer, with no state that matters.
+        params: for every param group of the template, the tensors that take the place of its parameters that are
+            exchanged; the others are left out.
+    """
+
+    def __init__(self, template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> None:
+        self.hypers = HyperLayout(template)
+        self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
+        self._update = _update_of(self.optimizer)
+        for group, source, names in zip(
+            self.optimizer.param_groups, template.param_groups, self.hypers.names, strict=True
+        ):
+            for key in names:
+                # What the user keeps in a group of AMSGrad travels, too, and is of no use there.
+                group.setdefault(key, source[key])
+        self._assigned: Sequence[float] = self.hypers.read(template.param_groups)
+        self._before_steps = self._own_values()
+
+    def apply(self, gradients: Sequence[Tensor | None], hypers: Sequence[float]) -> None:
+        """Applies one update.
+
+        Args:
+            gradients: one per parameter, None where it takes no part.
+            hypers: the hyper-parameters of all param groups, in the order of `HyperLayout`; none for those of before.
+        """
+        if hypers and hypers != self._assigned:
+            self.hypers.assign(self.optimizer.param_groups, hypers, self._assigned)
+            self._assigned = hypers
+        self._update(gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the optimizer's state dict, whose tensors own no more memory than their values take."""
+        copied = copy.deepcopy(self.optimizer.state_dict())
+        for state in copied["state"].values():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                    state[key] = value.clone()
+        return copied
+
+    def adapted(self) -> list[dict[str, Any]]:
+        """For each param group the values that the optimizer's own steps have changed; empty for most optimizers."""
+        if isinstance(self.optimizer, AMSGrad):
+            return [{} for _ in self.optimizer.param_groups]
+        scratch = copy.deepcopy(self._before_steps)
+        self.hypers.assign(scratch, self._assigned, self.hypers.read(scratch))
+        return [
+            {key: value for key, value in own.items() if key not in expected or not _same(value, expected[key])}
+            for own, expected in zip(self._own_values(), scratch, strict=True)
+        ]
+
+    def take_adapted(self) -> list[dict[str, Any]]:
+        """What `adapted` says, for workers that set it in their own groups, from where it counts as known.
+
+        Values that cannot travel with a push stay here.
+        """
+        told = [
+            {key: value for key, value in values.items() if key not in names or _can_travel(value)}
+            for values, names in zip(self.adapted(), self.hypers.names, strict=True)
+        ]
+        if any(told):
+            self.hypers.assign(self._before_steps, self._assigned, self.hypers.read(self._before_steps))
+            for group, values in zip(self._before_steps, told, strict=True):
+                group.update(copy.deepcopy(values))
+            self._assigned = self.hypers.read(self._before_steps)
+        return told
+
+    def adopt(self, state: StateByPlace) -> bool:
+        """Takes over a state if it differs from its own; hyper-parameters and kernel stay.
+
+        Returns:
+            Whether it differed.
+        """
+        own = self.optimizer.state_dict()
+        if same_state(own["state"], state):
+            return False
+        wanted = {**own, "state": copy.deepcopy(dict(state))}
+        if isinstance(self.optimizer, AMSGrad):
+            adopt_amsgrad_state(wanted)
+        self.optimizer.load_state_dict(wanted)
+        self._update.forget()
+        return True
+
+    def load(self, state: Mapping[str, Any]) -> bool:
+        """Loads a state dict in torch's format; the kernel stays.
+
+        Returns:
+            True if AMSGrad took the state of an Adam without it, and started the maximum from its ``exp_avg_sq``.
+        """
+        own = copy.deepcopy(dict(state))
+        adopted = isinstance(self.optimizer, AMSGrad) and adopt_amsgrad_state(own)
+        # A different number of groups is left for torch to refuse.
+        for mine, loaded in zip(self.optimizer.param_groups, own["param_groups"], strict=False):
+            loaded.update({key: mine[key] for key in KERNEL_KEYS if key in mine})
+            for key in mine.keys() - loaded.keys() - {"params"}:
+                loaded[key] = mine[key]
+        self.optimizer.load_state_dict(own)
+        for group in self.optimizer.param_groups:
+            make_plain(group)
+        self._update.forget()
+        self._assigned = self.hypers.read(self.optimizer.param_groups)
+        self._before_steps = self._own_values()
+        return adopted
+
+    def _own_values(self) -> list[dict[str, Any]]:
+        skipped = {"params", *KERNEL_KEYS}
+        return [
+            copy.deepcopy({key: value for key, value in group.items() if key not in skipped})
+            for group in self.optimizer.param_groups
+        ]
+
+
+class StepUpdate:
+    """An optimizer's update by its own ``step``.
+
+    Args:
+        optimizer: over the holder's tensors; its state is the state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._make_step = step_without_hooks(optimizer)
+
+    def forget(self) -> None:
+        """To be called when the optimizer has loaded another state."""
+
+    @torch.no_grad()
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Applies one update, with one gradient per parameter, None where it takes no part."""
+        self._step(gradients)
+
+    def _step(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._make_step()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class FusedSGDUpdate(StepUpdate):
+    """The update of SGD with momentum by torch's fused kernel, which wants all momentum buffers or none.
+
+    Where some parameters have had their first gradient and others have it now, these are stepped first, by themselves.
+
+    Args:
+        optimizer: `torch.optim.SGD`, which treats each parameter by itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._complete = False
+
+    def forget(self) -> None:
+        """To be called when the optimizer has loaded another state."""
+        self._complete = False
+
+    def _step(self, gradients: Sequence[Tensor | None]) -> None:
+        if not self._complete:
+            state = self._optimizer.state
+            fresh = [state.get(parameter, {}).get("momentum_buffer") is None for parameter in self._parameters]
+            self._complete = not any(fresh)
+            if any(fresh) and not all(fresh):
+                super()._step([gradient if new else None for gradient, new in zip(gradients, fresh, strict=True)])
+                gradients = [None if new else gradient for gradient, new in zip(gradients, fresh, strict=True)]
+        super()._step(gradients)
+
+
+class FusedUpdate(StepUpdate):
+    """AMSGrad's update with the kernel's arguments made once, for a holder that steps thousands of times a second.
+
+    ``optimizer.step`` spends twice the kernel's time on small models gathering the same lists again. This calls the
+    same kernel on the same tensors; where a parameter has no gradient, or the tensors cannot be fused, it is
+    ``optimizer.step``.
+
+    Args:
+        optimizer: from `holder_optimizer`; its state is the state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._state: list[list[list[Tensor]]] | None = None
+        # The step counts of all parameters: one addition for all of them, where the kernel reads them. NumPy's takes a
+        # fraction of torch's time, and keeps the interpreter's lock.
+        device = self._parameters[0].device if self._parameters else None
+        self._counts = torch.zeros(len(self._parameters), device=device)
+        self._count: Any = self._counts.numpy() if self._counts.is_cpu else self._counts
+
+    def forget(self) -> None:
+        """To be called when the optimizer has loaded another state."""
+        self._state = None
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Applies one update, with one gradient per parameter, None where it takes no part."""
+        groups = self._optimizer.param_groups
+        if self._state is None or any(gradient is None for gradient in gradients):
+            self._step(gradients)
+            self._state = self._gather()
+            return
+        self._count += 1
+        start = 0
+        for group, (parameters, *moments, steps) in zip(groups, self._state, strict=True):
+            taken = gradients[start : start + len(parameters)]
+            start += len(parameters)
+            if not parameters:
+                continue
+            told = steps
+            if not group["bias_correction"]:
+                told = [torch.full_like(step, STEP_AT_INFINITY) for step in steps[:1]] * len(steps)
+            kernel: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            kernel(
+                parameters,
+                taken,
+                *moments,
+                told,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=True,
+                maximize=group["maximize"],
+                grad_scale=None,
+                found_inf=None,
+            )
+
+    def _gather(self) -> list[list[list[Tensor]]] | None:
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        if not all(group["fused"] for group in groups) or any(not state.get(p) for p in self._parameters):
+            return None
+        for parameter, count in zip(self._parameters, self._counts.unbind(), strict=True):
+            count.copy_(state[parameter]["step"])
+            state[parameter]["step"] = count
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+        # Detached, autograd has no part in what happens to the parameters.
+        return [
+            [
+                [parameter.detach() for parameter in group["params"]],
+                *([state[p][name] for p in group["params"]] for name in names),
+            ]
+            for group in groups
+        ]
+
+
+def _update_of(optimizer: torch.optim.Optimizer) -> StepUpdate:
+    if isinstance(optimizer, AMSGrad):
+        return FusedUpdate(optimizer)
+    if type(optimizer) is torch.optim.SGD and any(group["fused"] for group in optimizer.param_groups):
+        return FusedSGDUpdate(optimizer)
+    return StepUpdate(optimizer)
+
+
+def _can_travel(value: object) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(
+        (isinstance(item, Real) or (isinstance(item, Tensor) and item.numel() == 1)) and math.isfinite(float(item))
+        for item in values
+    )
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    return bool(first == second)

@@ -1,0 +1,389 @@
+"""An epoch in segments: batches until no ticket is left, then all ranks meet, agree, and go on as Lightning does.
+
+Lightning's own epoch loop runs a collective before every batch and ends an epoch by counting local batches; either
+would put the ranks in lock step or leave one of them waiting. The subclass below replaces exactly that. Below
+`loops.py`, which puts it in place, and `strategy.py`, whose public methods it calls; above `fetcher.py`, `results.py`
+and `epoch_plan.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+from typing_extensions import override
+
+from lightning_async.data.epoch_plan import EpochPlan, log_position, tickets_until
+from lightning_async.loops.checkpoint_interval import save_passed
+from lightning_async.loops.counters import rewrite_as_ddp
+from lightning_async.loops.epoch_size import epoch_size
+from lightning_async.loops.fetcher import TicketFetcher
+from lightning_async.loops.optimization import share_plateaus
+from lightning_async.loops.phase import Phase
+from lightning_async.loops.progress_bar import show_progress
+from lightning_async.loops.results import align_results
+from lightning_async.loops.weight_averaging import share_averages
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.strategy import AsyncStrategy
+
+__all__ = ["AsyncEpochLoop", "Epoch"]
+
+
+@dataclass
+class Epoch:
+    """Where this rank stands in the epoch."""
+
+    plan: EpochPlan | None = None
+    tickets_done: int = 0
+    batches_before: int = 0
+    training: bool = False
+    agreed: bool = False
+    clock: int = 0
+    log_clock: int = 0
+    learning: bool = False
+    ticks: range = range(0)
+    first_step: int = 0
+    first_batch: int = 0
+    batches_started: int = 0
+    scheduled: int = 0
+    scheduled_batch: int | None = None
+    validation_requested: bool = False
+    validated_at: int = -1
+    draws_further: bool = False
+
+
+class AsyncEpochLoop(_TrainingEpochLoop):
+    """One epoch, in segments of asynchronous training between synchronous stops."""
+
+    _epoch: Epoch
+
+    @property
+    def _strategy(self) -> AsyncStrategy:
+        return cast("AsyncStrategy", self.trainer.strategy)
+
+    @property
+    def global_step(self) -> int:
+        """The global clock: updates per rank, k // N."""
+        return self._strategy.clock
+
+    @property
+    def batch_idx(self) -> int:
+        """This rank's count of batches, or the shared clock's while a scheduler is stepped."""
+        if self._epoch.scheduled_batch is not None:
+            return self._epoch.scheduled_batch
+        return super().batch_idx
+
+    @property
+    def _batches_started(self) -> int:
+        """Batches of this epoch that this rank has computed, or is computing."""
+        current: Any = self.batch_progress.current
+        return int(current.started)
+
+    @property
+    def done(self) -> bool:
+        """Whether to leave the epoch: decided by all ranks together, between segments."""
+        return self._epoch.agreed and bool(super().done)
+
+    @property
+    def batches_of_all_ranks(self) -> int:
+        """Batches of this epoch that all ranks have finished, per rank, as DDP would count them; known on rank 0."""
+        plan = self._epoch.plan
+        return 0 if plan is None else plan.batches_done(plan.tickets - self._strategy.unfinished_tickets)
+
+    @override
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        before = self.batch_progress.total.ready - self.batch_progress.current.ready
+        step = self.global_step
+        self._epoch = Epoch(
+            batches_before=before,
+            clock=step,
+            log_clock=self._strategy.log_clock,
+            first_step=step,
+            first_batch=self.batch_progress.current.ready,
+            scheduled=step,
+        )
+        super().on_run_start(data_fetcher)
+
+    @override
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict(destination, prefix)
+        epoch, snapshot = self._epoch, self._strategy.snapshot_in_progress
+        if Phase.asynchronous and epoch.plan is not None and snapshot is not None:
+            # The epoch is not over before all ranks have met, so at least one batch is to come.
+            done = sum(stop - start for start, stop in snapshot.applied)
+            batches = min(epoch.plan.batches_done(done), epoch.plan.batches - 1)
+            clock = self._strategy.clock_of(snapshot)
+            rewrite_as_ddp(state, prefix, batches, epoch.batches_before, clock)
+        return state
+
+    @override
+    def reset(self) -> None:
+        with warnings.catch_warnings():
+            fetcher = self.trainer.fit_loop._data_fetcher
+            if isinstance(fetcher, TicketFetcher) and fetcher.is_shared:
+                # The ledger resumes it, whatever the loader can do.
+                warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            super().reset()
+
+    @override
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        assert isinstance(data_fetcher, TicketFetcher)
+        if not self._epoch.training:
+            self._start_segment(data_fetcher)
+            if self._epoch.agreed:
+                return
+        if self._epoch.learning and self._strategy.has_learned_steps:
+            self._finish_segment(data_fetcher)
+            return
+        if not data_fetcher.has_next():
+            self._finish_segment(data_fetcher)
+            return
+        try:
+            super().advance(data_fetcher)
+        except StopIteration as error:
+            if not self.batch_progress.is_last_batch:
+                raise RuntimeError(
+                    "StopIteration was raised while a train batch was computed, by training_step or a hook of a batch: "
+                    "an iterator in it has ended, and ranks take unlike numbers of batches. Begin it anew there, or "
+                    "return -1 from on_train_batch_start to skip the rest of the epoch."
+                ) from error
+            # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
+            self._strategy.worker.close_hand_out()
+            self._finish_segment(data_fetcher, skip_rest=True)
+
+    @override
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        if not self._epoch.training:
+            return
+        super().on_advance_end(data_fetcher)
+        self._strategy.requeue_if_asked()
+        if self._wants_to_stop():
+            self._strategy.worker.close_hand_out()
+
+    @override
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        if interval != "step":
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
+            return
+        if update_plateau_schedulers:
+            self._step_schedulers(self._epoch.ticks, plateau=True)
+        else:
+            self._tick()
+            self._follow_clock()
+
+    def begin_batch(self, samples: int) -> None:
+        """Notes that a batch is computed; the parameters that it waited for may be many steps on."""
+        self._strategy.begin_batch(samples)
+        self._follow_clock()
+
+    def _follow_clock(self) -> None:
+        previous, self._epoch.scheduled = self._epoch.scheduled, self.global_step
+        self._step_schedulers(range(previous + 1, self._epoch.scheduled + 1), plateau=False)
+
+    def _step_schedulers(self, steps: range, plateau: bool) -> None:
+        # Once for each step of the shared clock, however many of them this rank computed.
+        for step in steps:
+            batches = (step - self._epoch.first_step) * int(self.trainer.accumulate_grad_batches)
+            self._epoch.scheduled_batch = self._epoch.first_batch + batches - 1
+            try:
+                self._update_learning_rates("step", update_plateau_schedulers=plateau)
+            finally:
+                self._epoch.scheduled_batch = None
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Runs no collective; a SIGTERM closes the hand-out and is agreed on at the next stop."""
+
+    @override
+    def _num_ready_batches_reached(self) -> bool:
+        return not self._epoch.training and bool(self.batch_progress.is_last_batch)
+
+    @override
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        """Never after a batch; `_finish_segment` decides."""
+        return False
+
+    def _tick(self) -> None:
+        epoch, clock = self._epoch, self.global_step
+        previous, epoch.clock = epoch.clock, clock
+        epoch.ticks = range(previous + 1, clock + 1)
+        previous, epoch.log_clock = epoch.log_clock, self._strategy.log_clock
+        clock = epoch.log_clock
+        trainer: Any = self.trainer  # attributes that connectors set are unknown to type checkers
+        every = trainer.log_every_n_steps
+        self._batches_that_stepped = log_position(previous, clock, every)
+        if every and clock // every > previous // every:
+            self._strategy.log_statistics(self._batches_that_stepped)
+
+    def _wants_to_stop(self) -> bool:
+        trainer: Any = self.trainer
+        if self._strategy.sigterm_received:
+            return True
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            return True
+        if self.max_steps != -1 and not self._epoch.learning:
+            counted, steps = self._strategy.steps_of_all_ranks
+            # As under DDP, every rank makes the batch in which it reaches them.
+            if counted >= trainer.world_size * -(-self.max_steps // steps) * steps:
+                return True
+        interval = trainer._val_check_time_interval
+        if interval is not None and trainer.is_global_zero and time.monotonic() - trainer._last_val_time >= interval:
+            self._epoch.validation_requested = True
+            return True
+        return False
+
+    def _start_segment(self, fetcher: TicketFetcher) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        self._agree_on_stopping()
+        epoch.agreed = True
+        if super().done:
+            return
+        if epoch.plan is None:
+            limit = trainer.num_training_batches
+            tickets = None if limit == float("inf") else int(limit) * trainer.world_size
+            order = fetcher.begin_epoch(trainer.current_epoch, tickets)
+            epoch.plan = self._plan_epoch(fetcher)
+            self._begin_epoch(fetcher, epoch.plan, order)
+        # User code may have shown only now how many batches it takes for a step.
+        epoch.plan = replace(epoch.plan, block=strategy.block)
+        tickets = epoch.plan.until_stop(epoch.tickets_done)
+        epoch.learning = strategy.must_learn_steps
+        if self.max_steps != -1 and not epoch.learning:
+            counted, steps = strategy.steps_of_all_ranks
+            tickets = min(tickets, tickets_until(self.max_steps, counted, trainer.world_size, steps, strategy.block))
+        # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
+        ready = self.batch_progress.current.ready
+        self.batch_progress.current.ready = ready + -ready % strategy.block
+        epoch.batches_started = self._batches_started
+        strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
+        worker = strategy.worker
+        fetcher.open(worker.draw, worker.give_back, worker.leave_out, ahead=not epoch.learning)
+        epoch.training, epoch.agreed = True, False
+
+    def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        done = self.batch_progress.current.ready
+        epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
+        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
+        epoch.draws_further = fetcher.draws_further
+        if place is not None:
+            epoch.tickets_done = sum(stop - start for start, stop in place.applied)
+            # The number of ranks may be another one now.
+            self._count_as_ddp(plan.batches_done(epoch.tickets_done), is_last=False)
+            # What the schedulers had yet to catch up with when the checkpoint was saved between two batches.
+            epoch.first_batch = self.batch_progress.current.ready
+            epoch.clock = epoch.scheduled = place.clock
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        # A stream, as under DDP, begins anew and is as much shorter.
+        fetcher.fetched = self.batch_progress.current.ready
+
+    def _plan_epoch(self, fetcher: TicketFetcher) -> EpochPlan:
+        trainer = self.trainer
+        batches, tickets = epoch_size(trainer, fetcher)
+        every: int | None = None
+        if self._should_check_val_epoch() and trainer.val_check_batch not in (None, float("inf")):
+            every = int(trainer.val_check_batch)
+        across_epochs = trainer.check_val_every_n_epoch is None
+        return EpochPlan(
+            tickets=tickets,
+            batches=batches,
+            world_size=trainer.world_size,
+            validate_every=every,
+            batches_before=self._epoch.batches_before if across_epochs else 0,
+            block=self._strategy.block,
+        )
+
+    def _finish_segment(self, fetcher: TicketFetcher, skip_rest: bool = False) -> None:
+        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        assert epoch.plan is not None
+        self._flush_accumulated_gradients()
+        strategy.finish_segment()
+        progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
+        epoch.training = False
+        if epoch.draws_further:
+            strategy.compare_orders(fetcher.digests)
+        before, epoch.tickets_done = epoch.tickets_done, progress.tickets_done
+        exhausted = progress.tickets_left == 0
+        complete = exhausted or progress.skip_rest
+        # Streams may end before, or at an end that nobody knew of.
+        position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
+        batches = epoch.plan.batches_done(position)
+        computed = self._batches_started - epoch.batches_started
+        as_ddp = epoch.plan.batches_computed(position) - epoch.plan.batches_computed(before)
+        strategy.share_buffers(computed, as_ddp)
+        self._count_as_ddp(batches, complete)
+        align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        show_progress(trainer)
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        share_averages(trainer)
+        strategy.save_checkpoints(lambda: save_passed(trainer))
+        if complete:
+            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._batches_that_stepped = max(0, strategy.log_clock - 1)
+        if not epoch.learning:
+            strategy.log_statistics(self._batches_that_stepped)
+        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
+        due = epoch.plan.validation_due(position) or stopping or progress.validation_requested
+        due = due or (complete and trainer.val_check_batch == float("inf"))
+        # Where the streams turn out to have ended at the last stop already, there is nothing new to validate.
+        if due and position != epoch.validated_at and self._should_check_val_epoch():
+            epoch.validated_at = position
+            self._validate()
+        self.update_lr_schedulers("step", update_plateau_schedulers=True)
+        share_plateaus(trainer, strategy.broadcast, strategy.stepped_plateaus)
+        epoch.validation_requested = False
+        self._batches_that_stepped = strategy.log_clock
+        self._save_loggers_on_train_batch_end()
+        self._agree_on_stopping()
+        epoch.agreed = True
+        if not self._is_training_done and trainer.received_sigterm:
+            strategy.raise_sigterm()
+
+    def _validate(self) -> None:
+        trainer = self.trainer
+        trainer.validating = True
+        first_loop_iter = trainer._logger_connector._first_loop_iter
+        call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
+        self.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_loop_iter
+
+    def _flush_accumulated_gradients(self) -> None:
+        """Pushes micro-batches that no full accumulation was left for; Lightning steps on an epoch's last batch too."""
+        trainer = self.trainer
+        if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
+            return
+        if not self._strategy.worker.has_unreported_batches:
+            return
+        groups = trainer.optimizers[0].param_groups
+        if all(parameter.grad is None for group in groups for parameter in group["params"]):
+            # No batch gave a loss; a gradient scaler would complain.
+            return
+        zero = torch.zeros(())
+        self.automatic_optimization._optimizer_step(self.batch_idx, lambda: zero)
+        trainer.strategy._lightning_optimizers[0].zero_grad()
+
+    def _count_as_ddp(self, batches: int, is_last: bool) -> None:
+        """Sets Lightning's local counters to what DDP would show here; this is what a checkpoint records."""
+        progress = self.batch_progress
+        total = self._epoch.batches_before + batches
+        for tracker, value in ((progress.current, batches), (progress.total, total)):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = value  # type: ignore[attr-defined]
+        progress.is_last_batch = is_last
+        automatic = self.automatic_optimization.optim_progress.optimizer.step
+        for step in (automatic, self.manual_optimization.optim_step_progress):
+            behind = step.total.completed - step.current.completed
+            step.total.ready = step.total.completed = self.global_step
+            step.current.ready = step.current.completed = max(0, self.global_step - behind)
+        self._strategy.restart_step_count()
+
+    def _agree_on_stopping(self) -> None:
+        trainer = self.trainer
+        trainer.should_stop = self._strategy.reduce_boolean_decision(trainer.should_stop, all=False)

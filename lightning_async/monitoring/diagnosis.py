@@ -1,0 +1,220 @@
+"""What a run's numbers say in plain words: slow ranks, what the barrier cost, whether another bound would help.
+
+Pure rules over `RunFacts`; used by `summary.py` and the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from lightning_async.monitoring.replay import free_bound, lock_step_factor
+
+__all__ = ["RunFacts", "conclusions", "slow_ranks", "verdict_line"]
+
+SLOW_FACTOR = 1.5
+_LITTLE_GAIN = 1.15
+_COSTLY_BARRIER = 0.01
+_COSTLY_EXCHANGE = 0.25
+_NEEDED_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What the rules look at.
+
+    Args:
+        max_staleness: the bound; None if there was none.
+        on_stale: what kept it, ``"wait"`` or ``"drop"``.
+        shared: whether fast ranks took more batches.
+        train_seconds: length of training, validation not counted.
+        updates: updates applied.
+        dropped: gradients discarded.
+        steps: for each rank the seconds of some of its steps.
+        wait_seconds: for each rank: spent in push and pull.
+        parked_seconds: for each rank: the part of it in which the barrier held its gradient back.
+    """
+
+    max_staleness: int | None
+    on_stale: str
+    shared: bool
+    train_seconds: float
+    updates: int
+    dropped: int
+    steps: Sequence[Sequence[float]]
+    wait_seconds: Sequence[float]
+    parked_seconds: Sequence[float]
+
+    @classmethod
+    def of(
+        cls, configuration: Mapping[str, Any], stats: Mapping[str, Any], steps: Sequence[Sequence[float]]
+    ) -> RunFacts:
+        """From the strategy's ``configuration`` and its ``stats.as_dict()``."""
+        return cls(
+            max_staleness=configuration["max_staleness"],
+            on_stale=configuration["on_stale"],
+            shared=configuration["batches"] == "shared",
+            train_seconds=stats["train_seconds"],
+            updates=stats["updates"],
+            dropped=stats["dropped"],
+            steps=steps,
+            wait_seconds=list(stats["wait_seconds_by_rank"].values()),
+            parked_seconds=list(stats["parked_seconds_by_rank"].values()),
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.steps)
+
+    @property
+    def parked_fraction(self) -> float:
+        """Part of the workers' time in which the barrier held a gradient back."""
+        return min(1.0, sum(self.parked_seconds) / max(self.train_seconds * self.ranks, 1e-12))
+
+    @property
+    def exchange_fraction(self) -> float:
+        """Part of the workers' time that went into handing in gradients and getting parameters, the barrier apart."""
+        waited = sum(self.wait_seconds) - sum(self.parked_seconds)
+        return min(1.0, max(0.0, waited) / max(self.train_seconds * self.ranks, 1e-12))
+
+
+def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Ranks whose median step takes at least 1.5 times that of the others, and how many times.
+
+    Examples:
+        >>> slow_ranks([[1.0, 1.0], [1.1, 0.9], [4.1, 4.1]])
+        {2: 4.1}
+        >>> slow_ranks([[1.0], [1.2]]), slow_ranks([[1.0], []])
+        ({}, {})
+    """
+    medians = {rank: median(own) for rank, own in enumerate(steps) if own}
+    slow = {}
+    for rank, own in medians.items():
+        others = [value for other, value in medians.items() if other != rank]
+        if others and own >= SLOW_FACTOR * median(others) > 0.0:
+            slow[rank] = own / median(others)
+    return slow
+
+
+def conclusions(facts: RunFacts) -> list[str]:
+    """What to know of a run, the most important first; each a sentence without its full stop.
+
+    Examples:
+        >>> facts = RunFacts(8, "wait", True, train_seconds=100.0, updates=250, dropped=0,
+        ...                  steps=[[1.0] * 20, [1.0] * 20, [4.0] * 20], wait_seconds=[0.1] * 3,
+        ...                  parked_seconds=[0.0] * 3)
+        >>> for sentence in conclusions(facts):
+        ...     print(sentence)
+        rank 2 takes 4.0x the median step of the others
+        the barrier cost nothing
+        in lock step the same batches would take about 3.0x as long
+    """
+    if facts.updates == 0:
+        return ["no update was applied"]
+    if facts.ranks == 1:
+        return ["a single rank: there is nothing to wait for, and nothing is gained by not waiting"]
+    unknown = [rank for rank, own in enumerate(facts.steps) if len(own) < _NEEDED_STEPS]
+    if len(unknown) == facts.ranks:
+        return ["too few steps on each rank to say anything"]
+    if unknown:
+        # What another bound or lock step would have done depends on all of them.
+        return [
+            f"{_named(unknown)} made too few steps to tell how fast {'it is' if len(unknown) == 1 else 'they are'}",
+            _measured(facts),
+        ]
+    slow = slow_ranks(facts.steps)
+    found = [_slowness(slow)] if slow else []
+    found.append(_bound(facts))
+    gain = lock_step_factor(facts.steps, facts.shared)
+    starved = facts.max_staleness is not None and facts.max_staleness < facts.ranks - 1
+    if facts.exchange_fraction >= _COSTLY_EXCHANGE and not starved:
+        found.append(
+            f"handing in gradients and getting parameters took {facts.exchange_fraction:.0%} of worker time: rank 0 or "
+            "the transport is the bottleneck, where larger batches, accumulate_grad_batches or fewer ranks help more "
+            "than asynchrony"
+        )
+    if gain < _LITTLE_GAIN and slow and not facts.shared:
+        shared_gain = lock_step_factor(facts.steps)
+        found.append(
+            "with equal shares the slowest rank sets the pace, as in lock step: batches='shared' would let the others "
+            f"take over and be about {shared_gain:.1f}x as fast"
+        )
+    elif gain < _LITTLE_GAIN:
+        found.append(
+            f"the ranks are about equally fast: waiting for the slowest would cost {gain - 1:.0%}, so asynchrony gains "
+            "little here"
+        )
+    else:
+        found.append(f"in lock step the same batches would take about {gain:.1f}x as long")
+    return found
+
+
+def verdict_line(facts: RunFacts) -> str:
+    """The conclusions in one line."""
+    line = "; ".join(conclusions(facts))
+    return f"{line[0].upper()}{line[1:]}."
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """The ranks in words; ranges where there are many.
+
+    Examples:
+        >>> _named([3]), _named([1, 3]), _named([0, 2, 3, 4, 5, 9])
+        ('rank 3', 'ranks 1 and 3', 'ranks 0, 2 to 5 and 9')
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [
+        word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
+    ]
+    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _slowness(slow: Mapping[int, float]) -> str:
+    low, high = f"{min(slow.values()):.1f}", f"{max(slow.values()):.1f}"
+    factor = f"{low}x" if low == high else f"{low} to {high}x"
+    return f"{_named(list(slow))} take{'s' if len(slow) == 1 else ''} {factor} the median step of the others"
+
+
+def _measured(facts: RunFacts) -> str:
+    """What the bound cost, without a guess at what another one would."""
+    if facts.max_staleness is None:
+        return "no bound was set, so nothing waited for it"
+    if facts.on_stale == "drop":
+        part = facts.dropped / max(1, facts.dropped + facts.updates)
+        return f"{part:.{0 if part >= _COSTLY_BARRIER else 1}%} of the gradients were dropped as too stale"
+    cost = facts.parked_fraction
+    if cost < 0.0005:
+        return "the barrier cost nothing"
+    return f"the barrier cost {cost:.{0 if cost >= _COSTLY_BARRIER else 1}%} of worker time"
+
+
+def _bound(facts: RunFacts) -> str:
+    bound, ranks, said = facts.max_staleness, facts.ranks, _measured(facts)
+    if bound is None:
+        return said
+    if facts.on_stale == "drop":
+        if facts.dropped < _COSTLY_BARRIER * (facts.dropped + facts.updates):
+            return said
+        free = free_bound(facts.steps)
+        return f"{said}; a bound of {free} would drop hardly any" if free > bound else said
+    if bound < ranks - 1:
+        return (
+            f"a bound of {bound} lets only {bound + 1} of {ranks} ranks compute at a time; "
+            f"a bound of {max(ranks - 1, free_bound(facts.steps))} would cost none"
+        )
+    cost, free = facts.parked_fraction, free_bound(facts.steps)
+    if cost >= _COSTLY_BARRIER:
+        return f"{said}; a bound of {free} would cost none" if free > bound else said
+    smaller = max(free, ranks - 1)
+    if 2 * smaller <= bound:
+        return f"{said}; a bound of {smaller} would not cost more, and gradients would be fresher"
+    return said

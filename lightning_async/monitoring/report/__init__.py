@@ -1,0 +1,5 @@
+"""``lightning-async report``: a run's record as one self-contained HTML page. Above `seeing/`, below `app.py`."""
+
+from lightning_async.monitoring.report.command import report_main, write_report
+
+__all__ = ["report_main", "write_report"]

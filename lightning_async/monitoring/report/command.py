@@ -1,0 +1,74 @@
+"""The command and the function behind it. Above `page.py` and `monitoring/record.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_async.monitoring.record import RECORD_NAME, RecordError, RunRecord
+from lightning_async.monitoring.report.page import page
+
+__all__ = ["ReportError", "report_main", "write_report"]
+
+
+class ReportError(RuntimeError):
+    """A report that cannot be written; the message says what to do."""
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the report of a run: one HTML file without anything to fetch.
+
+    Args:
+        run_dir: folder with the ``async_run.json`` that `AsyncMonitor` wrote, or that file.
+        out: the file to write; None for ``report.html`` beside the record.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecordError: if there is no record, or another kind of file.
+        ReportError: if matplotlib is not installed.
+    """
+    run_dir = Path(run_dir)
+    record = RunRecord.read(run_dir)
+    try:
+        from lightning_async.monitoring.report import plots
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise ReportError("a report draws with matplotlib: pip install 'lightning-async[report]'") from error
+    path = (run_dir if run_dir.is_dir() else run_dir.parent) / "report.html" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(record, plots.draw(record)), encoding="utf-8")
+    return path
+
+
+def report_main(argv: Sequence[str]) -> int:
+    """Runs ``lightning-async report RUN_DIR [--out FILE]``.
+
+    Args:
+        argv: the arguments after ``report``.
+
+    Returns:
+        The exit status: 0, or 1 after one line on stderr that says what is wrong.
+
+    Raises:
+        SystemExit: with status 2 if the arguments are wrong, with 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-async report",
+        description="Write what asynchrony did in a run as one self-contained HTML page.",
+        epilog="The run must have been trained with the callback lightning_async.AsyncMonitor.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=f"the run's folder, which has {RECORD_NAME}")
+    parser.add_argument("--out", metavar="FILE", help="the page to write (default: RUN_DIR/report.html)")
+    arguments = parser.parse_args(list(argv))
+    try:
+        path = write_report(arguments.run_dir, arguments.out)
+    except (RecordError, ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0

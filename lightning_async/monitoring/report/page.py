@@ -1,0 +1,165 @@
+"""The report's HTML. Pure: from a record and its figures to a text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from lightning_async.monitoring.diagnosis import RunFacts, conclusions
+from lightning_async.monitoring.record import RunRecord
+from lightning_async.monitoring.stats import quantile
+
+if TYPE_CHECKING:
+    from lightning_async.monitoring.report.plots import Plot
+
+__all__ = ["page"]
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #f6f7f9; --card: #ffffff; --ink: #1d2430; --soft: #5b6675; --faint: #cfd6df;
+  --one: #2f6fdb; --two: #d4551b; --three: #e0a526; }
+@media (prefers-color-scheme: dark) { :root { --paper: #12161c; --card: #1a2028; --ink: #e6eaf0; --soft: #9aa6b5;
+  --faint: #3a4452; --one: #6aa1ff; --two: #ff8a52; --three: #f0c04f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 48px; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 4px; }
+h2 { font-size: 1.05rem; margin: 0 0 2px; }
+p, ul { margin: 0; }
+.soft { color: var(--soft); font-size: .9rem; }
+.verdict { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
+  margin: 20px 0; }
+.verdict li { margin: 4px 0; } .verdict ul { padding-left: 20px; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
+.tile { flex: 1 1 148px; }
+.tile, .card { background: var(--card); border-radius: 8px; padding: 14px 16px; min-width: 0; }
+.tile.long { flex-basis: 190px; }
+.tile b { display: block; white-space: nowrap; font-size: 1.45rem; line-height: 1.2;
+  font-variant-numeric: tabular-nums; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
+.card { margin: 0; } .wide { margin: 16px 0; } figure.card { display: flex; flex-direction: column; }
+.card svg { display: block; width: 100%; height: auto; margin-top: auto; padding-top: 8px; overflow: visible; }
+.halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px;
+  align-items: start; }
+.scroll { overflow-x: auto; margin-top: 8px; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.pairs td:first-child { color: var(--soft); width: 36%; }
+tr:last-child td { border-bottom: 0; }
+"""
+
+
+def page(record: RunRecord, plots: Sequence[Plot]) -> str:
+    """The whole page.
+
+    Args:
+        record: of the run.
+        plots: its figures.
+    """
+    stats = record.stats
+    facts = RunFacts.of(record.configuration, stats, record.step_seconds)
+    sentences = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in conclusions(facts))
+    module = escape(str(record.about.get("module", "a run")))
+    state = "finished" if record.finished else "did not finish, or goes on"
+    written = escape(record.written_at.replace("T", " ").replace("+00:00", " UTC"))
+    ranks = len(stats["updates_by_rank"])
+    heading = f"What asynchrony did: {module} on {ranks} rank{'' if ranks == 1 else 's'}"
+    figures = "".join(
+        f'<figure class="card"><h2>{escape(plot.title)}</h2>'
+        f'<figcaption class="soft">{escape(plot.note)}</figcaption>{plot.svg}</figure>'
+        for plot in plots
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{heading}</title>
+<link rel="icon" href="data:,">
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<header><h1>{heading}</h1>
+<p class="soft">{written} &middot; the run {state}</p></header>
+<section class="verdict" aria-label="verdict"><h2>Verdict</h2><ul>{sentences}</ul></section>
+<section class="tiles" aria-label="totals">{_tiles(stats)}</section>
+<section class="grid" aria-label="figures">{figures}</section>
+<section class="card wide"><h2>Ranks</h2><div class="scroll" tabindex="0">{_ranks(stats)}</div></section>
+<section class="halves">
+<div class="card"><h2>Configuration</h2>{_pairs(record.configuration)}</div>
+<div class="card"><h2>Run</h2>{_pairs(record.about)}</div>
+</section>
+</main>
+</body>
+</html>
+"""
+
+
+def _tiles(stats: Mapping[str, Any]) -> str:
+    seconds, updates = max(stats["train_seconds"], 1e-9), stats["updates"]
+    ranks = max(1, len(stats["updates_by_rank"]))
+    waited = sum(stats["wait_seconds_by_rank"].values()) / (ranks * seconds)
+    tiles = [
+        (f"{updates:,}", "updates"),
+        (f"{updates / seconds:,.1f}", "updates a second"),
+        (f"{seconds:,.1f} s", "of training"),
+        (f"{min(waited, 1.0):.0%}", "of worker time waiting"),
+        (_ages(stats["staleness"]), "staleness mean / p95 / max"),
+    ]
+    if stats["dropped"]:
+        tiles.append((f"{stats['dropped']:,}", "gradients dropped"))
+    return "".join(
+        f'<div class="tile{" long" if "/" in value else ""}"><b>{value}</b><span class="soft">{name}</span></div>'
+        for value, name in tiles
+    )
+
+
+def _ranks(stats: Mapping[str, Any]) -> str:
+    seconds, updates = max(stats["train_seconds"], 1e-9), max(1, stats["updates"])
+    head = ("rank", "updates", "share", "batches", "median step", "waiting", "barrier", "staleness mean / p95 / max")
+    rows = [
+        (
+            str(rank),
+            f"{own:,}",
+            f"{own / updates:.0%}",
+            f"{stats['batches_by_rank'][rank]:,}",
+            f"{1000 * stats['median_step_seconds_by_rank'][rank]:.1f} ms",
+            f"{stats['wait_seconds_by_rank'][rank] / seconds:.0%}",
+            f"{stats['parked_seconds_by_rank'][rank] / seconds:.1%}",
+            _ages(stats["staleness_by_rank"][rank]),
+        )
+        for rank, own in stats["updates_by_rank"].items()
+    ]
+    body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
+    return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr>{_cells((_words(name), 'none' if value is None else str(value)), 'td')}</tr>"
+        for name, value in values.items()
+    )
+    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
+
+
+def _words(name: str) -> str:
+    stem = name.removesuffix("_s")
+    return stem.replace("_", " ") + (" (s)" if stem != name else "")
+
+
+def _cells(values: Iterable[str], tag: str) -> str:
+    return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
+
+
+def _ages(counts: Mapping[int, int]) -> str:
+    if not counts:
+        return "-"
+    ages = Counter(counts)
+    mean = sum(age * count for age, count in ages.items()) / ages.total()
+    return f"{mean:.1f} / {quantile(ages, 0.95)} / {max(ages)}"

@@ -1,0 +1,275 @@
+"""What asynchrony does, in numbers: collected at the holder, logged on rank 0.
+
+Below `strategy.py`, which owns the statistics and says when to log; above `loggers.py`, which knows the loggers. Imports
+no Lightning.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, Protocol
+
+from lightning_async.holder.holder import Update
+
+__all__ = ["MetricsLogger", "MetricsSink", "RunStats", "quantile"]
+
+# Enough for a median within a few percent, whatever the run's length.
+_STEPS_KEPT = 1001
+
+
+class RunStats:
+    """Statistics of a run, as ``trainer.strategy.stats`` on rank 0, during and after fit.
+
+    Args:
+        workers: number of ranks.
+
+    Attributes:
+        updates: updates applied, over all optimizers.
+        staleness: staleness -> number of applied updates.
+        staleness_by_rank: the same for each rank.
+        updates_by_rank: rank -> updates applied.
+        batches_by_rank: rank -> batches computed.
+        wait_seconds_by_rank: rank -> seconds its training loop spent in push and pull: transport, update and barrier.
+        parked_seconds_by_rank: rank -> the part of it in which the barrier held its gradient back.
+        dropped: pushes discarded as too stale (``on_stale="drop"``).
+        rejected: connections and requests that were refused.
+        evicted: ranks that were taken out of the run.
+        train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._lock = threading.Lock()
+        self.updates = 0
+        self.staleness: Counter[int] = Counter()
+        self.staleness_by_rank: dict[int, Counter[int]] = {rank: Counter() for rank in range(workers)}
+        self.updates_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.batches_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.wait_seconds_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
+        self.parked_seconds_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
+        self.dropped = 0
+        self.rejected = 0
+        self.evicted: list[int] = []
+        self.train_seconds = 0.0
+        self._segment_started: float | None = None
+        # Of each rank: when its last update was recorded, and how long the barrier had held that one back.
+        self._last: dict[int, tuple[float, float]] = {}
+        self._steps: dict[int, deque[float]] = {rank: deque(maxlen=_STEPS_KEPT) for rank in range(workers)}
+
+    def start_segment(self) -> None:
+        """Training begins, or goes on after a validation."""
+        with self._lock:
+            self._segment_started = time.perf_counter()
+            self._last.clear()
+
+    def end_segment(self) -> None:
+        """All ranks have met: what comes now is not training."""
+        with self._lock:
+            if self._segment_started is not None:
+                self.train_seconds += time.perf_counter() - self._segment_started
+                self._segment_started = None
+
+    def seconds_so_far(self) -> float:
+        """Seconds of training until now, validation not counted."""
+        with self._lock:
+            return self._train_seconds()
+
+    def record(self, update: Update) -> None:
+        """Counts an applied or dropped push."""
+        worker, now = update.push.worker, update.at_ns / 1e9
+        with self._lock:
+            self._time_step(worker, now, update)
+            self.batches_by_rank[worker] += update.push.tickets
+            self.wait_seconds_by_rank[worker] += update.push.waited_s
+            self.parked_seconds_by_rank[worker] += update.parked_s
+            if update.applied:
+                self.updates += 1
+                self.updates_by_rank[worker] += 1
+                self.staleness[update.staleness] += 1
+                self.staleness_by_rank[worker][update.staleness] += 1
+            else:
+                self.dropped += 1
+
+    def _time_step(self, worker: int, now: float, update: Update) -> None:
+        # From update to update a rank computes, and waits twice: for the answer to the first and, parked, before the
+        # second. A worker tells how long it waited with its next push, the parked time before the first included.
+        if worker in self._last:
+            before, parked_s = self._last[worker]
+            self._steps[worker].append(max(0.0, now - before - update.push.waited_s + parked_s - update.parked_s))
+        self._last[worker] = (now, update.parked_s)
+
+    def step_seconds(self, rank: int) -> list[float]:
+        """Seconds that ``rank`` took to compute each of its latest updates (at most 1001), without waiting."""
+        with self._lock:
+            return list(self._steps[rank])
+
+    def refuse(self) -> None:
+        """Counts a refused connection or request."""
+        with self._lock:
+            self.rejected += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The statistics travel from a spawned rank 0 to the process that started it; the lock does not.
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def counts(self) -> dict[str, Any]:
+        """A copy of the counters, in little time."""
+        with self._lock:
+            return {
+                "updates": self.updates,
+                "staleness": dict(self.staleness),
+                "staleness_by_rank": {rank: dict(counts) for rank, counts in self.staleness_by_rank.items()},
+                "updates_by_rank": dict(self.updates_by_rank),
+                "batches_by_rank": dict(self.batches_by_rank),
+                "wait_seconds_by_rank": dict(self.wait_seconds_by_rank),
+                "parked_seconds_by_rank": dict(self.parked_seconds_by_rank),
+                "dropped": self.dropped,
+                "rejected": self.rejected,
+                "evicted": list(self.evicted),
+                "train_seconds": self._train_seconds(),
+            }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counters and each rank's median step, 0.0 where it is unknown; JSON can hold it."""
+        # The holder waits for whoever has the lock, so nothing is sorted under it.
+        medians = {rank: median(self.step_seconds(rank) or [0.0]) for rank in self._steps}
+        return {**self.counts(), "median_step_seconds_by_rank": medians}
+
+    def summary(self) -> dict[str, float]:
+        """The run in a few numbers; those of one rank end in ``_rank_r``. Empty if there was no update."""
+        stats = self.as_dict()
+        updates, seconds, ranks = stats["updates"], stats["train_seconds"], stats["updates_by_rank"]
+        if updates == 0:
+            return {}
+        waited = stats["wait_seconds_by_rank"]
+        summary = {
+            "updates": float(updates),
+            **_staleness(Counter(stats["staleness"])),
+            "updates_per_second": updates / max(seconds, 1e-9),
+            "wait_fraction": sum(waited.values()) / max(seconds * len(ranks), 1e-9),
+            "train_seconds": seconds,
+            "dropped": float(stats["dropped"]),
+            "rejected": float(stats["rejected"]),
+        }
+        for rank, count in ranks.items():
+            summary[f"updates_rank_{rank}"] = float(count)
+            summary[f"share_rank_{rank}"] = count / updates
+            summary[f"wait_fraction_rank_{rank}"] = waited[rank] / max(seconds, 1e-9)
+            summary[f"median_step_seconds_rank_{rank}"] = stats["median_step_seconds_by_rank"][rank]
+        return summary
+
+    def _train_seconds(self) -> float:
+        running = 0.0 if self._segment_started is None else time.perf_counter() - self._segment_started
+        return self.train_seconds + running
+
+
+class MetricsSink(Protocol):
+    """Where metrics go: one logger, and what it can show."""
+
+    def configure(self, configuration: dict[str, Any]) -> None:
+        """Notes how the run is set up."""
+
+    def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
+        """Writes metrics and the staleness counts behind them."""
+
+    def summarize(self, summary: dict[str, float]) -> None:
+        """Notes the run's final numbers."""
+
+
+class MetricsLogger:
+    """Logs the ``async/`` metrics: what has happened since they were last logged.
+
+    Args:
+        stats: the run's statistics.
+        sinks: where the metrics go.
+    """
+
+    def __init__(self, stats: RunStats, sinks: Sequence[MetricsSink]) -> None:
+        self._stats = stats
+        self._sinks = sinks
+        self._seen = stats.counts()
+        self._since = time.perf_counter()
+
+    def configure(self, configuration: dict[str, Any]) -> None:
+        """Writes how the run is set up, once, before anything else."""
+        for sink in self._sinks:
+            sink.configure(configuration)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last logging out of the rates: validation is not training."""
+        self._since = time.perf_counter()
+
+    def log(self, version: int, step: int, epoch: int) -> None:
+        """Writes the metrics at ``step``; nothing if no update came in since.
+
+        Args:
+            version: the version that they are at.
+            step: the x-axis.
+            epoch: goes into the row, as into every row that Lightning writes: loggers rely on it.
+        """
+        now, stats = time.perf_counter(), self._stats.counts()
+        updates = stats["updates"] - self._seen["updates"]
+        if updates == 0:
+            return
+        staleness = Counter(stats["staleness"]) - Counter(self._seen["staleness"])
+        metrics = self._metrics(stats, staleness, version, now - self._since)
+        self._seen, self._since = stats, now
+        for sink in self._sinks:
+            # A copy for each: a logger may take something out of its row.
+            sink.log({**metrics, "epoch": epoch}, staleness, step)
+
+    def finish(self) -> None:
+        """Writes the run's final numbers; nothing if there was no update."""
+        summary = self._stats.summary()
+        if summary:
+            for sink in self._sinks:
+                sink.summarize(summary)
+
+    def _metrics(
+        self, stats: dict[str, Any], staleness: Counter[int], version: int, seconds: float
+    ) -> dict[str, float]:
+        waited = sum(stats["wait_seconds_by_rank"].values()) - sum(self._seen["wait_seconds_by_rank"].values())
+        ranks, updates = stats["updates_by_rank"], staleness.total()
+        metrics = {
+            "async/version": float(version),
+            **{f"async/{name}": value for name, value in _staleness(staleness).items()},
+            "async/updates_per_second": updates / seconds,
+            "async/wait_fraction": waited / (seconds * len(ranks)),
+            "async/dropped": float(stats["dropped"]),
+            "async/rejected": float(stats["rejected"]),
+        }
+        for rank, count in ranks.items():
+            new = count - self._seen["updates_by_rank"][rank]
+            metrics[f"async/share_rank_{rank}"] = new / updates
+            metrics[f"async/updates_per_second_rank_{rank}"] = new / seconds
+        return metrics
+
+
+def _staleness(counts: Counter[int]) -> dict[str, float]:
+    return {
+        "staleness_mean": sum(age * count for age, count in counts.items()) / counts.total(),
+        "staleness_p95": float(quantile(counts, 0.95)),
+        "staleness_max": float(max(counts)),
+    }
+
+
+def quantile(counts: Counter[int], fraction: float) -> int:
+    """The smallest value that at least ``fraction`` of the counted values do not exceed.
+
+    Examples:
+        >>> quantile(Counter({0: 19, 10: 1}), 0.95), quantile(Counter({0: 18, 10: 2}), 0.95)
+        (0, 10)
+    """
+    needed = fraction * counts.total()
+    seen = 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= needed:
+            return value
+    return max(counts)

@@ -1,5 +1,0 @@
-"""``lightning-async report``: a run's record as one self-contained HTML page. Above `seeing/`, below `cli.py`."""
-
-from lightning_async.report.command import report_main, write_report
-
-__all__ = ["report_main", "write_report"]

@@ -1,0 +1,236 @@
+"""The lifeline: a connection of its own per worker for signs of life and the news of a failure.
+
+It is apart from the connection that carries requests, so that the training thread can wait for its reply directly,
+while this room's one thread watches over every peer: the holder's process has one lifeline per worker, a worker's
+process one to the holder. Above `transport/control.py` and `failure.py`; below `server.py` and `strategy.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightning_async.runtime.collective_watch import CollectiveWatch
+from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
+from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.fields import fit_text
+from lightning_async.transport.message import Kind, Message, WireError, encode
+
+__all__ = ["Lifelines"]
+
+log = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 1.0
+
+
+@dataclass
+class _Peer:
+    rank: int
+    connection: ControlConnection
+    last_seen: float
+    # Whether it was sent the failure, or as much of it as there was memory for.
+    told: bool = False
+    sending: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Lifelines:
+    """Watches over peers and passes on the first failure; one thread.
+
+    A peer is lost when its connection ends without a goodbye (a killed process: milliseconds) or when nothing has
+    come from it for ``timeout_s`` (a stopped process, a cut link).
+
+    Args:
+        rank: this process's rank.
+        latch: the run's failure latch: tripped when a peer is lost or reports a failure, and listened to.
+        timeout_s: seconds without a sign of life after which a peer counts as lost.
+        describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
+        who: what stands before "gave no sign of life", where the peer is not the rank's main process.
+        watch: asked at each beat which collective this rank waits in, and told where the others do.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        latch: FailureLatch,
+        timeout_s: float,
+        describe_end: Callable[[int], str | None] = lambda rank: None,
+        who: str = "",
+        watch: CollectiveWatch | None = None,
+    ) -> None:
+        self._collectives = watch
+        self._who = f"{who} " if who else ""
+        self._rank = rank
+        self._latch = latch
+        self._timeout_s = timeout_s
+        self._beat_s = min(2.0, timeout_s / 4)
+        # Made while there is memory.
+        self._beat = encode(Message(Kind.BEAT, worker=rank))
+        self._goodbye = encode(Message(Kind.GOODBYE, worker=rank))
+        self._last_words = encode(Message(Kind.ABORT, worker=rank, text="out of memory"))
+        self._describe_end = describe_end
+        self._lock = threading.Lock()
+        self._peers: dict[int, _Peer] = {}
+        self._closing = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="lifelines", daemon=True)
+        self._thread.start()
+        latch.subscribe(self._pass_on)
+
+    def watches(self, rank: int) -> bool:
+        """Whether a peer of this rank is being watched over."""
+        with self._lock:
+            return rank in self._peers
+
+    def add(self, rank: int, connection: ControlConnection) -> None:
+        """Watches over another peer; its connection is owned from here on."""
+        connection.settimeout(_SEND_TIMEOUT_S)
+        peer = _Peer(rank, connection, time.monotonic())
+        with self._lock:
+            self._peers[rank] = peer
+            self._selector.register(connection.fileno(), selectors.EVENT_READ, peer)
+        self._wake()
+
+    def close(self) -> None:
+        """Says goodbye to every peer and stops; idempotent."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            peers = list(self._peers.values())
+        failure = self._latch.failure
+        for peer in peers:
+            if failure is not None:
+                # A goodbye alone would say that all is well.
+                self._tell(peer, failure)
+            self._send(peer, self._goodbye)
+        self._wake()
+        self._thread.join(timeout=5.0)
+        for peer in peers:
+            peer.connection.close()
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _wake(self) -> None:
+        self._wake_in.send(b"\0")
+
+    def _pass_on(self, failure: RunFailure) -> None:
+        with self._lock:
+            # The rank at fault too, if its connection still stands: rank 0 may have refused a request of its.
+            peers = list(self._peers.values())
+        for peer in peers:
+            self._tell(peer, failure)
+
+    def _tell(self, peer: _Peer, failure: RunFailure) -> None:
+        try:
+            words = encode(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+        except (MemoryError, WireError):
+            words = self._last_words
+        with peer.sending:
+            if not peer.told:
+                self._send_alone(peer, words)
+                peer.told = True
+
+    def _send(self, peer: _Peer, message: bytes) -> None:
+        with peer.sending:
+            self._send_alone(peer, message)
+
+    def _send_alone(self, peer: _Peer, message: bytes) -> None:
+        try:
+            peer.connection.send_encoded(message)
+        except ChannelClosedError:
+            # The reading side learns of it too, and knows more: it sees the goodbye or abort that came before.
+            log.debug("no longer reaches rank %d", peer.rank)
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # Nobody would be watched over any more, and nobody have a sign of life from here.
+            reason = f"{describe_error(error)} (while it watched over the other ranks)"
+            self._latch.trip(RunFailure(self._rank, reason, announced=self._rank != 0))
+
+    def _watch(self) -> None:
+        last_round = time.monotonic()
+        next_beat = last_round
+        while not self._closing.is_set():
+            events = self._selector.select(timeout=max(0.0, next_beat - time.monotonic()))
+            if self._closing.is_set():
+                return
+            for key, _ in events:
+                if key.data is None:
+                    self._wake_out.recv(64)
+                else:
+                    self._read(key.data)
+            now = time.monotonic()
+            with self._lock:
+                peers = list(self._peers.values())
+            if now - last_round > self._timeout_s / 2:
+                # This process itself was stopped: the silence was its own.
+                for peer in peers:
+                    peer.last_seen = now
+            last_round = now
+            if now >= next_beat:
+                next_beat = now + self._beat_s
+                self._give_signs_of_life(peers)
+            for peer in peers:
+                if now - peer.last_seen > self._timeout_s:
+                    self._lose(peer, f"{self._who}gave no sign of life for {self._timeout_s:g} s (worker_timeout)")
+
+    def _give_signs_of_life(self, peers: list[_Peer]) -> None:
+        beat = self._beat
+        if self._collectives is not None:
+            if waiting := self._collectives.look():
+                beat = encode(Message(Kind.BEAT, worker=self._rank, text=fit_text(waiting)))
+            if (stuck := self._collectives.failure()) is not None:
+                self._latch.trip(stuck)
+        failure = self._latch.failure
+        for peer in peers:
+            if failure is None:
+                self._send(peer, beat)
+            else:
+                # This rank's part is over. Whoever has not heard so must not believe that it goes on.
+                self._tell(peer, failure)
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            messages = peer.connection.receive_available()
+            peer.last_seen = time.monotonic()
+            for message in messages:
+                self._handle(peer, message)
+        except ChannelClosedError:
+            self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
+        except WireError as error:
+            self._lose(peer, f"its lifeline does not follow the protocol: {error}")
+
+    def _handle(self, peer: _Peer, message: Message) -> None:
+        if message.kind is Kind.GOODBYE:
+            self._forget(peer)
+        elif message.kind is Kind.ABORT:
+            if message.worker == peer.rank:
+                # Its end of the connection is about to vanish, which is then no news.
+                self._forget(peer)
+            self._latch.trip(RunFailure(message.worker, message.text, announced=self._rank != 0))
+        elif message.kind is Kind.BEAT:
+            if self._collectives is not None:
+                self._collectives.hear(peer.rank, message.text)
+        else:
+            raise WireError(f"unexpected {message.kind.name} on a lifeline")
+
+    def _lose(self, peer: _Peer, reason: str) -> None:
+        self._forget(peer)
+        self._latch.trip(RunFailure(peer.rank, reason))
+
+    def _forget(self, peer: _Peer) -> None:
+        with self._lock:
+            if self._peers.pop(peer.rank, None) is not None:
+                self._selector.unregister(peer.connection.fileno())
+                peer.connection.close()

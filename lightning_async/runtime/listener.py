@@ -1,0 +1,315 @@
+"""Rank 0's front door: one listening socket; lets the run's own ranks in and refuses everyone else by name.
+
+A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `heartbeat.py`), a
+doorbell (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`). Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_async.runtime.failure import describe_error
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.connection import ControlConnection, connect
+from lightning_async.transport.fields import fit_text
+from lightning_async.transport.message import Kind, Message, WireError
+
+__all__ = ["DOORBELL", "LIFELINE", "STATE", "Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
+
+log = logging.getLogger(__name__)
+
+LIFELINE, DOORBELL, STATE = "lifeline", "doorbell", "state"
+_HANDSHAKE_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 30.0
+# Before rank 0 welcomes a doorbell it reserves the worker's buffers, a second or so for each GB, and may have to wait
+# for a name server. That it is gone is noticed at once, and that it is stopped by the lifeline.
+_WELCOME_TIMEOUT_S = 600.0
+# Between two tries to take a connection, when there is no descriptor for it.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+# Less than a rank waits for the answer to its HELLO.
+_LONGEST_TROUBLES_S = 5.0
+_SHORT_HEARING_S = 0.5
+_REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
+
+
+class HandshakeError(RuntimeError):
+    """A connection was refused; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the workers find rank 0, and the secret that proves they belong to this run."""
+
+    host: str
+    port: int
+    token: str
+
+    def as_json(self) -> str:
+        """For the broadcast to the workers."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Address:
+        """Inverse of `as_json`."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who stands at the door: a rank of this run, how often it has come, and what it says of itself."""
+
+    rank: int
+    incarnation: int
+    claims: dict[str, Any]
+
+    @property
+    def lane(self) -> int:
+        """Which of the rank's lanes a doorbell is for; -1 if what it says is no number."""
+        lane = self.claims.get("lane", 0)
+        return lane if type(lane) is int else -1
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the rank computes while its answer is under way."""
+        return self.claims.get("overlaps") is True
+
+
+class _Troubles:
+    """How long a process has been unable to take connections; says so once."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._told = False
+        self._pause_s = _FIRST_PAUSE_S
+
+    @property
+    def last_s(self) -> float:
+        """Seconds since they began; 0 if there are none."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    def add(self, error: BaseException) -> float:
+        """Notes that it went wrong once more; returns how long to pause."""
+        if self._since is None:
+            self._since = time.monotonic()
+        if not self._told:
+            self._told = True
+            log.warning("lightning_async: rank 0 cannot take connections, and keeps trying: %s. %s", error, _REMEDY)
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s
+
+    def end(self) -> None:
+        """Notes that it went well."""
+        self._since, self._pause_s = None, _FIRST_PAUSE_S
+
+
+class FrontDoor:
+    """Accepts connections until closed; a short-lived thread per visitor.
+
+    A process that is out of descriptors or threads for a while keeps its door: who comes then is taken later, and who
+    has waited for long is told why.
+
+    Args:
+        host: the address that the workers reach rank 0 at; the loopback address keeps the door shut to other hosts.
+        workers: number of ranks.
+        lifelines: takes the lifelines; None where they come in at another door.
+    """
+
+    def __init__(self, host: str, workers: int, lifelines: Lifelines | None) -> None:
+        self._workers = workers
+        self._lifelines = lifelines
+        # Of each rank whose lifeline has ever come, in which incarnation it came last.
+        self._incarnations: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        # Served while training; before and after, a doorbell finds nobody.
+        self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
+        # Served while training, too, in the visitor's own thread: answers one question.
+        self.on_state: Callable[[Visitor, ControlConnection], None] | None = None
+        self.on_refused: Callable[[], None] = lambda: None
+        # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
+        self.rank_0_rings = False
+        self._listener = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
+        self._listener.setblocking(False)
+        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        # Given up for a moment where there is no descriptor to take a visitor with, to tell it so.
+        self._spare: socket.socket | None = socket.socket()
+        self._thread = threading.Thread(target=self._accept, name="front-door", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Lets nobody in any more; idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._wake_in.send(b"\0")
+        self._thread.join(timeout=1.0)
+        for each in (self._selector, self._listener, self._wake_in, self._wake_out, self._spare):
+            if each is not None:
+                each.close()
+
+    def _accept(self) -> None:
+        troubles = _Troubles()
+        while not self._closing.is_set():
+            try:
+                self._selector.select()
+                if self._closing.is_set():
+                    return
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionError):
+                # Whoever it was has gone again.
+                continue
+            except (OSError, MemoryError) as error:
+                self._closing.wait(troubles.add(error))
+                if troubles.last_s > _LONGEST_TROUBLES_S:
+                    self._take_to_refuse(error)
+                continue
+            troubles.end()
+            self._show_in(sock)
+
+    def _show_in(self, sock: socket.socket) -> None:
+        try:
+            connection = ControlConnection(sock)
+        except OSError as error:
+            log.debug("a visitor has gone again: %s", error)
+            sock.close()
+            return
+        try:
+            # A thread each: somebody who connects and says nothing must not keep the others out.
+            threading.Thread(target=self._welcome, args=(connection,), name="visitor", daemon=True).start()
+        except RuntimeError as error:
+            log.debug("no thread for a visitor: %s", error)
+            self._welcome(connection)
+
+    def _take_to_refuse(self, trouble: BaseException) -> None:
+        """Tells the visitor who has waited longest why it is not let in."""
+        if self._spare is None:
+            return
+        self._spare.close()
+        self._spare = None
+        try:
+            connection = ControlConnection(self._listener.accept()[0])
+        except (OSError, MemoryError) as error:
+            log.debug("nor can it be told so: %s", error)
+        else:
+            self._refuse(connection, f"rank 0 cannot take connections: {trouble}. {_REMEDY}", hears_first=True)
+        try:
+            self._spare = socket.socket()
+        except OSError as error:
+            log.debug("no descriptor to spare: %s", error)
+
+    def _welcome(self, connection: ControlConnection) -> None:
+        try:
+            connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+            visitor, role = self._identify(connection.receive())
+            if role == LIFELINE:
+                self._take_lifeline(visitor, connection)
+                return
+            answer = self.on_doorbell if role == DOORBELL else self.on_state
+            if answer is None:
+                raise HandshakeError("no training is under way")
+            answer(visitor, connection)
+        except (WireError, ChannelClosedError, HandshakeError) as error:
+            self._refuse(connection, str(error))
+        except Exception as error:
+            # No memory or no thread, for instance. A rank that is not told would wait for long.
+            self._refuse(connection, f"rank 0 could not serve it: {describe_error(error)}")
+
+    def _take_lifeline(self, visitor: Visitor, connection: ControlConnection) -> None:
+        if self._lifelines is None:
+            raise HandshakeError("lifelines come in at another door")
+        rank = visitor.rank
+        with self._lock:
+            if self._lifelines.watches(rank):
+                raise HandshakeError(f"rank {rank} is here already")
+            if visitor.incarnation <= self._incarnations.get(rank, -1):
+                raise HandshakeError(f"rank {rank} was here and has left")
+            self._incarnations[rank] = visitor.incarnation
+        connection.send(Message(Kind.WELCOME, worker=rank))
+        self._lifelines.add(rank, connection)
+
+    def _refuse(self, connection: ControlConnection, reason: str, hears_first: bool = False) -> None:
+        if self._closing.is_set():
+            connection.close()
+            return
+        # The reason may quote what the stranger sent.
+        reason = fit_text(reason)
+        log.warning("lightning_async refused a connection from %s: %s", connection.peer, reason)
+        self.on_refused()
+        try:
+            if hears_first:
+                # To close what has something unread is to take back what was said.
+                connection.settimeout(_SHORT_HEARING_S)
+                connection.receive()
+        except (WireError, ChannelClosedError) as error:
+            log.debug("it has said nothing: %s", error)
+        self._turn_away(connection, reason)
+
+    def _turn_away(self, connection: ControlConnection, reason: str) -> None:
+        try:
+            connection.send(Message(Kind.REFUSE, text=reason))
+        except ChannelClosedError as error:
+            log.debug("could not tell it: %s", error)
+        connection.close()
+
+    def _identify(self, hello: Message) -> tuple[Visitor, str]:
+        if hello.kind is not Kind.HELLO:
+            raise HandshakeError(f"it begins with {hello.kind.name} instead of HELLO")
+        try:
+            claims = json.loads(hello.text)
+            token, role = str(claims["token"]).encode(), str(claims["role"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
+        if not hmac.compare_digest(token, self.address.token.encode()):
+            raise HandshakeError("it does not know this run's token")
+        first = 0 if role == DOORBELL and self.rank_0_rings else 1
+        if role not in (LIFELINE, DOORBELL, STATE) or not first <= hello.worker < self._workers:
+            raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
+        return Visitor(hello.worker, hello.incarnation, claims), role
+
+
+def introduce(
+    address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
+) -> tuple[ControlConnection, str]:
+    """Connects to rank 0's front door and says who is there.
+
+    Args:
+        address: from `FrontDoor.address`.
+        rank: this rank.
+        role: `LIFELINE`, `DOORBELL` or `STATE`.
+        incarnation: how many workers of this rank came before.
+        claims: what else rank 0 should know, JSON values.
+
+    Returns:
+        The connection and the text of the welcome.
+
+    Raises:
+        HandshakeError: if rank 0 refuses, with its reason.
+        ChannelClosedError: if rank 0 cannot be reached.
+    """
+    connection = connect(address.host, address.port, _CONNECT_TIMEOUT_S)
+    connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+    text = json.dumps({"token": address.token, "role": role, **claims})
+    connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
+    if role != LIFELINE:
+        connection.settimeout(_WELCOME_TIMEOUT_S)
+    reply = connection.receive()
+    if reply.kind is not Kind.WELCOME:
+        connection.close()
+        raise HandshakeError(f"rank 0 refused rank {rank}: {reply.text}")
+    connection.settimeout(None)
+    return connection, reply.text

@@ -1,0 +1,48 @@
+"""The process group of the strategy's own collectives.
+
+User code, torchmetrics and Lightning's data utilities use ``torch.distributed``'s default group. A call of theirs that
+not every rank makes must never be answered by a collective of the strategy's, so those run in a group of their own.
+Process-wide, like the default group. Below `collectives.py`, `tensor_sync.py` and `supervisor.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import TypeAlias
+
+import torch.distributed as dist
+
+__all__ = ["exchange_group", "open_exchange_group"]
+
+_Group: TypeAlias = "dist.ProcessGroup"
+
+# The default group and the group that was opened beside it. Weak: torch alone decides how long they live, and Gloo's
+# threads must be gone before the interpreter is.
+_pair: tuple[weakref.ref[_Group], weakref.ref[_Group]] | None = None
+
+
+def open_exchange_group(timeout: timedelta | None) -> None:
+    """Opens the group beside the present default group, unless there is one; a collective call.
+
+    Args:
+        timeout: of its collectives; None for the backend's own.
+    """
+    global _pair
+    if exchange_group() is not None or dist.get_world_size() == 1:
+        return
+    own = dist.new_group(timeout=timeout, group_desc="lightning_async")
+    _pair = weakref.ref(_default_group()), weakref.ref(own)
+
+
+def exchange_group() -> _Group | None:
+    """The group of the strategy's own collectives; None, which stands for the default group, if none was opened."""
+    if _pair is None or not dist.is_initialized() or _pair[0]() is not _default_group():
+        return None
+    return _pair[1]()
+
+
+def _default_group() -> _Group:
+    group = dist.group.WORLD
+    assert group is not None
+    return group

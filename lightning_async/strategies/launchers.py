@@ -1,0 +1,332 @@
+"""Lightning's launchers, but a rank's failure is explained, and no rank outlives the run.
+
+Lightning's script launcher kills rank 0 with the others when a child exits with an error
+(`fabric/strategies/launchers/subprocess_script.py`, `_ChildProcessObserver`), so nobody could say which rank failed
+and why, and leaves the children running when rank 0 fails. Its multiprocessing launcher blames whichever rank exits
+first, waits half a minute for a stopped one, and waits for ever for the result of ranks that left after a SIGTERM.
+Private API: see the canary tests.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch.multiprocessing as mp
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from typing_extensions import override
+
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.supervisor import StartedRanks
+
+__all__ = ["ProcessLauncher", "ScriptLauncher"]
+
+# How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
+_STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
+
+# The processes of these ranks, on this host and but for this one.
+_started: list[subprocess.Popen[bytes]] = []
+
+_POLL_S = 0.5
+_EXIT_POLL_S = 0.05
+_EXIT_STATUS_TIMEOUT_S = 1.0
+# The ranks end by themselves when one of them fails, at the latest by their exit guards, five seconds later.
+_END_TIMEOUT_S = 8.0
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Starts the script once per rank, or runs under torchrun or SLURM, which did."""
+
+    def __init__(self, strategy: StartedRanks) -> None:
+        assert strategy.cluster_environment is not None
+        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self._strategy = strategy
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        world_size = self.num_processes * self.num_nodes
+        if self.cluster_environment.creates_processes_externally:
+            if isinstance(self.cluster_environment, LightningEnvironment):
+                _refuse_another_number_of_ranks(world_size)
+        elif world_size > 1:
+            # For one rank there is nobody to start, and the variables that Lightning sets for the others would keep
+            # this process's next run from starting any.
+            os.environ[_STARTED_RANKS] = str(world_size)
+            self._call_children_scripts()
+            _started[:] = self.procs
+        # A script's later Trainers train with the ranks that the first has started.
+        self.procs = list(_started)
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        try:
+            with self._watching(), self._strategy.guard_run():
+                return function(*args, **kwargs)
+        except BaseException:
+            self.end_children(_END_TIMEOUT_S)
+            raise
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Reports a rank that was started from here and ends with an error."""
+        if not self.procs:
+            yield
+            return
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(list(self.procs), over), name="child-watch", daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            # It would keep the trainer, which has ended.
+            over.set()
+            watch.join(_EXIT_STATUS_TIMEOUT_S)
+
+    def describe_start(self, num_nodes: int) -> str:
+        """What starts the ranks, for a rank that waits for the others."""
+        environment = self.cluster_environment
+        if not isinstance(environment, LightningEnvironment):
+            starter = type(environment).__name__.removesuffix("Environment")
+            return f"{starter} starts them; see in what they print whether all of them have come so far"
+        if _STARTED_RANKS not in os.environ and environment.creates_processes_externally:
+            return "LOCAL_RANK is set, so Lightning takes it that something else starts them (unset it if nothing does)"
+        return _describe_own_start(num_nodes)
+
+    def end_children(self, timeout_s: float) -> None:
+        """Gives the ranks that were started from here ``timeout_s`` to end, then kills them."""
+        deadline = time.monotonic() + timeout_s
+        while any(process.poll() is None for process in self.procs) and time.monotonic() < deadline:
+            time.sleep(_EXIT_POLL_S)
+        for process in self.procs:
+            process.kill()
+            process.wait()
+
+    def exit_process(self, code: int) -> None:
+        """Ends this process at once, and the ranks that were started from here with it."""
+        self.end_children(_EXIT_STATUS_TIMEOUT_S)
+        os._exit(code)
+
+    def describe_end(self, local_rank: int) -> str | None:
+        """How the process of ``local_rank`` ended, or None if it still runs or was not started from here."""
+        if not 0 < local_rank <= len(self.procs):
+            return None
+        process = self.procs[local_rank - 1]
+        try:
+            return describe_exit(process.wait(_EXIT_STATUS_TIMEOUT_S))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _watch(self, processes: list[subprocess.Popen[bytes]], over: threading.Event) -> None:
+        # The lifelines see most deaths first; this sees those that come before they exist.
+        running = True
+        while running and not over.is_set():
+            # Asked before the statuses are looked at, so that those of the last to end are looked at too.
+            running = any(process.poll() is None for process in processes)
+            for local_rank, process in enumerate(processes, start=1):
+                if process.poll():
+                    if not over.wait(_EXIT_STATUS_TIMEOUT_S):
+                        self._strategy.report_failure(local_rank, describe_exit(process.returncode))
+                    return
+            over.wait(_POLL_S)
+
+
+class ProcessLauncher(_MultiProcessingLauncher):
+    """Starts the ranks by spawn, fork or forkserver from a process that is none of them."""
+
+    def describe_start(self, num_nodes: int) -> str:
+        """See `ScriptLauncher.describe_start`; whatever the environment says of LOCAL_RANK, they are started here."""
+        return _describe_own_start(num_nodes)
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        # As in the base class, but for who waits for the ranks.
+        if self._start_method == "spawn":
+            _check_missing_main_guard()
+        else:
+            _check_bad_cuda_fork()
+        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise NotImplementedError(
+                "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
+                "a new Trainer and pass fit(ckpt_path=...)."
+            )
+        strategy: Any = self._strategy
+        os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
+        results = mp.get_context(self._start_method).SimpleQueue()
+        states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
+        context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+            self._wrapping_function,
+            args=[trainer, function, args, kwargs, results, *states],
+            nprocs=strategy.num_processes,
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = context.processes
+        try:
+            with self._passing_on_sigterm():
+                result = self._wait(results, context.error_files)
+        finally:
+            self._end_children()
+            for path in context.error_files:
+                Path(path).unlink(missing_ok=True)
+        if trainer is None:
+            return result
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+        self._recover_results_in_main_process(result, trainer)
+        return result.trainer_results
+
+    @override
+    def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
+        strategy: Any = self._strategy
+        results = rest[2]
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with strategy.guard_run():
+                    return function(*args, **kwargs)
+            except BaseException:
+                # Only rank 0 writes to the queue: a rank that is killed while it writes leaves it locked.
+                if process_idx == 0 and strategy.failure is not None:
+                    results.put(strategy.failure)
+                raise
+
+        super()._wrapping_function(process_idx, trainer, guarded, *rest)
+
+    def _wait(self, results: Any, error_files: Sequence[str]) -> Any:
+        """Waits for rank 0's result.
+
+        Raises:
+            WorkerFailedError: if a rank has failed; all have ended then.
+            SIGTERMException: if the ranks have left together after a SIGTERM.
+        """
+        result: Any = None
+        ended: list[int] = []
+        running = dict(enumerate(self.procs))
+        deadline = float("inf")
+        while running and time.monotonic() < deadline:
+            connection.wait([process.sentinel for process in running.values()], timeout=_POLL_S)
+            if result is None and not results.empty():
+                # Also while its sender runs: a result that is larger than a pipe's buffer waits for its reader.
+                result = results.get()
+            for index in [index for index, process in running.items() if not process.is_alive()]:
+                process = running.pop(index)
+                process.join()
+                ended.append(index)
+                if process.exitcode != 0:
+                    deadline = min(deadline, time.monotonic() + _END_TIMEOUT_S)
+        if result is None and not results.empty():
+            result = results.get()
+        if isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs):
+            for process in running.values():
+                process.kill()
+            known = result if isinstance(result, RunFailure) else None
+            raise WorkerFailedError(self._failure(known, ended, sorted(running), error_files))
+        if result is None:
+            raise SIGTERMException
+        return result
+
+    def _failure(
+        self, known: RunFailure | None, ended: list[int], stuck: list[int], error_files: Sequence[str]
+    ) -> RunFailure:
+        strategy: Any = self._strategy
+        first_rank = strategy.node_rank * strategy.num_processes
+        if known is not None and known.rank - first_rank not in range(len(self.procs)):
+            # It was started on another host, where its exit status and its traceback are.
+            return known
+        index = self._culprit(ended, stuck, error_files) if known is None else known.rank - first_rank
+        code = self.procs[index].exitcode or 0
+        if known is not None and (index in stuck or code >= 0):
+            reason = known.reason
+        else:
+            reason = "its process did not end" if index in stuck else describe_exit(code)
+        traceback = _error_of(error_files[index])
+        return RunFailure(first_rank + index, f"{reason}\n\n{traceback}" if traceback else reason)
+
+    def _culprit(self, ended: list[int], stuck: list[int], error_files: Sequence[str]) -> int:
+        """The process that most likely began it, if rank 0 could not say: bystanders exit with code 1."""
+        codes = {index: self.procs[index].exitcode or 0 for index in ended}
+        by_signal = [index for index in ended if codes[index] < 0]
+        with_error = [index for index in ended if os.path.exists(error_files[index])]
+        with_code = [index for index in ended if codes[index] > 1]
+        return [*by_signal, *with_error, *with_code, *stuck, *(index for index in ended if codes[index])][0]
+
+    @contextmanager
+    def _passing_on_sigterm(self) -> Iterator[None]:
+        """Leaves the stop to the ranks: they end together, and this process after them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, lambda signum, frame: self.kill(signum))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    @override
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        strategy: Any = self._strategy
+        return {**super().get_extra_results(trainer), "async_stats": strategy.stats}
+
+    @override
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        strategy: Any = self._strategy
+        strategy.stats = extra.pop("async_stats")
+        super().update_main_process_results(trainer, extra)
+
+    def _end_children(self) -> None:
+        # Ctrl+C reaches the children too, and they end by themselves unless only the parent was interrupted.
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for process in self.procs:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _describe_own_start(num_nodes: int) -> str:
+    if num_nodes == 1:
+        return "they are started from here and may still be importing"
+    return (
+        f"those of this host are started from here and may still be importing; the script must run on all {num_nodes} "
+        "hosts, with the same MASTER_ADDR and MASTER_PORT and with a NODE_RANK of its own"
+    )
+
+
+def _refuse_another_number_of_ranks(world_size: int) -> None:
+    """Refuses a run that would wait for ranks which nobody starts: each rank runs the script once, for all Trainers.
+
+    Raises:
+        MisconfigurationException: if an earlier Trainer has started another number of ranks.
+    """
+    started = os.environ.get(_STARTED_RANKS)
+    if started is not None and int(started) != world_size:
+        raise MisconfigurationException(
+            f"An earlier Trainer of this script has started {started} ranks, and each of them runs the whole script; "
+            f"a Trainer for {world_size} would wait for ranks that do not exist. Give all of a script's Trainers the "
+            "same number of devices, or start ranks for each anew: "
+            'AsyncAMSGradStrategy(start_method="spawn"), or strategy="async_amsgrad_spawn".'
+        )
+
+
+def _error_of(path: str) -> str:
+    """The traceback that torch has written for a process that ended with an exception."""
+    try:
+        return str(pickle.loads(Path(path).read_bytes()))
+    except FileNotFoundError:
+        return ""

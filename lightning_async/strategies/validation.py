@@ -1,0 +1,78 @@
+"""Modules that cannot be trained: those with collectives of their own, or whose gradients cannot be exchanged.
+
+Below `strategy.py`. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_async.holder.layout import exchanged
+
+__all__ = ["check_module", "check_parameters", "describe_gradient"]
+
+_ADVICE = {
+    "SyncBatchNorm": "Use BatchNorm: its running statistics are averaged over the ranks at each stop",
+    "DistributedDataParallel": "Take the module out of its wrapper: the strategy trains it as it is",
+    "FullyShardedDataParallel": 'Take the module out of its wrapper, or shard it with strategy="fsdp"',
+    "FSDPModule": 'Leave fully_shard out, or shard it with strategy="fsdp"',
+    "DeepSpeedEngine": 'Take the module out of its engine, or use strategy="deepspeed"',
+}
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuses a module in which ranks would wait for one another, or whose gradients cannot be exchanged.
+
+    Raises:
+        ValueError: if there is such a module in it; the message says which, and what to do.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ValueError(
+                f"{name or 'the module itself'} has sparse gradients, which Adam cannot use. Set sparse=False"
+            )
+        # By name: the packages are large, and not all of them are installed.
+        for kind in type(part).__mro__:
+            if kind.__name__ in _ADVICE and kind.__module__.partition(".")[0] in ("torch", "deepspeed"):
+                raise ValueError(
+                    f"{name or 'the module itself'} is a {kind.__name__}, whose collectives need all ranks at the same "
+                    f"batch. {_ADVICE[kind.__name__]}"
+                )
+
+
+def check_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuses parameters that are to be trained and cannot be exchanged.
+
+    Args:
+        module: knows the parameters' names.
+        optimizers: have the parameters.
+
+    Raises:
+        ValueError: if there is one; the message names it, and says what to do.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not exchanged(parameter):
+                    raise ValueError(
+                        f"{_name_of(module, parameter)} is trained and of {parameter.dtype}, and gradients are "
+                        "exchanged in real numbers. Keep it as a real parameter and take torch.view_as_complex(...) of "
+                        'it in forward, freeze it with requires_grad=False, or use strategy="ddp"'
+                    )
+
+
+def describe_gradient(module: nn.Module, parameter: Tensor) -> str:
+    """What is wrong with a gradient that cannot be exchanged, and what to do."""
+    layout = "missing" if parameter.grad is None else str(parameter.grad.layout).removeprefix("torch.")
+    return (
+        f"the gradient of {_name_of(module, parameter)} is {layout}, and gradients are exchanged as dense tensors. "
+        "Make it dense: pass sparse=False where the parameter is used (torch.nn.functional.embedding, for example)."
+    )
+
+
+def _name_of(module: nn.Module, parameter: Tensor) -> str:
+    names = [name for name, own in module.named_parameters() if own is parameter]
+    return names[0] if names else f"a parameter of shape {tuple(parameter.shape)} that is none of the module's"

@@ -1,0 +1,179 @@
+"""The fields of a message that vary in size: the hyper-parameters of the param groups, the presence bitmap, a text.
+
+Below `message.py`, which puts them behind a header.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from math import isfinite
+from typing import TypeAlias
+
+__all__ = [
+    "COUNT_BYTES",
+    "HYPER_BYTES",
+    "MAX_COUNTS",
+    "MAX_HYPERS",
+    "MAX_PRESENT_BYTES",
+    "MAX_TEXT_BYTES",
+    "Bytes",
+    "WireError",
+    "fit_text",
+    "pack_bitmap",
+    "pack_counts",
+    "pack_hypers",
+    "unpack_bitmap",
+    "unpack_counts",
+    "unpack_hypers",
+]
+
+MAX_HYPERS = 1 << 15
+MAX_PRESENT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 16 << 10
+HYPER_BYTES = 8
+MAX_COUNTS = 1 << 8
+COUNT_BYTES = 8
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+class WireError(RuntimeError):
+    """Bytes that are no message of this protocol, or a message that has no place in it."""
+
+
+def pack_bitmap(flags: Sequence[bool]) -> bytes:
+    """Packs one bit per flag, least significant bit first, the last byte filled up with zeros.
+
+    Args:
+        flags: the flags.
+
+    Returns:
+        The bitmap.
+
+    Examples:
+        >>> pack_bitmap([True, False, True]).hex()
+        '05'
+    """
+    digits = "".join(["1" if flag else "0" for flag in reversed(flags)])
+    return int(digits or "0", 2).to_bytes((len(flags) + 7) // 8, "little")
+
+
+def unpack_bitmap(data: Bytes, count: int) -> list[bool]:
+    """Unpacks what `pack_bitmap` packed.
+
+    Args:
+        data: the bitmap.
+        count: the number of flags that it must hold.
+
+    Returns:
+        The flags.
+
+    Raises:
+        WireError: if the length does not fit the count, or a bit past the last flag is set.
+
+    Examples:
+        >>> unpack_bitmap(bytes([5]), 3)
+        [True, False, True]
+    """
+    if len(data) != (count + 7) // 8:
+        raise WireError(f"A bitmap of {count} flags has {(count + 7) // 8} bytes, and {len(data)} arrived.")
+    bits = int.from_bytes(data, "little")
+    if bits >> count:
+        raise WireError(f"A bitmap of {count} flags has bits set past the last of them.")
+    return [digit == "1" for digit in reversed(f"{bits:0{count}b}")] if count else []
+
+
+def pack_hypers(values: Sequence[float]) -> bytes:
+    """Packs hyper-parameters as doubles.
+
+    Args:
+        values: the numbers.
+
+    Returns:
+        Eight bytes for each.
+
+    Raises:
+        WireError: if one is not finite or no number.
+
+    Examples:
+        >>> unpack_hypers(pack_hypers([0.5, 0.9]), 2)
+        (0.5, 0.9)
+    """
+    try:
+        data = struct.pack(f"<{len(values)}d", *values)
+    except struct.error as error:
+        raise WireError(f"Hyper-parameters must be numbers: {error}.") from error
+    unpack_hypers(data, len(values))
+    return data
+
+
+def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
+    """Unpacks what `pack_hypers` packed.
+
+    Args:
+        data: the packed numbers.
+        count: how many it must hold.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        WireError: if it holds more or fewer, or one is not finite.
+    """
+    if len(data) != count * HYPER_BYTES:
+        raise WireError(f"It sends {len(data) // HYPER_BYTES} hyper-parameters, the holder has {count}.")
+    values = struct.unpack(f"<{count}d", data)
+    if not all(map(isfinite, values)):
+        raise WireError(f"Hyper-parameters must be finite, and these are not: {values}.")
+    return values
+
+
+def pack_counts(counts: Sequence[int]) -> bytes:
+    """Packs counts, none of them negative.
+
+    Args:
+        counts: the numbers.
+
+    Returns:
+        Eight bytes for each.
+
+    Raises:
+        WireError: if one is negative, too large or no whole number.
+
+    Examples:
+        >>> unpack_counts(pack_counts([3, 0]))
+        (3, 0)
+    """
+    try:
+        return struct.pack(f"<{len(counts)}Q", *counts)
+    except struct.error as error:
+        raise WireError(f"Counts must be whole numbers of 0 and more: {error}.") from error
+
+
+def unpack_counts(data: Bytes) -> tuple[int, ...]:
+    """Unpacks what `pack_counts` packed.
+
+    Args:
+        data: the packed numbers, a whole number of them.
+
+    Returns:
+        The numbers.
+    """
+    return struct.unpack(f"<{len(data) // COUNT_BYTES}Q", data)
+
+
+def fit_text(text: str) -> str:
+    """Makes any text one that can be sent: unencodable characters replaced, the end cut off if too long.
+
+    Args:
+        text: for instance a traceback.
+
+    Returns:
+        The text, in at most `MAX_TEXT_BYTES` of UTF-8.
+
+    Examples:
+        >>> fit_text("because"), len(fit_text("x" * 10**6)) == MAX_TEXT_BYTES
+        ('because', True)
+    """
+    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")

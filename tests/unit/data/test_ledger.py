@@ -1,0 +1,254 @@
+"""Every batch of an epoch is handed out once, whatever the order in which ranks ask, finish and fall silent."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_async.data.ledger import Ledger
+from lightning_async.data.ranges import UNBOUNDED
+
+pytestmark = pytest.mark.timeout(60)
+
+Mode = Literal["shared", "sharded"]
+modes = st.sampled_from(["shared", "sharded"])
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call at the ledger."""
+
+    name: str
+    worker: int
+    count: int
+
+
+def operations(workers: int) -> st.SearchStrategy[list[Op]]:
+    names = ["draw"] * 6 + ["complete"] * 3 + ["open", "close", "reclaim"]
+    return st.lists(
+        st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), min_size=10, max_size=60
+    )
+
+
+class Model:
+    """What the ledger must have done so far."""
+
+    def __init__(self, tickets: range) -> None:
+        self.free = set(tickets)
+        self.leased: dict[int, deque[int]] = {}
+        self.applied: list[int] = list(range(tickets.start))
+
+    def draw(self, ledger: Ledger, worker: int) -> range:
+        drawn = ledger.draw(worker)
+        assert self.free.issuperset(drawn), "handed out a ticket that is out, applied or foreign"
+        self.free.difference_update(drawn)
+        self.leased.setdefault(worker, deque()).extend(drawn)
+        return drawn
+
+    def complete(self, ledger: Ledger, worker: int, count: int) -> None:
+        mine = self.leased.setdefault(worker, deque())
+        if count > len(mine):
+            with pytest.raises(ValueError, match=f"reports {count} batches but was handed {len(mine)}"):
+                ledger.complete(worker, count)
+            return
+        oldest = [mine.popleft() for _ in range(count)]
+        assert list(ledger.complete(worker, count)) == oldest
+        self.applied += oldest
+
+    def reclaim(self, ledger: Ledger, worker: int) -> None:
+        mine = self.leased.get(worker, deque())
+        self.leased[worker] = deque()
+        assert ledger.reclaim(worker) == len(mine)
+        self.free.update(mine)
+
+
+@settings(deadline=None)
+@given(
+    mode=modes,
+    workers=st.integers(1, 4),
+    total=st.integers(0, 30),
+    start=st.integers(0, 10),
+    block=st.integers(1, 4),
+    data=st.data(),
+)
+def test_every_ticket_is_applied_once_under_any_interleaving(
+    mode: Mode, workers: int, total: int, start: int, block: int, data: st.DataObject
+) -> None:
+    ledger = Ledger(workers, mode)
+    # An epoch that is resumed begins in the middle.
+    tickets = range(start, start + total)
+    ledger.begin_epoch(tickets, block)
+    ledger.open(data.draw(st.integers(0, total)))
+    model = Model(tickets)
+
+    for op in data.draw(operations(workers)):
+        if op.name == "draw":
+            drawn = model.draw(ledger, op.worker)
+            assert len(drawn) <= block
+            if mode == "sharded":
+                assert {ticket // block % workers for ticket in drawn} <= {op.worker}
+        elif op.name == "complete":
+            model.complete(ledger, op.worker, op.count)
+        elif op.name == "reclaim":
+            model.reclaim(ledger, op.worker)
+        elif op.name == "open":
+            ledger.open(op.count)
+        else:
+            ledger.close()
+            assert [list(model.draw(ledger, worker)) for worker in range(workers)] == [[]] * workers
+        assert ledger.progress() == (len(model.applied), len(model.free))
+        assert all(ledger.leased(worker) == len(leased) for worker, leased in model.leased.items())
+
+    # The rest of the epoch: every rank finishes what it has, and all together compute what is left.
+    ledger.open(total)
+    while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
+        continue
+    for worker, leased in model.leased.items():
+        model.complete(ledger, worker, len(leased))
+    assert sorted(model.applied) == list(range(tickets.stop))
+    assert ledger.progress() == (tickets.stop, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(total=st.integers(0, 30), block=st.integers(1, 3), runs=st.integers(1, 4), data=st.data())
+def test_every_ticket_is_applied_once_relative_to_the_checkpoint_that_a_run_goes_on_from(
+    total: int, block: int, runs: int, data: st.DataObject
+) -> None:
+    saved: list[tuple[int, int]] = []
+
+    for run in range(runs):
+        # Each run has its own number of ranks; what was handed out and not applied when the last one ended is lost.
+        workers, mode = data.draw(st.integers(1, 4)), data.draw(modes)
+        before = [ticket for start, stop in saved for ticket in range(start, stop)]
+        ledger = Ledger(workers, mode)
+        ledger.begin_epoch(range(total), block, saved)
+        assert ledger.applied() == saved
+        model = Model(range(total))
+        model.free.difference_update(before)
+        model.applied = list(before)
+        ledger.open(data.draw(st.integers(0, total)))
+        last = run == runs - 1
+        for op in data.draw(operations(workers)):
+            if op.name == "draw":
+                model.draw(ledger, op.worker)
+            elif op.name == "complete":
+                model.complete(ledger, op.worker, op.count)
+            elif op.name == "open":
+                ledger.open(op.count)
+            if data.draw(st.booleans()):
+                saved = ledger.applied()
+                assert [ticket for pair in saved for ticket in range(*pair)] == sorted(model.applied)
+        if last:
+            ledger.open(total)
+            while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
+                continue
+            for worker, leased in model.leased.items():
+                model.complete(ledger, worker, len(leased))
+            assert sorted(model.applied) == list(range(total))
+
+
+def test_what_a_worker_gives_back_is_for_others_and_its_kept_first_batch_too() -> None:
+    ledger = Ledger(2, "shared")
+    ledger.begin_epoch(range(4), block=2)
+    ledger.open(4)
+    assert [list(ledger.draw(worker)) for worker in (0, 0)] == [[0, 1], []]
+
+    ledger.give_back(0, 1, stream_over=True)
+    ledger.give_back(1, 0, stream_over=False)
+
+    assert list(ledger.draw(0)) == []
+    assert [list(ledger.draw(1)) for _ in range(3)] == [[1], [2, 3], []]
+    with pytest.raises(ValueError, match="gives back 4 batches but was handed 3"):
+        ledger.give_back(1, 4, stream_over=True)
+
+
+def test_an_epoch_is_over_when_every_stream_is() -> None:
+    ledger = Ledger(2, "shared")
+    ledger.begin_epoch(range(UNBOUNDED))
+    ledger.open(UNBOUNDED)
+    ledger.complete(0, len(ledger.draw(0)))
+
+    ledger.give_back(0, 0, stream_over=True)
+    assert ledger.progress()[1] > 0
+    ledger.give_back(1, len(ledger.draw(1)), stream_over=True)
+
+    assert ledger.progress() == (1, 0)
+
+
+@given(mode=modes, workers=st.integers(1, 4), total=st.integers(0, 40), segments=st.lists(st.integers(0, 15)))
+def test_a_segment_hands_out_exactly_the_next_tickets_in_the_global_order(
+    mode: Mode, workers: int, total: int, segments: list[int]
+) -> None:
+    ledger = Ledger(workers, mode)
+    ledger.begin_epoch(range(total))
+    done = 0
+
+    for tickets in [*segments, total]:
+        ledger.open(tickets)
+        drawn: list[int] = []
+        while batch := [ticket for worker in range(workers) for ticket in ledger.draw(worker)]:
+            drawn += batch
+
+        expected = range(done, min(done + tickets, total))
+        assert sorted(drawn) == list(expected)
+        done = expected.stop
+
+
+@given(workers=st.integers(2, 5), block=st.integers(1, 3), extra=st.integers(0, 10))
+def test_each_workers_first_batch_is_kept_for_it(workers: int, block: int, extra: int) -> None:
+    ledger = Ledger(workers, "shared")
+    total = workers * block + extra
+    ledger.begin_epoch(range(total), block)
+    ledger.open(total)
+
+    greedy = []
+    while drawn := ledger.draw(0):
+        greedy.append(drawn)
+    others = [ledger.draw(worker) for worker in range(1, workers)]
+
+    assert all(len(drawn) == block for drawn in others)
+    assert sum(map(len, greedy)) >= block
+    # Nothing stays behind: what was kept and is not needed goes to whoever asks.
+    while drawn := ledger.draw(0):
+        greedy.append(drawn)
+    assert sum(map(len, [*greedy, *others])) == total
+
+
+def test_shares_are_equal_where_they_are_meant_to_be() -> None:
+    ledger = Ledger(3, "sharded")
+    ledger.begin_epoch(range(12), block=2)
+    ledger.open(12)
+
+    drawn = [list(ledger.draw(worker)) for worker in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+
+    assert drawn == [[0, 1], [6, 7], [], [2, 3], [8, 9], [], [4, 5], [10, 11], []]
+
+
+def test_what_was_out_when_an_epoch_was_left_is_lost_with_it() -> None:
+    ledger = Ledger(1)
+    ledger.begin_epoch(range(3))
+    ledger.open(3)
+    ledger.draw(0)
+
+    ledger.begin_epoch(range(2))
+
+    assert ledger.leased(0) == 0
+    assert ledger.progress() == (0, 2)
+    assert list(ledger.draw(0)) == []
+
+
+def test_what_is_reclaimed_is_handed_out_first() -> None:
+    ledger = Ledger(2)
+    ledger.begin_epoch(range(6))
+    ledger.open(6)
+    assert [list(ledger.draw(worker)) for worker in (0, 1, 1, 0)] == [[0], [1], [2], [3]]
+
+    assert ledger.reclaim(1) == 2
+    assert ledger.leased(1) == 0
+
+    assert [list(ledger.draw(0)) for _ in range(5)] == [[1], [2], [4], [5], []]

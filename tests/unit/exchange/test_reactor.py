@@ -1,0 +1,218 @@
+"""The reactor: many workers, one thread; nobody's slowness or silence holds another one up."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async import AMSGrad
+from lightning_async.data.ledger import Ledger
+from lightning_async.exchange.reactor import Reactor
+from lightning_async.exchange.session import Session, SessionError
+from lightning_async.holder.holder import Holder
+from lightning_async.holder.hyperparams import HyperLayout, HyperReader
+from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.staleness import Barrier
+from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.transport.base import Buffers, ChannelClosedError
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.fields import pack_bitmap
+from lightning_async.transport.message import Kind, Message, WireError, encode
+from lightning_async.transport.shm import SharedMemoryChannel
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Office:
+    """A reactor with ``workers`` sessions, and the other ends of their sockets."""
+
+    def __init__(self, workers: int, max_staleness: int | None) -> None:
+        self.optimizer = AMSGrad([torch.nn.Parameter(torch.ones(4))], lr=0.1)
+        layout = FlatLayout([self.optimizer.param_groups[0]["params"]])
+        self.latch = FailureLatch()
+        self.staleness: list[int] = []
+        self.holder = Holder(
+            layout,
+            torch.ones(4),
+            [self.optimizer],
+            Barrier(max_staleness),
+            self.latch,
+            lambda update: self.staleness.append(update.staleness),
+        )
+        self.ended: dict[int, BaseException | None] = {}
+        self.failed: list[BaseException] = []
+        self.reactor = Reactor(
+            self.holder, lambda session, error: self.ended.update({session.worker: error}), self.failed.append
+        )
+        self.sockets: list[socket.socket] = []
+        self.ends: list[ControlConnection] = []
+        ledger = Ledger(workers)
+        for worker in range(workers):
+            listener = socket.create_server(("127.0.0.1", 0))
+            mine = socket.create_connection(listener.getsockname())
+            theirs = ControlConnection(listener.accept()[0])
+            listener.close()
+            self.sockets.append(mine)
+            self.ends.append(ControlConnection(mine))
+            self.ends[-1].settimeout(10.0)
+            channel = SharedMemoryChannel(theirs, Buffers.allocate(4, torch.float32))
+            self.reactor.add(
+                Session(worker, channel, self.holder, ledger, layout, [HyperLayout(self.optimizer)]), theirs
+            )
+
+    def push(self, worker: int, version: int) -> Message:
+        return Message(
+            Kind.PUSH,
+            worker=worker,
+            version=version,
+            dtype=torch.float32,
+            payload_bytes=16,
+            groups=HyperReader(self.optimizer, HyperLayout(self.optimizer)).packed(),
+            present=pack_bitmap([True]),
+        )
+
+    def pull(self, worker: int) -> int:
+        self.ends[worker].send(Message(Kind.PULL, worker=worker))
+        return self.ends[worker].receive().version
+
+    def close(self) -> None:
+        self.reactor.close(0.2)
+        for end in self.ends:
+            end.close()
+
+
+@pytest.fixture
+def office(request: pytest.FixtureRequest) -> Any:
+    built = Office(*request.param)
+    yield built
+    built.close()
+
+
+def has_answer(sock: socket.socket, within_s: float = 0.2) -> bool:
+    sock.settimeout(within_s)
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except TimeoutError:
+        return False
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("office", [(3, 1)], indirect=True)
+def test_a_held_back_push_waits_while_others_are_served_and_goes_on_after_them(office: Office) -> None:
+    assert (office.pull(0), office.pull(1)) == (0, 0)
+    office.ends[0].send(office.push(0, version=0))
+    assert office.ends[0].receive().version == 1
+    # Worker 1's gradient of version 0 would be two updates stale.
+    office.ends[0].send(office.push(0, version=1))
+    office.ends[2].send(Message(Kind.READ, worker=2))
+    assert office.ends[2].receive().version == 1
+    assert not has_answer(office.sockets[0])
+
+    office.ends[1].send(office.push(1, version=0))
+
+    assert office.ends[0].receive().version == 3
+    assert office.staleness == [0, 1, 1]
+
+
+@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
+def test_a_change_in_another_thread_wakes_who_was_held_back(office: Office) -> None:
+    out = torch.empty(4)
+    assert office.holder.try_pull(0, out) == 0
+    office.ends[1].send(Message(Kind.PULL, worker=1))
+    assert not has_answer(office.sockets[1])
+
+    office.holder.leave(0)
+
+    assert office.ends[1].receive().version == 0
+
+
+@pytest.mark.parametrize("office", [(2, None)], indirect=True)
+def test_half_a_message_keeps_nobody_else_waiting(office: Office) -> None:
+    data = encode(Message(Kind.PULL, worker=0))
+    office.sockets[0].sendall(data[:50])
+
+    assert office.pull(1) == 0
+
+    office.sockets[0].sendall(data[50:])
+    assert office.ends[0].receive().kind is Kind.PARAMETERS
+
+
+@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
+def test_a_failure_is_told_to_who_was_held_back(office: Office) -> None:
+    assert office.pull(0) == 0
+    office.ends[1].send(Message(Kind.PULL, worker=1))
+    assert not has_answer(office.sockets[1])
+
+    office.latch.trip(RunFailure(0, "it ran out of memory"))
+
+    reply = office.ends[1].receive()
+    assert (reply.kind, reply.text) == (Kind.ABORT, "it ran out of memory")
+    wait_for(lambda: isinstance(office.ended.get(1), WorkerFailedError))
+
+
+@pytest.mark.parametrize("office", [(3, 0)], indirect=True)
+def test_every_way_to_end_a_session_ends_that_one_alone(office: Office) -> None:
+    office.ends[0].send(Message(Kind.GOODBYE, worker=0))
+    office.sockets[1].sendall(b"x" * 128)
+    wait_for(lambda: len(office.ended) == 2)
+    assert office.ended[0] is None
+    assert isinstance(office.ended[1], WireError)
+
+    assert office.pull(2) == 0
+    office.ends[2].send(Message(Kind.BEAT, worker=2))
+    assert office.ends[2].receive().kind is Kind.REFUSE
+    wait_for(lambda: isinstance(office.ended.get(2), SessionError))
+
+
+@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
+def test_a_worker_that_does_not_wait_for_its_answer_is_refused(office: Office) -> None:
+    assert office.pull(0) == 0
+    office.ends[1].send(Message(Kind.PULL, worker=1))
+    office.ends[1].send(Message(Kind.READ, worker=1))
+
+    wait_for(lambda: isinstance(office.ended.get(1), WireError))
+
+
+@pytest.mark.parametrize("office", [(2, None)], indirect=True)
+def test_a_lost_worker_ends_its_session(office: Office) -> None:
+    office.ends[0].close()
+
+    wait_for(lambda: isinstance(office.ended.get(0), ChannelClosedError))
+
+
+def test_all_sessions_share_one_thread_and_closing_ends_it() -> None:
+    before = threading.active_count()
+    office = Office(8, None)
+    assert [office.pull(worker) for worker in range(8)] == [0] * 8
+    during = threading.active_count()
+
+    office.close()
+
+    assert (during, threading.active_count()) == (before + 1, before)
+
+
+@pytest.mark.parametrize("office", [(2, None)], indirect=True)
+def test_a_reactor_that_fails_says_so(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers would wait for ever."""
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(office.reactor, "_resume", out_of_memory)
+    office.ends[0].send(Message(Kind.PULL, worker=0))
+    deadline = time.monotonic() + 5.0
+    while not office.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert [type(error) for error in office.failed] == [MemoryError]

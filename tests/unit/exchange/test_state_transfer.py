@@ -1,0 +1,140 @@
+"""An optimizer's state reaches any rank that asks for it, whatever is in it, and whoever else is at the door."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async.exchange.engine import Engine
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.exchange.state_transfer import describe_state, fetch_state, rebuild_state, send_state
+from lightning_async.holder.optimizer_state import same_state
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import STATE, FrontDoor, HandshakeError, introduce
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import WireError
+
+EVERYTHING = {
+    0: {
+        "step": torch.tensor(3.0),
+        "exp_avg": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).t(),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+        "rotation": torch.tensor([1 + 2j]),
+        "nothing": torch.empty(0, 3),
+        "history": [torch.arange(3), (1, 2.5, None)],
+        "name": "second-order",
+        "largest": float("inf"),
+    },
+    7: {},
+    "calls": 12,
+}
+
+
+def test_every_value_arrives_as_it_was() -> None:
+    tensors: list[torch.Tensor] = []
+    described = json.loads(json.dumps(describe_state(EVERYTHING, tensors)))
+    again = rebuild_state(described, lambda dtype, shape: tensors.pop(0))
+
+    assert same_state(EVERYTHING, again)
+    assert again[0]["history"][1] == (1, 2.5, None)
+    assert list(again) == [0, 7, "calls"]
+
+
+class Door:
+    """Rank 0 of two, with a holder that has made no step yet, and a state to ask for."""
+
+    def __init__(self, state: Any) -> None:
+        latch = FailureLatch()
+        self.lifelines = Lifelines(0, latch, 60.0)
+        self.door = FrontDoor("127.0.0.1", 2, self.lifelines)
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        self.optimizer.state[self.optimizer.param_groups[0]["params"][0]] = state
+        self.engine = Engine(
+            rank=0,
+            world_size=2,
+            optimizers=[self.optimizer],
+            options=ExchangeOptions(),
+            latch=latch,
+            door=self.door,
+            stats=RunStats(2),
+            observers=[],
+            version=0,
+            meet=str,
+        )
+
+    def close(self) -> None:
+        self.engine.close()
+        self.door.close()
+        self.lifelines.close()
+
+
+@pytest.fixture
+def door(request: pytest.FixtureRequest) -> Any:
+    made = Door(getattr(request, "param", {"momentum_buffer": torch.full((2,), 0.5)}))
+    yield made
+    made.close()
+
+
+def test_a_rank_that_asks_gets_it(door: Door) -> None:
+    state = fetch_state(door.door.address, 1, 0)
+
+    assert state[0]["momentum_buffer"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("index", [1, -1, "0", None])
+def test_who_asks_for_another_optimizer_is_refused(door: Door, index: Any) -> None:
+    with pytest.raises(HandshakeError, match="it asks for the state of optimizer"):
+        introduce(door.door.address, 1, STATE, optimizer=index)
+
+
+@pytest.mark.parametrize("door", [{"generator": torch.Generator()}], indirect=True)
+def test_what_cannot_be_sent_is_named(door: Door) -> None:
+    with pytest.raises(HandshakeError, match=r"has a Generator in it.*read it on rank 0"):
+        fetch_state(door.door.address, 1, 0)
+
+
+def test_nobody_answers_after_training(door: Door) -> None:
+    door.engine.close()
+
+    with pytest.raises(HandshakeError, match="no training is under way"):
+        fetch_state(door.door.address, 1, 0)
+
+
+@pytest.mark.parametrize("answer", [b"{", b'{"tensor": "torch.who", "shape": [1]}', b'{"set": []}', b'{"items": [1]}'])
+def test_an_answer_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    mine, theirs = socket.socketpair()
+    connection = ControlConnection(mine)
+    monkeypatch.setattr(
+        "lightning_async.exchange.state_transfer.introduce", lambda *args, **claims: (connection, str(len(answer)))
+    )
+    with theirs:
+        theirs.sendall(answer)
+
+        with pytest.raises(WireError):
+            fetch_state(None, 1, 0)  # type: ignore[arg-type]
+
+
+def test_a_large_state_is_sent_while_it_is_received() -> None:
+    mine, theirs = socket.socketpair()
+    state = {0: {"exp_avg": torch.randn(1 << 20)}}
+    sending = threading.Thread(target=send_state, args=(ControlConnection(theirs), lambda: state))
+    sending.start()
+    connection = ControlConnection(mine)
+    connection.settimeout(30.0)
+    size = int(connection.receive().text)
+    text = bytearray(size)
+    connection.receive_bytes(memoryview(text))
+    data = bytearray(4 << 20)
+    connection.receive_bytes(memoryview(data))
+    sending.join(30.0)
+    connection.close()
+
+    assert torch.equal(torch.frombuffer(data, dtype=torch.float32), state[0]["exp_avg"])

@@ -1,0 +1,52 @@
+"""What a progress bar says of the ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_async.holder.holder import Push, Update
+from lightning_async.loops.progress_bar import BarMetrics
+from lightning_async.monitoring import stats as monitor
+from lightning_async.monitoring.stats import RunStats
+
+
+def test_a_bar_tells_the_last_stretch_and_the_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    stats = RunStats(workers=4)
+    metrics = BarMetrics(lambda: stats)
+    assert metrics.current() == {}
+
+    def train(staleness: int, ticks: int = 400) -> None:
+        stats.start_segment()
+        for tick in range(ticks):
+            now[0] += 0.005
+            for rank, every in enumerate((2, 2, 4, 10)):
+                if tick % every == 0:
+                    push = Push(rank, 0, version_read=0, gradients=[], groups=[])
+                    stats.record(Update(push, 0, staleness, applied=True, parked_s=0.0, at_ns=round(now[0] * 1e9)))
+        stats.end_segment()
+
+    train(staleness=2)
+    assert metrics.current() == {"upd/s": "270", "staleness": "2.0", "slow": "rank 3 5.0x and 1 more"}
+    now[0] += 1000.0  # a validation
+    train(staleness=4)
+    assert metrics.current() == {"upd/s": "270", "staleness": "4.0", "slow": "rank 3 5.0x and 1 more"}
+    train(staleness=9, ticks=10)
+    assert metrics.current()["staleness"] == "4.0"  # too soon to be read
+
+
+def test_equally_fast_ranks_are_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    stats = RunStats(workers=2)
+    stats.start_segment()
+    for _ in range(10):
+        now[0] += 1.0
+        for rank in range(2):
+            push = Push(rank, 0, version_read=0, gradients=[], groups=[])
+            stats.record(Update(push, 0, staleness=0, applied=True, parked_s=0.0, at_ns=round(now[0] * 1e9)))
+
+    assert BarMetrics(lambda: stats).current() == {"upd/s": "2", "staleness": "0.0"}

@@ -1,0 +1,148 @@
+"""What a rank's error becomes: its own, another rank's, or a quiet end."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_async.runtime import membership
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError
+from lightning_async.runtime.membership import Membership
+from lightning_async.transport.base import ChannelClosedError
+
+pytestmark = pytest.mark.timeout(20)
+KILLED = RunFailure(2, "its process was killed by SIGKILL")
+
+
+class AskedToLeave(SystemExit):
+    """Stands for Lightning's SIGTERMException."""
+
+
+@pytest.fixture(autouse=True)
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the rank waited to let the culprit exit first; nobody really waits."""
+    delays: list[float] = []
+    monkeypatch.setattr(membership, "time", SimpleNamespace(sleep=delays.append))
+    return delays
+
+
+def member(rank: int) -> Membership:
+    mine = Membership(rank, 60.0, graceful=(AskedToLeave,), exit_process=lambda code: None)
+    mine._guard.disarm()
+    return mine
+
+
+def leave(member: Membership, error: BaseException) -> BaseException:
+    """What a rank's part ends with if ``error`` is raised in it."""
+    with pytest.raises(BaseException) as raised, member.guard():  # noqa: PT011
+        raise error
+    return raised.value
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), RuntimeError("bad shape")])
+def test_a_ranks_own_error_stays_what_it_is_and_is_everyones_reason(rank: int, error: BaseException) -> None:
+    mine = member(rank)
+
+    assert leave(mine, error) is error
+    assert error.__cause__ is None
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    assert mine.latch.failure == RunFailure(rank, text, announced=True)
+
+
+def test_nothing_happens_to_a_part_that_ends_well() -> None:
+    mine = member(0)
+
+    with mine.guard():
+        pass
+
+    assert mine.latch.failure is None
+
+
+def test_leaving_when_asked_to_is_no_failure() -> None:
+    mine, error = member(1), AskedToLeave()
+
+    assert leave(mine, error) is error
+    assert mine.latch.failure is None
+
+
+def test_rank_0_names_the_rank_that_failed(delays: list[float]) -> None:
+    mine, error = member(0), RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    mine.latch.trip(KILLED)
+
+    explained = leave(mine, error)
+
+    assert isinstance(explained, WorkerFailedError)
+    assert explained.failure == KILLED
+    assert explained.__cause__ is error
+    # torchrun takes the first that exits for the culprit.
+    assert delays == [2.0]
+
+
+def test_an_explanation_is_not_explained_again() -> None:
+    mine, error = member(0), WorkerFailedError(KILLED)
+    mine.latch.trip(KILLED)
+
+    explained = leave(mine, error)
+
+    assert explained is error
+    assert "".join(traceback.format_exception(explained)).count("Traceback") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234"),
+        ChannelClosedError("connection closed"),
+    ],
+)
+def test_a_lost_peer_is_explained_by_news_that_come_later(error: Exception) -> None:
+    mine = member(0)
+    threading.Timer(0.2, mine.latch.trip, (KILLED,)).start()
+
+    explained = leave(mine, error)
+
+    assert isinstance(explained, WorkerFailedError)
+    assert explained.failure == KILLED
+
+
+def test_without_news_a_lost_peer_is_this_ranks_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "_NEWS_TIMEOUT_S", 0.1)
+    mine, error = member(0), RuntimeError("Connection closed by peer")
+
+    assert leave(mine, error) is error
+    assert mine.latch.failure == RunFailure(0, "RuntimeError: Connection closed by peer", announced=True)
+
+
+def test_a_bystander_ends_quietly_where_rank_0_tells_the_user(
+    capfd: pytest.CaptureFixture[str], delays: list[float]
+) -> None:
+    mine = member(1)
+    mine.latch.trip(RunFailure(2, KILLED.reason, announced=True))
+
+    explained = leave(mine, RuntimeError("Connection closed by peer"))
+
+    assert isinstance(explained, SystemExit)
+    assert explained.code == 1
+    assert capfd.readouterr().err == ""
+    assert delays == [2.0]
+
+
+def test_a_bystander_says_it_where_nobody_else_does(capfd: pytest.CaptureFixture[str], delays: list[float]) -> None:
+    mine = member(1)
+    mine.latch.trip(RunFailure(0, "its process is gone"))
+
+    assert isinstance(leave(mine, RuntimeError("Connection closed by peer")), SystemExit)
+    assert capfd.readouterr().err == "[rank 1] lightning_async: rank 0 failed: its process is gone\n"
+    assert delays == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_is_each_ranks_own_whoever_noticed_it_first(rank: int) -> None:
+    mine, error = member(rank), KeyboardInterrupt()
+    mine.latch.trip(RunFailure(2, "KeyboardInterrupt", announced=True))
+
+    assert leave(mine, error) is error

@@ -1,0 +1,101 @@
+"""What a session's thread does to the process around it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_async.runtime.threads import SWITCH_INTERVAL_S, Errands, PromptSwitching, use_one_thread
+from tests.launch import launch, report
+from tests.models import TinyClassifier, fork_trainer, loader
+
+
+def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+
+    def session() -> None:
+        use_one_thread()
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=session)
+    thread.start()
+    thread.join()
+    # A thread that torch has not met yet takes the process's number, as rank 0's may: the limit must not be in it.
+    training = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    training.start()
+    training.join()
+    main = torch.get_num_threads()
+    torch.set_num_threads(before)
+
+    assert (seen, main) == ([1, 2], 2)
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [(5e-3, SWITCH_INTERVAL_S), (1e-4, 1e-4)])
+def test_serving_threads_get_the_interpreter_soon_and_leave_its_interval_as_it_was(
+    before: float, meanwhile: float
+) -> None:
+    found = sys.getswitchinterval()
+    sys.setswitchinterval(before)
+    switching = PromptSwitching()
+    try:
+        switching.start()
+        switching.start()
+        during = sys.getswitchinterval()
+        switching.stop()
+        switching.stop()
+        after = sys.getswitchinterval()
+    finally:
+        sys.setswitchinterval(found)
+
+    assert (during, after) == pytest.approx((meanwhile, before))
+
+
+def test_rank_0_switches_promptly_while_it_serves_and_not_afterwards(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        class Module(TinyClassifier):
+            def on_train_epoch_end(self) -> None:
+                report(folder, self.global_rank, interval=sys.getswitchinterval())
+
+            def teardown(self, stage: str) -> None:
+                (folder / f"after{self.global_rank}").write_text(str(sys.getswitchinterval()))
+
+        sys.setswitchinterval(5e-3)
+        fork_trainer(folder, 2).fit(Module(), loader(32))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert [rank["interval"] for rank in run.reports()] == pytest.approx([SWITCH_INTERVAL_S, 5e-3])
+    assert float((tmp_path / "after0").read_text()) == pytest.approx(5e-3)
+
+
+def test_errands_are_run_in_turn_by_a_thread_that_was_there_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errands, done = Errands("errands"), threading.Event()
+    errands.start()
+    errands.start()
+    ran: list[str] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def fail() -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for errand in (lambda: ran.append("first"), fail, lambda: ran.append("second"), done.set):
+        errands.run(errand)
+
+    assert done.wait(5.0)
+    assert ran == ["first", "second"]
+    assert "an errand of errands failed" in caplog.text
+    errands.close(5.0)
+    errands.close(5.0)
+    assert "errands" not in {thread.name for thread in threading.enumerate()}

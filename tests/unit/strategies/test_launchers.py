@@ -1,0 +1,296 @@
+"""How launchers end and judge the processes that they have started."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_async.runtime.failure import RunFailure
+from lightning_async.strategies import launchers
+from lightning_async.strategies import supervisor as ranks
+from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def script() -> Iterator[Any]:
+    """A script launcher without a strategy; its children are the test's."""
+    launcher: Any = ScriptLauncher.__new__(ScriptLauncher)
+    launcher.procs = []
+    yield launcher
+    for process in launcher.procs:
+        process.kill()
+        process.wait()
+
+
+def child(command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sh", "-c", f"exec {command}"])
+
+
+def test_children_that_end_in_time_are_left_to_it(script: Any) -> None:
+    script.procs = [child("sleep 0.3"), child("true")]
+
+    started = time.monotonic()
+    script.end_children(10.0)
+
+    assert [process.returncode for process in script.procs] == [0, 0]
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_stopped_child_is_killed(script: Any) -> None:
+    script.procs = [child("sleep 60")]
+    os.kill(script.procs[0].pid, signal.SIGSTOP)
+
+    script.end_children(0.2)
+
+    assert script.procs[0].returncode == -signal.SIGKILL
+
+
+def test_a_process_that_must_end_at_once_takes_its_children_with_it(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    script.procs = [child("sleep 60")]
+
+    script.exit_process(1)
+
+    assert codes == [1]
+    assert script.procs[0].returncode == -signal.SIGKILL
+
+
+def test_the_end_of_a_child_is_described(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 1.0)
+    script.procs = [child("sh -c 'exit 3'"), child("sh -c 'kill -9 $$'")]
+
+    assert script.describe_end(1) == "its process exited with code 3"
+    assert script.describe_end(2) == "its process was killed by SIGKILL"
+    # Rank 0 itself, and ranks that were started from somewhere else.
+    assert script.describe_end(0) is script.describe_end(3) is script.describe_end(-1) is None
+
+
+def test_a_child_that_runs_has_no_end(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    script.procs = [child("sleep 60")]
+
+    assert script.describe_end(1) is None
+
+
+class Ended:
+    """A process launcher whose processes have ended in a given way; None stands for one that did not."""
+
+    def __init__(self, folder: Path, codes: list[int | None], node: int = 0) -> None:
+        self.launcher: Any = ProcessLauncher.__new__(ProcessLauncher)
+        self.launcher._strategy = SimpleNamespace(node_rank=node, num_processes=len(codes))
+        self.launcher.procs = [SimpleNamespace(exitcode=code) for code in codes]
+        self.files = [str(folder / f"error-{index}") for index in range(len(codes))]
+        self.stuck = [index for index, code in enumerate(codes) if code is None]
+
+    def raised(self, index: int, traceback: str) -> None:
+        Path(self.files[index]).write_bytes(pickle.dumps(traceback))
+
+    def failure(self, order: list[int], known: RunFailure | None = None) -> RunFailure:
+        found: RunFailure = self.launcher._failure(known, order, self.stuck, self.files)
+        return found
+
+
+def test_a_killed_process_is_the_culprit_whoever_ends_first(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, -9])
+
+    assert ended.failure([0, 1, 2]) == RunFailure(2, "its process was killed by SIGKILL")
+
+
+def test_then_one_that_raised(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(1, "Traceback\nValueError: no")
+
+    assert ended.failure([0, 2, 1]) == RunFailure(1, "its process exited with code 1\n\nTraceback\nValueError: no")
+
+
+def test_then_one_with_a_code_of_its_own(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 3]).failure([0, 1, 2]) == RunFailure(2, "its process exited with code 3")
+
+
+def test_then_one_that_had_to_be_killed(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, None, 1]).failure([2, 0]) == RunFailure(1, "its process did not end")
+
+
+def test_then_the_first(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 0]).failure([2, 1, 0]) == RunFailure(1, "its process exited with code 1")
+
+
+def test_what_rank_0_knows_is_believed_and_completed(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(0, "Traceback\nWorkerFailedError: rank 2 failed: ValueError: no")
+    ended.raised(2, "Traceback\nValueError: no")
+
+    failure = ended.failure([0, 1, 2], known=RunFailure(2, "ValueError: no"))
+
+    assert failure == RunFailure(2, "ValueError: no\n\nTraceback\nValueError: no")
+
+
+def test_the_signal_says_more_than_a_lost_connection(tmp_path: Path) -> None:
+    known = RunFailure(1, "its process is gone: the connection was closed")
+
+    assert Ended(tmp_path, [1, -11]).failure([0, 1], known) == RunFailure(1, "its process was killed by SIGSEGV")
+    assert Ended(tmp_path, [1, None]).failure([0], known) == known
+
+
+def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, -9], node=2)
+
+    assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(("node", "rank"), [(0, 2), (0, 3), (1, 0), (1, 1), (1, 4)])
+def test_a_rank_of_another_node_is_named_as_rank_0_knows_it(tmp_path: Path, node: int, rank: int) -> None:
+    ended = Ended(tmp_path, [1, 1], node)
+    ended.raised(0, "Traceback\nWorkerFailedError: another rank failed")
+    known = RunFailure(rank, "ValueError: no")
+
+    assert ended.failure([0, 1], known) == known
+
+
+@pytest.mark.parametrize("others", [[], ["sleep 60"]])
+def test_a_child_that_ended_before_it_was_watched_is_reported(
+    script: Any, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    reported: list[tuple[int, str]] = []
+    script._strategy = SimpleNamespace(report_failure=lambda rank, reason: reported.append((rank, reason)))
+    script.procs = [child("false"), *map(child, others)]
+    script.procs[0].wait()
+
+    script._watch(script.procs, threading.Event())
+
+    assert reported == [(1, "its process exited with code 1")]
+
+
+def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=29500)
+    launcher = ProcessLauncher.__new__(ProcessLauncher)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1, _launcher=launcher
+    )
+
+    with ranks.StartedRanks._impatience(strategy):
+        time.sleep(0.3)
+    with ranks.StartedRanks._impatience(strategy):
+        pass
+    time.sleep(0.1)
+
+    (record,) = caplog.records
+    assert "rank 0 of 4 has waited" in record.message
+    assert "127.0.0.1:29500" in record.message
+    assert "they are started from here and may still be importing" in record.message
+
+
+@pytest.mark.parametrize("kind", [LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment])
+@pytest.mark.parametrize("started_here", [False, True])
+@pytest.mark.parametrize("local_rank", [None, "0", "1"])
+@pytest.mark.parametrize("launches", ["script", "process"])
+def test_local_rank_is_named_only_where_it_keeps_the_ranks_from_being_started(
+    kind: Any, started_here: bool, local_rank: str | None, launches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LOCAL_RANK", local_rank), (launchers._STARTED_RANKS, "2" if started_here else None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    launcher: Any = (ScriptLauncher if launches == "script" else ProcessLauncher).__new__(
+        ScriptLauncher if launches == "script" else ProcessLauncher
+    )
+    launcher.cluster_environment = kind()
+
+    hint = launcher.describe_start(1)
+
+    by_hand = launches == "script" and kind is LightningEnvironment and local_rank is not None and not started_here
+    assert ("LOCAL_RANK is set" in hint) == by_hand
+    assert hint.startswith("TorchElastic starts them") == (launches == "script" and kind is TorchElasticEnvironment)
+    assert hint.startswith("SLURM starts them") == (launches == "script" and kind is SLURMEnvironment)
+
+
+def test_over_several_hosts_the_hint_says_what_each_of_them_needs() -> None:
+    launcher = ProcessLauncher.__new__(ProcessLauncher)
+
+    assert "must run on all 3 hosts" in launcher.describe_start(3)
+    assert "NODE_RANK" in launcher.describe_start(3)
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_started(
+    script: Any, monkeypatch: pytest.MonkeyPatch, first_fails: bool
+) -> None:
+    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(launchers, "_POLL_S", 0.01)
+    monkeypatch.setenv(launchers._STARTED_RANKS, "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    reported: list[tuple[int, str]] = []
+    heard = threading.Event()
+    script.procs = [child("sh -c 'sleep 0.2; exit 3'" if first_fails else "sleep 60")]
+    monkeypatch.setattr(launchers, "_started", list(script.procs))
+    strategy: Any = SimpleNamespace(
+        cluster_environment=LightningEnvironment(),
+        num_processes=2,
+        num_nodes=1,
+        guard_run=nullcontext,
+        report_failure=lambda rank, reason: (reported.append((rank, reason)), heard.set()),
+    )
+    later = ScriptLauncher(strategy)
+
+    def part() -> None:
+        if first_fails:
+            assert heard.wait(10.0)
+
+    later.launch(part)
+
+    assert later.procs == script.procs
+    assert reported == ([(1, "its process exited with code 3")] if first_fails else [])
+    assert eventually(lambda: "child-watch" not in {thread.name for thread in threading.enumerate()})
+
+
+def eventually(condition: Any) -> bool:
+    deadline = time.monotonic() + 5.0
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+@pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])
+def test_a_run_that_would_wait_for_ranks_nobody_starts_is_refused(
+    started: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv(launchers._STARTED_RANKS, raising=False)
+    if started is not None:
+        monkeypatch.setenv(launchers._STARTED_RANKS, started)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1, guard_run=nullcontext
+    )
+    launcher = ScriptLauncher(strategy)
+
+    if refused:
+        with pytest.raises(MisconfigurationException, match="started 2 ranks"):
+            launcher.launch(lambda: "ran")
+    else:
+        assert launcher.launch(lambda: "ran") == "ran"

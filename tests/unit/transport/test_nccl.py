@@ -1,0 +1,468 @@
+"""The NCCL channel over communicators that enforce NCCL's rules, and how the two sides come to one."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_async import AMSGrad
+from lightning_async.data.ledger import Ledger
+from lightning_async.exchange import nccl_negotiation as nccl_office
+from lightning_async.exchange import server
+from lightning_async.exchange.nccl_negotiation import NcclOffice, Turns
+from lightning_async.exchange.negotiation import dial
+from lightning_async.exchange.server import Server
+from lightning_async.exchange.worker import Worker
+from lightning_async.holder.holder import Holder
+from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.placement import HolderSite
+from lightning_async.holder.staleness import Barrier
+from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.listener import FrontDoor, Visitor
+from lightning_async.transport import nccl
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.devices import RankDevices
+from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.nccl import Link, NcclChannel
+from lightning_async.transport.shm import SharedMemoryChannel
+from tests.fake_nccl import Fabric
+
+pytestmark = pytest.mark.timeout(60)
+NUMEL = 6
+CPU = torch.device("cpu")
+PING = Message(Kind.PULL, worker=1)
+
+
+def gpu(number: int) -> dict[str, Any]:
+    return {"uuid": f"GPU-{number}", "nccl": "2.27.3", "shares": False}
+
+
+class Pair:
+    """A worker's and the holder's end of a NCCL channel in one process."""
+
+    def __init__(self, fabric: Fabric, late_reader: bool = False) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+        listener.close()
+        self.ends = []
+        links = [Link(fabric.communicator(None, "pair", side, CPU), f"side-{side}") for side in (0, 1)]
+        connecting = threading.Thread(target=links[1].connect, args=(5.0, lambda: False))
+        connecting.start()
+        links[0].connect(5.0, lambda: False)
+        connecting.join()
+        for side, (sock, link) in enumerate(zip((ours, theirs), links, strict=True)):
+            buffers = Buffers.allocate(NUMEL, torch.float32)
+            self.ends.append(NcclChannel(ControlConnection(sock), buffers, link, side, late_reader))
+
+    @property
+    def holder(self) -> NcclChannel:
+        return self.ends[0]
+
+    @property
+    def worker(self) -> NcclChannel:
+        return self.ends[1]
+
+
+@pytest.fixture
+def fabric() -> Iterator[Fabric]:
+    fabric = Fabric()
+    before = set(threading.enumerate())
+    yield fabric
+    for communicator in fabric.sides.values():
+        communicator.abort()
+    assert fabric.broken == []
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("side-")]
+    for thread in left:
+        thread.join(5.0)
+
+
+@pytest.fixture
+def pair(fabric: Fabric, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    pair = Pair(fabric, late_reader=getattr(request, "param", False))
+    yield pair
+    for end in pair.ends:
+        end.close()
+
+
+def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, errors
+
+
+@pytest.mark.parametrize("pair", [True], indirect=True)
+def test_parameters_are_not_posted_while_their_worker_still_computes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "_PAYLOAD_BASE_S", 1.0)
+    pair.holder.buffers.parameters.fill_(3.0)
+    thread, errors = in_thread(lambda: pair.holder.send(PING, pair.holder.buffers.parameters))
+    time.sleep(1.5)
+
+    pair.worker.receive()
+    pair.worker.receive_payload(pair.worker.buffers.parameters)
+    thread.join(10)
+
+    assert errors == []
+    assert pair.worker.buffers.parameters.tolist() == [3.0] * NUMEL
+
+
+def test_payloads_pass_both_ways_in_strict_order(pair: Pair) -> None:
+    rounds = 30
+
+    def holder() -> None:
+        for _ in range(rounds):
+            pair.holder.receive()
+            # A part of the buffer, as one of several optimizers pushes it.
+            pair.holder.receive_payload(pair.holder.buffers.gradient[2:5])
+            pair.holder.buffers.parameters.add_(pair.holder.buffers.gradient)
+            pair.holder.send(PING, pair.holder.buffers.parameters)
+
+    thread, errors = in_thread(holder)
+    for number in range(rounds):
+        pair.worker.buffers.gradient.fill_(float(number))
+        pair.worker.send(PING, pair.worker.buffers.gradient[2:5])
+        pair.worker.receive()
+        pair.worker.receive_payload(pair.worker.buffers.parameters)
+    thread.join(10)
+
+    total = float(sum(range(rounds)))
+    assert errors == []
+    assert pair.worker.buffers.parameters.tolist() == [0, 0, total, total, total, 0]
+
+
+def test_a_payload_is_posted_only_behind_its_message(pair: Pair, fabric: Fabric) -> None:
+    thread, errors = in_thread(lambda: pair.worker.send(PING, pair.worker.buffers.gradient))
+
+    message = pair.holder.receive()
+    time.sleep(0.05)
+    before = list(fabric.posted)
+    pair.holder.receive_payload(pair.holder.buffers.gradient)
+    thread.join(10)
+
+    assert (message.kind, errors) == (Kind.PULL, [])
+    assert before == [("pair", 1, "send")]
+    assert fabric.posted == [("pair", 1, "send"), ("pair", 0, "recv")]
+
+
+def test_a_peer_that_does_not_deliver_in_time_ends_the_channel(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "_PAYLOAD_BASE_S", 0.3)
+
+    with pytest.raises(ChannelClosedError, match="did not answer within 0 s"):
+        pair.holder.receive_payload(pair.holder.buffers.gradient)
+    with pytest.raises(ChannelClosedError, match="channel closed"):
+        pair.holder.receive_payload(pair.holder.buffers.gradient)
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_peer_that_dies_in_the_middle_of_a_payload_is_noticed_at_once(pair: Pair, unread: bool) -> None:
+    if unread:
+        pair.worker.send(PING)
+    thread, errors = in_thread(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
+    time.sleep(0.05)
+
+    # What the system does for a killed process; NCCL itself says nothing.
+    pair.worker._control.shutdown()
+    thread.join(5.0)
+
+    assert not thread.is_alive()
+    assert [str(error) for error in errors] == ["NCCL: the peer is gone"]
+
+
+def test_closing_from_another_thread_frees_whoever_waits_for_a_payload(pair: Pair) -> None:
+    thread, errors = in_thread(lambda: pair.worker.receive_payload(pair.worker.buffers.parameters))
+    time.sleep(0.05)
+
+    pair.worker.close()
+    thread.join(5.0)
+
+    assert not thread.is_alive()
+    assert [type(error) for error in errors] == [ChannelClosedError]
+
+
+def test_the_fake_catches_an_order_that_nccl_would_hang_on(pair: Pair, fabric: Fabric) -> None:
+    thread, _ = in_thread(lambda: pair.worker.send(PING, pair.worker.buffers.gradient[:2]))
+    in_thread(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
+    time.sleep(0.2)
+    broken, fabric.broken[:] = list(fabric.broken), []
+
+    pair.holder.close()
+    pair.worker.close()
+    thread.join(5.0)
+
+    assert any("recv of 6 meets send of 2" in rule or "send of 2 meets recv of 6" in rule for rule in broken)
+
+
+def test_turns_come_in_the_order_of_ranks_and_one_at_a_time() -> None:
+    turns, order = Turns(5), []
+
+    def visit(rank: int) -> None:
+        if rank == 2:
+            turns.give(rank, 0, taken=False)
+            return
+        turns.take(rank, 0)
+        order.append(("in", rank))
+        time.sleep(0.01)
+        order.append(("out", rank))
+        turns.give(rank, 0, taken=True)
+
+    threads = [threading.Thread(target=visit, args=(rank,)) for rank in (4, 3, 2, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5.0)
+
+    assert order == [(way, rank) for rank in (1, 3, 4) for way in ("in", "out")]
+
+
+def test_second_lanes_come_after_every_first_one_and_one_at_a_time() -> None:
+    turns, order = Turns(3), []
+
+    def visit(rank: int, lane: int) -> None:
+        turns.take(rank, lane)
+        order.append(("in", lane))
+        time.sleep(0.05)
+        order.append(("out", lane))
+        turns.give(rank, lane, taken=True)
+
+    places = [(1, 1), (2, 1), (2, 0), (1, 0)]
+    threads = [threading.Thread(target=visit, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5.0)
+
+    assert order == [("in", 0), ("out", 0)] * 2 + [("in", 1), ("out", 1)] * 2
+
+
+def test_rank_0s_own_lanes_are_never_offered_nccl() -> None:
+    facts = {**gpu(0), "shares": True}
+    office = NcclOffice(CPU, facts, 2, NUMEL, torch.float32, True, lambda: pytest.fail("a store was made"))
+
+    assert office.open(Visitor(0, 0, {"device": facts}), None) is None  # type: ignore[arg-type]
+
+
+def test_closing_ends_the_wait_for_a_turn() -> None:
+    turns = Turns(3)
+    thread, errors = in_thread(lambda: turns.take(2, 0))
+
+    turns.close()
+    thread.join(5.0)
+
+    assert [type(error) for error in errors] == [ChannelClosedError]
+
+
+class Run:
+    """Rank 0's server, and workers of which each has a thread."""
+
+    def __init__(self, workers: int, transport: Any = "auto") -> None:
+        self.initial = torch.nn.Parameter(torch.ones(NUMEL))
+        self.layout = FlatLayout([[self.initial]])
+        self.latch = FailureLatch()
+        self.door = FrontDoor("127.0.0.1", workers, Lifelines(0, self.latch, 60.0))
+        template = AMSGrad([self.initial], lr=0.1)
+        self.hypers = [HyperLayout(template)]
+        self.holder = Holder(self.layout, torch.ones(NUMEL), [template], Barrier(None), self.latch)
+        self.ledger = Ledger(workers)
+        self.ledger.begin_epoch(range(1000))
+        self.ledger.open(1000)
+        self.server = Server(
+            self.holder,
+            self.ledger,
+            self.layout,
+            self.hypers,
+            self.latch,
+            self.door,
+            transport,
+            site=HolderSite(CPU, gpu(0)),
+            workers=workers,
+        )
+        self.channels: dict[int, Channel] = {}
+
+    def dial(self, rank: int, claims: dict[str, Any] | None = None) -> Channel:
+        devices = RankDevices(CPU, claims if claims is not None else gpu(rank))
+        channel = dial(self.door.address, rank, self.layout, self.hypers, devices=devices)
+        self.channels[rank] = channel
+        return channel
+
+    def train(self, rank: int, steps: int) -> Tensor:
+        parameter = torch.nn.Parameter(torch.ones(NUMEL))
+        optimizer = AMSGrad([parameter], lr=0.1)
+        worker = Worker(rank, self.channels[rank], self.layout, [optimizer], self.latch)
+        for _ in range(steps):
+            worker.draw()
+            worker.begin_batch(1)
+            parameter.grad = parameter.detach() * 2 + rank
+            worker.step(0)
+        worker.refresh()
+        worker.close()
+        return parameter.detach()
+
+    def close(self) -> None:
+        for rank, channel in self.channels.items():
+            # Those that have trained are closed already.
+            with contextlib.suppress(ChannelClosedError, OSError):
+                channel.send(Message(Kind.GOODBYE, worker=rank))
+            channel.close()
+        self.server.close()
+        self.door.close()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, fabric: Fabric) -> Iterator[Callable[..., Run]]:
+    monkeypatch.setattr(nccl_office, "nccl_communicator", fabric.communicator)
+    monkeypatch.setattr(server, "_NEWS_TIMEOUT_S", 0.1)
+    runs: list[Run] = []
+
+    def start(*arguments: Any) -> Run:
+        runs.append(Run(*arguments))
+        return runs[-1]
+
+    yield start
+    for one in runs:
+        one.close()
+
+
+def test_communicators_are_made_one_at_a_time_in_the_order_of_ranks(run: Callable[..., Run], fabric: Fabric) -> None:
+    workers = 5
+    here = run(workers)
+
+    threads = []
+    for rank in reversed(range(1, workers)):
+        threads.append(in_thread(lambda rank=rank: here.dial(rank)))  # type: ignore[misc]
+        time.sleep(0.02)
+    for thread, errors in threads:
+        thread.join(20)
+        assert errors == []
+
+    assert fabric.connected == [f"nccl-{rank}-0-0" for rank in range(1, workers)]
+    assert {type(channel) for channel in here.channels.values()} == {NcclChannel}
+
+
+def test_a_run_over_nccl_is_serial_amsgrad(run: Callable[..., Run]) -> None:
+    here, steps = run(3, "nccl"), 8
+    threads = [in_thread(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
+    for thread, _ in threads:
+        thread.join(20)
+
+    # One after the other: then the order of updates is known.
+    first, second = here.train(1, steps), here.train(2, steps)
+
+    alone = torch.nn.Parameter(torch.ones(NUMEL))
+    optimizer = AMSGrad([alone], lr=0.1, fused=True)
+    expected = []
+    for rank in (1, 2):
+        for _ in range(steps):
+            alone.grad = alone.detach() * 2 + rank
+            optimizer.step()
+        expected.append(alone.detach().clone())
+    assert here.latch.failure is None
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["holder", "worker"])
+def test_a_communicator_that_cannot_be_made_gives_way_to_host_memory(
+    run: Callable[..., Run], fabric: Fabric, caplog: pytest.LogCaptureFixture, side: int
+) -> None:
+    def refuse(name: str, which: int) -> None:
+        if (name, which) == ("nccl-1-0-0", side):
+            raise RuntimeError("unhandled system error")
+
+    fabric.refuse = refuse
+    here = run(3)
+    with caplog.at_level("WARNING"):
+        threads = [in_thread(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
+        for thread, errors in threads:
+            thread.join(20)
+            assert errors == []
+
+    here.train(1, 2)
+    here.train(2, 2)
+    assert [type(here.channels[rank]) for rank in (1, 2)] == [SharedMemoryChannel, NcclChannel]
+    assert "NCCL with rank 1 failed: NCCL: unhandled system error; it goes through host memory" in caplog.text
+    assert here.holder.version == 4
+
+
+def test_a_communicator_that_cannot_be_made_ends_a_run_that_insists(run: Callable[..., Run], fabric: Fabric) -> None:
+    def refuse(name: str, side: int) -> None:
+        if side == 1:
+            raise RuntimeError("unhandled system error")
+
+    fabric.refuse = refuse
+    here = run(2, "nccl")
+
+    with pytest.raises(ChannelClosedError):
+        here.dial(1)
+
+    failure = here.latch.wait(5.0)
+    assert failure is not None
+    assert (failure.rank, failure.reason) == (
+        1,
+        'transport="nccl" was asked for, and rank 1 cannot use it: NCCL: unhandled system error. '
+        'Take transport="auto", which goes through host memory for such ranks',
+    )
+
+
+@pytest.mark.parametrize(
+    "claims", [gpu(0), {**gpu(1), "nccl": "2.20.5"}, {}, {"uuid": 3}], ids=["same", "version", "none", "nonsense"]
+)
+def test_a_worker_that_nccl_cannot_reach_is_not_offered_it(
+    run: Callable[..., Run], fabric: Fabric, claims: dict[str, Any]
+) -> None:
+    here = run(3)
+
+    first, second = here.dial(1, claims), here.dial(2)
+
+    assert [type(first), type(second)] == [SharedMemoryChannel, NcclChannel]
+    assert fabric.connected == ["nccl-2-0-0"]
+
+
+def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Callable[..., Run], fabric: Fabric) -> None:
+    here = run(3)
+
+    def die(name: str, side: int) -> None:
+        if (name, side) == ("nccl-1-0-0", 1):
+            doomed[0].shutdown()
+            raise RuntimeError("killed")
+
+    doomed: list[ControlConnection] = []
+    accept = nccl_office._Verdict.__init__
+
+    def remember(self: Any, connection: ControlConnection) -> None:
+        if threading.current_thread().name == "doomed":
+            doomed.append(connection)
+        accept(self, connection)
+
+    fabric.refuse = die
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nccl_office._Verdict, "__init__", remember)
+        thread, errors = in_thread(
+            lambda: (setattr(threading.current_thread(), "name", "doomed"), here.dial(1))  # type: ignore[func-returns-value]
+        )
+        thread.join(20)
+
+    assert isinstance(here.dial(2), NcclChannel)
+    assert [type(error) for error in errors] == [ChannelClosedError]
+    failure = here.latch.wait(5.0)
+    assert failure is not None and failure.rank == 1

@@ -1,7 +1,4 @@
-"""`AsyncMonitor`: a callback that leaves a record and a timeline of the run.
-
-Above `strategy.py`, whose public attributes it uses, and `seeing/`.
-"""
+"""`AsyncMonitor`: a callback that leaves a record and a timeline of the run."""
 
 from __future__ import annotations
 

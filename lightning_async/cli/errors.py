@@ -1,4 +1,4 @@
-"""What the command line says when something is wrong: one line. Below `app.py`, above nothing."""
+"""What the command line says when something is wrong: one line."""
 
 from __future__ import annotations
 

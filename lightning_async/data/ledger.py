@@ -1,8 +1,7 @@
 """Hand-out of batches: the ledger on rank 0.
 
 A ticket is a position in the epoch's one global order of batches (`orders.py`). The ledger says who may compute which
-ticket and which are applied; a rank's `ticket_feed.py` turns the tickets that it drew into the indices of samples. Used by
-`session.py`. Imports no Lightning.
+ticket and which are applied; a rank's `ticket_feed.py` turns the tickets that it drew into the indices of samples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What user code sees of a train loader that all ranks share: this rank's share of the epoch, as under DDP.
 
 The sampler behind walks the whole order on every rank. A face in its place has its attributes and methods, which user
-code reads, sets and calls; its length and what it yields are this rank's. Below `ticket_feed.py`. Imports no Lightning.
+code reads, sets and calls; its length and what it yields are this rank's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sets of tickets kept as ranges: what has been applied, and what is left to hand out. Pure; used by `ledger.py`.
+"""Sets of tickets kept as ranges: what has been applied, and what is left to hand out.
 
 An epoch may have millions of tickets, or no known end; what is applied of it is one range and a few stragglers.
 """

@@ -1,8 +1,7 @@
 """A train loader that all ranks share: what user code sees of it, and what the fetcher iterates.
 
-User code sees a loader that behaves as under DDP (`loader_proxy.py`): it yields this rank's share of the epoch and draws
-nothing. The fetcher has another one of the same class and attributes, which a `TicketFeed` feeds. Above `ticket_feed.py`
-and `loader_proxy.py`; used by `strategy.py` and `loops/fetcher.py`. Imports no Lightning.
+User code sees a loader that behaves as under DDP (`loader_proxy.py`): it yields this rank's share of the epoch and
+draws nothing. The fetcher has another one of the same class and attributes, which a `TicketFeed` feeds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Feeds a loader with the batches whose tickets its rank draws, and knows where each of them is.
-
-Above `orders.py`; used by `shared_loader.py` and `loops/fetcher.py`. Imports no Lightning.
-"""
+"""Feeds a loader with the batches whose tickets its rank draws, and knows where each of them is."""
 
 from __future__ import annotations
 
@@ -264,14 +261,17 @@ class TicketFeed:
         with self._changed:
             foreign = threading.current_thread() is not self._owner
             self._threaded = self._threaded or foreign
-            if foreign and created_in != self._pass:
-                self._refuse(foreign, created_in)
-            self.activate(iterator)
-            while not self._drawn and not self._loading:
+            while True:
+                # Looked at after each wait: a thread of an earlier pass must not take what this one is to load.
+                if foreign and (self._closed or created_in != self._pass):
+                    self._refuse(foreign, created_in)
+                self.activate(iterator)
+                if self._drawn or self._loading:
+                    return
                 if not foreign:
                     if not self._draw_ahead():
                         self._refuse(foreign, created_in)
-                elif self._closed or created_in != self._pass or self._is_stalemate():
+                elif self._is_stalemate():
                     self._refuse(foreign, created_in)
                 else:
                     self._changed.wait(_LOOK_S)

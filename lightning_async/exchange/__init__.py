@@ -1,1 +1,1 @@
-"""Gradients to the holder and parameters back: workers, sessions, and what serves them. Knows no Lightning."""
+"""Gradients to the holder and parameters back: workers, sessions, and what serves them."""

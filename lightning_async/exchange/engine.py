@@ -1,8 +1,4 @@
-"""This rank's part of the exchange, put together: a worker on every rank, and on rank 0 what serves them.
-
-Above `service.py`, `remote_service.py` and `worker.py`; below `strategy.py`, which builds it for each fit. Knows no
-Lightning.
-"""
+"""This rank's part of the exchange, put together: a worker on every rank, and on rank 0 what serves them."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Rank 0 makes one communicator at a time, in the order of ranks: two that come into being at once in one process can wait
 for each other for ever. A worker that was offered one waits, on the control connection, until it is its turn. Both then
 connect, and both say whether it worked; if not, they go on to the channel that they would have had otherwise.
-
-Above `transport/nccl.py`; used by `negotiation.py`. Knows no Lightning.
 """
 
 from __future__ import annotations

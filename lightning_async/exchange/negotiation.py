@@ -1,7 +1,4 @@
-"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, Gloo otherwise.
-
-Above `transport/` and `nccl_negotiation.py`; below `server.py`, which offers, and `engine.py`, which dials.
-"""
+"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, Gloo otherwise."""
 
 from __future__ import annotations
 

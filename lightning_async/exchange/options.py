@@ -1,4 +1,4 @@
-"""The strategy's arguments, validated once, at the door. Knows no Lightning."""
+"""The strategy's arguments, validated once, at the door."""
 
 from __future__ import annotations
 

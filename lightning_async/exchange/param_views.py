@@ -1,7 +1,4 @@
-"""The module's parameters and gradients in a channel's flat buffers, without a copy where that is safe.
-
-Used by `worker.py`. Knows no Lightning.
-"""
+"""The module's parameters and gradients in a channel's flat buffers, without a copy where that is safe."""
 
 from __future__ import annotations
 

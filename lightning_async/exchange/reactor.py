@@ -1,8 +1,8 @@
 """The reactor: one thread that serves every worker whose payloads lie in shared memory.
 
 A thread per worker would have all of them compete for the interpreter's lock with each other and with rank 0's own
-training; here a request costs no hand-over. Nothing blocks in this thread: a request that the barrier holds back is
-put aside and resumed after the next change. Above `session.py`; below `server.py`. Knows no Lightning.
+training; here a request costs no hand-over. Nothing blocks in this thread: a request that the barrier holds back is put
+aside and resumed after the next change.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What runs in the holder's own process: one `HolderService`, and rank 0's calls to it.
 
-Started by `remote_service.py`. Knows no Lightning, and does not import it.
+Started by `remote_service.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A process of its own for what serves the workers, as rank 0 sees it: ``holder="process"``.
 
 Rank 0's training and the updates then share neither an interpreter nor a process, and rank 0's own worker comes in by
-the door like the others. `remote_main.py` is what runs there. Above `service.py` and `heartbeat.py`; below `engine.py`.
-Knows no Lightning.
+the door like the others. `remote_main.py` is what runs there.
 """
 
 from __future__ import annotations

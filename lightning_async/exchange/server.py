@@ -1,7 +1,4 @@
-"""Rank 0's server: gives each worker its session, its channel, and somebody who serves it.
-
-Above `reactor.py`, `session.py`, `listener.py` and `transport/`; below `engine.py`. Knows no Lightning.
-"""
+"""Rank 0's server: gives each worker its session, its channel, and somebody who serves it."""
 
 from __future__ import annotations
 

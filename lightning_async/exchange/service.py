@@ -1,7 +1,6 @@
 """What serves the workers, put together: holder, ledger and server.
 
-It is in rank 0's process, or in one of its own (`remote_service.py`), where the same class does the same. Above
-`holder.py`, `ledger.py` and `server.py`; below `engine.py`. Knows no Lightning.
+It is in rank 0's process, or in one of its own (`remote_service.py`), where the same class does the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """A session: what the holder's side does for one worker, message by message.
 
-Above `holder.py` and `ledger.py`; below `server.py`, which gives each session a channel and somebody to drive it: the
-reactor's one thread for all workers in shared memory, a thread of its own for a worker across a network, and rank 0's
-own worker's thread for that one. The code is the same.
+The code is the same.
 """
 
 from __future__ import annotations

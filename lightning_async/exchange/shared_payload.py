@@ -1,7 +1,6 @@
 """Large values on their way to another process of this host, in anonymous memory.
 
-Who sends a value writes it into memory of its own; the other process only ever reads. Used by `remote_service.py` and
-`remote_main.py`. Knows no Lightning.
+Who sends a value writes it into memory of its own; the other process only ever reads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """An optimizer's state on its way from the holder to a rank that has asked for it, over a connection of its own.
 
 It is no collective: any rank asks when it wants to, and the front door's thread for that visitor answers. A description
-in JSON goes first, then the bytes of the tensors, in its order; nothing that arrives is unpickled. Above
-`listener.py`; used by `server.py`, which answers, and `engine.py`, which asks. Knows no Lightning.
+in JSON goes first, then the bytes of the tensors, in its order; nothing that arrives is unpickled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The worker: a rank's side of the exchange: draws tickets, pushes gradients, lands fresh parameters.
-
-Above `transport/` and `layout.py`; below `strategy.py` and `internals/`. Knows no Lightning.
-"""
+"""The worker: a rank's side of the exchange: draws tickets, pushes gradients, lands fresh parameters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The holder: master parameters, optimizer state and version, in rank 0.
 
-Above `staleness.py` (the rule of who may proceed) and `update.py` (the update); below `server.py`, whose sessions
-are its only callers. Does no I/O and imports no Lightning.
+Does no I/O and imports no Lightning.
 """
 
 from __future__ import annotations

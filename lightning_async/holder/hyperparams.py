@@ -1,8 +1,4 @@
-"""The hyper-parameters that travel with each push: which they are, and how they are read and set.
-
-Above `message.py`; used by `worker.py`, which reads them, by `session.py`, which takes them, and by `update.py`, which
-sets them. Knows no Lightning.
-"""
+"""The hyper-parameters that travel with each push: which they are, and how they are read and set."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where each parameter lies in the flat buffers that holder and workers exchange.
-
-Used by `holder.py`, `server.py` and `worker.py`. Knows no Lightning and holds no data.
-"""
+"""Where each parameter lies in the flat buffers that holder and workers exchange."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""An optimizer's state as its user sees it: the holder's, fetched when it is looked at, and taken over when it changed.
-
-Above nothing; used by `engine.py`, which fetches, and by `rebuild.py`. Knows no Lightning.
-"""
+"""An optimizer's state as its user sees it: the holder's, fetched when looked at, taken over when changed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where the holder lives: rank 0's host, or rank 0's GPU with a stream of its own.
-
-Above `holder.py` and `transport/staged.py`; used by `engine.py` and `server.py`. Knows no Lightning.
-"""
+"""Where the holder lives: rank 0's host, or rank 0's GPU with a stream of its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Any torch optimizer, rebuilt over the holder's buffers.
 
-Beside `amsgrad.py`, which does the same for AMSGrad with a kernel of its own; below `update.py`, and below `optimizer_proxy.py`,
-which asks `check_steppable` and converts its refusal. Knows no Lightning.
+Beside `amsgrad.py`, which does the same for AMSGrad with a kernel of its own; below `update.py`, and below
+`optimizer_proxy.py`, which asks `check_steppable` and converts its refusal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Counts that all ranks add up while none of them waits: steps, batches, calls of a scheduler.
 
-A rank reports what it has counted with its next message to the holder; the answer brings the sums. Used by `worker.py`,
-`by_hand.py` and `schedulers.py`. Knows no Lightning.
+A rank reports what it has counted with its next message to the holder; the answer brings the sums.
 """
 
 from __future__ import annotations

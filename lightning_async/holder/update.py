@@ -1,7 +1,4 @@
-"""The holder's optimizers: any torch optimizer by its own step, AMSGrad by its kernel.
-
-Above `amsgrad.py`, `rebuild.py` and `hyperparams.py`; below `holder.py`.
-"""
+"""The holder's optimizers: any torch optimizer by its own step, AMSGrad by its kernel."""
 
 from __future__ import annotations
 

@@ -9,8 +9,6 @@ changes its own between two meetings, over as many batches as it computes. Where
 - all other buffers become rank 0's, as under DDP;
 - what DDP is told to ignore (``_ddp_params_and_buffers_to_ignore``), and what does not have one shape and dtype on all
   ranks, stays each rank's own.
-
-Above `tensor_sync.py`, which moves them. Below `coordinator.py`.
 """
 
 from __future__ import annotations

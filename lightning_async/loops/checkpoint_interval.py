@@ -1,7 +1,7 @@
 """``ModelCheckpoint(every_n_train_steps=n)`` on a clock that can pass several steps between two batches of a rank.
 
 Lightning saves where ``trainer.global_step % n == 0``. The clock is shared by all ranks, so the rank that saves may see
-step ``n - 1`` and then ``n + 1``. Below `loops.py` and `epochs.py`.
+step ``n - 1`` and then ``n + 1``.
 """
 
 from __future__ import annotations

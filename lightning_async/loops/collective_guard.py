@@ -5,7 +5,7 @@ does not belong to. The guard sits in torch's dispatcher, where every call on a 
 ``torch.distributed`` however they were imported, functional ones, compiled ones, methods of a group, from any thread.
 The package's own data channels use Gloo's and NCCL's backends directly and do not pass there.
 
-Process-wide while it is in place. Below `phase.py`, which puts it in place and takes it away.
+Process-wide while it is in place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lightning's counters of batches and steps, as DDP would show them. Below `epochs.py`.
+"""Lightning's counters of batches and steps, as DDP would show them.
 
 Between stops each rank counts its own batches. What a checkpoint records must mean the same to any other strategy, and
 to this one with another number of ranks.

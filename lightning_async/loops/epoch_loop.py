@@ -1,9 +1,7 @@
 """An epoch in segments: batches until no ticket is left, then all ranks meet, agree, and go on as Lightning does.
 
 Lightning's own epoch loop runs a collective before every batch and ends an epoch by counting local batches; either
-would put the ranks in lock step or leave one of them waiting. The subclass below replaces exactly that. Below
-`loops.py`, which puts it in place, and `strategy.py`, whose public methods it calls; above `fetcher.py`, `results.py`
-and `epoch_plan.py`.
+would put the ranks in lock step or leave one of them waiting. The subclass below replaces exactly that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How many batches an epoch has, over all ranks, as the ranks agree on it.
-
-Below `loops.py` and `epochs.py`; above `fetcher.py`.
-"""
+"""How many batches an epoch has, over all ranks, as the ranks agree on it."""
 
 from __future__ import annotations
 

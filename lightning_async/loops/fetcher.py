@@ -1,8 +1,4 @@
-"""The fetcher of train batches: draws a ticket before it asks the loader.
-
-Below `loops.py` and `epochs.py`; above `ticket_feed.py` (one order that all ranks share) and `streams.py` (a stream for
-each rank).
-"""
+"""The fetcher of train batches: draws a ticket before it asks the loader."""
 
 from __future__ import annotations
 

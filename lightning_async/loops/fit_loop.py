@@ -1,7 +1,4 @@
-"""Lightning's fit loop over segments, and what is put in place while a fit runs.
-
-Below `strategy.py`; above `epochs.py`, `fetcher.py`, `intervals.py`, `averaging.py` and `progress.py`.
-"""
+"""Lightning's fit loop over segments, and what is put in place while a fit runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The last batch of a callback that is called once more where the ranks meet.
 
 Progress bars and ModelCheckpoints are told then what others have done since this rank's last batch. A subclass may look
-at the outputs and the batch, which Lightning never leaves out. Below `progress.py` and `intervals.py`.
+at the outputs and the batch, which Lightning never leaves out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Automatic optimization where a batch may give no gradient, and plateaus that all ranks see alike.
-
-Below `loops.py` and `epochs.py`.
-"""
+"""Automatic optimization where a batch may give no gradient, and plateaus that all ranks see alike."""
 
 from __future__ import annotations
 

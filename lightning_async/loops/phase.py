@@ -1,6 +1,6 @@
 """Which phase this process is in: asynchronous (train batches) or synchronous (everything else).
 
-Process-wide, like ``torch.distributed``'s default group whose use it governs. Used by `strategy.py` and `internals/`.
+Process-wide, like ``torch.distributed``'s default group whose use it governs.
 """
 
 from __future__ import annotations

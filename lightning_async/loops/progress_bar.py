@@ -1,7 +1,7 @@
 """Progress bars that show the whole run. By themselves they show rank 0's batches, which may be more than its share.
 
 A bar's hooks are wrapped while a fit runs: it is told the number of batches that all ranks have finished, divided by
-the number of ranks, and its metrics tell what asynchrony does. Below `loops.py` and `epochs.py`.
+the number of ranks, and its metrics tell what asynchrony does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many optimizer steps Lightning counts under manual optimization. Below `by_hand.py`."""
+"""How many optimizer steps Lightning counts under manual optimization."""
 
 from __future__ import annotations
 

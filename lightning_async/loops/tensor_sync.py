@@ -1,7 +1,4 @@
-"""Tensors that every rank must share in the synchronous phase: broadcast and averaged over the strategy's own group.
-
-Below `buffer_sync.py`, which says what becomes of which.
-"""
+"""Tensors that every rank must share in the synchronous phase: broadcast and averaged over the strategy's own group."""
 
 from __future__ import annotations
 

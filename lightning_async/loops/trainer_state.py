@@ -1,4 +1,4 @@
-"""What the strategy reads from, and writes to, private fields of the trainer and its callbacks. Below `strategy.py`."""
+"""What the strategy reads from, and writes to, private fields of the trainer and its callbacks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Lightning's ``WeightAveraging`` callbacks on a clock that all ranks share.
 
 Under DDP every rank averages the same parameters. Here each rank sees other ones, at other steps: rank 0's average is
-everyone's. Below `loops.py` and `epochs.py`.
+everyone's.
 """
 
 from __future__ import annotations

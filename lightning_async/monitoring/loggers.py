@@ -1,7 +1,4 @@
-"""How each kind of logger shows the ``async/`` metrics: one class for each that can do more than scalars.
-
-Below `strategy.py`; `stats.py` calls what is made here.
-"""
+"""How each kind of logger shows the ``async/`` metrics: one class for each that can do more than scalars."""
 
 from __future__ import annotations
 

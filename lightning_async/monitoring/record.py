@@ -1,6 +1,6 @@
 """What a run leaves on disk for its report: one JSON file of bounded size.
 
-Written by `callbacks.py`, read by the report. Knows no Lightning.
+Written by `callbacks.py`, read by the report.
 """
 
 from __future__ import annotations

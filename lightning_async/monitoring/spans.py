@@ -1,4 +1,4 @@
-"""What one rank did when, kept in little memory. Below `trace.py`, which writes it down, and `callbacks.py`.
+"""What one rank did when, kept in little memory.
 
 Times are those of the monotonic clock, in nanoseconds, which all processes of one host share; `Recording.offset_ns`
 relates them to the time of day, and so to other hosts.

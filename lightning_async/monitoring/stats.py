@@ -1,8 +1,4 @@
-"""What asynchrony does, in numbers: collected at the holder, logged on rank 0.
-
-Below `strategy.py`, which owns the statistics and says when to log; above `loggers.py`, which knows the loggers. Imports
-no Lightning.
-"""
+"""What asynchrony does, in numbers: collected at the holder, logged on rank 0."""
 
 from __future__ import annotations
 

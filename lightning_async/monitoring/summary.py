@@ -1,4 +1,4 @@
-"""The short table at the end of a fit. Below `strategy.py`; above `verdict.py`."""
+"""The short table at the end of a fit."""
 
 from __future__ import annotations
 

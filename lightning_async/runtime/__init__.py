@@ -1,1 +1,1 @@
-"""Who takes part in a run, and how one failure becomes everyone's end. Knows no Lightning."""
+"""Who takes part in a run, and how one failure becomes everyone's end."""

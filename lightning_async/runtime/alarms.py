@@ -2,7 +2,7 @@
 
 `threading.Timer` starts a thread when it is set. A process that has no memory left, or whose number of threads is
 limited, cannot start one, and this is just when a run must be ended; so all alarms of a process share one thread, which
-is there from the first of them on. Below `failure.py` and `remote_service.py`; above nothing. Knows no Lightning.
+is there from the first of them on.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 torchrun reads a file of each rank that has ended with an error (``TORCHELASTIC_ERROR_FILE``), and takes the rank with
 the earliest time for the cause; a rank without a file has failed at the time that it was seen to end. So the rank at
 fault writes its error, and the others whose error they end with: on a host where the rank at fault is not, the report
-shows one of these. Below `membership.py`; above `failure.py`. Knows no Lightning.
+shows one of these.
 """
 
 from __future__ import annotations

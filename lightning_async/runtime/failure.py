@@ -1,8 +1,7 @@
 """How one rank's failure becomes every rank's end: a latch that keeps the first failure, and a guard on exit.
 
 A failure may be that there is no memory left, and then nothing can be started any more and little be allocated. So what
-ends a run is made ready when the run begins: threads that wait, and memory that is given back at the failure. Below
-`heartbeat.py` and `server.py`, which trip the latch; above `alarms.py`. Knows no Lightning.
+ends a run is made ready when the run begins: threads that wait, and memory that is given back at the failure.
 """
 
 from __future__ import annotations

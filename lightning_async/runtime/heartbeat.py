@@ -2,7 +2,7 @@
 
 It is apart from the connection that carries requests, so that the training thread can wait for its reply directly,
 while this room's one thread watches over every peer: the holder's process has one lifeline per worker, a worker's
-process one to the holder. Above `transport/control.py` and `failure.py`; below `server.py` and `strategy.py`.
+process one to the holder.
 """
 
 from __future__ import annotations

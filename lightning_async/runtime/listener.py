@@ -1,7 +1,7 @@
 """Rank 0's front door: one listening socket; lets the run's own ranks in and refuses everyone else by name.
 
 A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `heartbeat.py`), a
-doorbell (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`). Knows no Lightning.
+doorbell (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`).
 """
 
 from __future__ import annotations

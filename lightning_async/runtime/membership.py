@@ -1,7 +1,4 @@
-"""Who takes part in a run, from a process's launch to its end, and what a failure means in this process.
-
-Above `listener.py`, `heartbeat.py` and `failure.py`; below `strategy.py`. Knows no Lightning.
-"""
+"""Who takes part in a run, from a process's launch to its end, and what a failure means in this process."""
 
 from __future__ import annotations
 

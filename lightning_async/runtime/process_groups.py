@@ -2,7 +2,7 @@
 
 User code, torchmetrics and Lightning's data utilities use ``torch.distributed``'s default group. A call of theirs that
 not every rank makes must never be answered by a collective of the strategy's, so those run in a group of their own.
-Process-wide, like the default group. Below `collectives.py`, `tensor_sync.py` and `supervisor.py`.
+Process-wide, like the default group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What threads ask of torch and of the interpreter. Used by `server.py` and `worker.py`. Knows no Lightning."""
+"""What threads ask of torch and of the interpreter."""
 
 from __future__ import annotations
 

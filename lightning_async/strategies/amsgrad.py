@@ -1,4 +1,4 @@
-"""The strategy whose holder's optimizer is AMSGrad, whatever else it could step. Above `strategy.py`."""
+"""The strategy whose holder's optimizer is AMSGrad, whatever else it could step."""
 
 from __future__ import annotations
 

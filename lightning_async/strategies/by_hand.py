@@ -1,7 +1,4 @@
-"""What user code does by hand: optimizer steps under manual optimization, and steps of learning-rate schedulers.
-
-Below `strategy.py` and `coordinator.py`; above `tally.py`, `rhythm.py`, `schedulers.py` and `loops/step_counter.py`.
-"""
+"""What user code does by hand: optimizer steps under manual optimization, and steps of learning-rate schedulers."""
 
 from __future__ import annotations
 

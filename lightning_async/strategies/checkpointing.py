@@ -1,7 +1,4 @@
-"""What the ranks' strategy saves and loads: the holder's parameters, states and version, in torch's own format.
-
-Below `strategy.py`; above `supervisor.py`, `engine.py`, `optimizer_proxy.py` and `resume.py`.
-"""
+"""What the ranks' strategy saves and loads: the holder's parameters, states and version, in torch's own format."""
 
 from __future__ import annotations
 

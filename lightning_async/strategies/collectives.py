@@ -1,4 +1,4 @@
-"""Lightning's collectives: real in the synchronous phase, local in the asynchronous one. Below `strategy.py`."""
+"""Lightning's collectives: real in the synchronous phase, local in the asynchronous one."""
 
 from __future__ import annotations
 

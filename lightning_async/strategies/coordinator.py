@@ -1,6 +1,6 @@
 """The ranks' strategy from segment to segment: what happens where they meet, and what they agree on there.
 
-Below `strategy.py`; above `checkpointing.py`. `loops/epoch_loop.py` calls these methods.
+`loops/epoch_loop.py` calls these methods.
 """
 
 from __future__ import annotations

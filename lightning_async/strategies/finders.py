@@ -1,4 +1,4 @@
-"""Callbacks that search for a batch size or a learning rate: refused, with the way to run them first. Above nothing."""
+"""Callbacks that search for a batch size or a learning rate: refused, with the way to run them first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``trainer.model`` is during a fit, where DDP has its wrapper. Below `strategy.py`; knows no Lightning."""
+"""What ``trainer.model`` is during a fit, where DDP has its wrapper."""
 
 from __future__ import annotations
 

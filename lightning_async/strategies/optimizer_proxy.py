@@ -1,6 +1,6 @@
 """The module's optimizers as shells: they carry hyper-parameters, and their step pushes instead of updating.
 
-The state is the holder's, and `optimizer_state.py` shows it. Below `strategy.py`.
+The state is the holder's, and `optimizer_state.py` shows it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Under which names Lightning knows the strategies, and how each starts its ranks. Imports no Lightning."""
+"""Under which names Lightning knows the strategies, and how each starts its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint stands in its epoch, and how a resumed run finds the rest of it. Below `strategy.py`."""
+"""Where a checkpoint stands in its epoch, and how a resumed run finds the rest of it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Under DDP every rank calls ``scheduler.step()`` equally often. Here a fast rank computes more batches and would be ahead
 of the others, past a schedule's end. So a call is counted and not made; every rank makes a step for each N calls that
-all of them together have counted. Used by `by_hand.py`. Knows no Lightning.
+all of them together have counted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Lightning's face of the package: the strategy. Owns phases and state, computes nothing.
-
-Above everything else: `supervisor.py` starts and ends the ranks, `engine.py` does the exchange, `loops/fit_loop.py` runs
-Lightning's loops in phases.
-"""
+"""Lightning's face of the package: the strategy. Owns phases and state, computes nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How ranks are started, how they find each other, and how they end together. Below `strategy.py`.
-
-Above `membership.py`, which knows no Lightning, and `strategies/launchers.py`.
-"""
+"""How ranks are started, how they find each other, and how they end together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Modules that cannot be trained: those with collectives of their own, or whose gradients cannot be exchanged.
-
-Below `strategy.py`. Knows no Lightning.
-"""
+"""Modules that cannot be trained: those with collectives of their own, or whose gradients cannot be exchanged."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Channels between a worker and the holder. Imports no Lightning."""
+"""Channels between a worker and the holder."""

@@ -1,8 +1,7 @@
 """What a channel is: one worker's ordered exchange of messages and payloads with the holder.
 
 Implemented by `shm.py` (another process on the holder's host), `gloo.py` (any other process), `nccl.py` (GPU to GPU),
-`inprocess.py` (rank 0's own worker), `staged.py` (around another one, for buffers on a GPU) and `fake.py` (tests). Used
-by `worker.py` and `server.py`.
+`inprocess.py` (rank 0's own worker), `staged.py` (around another one, for buffers on a GPU) and `fake.py` (tests).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The control connection: messages of `message.py` over one socket, TCP or Unix. Idle waiting happens here.
 
 A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
-not; so whoever waits without a payload under way waits here. Used by `gloo.py`, `heartbeat.py` and `server.py`.
+not; so whoever waits without a payload under way waits here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which GPU each rank has, which ranks NCCL can join, and where the holder lives: rules without state.
-
-Used by `nccl_negotiation.py`, `placement.py` and `engine.py`. Knows no Lightning.
-"""
+"""Which GPU each rank has, which ranks NCCL can join, and where the holder lives: rules without state."""
 
 from __future__ import annotations
 

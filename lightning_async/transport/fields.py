@@ -1,7 +1,4 @@
-"""The fields of a message that vary in size: the hyper-parameters of the param groups, the presence bitmap, a text.
-
-Below `message.py`, which puts them behind a header.
-"""
+"""The fields of a message that vary in size: the hyper-parameters of the param groups, the presence bitmap, a text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The Gloo data channel: payloads over a process group of two ranks that belongs to this worker alone.
-
-Above `control.py`, which carries the messages; built by `server.py` and `worker.py`'s side of the handshake.
-"""
+"""The Gloo data channel: payloads over a process group of two ranks that belongs to this worker alone."""
 
 from __future__ import annotations
 

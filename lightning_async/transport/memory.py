@@ -1,7 +1,4 @@
-"""Memory that has no name in any folder, and which another process of this host can open.
-
-Used by `transport/shm.py` and `shared_payload.py`. Knows no Lightning.
-"""
+"""Memory that has no name in any folder, and which another process of this host can open."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """The message format of the control connection.
 
-Neighbours: `server.py` and `worker.py` exchange `Message` objects over a socket of `transport/`, which
-carries bytes. A message is a header of fixed size followed by a trailer: hyper-parameters of the param
-groups, the presence bitmap, counts, and a text. Every field is a number, a bitmap or text with a bound of its own;
-nothing received is ever unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size
-here is a claim: whoever posts a receive for it compares it with the session's own size first.
+A message is a header of fixed size followed by a trailer: hyper-parameters of the param groups, the presence bitmap,
+counts, and a text. Every field is a number, a bitmap or text with a bound of its own; nothing received is ever
+unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size here is a claim: whoever
+posts a receive for it compares it with the session's own size first.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ NCCL has no tags and no any-source, a communicator must not be used by two threa
 operations in the same order, and a side whose peer has died waits for ever unless the communicator is aborted. So each
 communicator has one thread that issues everything (`Link`), both sides post a payload only behind its message, whoever
 waits has a deadline and watches the control connection, and after any error the communicator is aborted and not used
-again. Above `control.py`, which carries the messages; built by `nccl_negotiation.py`.
+again.
 """
 
 from __future__ import annotations

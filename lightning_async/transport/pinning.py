@@ -1,7 +1,6 @@
 """Page-locked host memory: what a GPU copies to and from at full speed, and without its host waiting.
 
-A channel's buffers exist already (a shared segment, say), so they are registered with CUDA where they are. Used by
-`staged.py`.
+A channel's buffers exist already (a shared segment, say), so they are registered with CUDA where they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A reader's word that it is ready for a payload, where it may be long in coming.
-
-Used by `gloo.py` and `nccl.py`. Above `control.py`.
-"""
+"""A reader's word that it is ready for a payload, where it may be long in coming."""
 
 from __future__ import annotations
 

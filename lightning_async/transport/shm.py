@@ -1,6 +1,6 @@
 """The shared-memory channel: payloads stay where they are; only messages move.
 
-For a worker on the holder's host. Above `control.py`; built by `server.py`.
+For a worker on the holder's host.
 """
 
 from __future__ import annotations

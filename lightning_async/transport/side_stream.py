@@ -1,6 +1,6 @@
 """Copies beside the computation: a stream of its own for what moves between a GPU and the host.
 
-Used by `staged.py`. Knows nothing of channels.
+Knows nothing of channels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A channel for buffers on a GPU around one whose buffers are in host memory: one copy each way per message.
 
 For ranks that share a GPU, for a holder and a worker of which only one has a GPU, and wherever NCCL cannot be had.
-Above any other channel; built by `placement.py` and `engine.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs jobs in processes of their own, leaves out what is done, and survives what fails. Above no other room."""
+"""Runs jobs in processes of their own, leaves out what is done, and survives what fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lightning-async report``: a run's record as one self-contained HTML page. Above `seeing/`, below `app.py`."""
+"""``lightning-async report``: a run's record as one self-contained HTML page."""
 
 from lightning_async.monitoring.report.command import report_main, write_report
 

@@ -1,4 +1,4 @@
-"""The command and the function behind it. Above `page.py` and `monitoring/record.py`."""
+"""The command and the function behind it."""
 
 from __future__ import annotations
 

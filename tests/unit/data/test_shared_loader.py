@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler, TensorDataset
 
-from lightning_async.data import ticket_feed as sampler_module
+from lightning_async.data import ticket_feed
 from lightning_async.data.ledger import Ledger
 from lightning_async.data.shared_loader import share_loader, shared_behind
 from lightning_async.data.ticket_feed import LoaderError
@@ -251,6 +252,30 @@ def test_a_loader_that_iterates_in_its_own_way_covers_every_sample_once(
     assert [rank.left_out for rank in ranks] == [0, 0]
 
 
+@modes
+def test_a_thread_of_the_last_epoch_that_wakes_late_takes_no_batch_of_this_one(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It looks again once the tickets of the next epoch are drawn: a machine with much to do.
+    monkeypatch.setattr(ticket_feed, "_LOOK_S", 0.05)
+    wait = threading.Condition.wait
+
+    def wake_late(self: threading.Condition, timeout: float | None = None) -> bool:
+        woken = wait(self, timeout)
+        if isinstance(self._lock, type(threading.RLock())) and threading.current_thread().daemon:
+            self.release()
+            time.sleep(0.02)
+            self.acquire()
+        return woken
+
+    monkeypatch.setattr(threading.Condition, "wait", wake_late)
+
+    ranks, seen = train(Threaded, mode, epochs=4)
+
+    assert seen == [list(range(42))] * 4
+    assert [rank.left_out for rank in ranks] == [0, 0]
+
+
 class Short(DataLoader[Any]):
     """Ends after two batches."""
 
@@ -388,8 +413,8 @@ class Pairing(DataLoader[Any]):
 
 
 def test_a_thread_that_waits_for_more_than_it_gets_is_told_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "_STALEMATE_S", 0.05)
-    monkeypatch.setattr(sampler_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ticket_feed, "_STALEMATE_S", 0.05)
+    monkeypatch.setattr(ticket_feed, "_LOOK_S", 0.01)
 
     _, seen = train(Pairing, "shared", epochs=1)
 
@@ -400,7 +425,7 @@ def test_a_thread_that_waits_for_more_than_it_gets_is_told_and_nothing_is_lost(m
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("endless", [False, True])
 def test_a_loaders_thread_ends_when_the_loader_is_closed(monkeypatch: pytest.MonkeyPatch, endless: bool) -> None:
-    monkeypatch.setattr(sampler_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ticket_feed, "_LOOK_S", 0.01)
 
     class Endless(DataLoader[Any]):
         def __iter__(self) -> Any:

@@ -12,7 +12,7 @@ help:
 	@echo "make test-cuda-build    the test suite with the build of torch that pip installs on Linux; needs no GPU, 6 GB"
 	@echo "make test-lowest    the test suite with the oldest releases that pyproject.toml allows; 6 GB"
 	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and the rooms' contracts (import-linter)"
 	@echo "make docs    the documentation, into site/"
 	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
@@ -54,6 +54,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

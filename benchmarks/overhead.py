@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_async
 from benchmarks.emulated import hush_lightning
 from benchmarks.record import save
-from lightning_async.exchange.param_views import Binding
+from lightning_async.exchange.param_views import ParameterViews
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.holder import Holder
 from recipes.models import LeNet5, ResNet18
@@ -43,10 +43,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 PARTS: dict[str, tuple[type, str]] = {
     "draw": (Worker, "draw"),
     "push and pull": (Worker, "step"),
-    "gather gradients": (Binding, "gather"),
+    "gather gradients": (ParameterViews, "gather"),
     "holder: update": (Holder, "try_push"),
     "holder: copy parameters": (Holder, "try_pull"),
-    "land parameters": (Binding, "land"),
+    "land parameters": (ParameterViews, "land"),
 }
 
 

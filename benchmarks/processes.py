@@ -17,8 +17,8 @@ from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.holder.amsgrad import AMSGrad
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import LIFELINE, Address, FrontDoor, introduce
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import HEARTBEAT, Address, Listener, handshake
 
 __all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
 
@@ -56,13 +56,13 @@ def hold(
         options: see `ExchangeOptions`.
     """
     latch = FailureLatch()
-    door = FrontDoor("127.0.0.1", ranks, Lifelines(0, latch, 60.0)) if ranks > 1 else None
+    listener = Listener("127.0.0.1", ranks, Heartbeats(0, latch, 60.0)) if ranks > 1 else None
     stats = RunStats(ranks)
 
     def meet(holder: str) -> str:
-        # The front door is where lifelines go.
-        if door is not None:
-            tell_address(json.dumps([door.address.as_json(), holder]))
+        # The listener is where heartbeats go.
+        if listener is not None:
+            tell_address(json.dumps([listener.address.as_json(), holder]))
         return holder
 
     place: Any = "thread" if process is None else "process"
@@ -72,7 +72,7 @@ def hold(
         optimizers=[optimizer],
         options=ExchangeOptions(max_staleness=None, holder=place, **options),
         latch=latch,
-        door=door,
+        listener=listener,
         stats=stats,
         observers=[],
         version=0,
@@ -87,16 +87,16 @@ def hold(
 
 def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer) -> Engine:
     """Another rank's side, which holds parameters already; ``addresses`` is what `hold` has told."""
-    front_door, holder = json.loads(addresses)
+    listener, holder = json.loads(addresses)
     latch = FailureLatch()
-    Lifelines(rank, latch, 60.0).add(0, introduce(Address.from_json(front_door), rank, LIFELINE)[0])
+    Heartbeats(rank, latch, 60.0).add(0, handshake(Address.from_json(listener), rank, HEARTBEAT)[0])
     engine = Engine(
         rank=rank,
         world_size=ranks,
         optimizers=[optimizer],
         options=ExchangeOptions(),
         latch=latch,
-        door=None,
+        listener=None,
         stats=RunStats(ranks),
         observers=[],
         version=0,

@@ -20,9 +20,9 @@ from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES, optimizer_of
 from benchmarks.record import save
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.exchange.service import Held, HolderService
+from lightning_async.exchange.service import HolderService, HolderSpec
 from lightning_async.exchange.session import Session
-from lightning_async.holder.hyperparams import HyperLayout, HyperReader
+from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.transport.connection import ControlConnection
@@ -44,16 +44,16 @@ class Exchange:
     def __init__(self, size: str) -> None:
         optimizer = optimizer_of(SHAPES[size])
         stats, workers = RunStats(2), 2
-        held = Held([optimizer], ExchangeOptions(max_staleness=None), workers, version=0)
-        service = HolderService(held, FailureLatch(), None, lambda update, tickets: stats.record(update), lambda: None)
+        spec = HolderSpec([optimizer], ExchangeOptions(max_staleness=None), workers, version=0)
+        service = HolderService(spec, FailureLatch(), None, lambda update, tickets: stats.record(update), lambda: None)
         service.begin_epoch(range(_TICKETS))
         service.open(_TICKETS)
-        layout, hypers = service.layout, HyperLayout(optimizer)
+        layout, hyperparams = service.layout, HyperparamLayout(optimizer)
         segment = SharedSegment(layout.numel, layout.dtype)
         segment.buffers.gradient.fill_(1e-3)
         self._worker, self._holder = map(ControlConnection, socket.socketpair())
         channel = SharedMemoryChannel(self._holder, segment.buffers)
-        self._session = Session(1, channel, service.holder, service.ledger, layout, [hypers])
+        self._session = Session(1, channel, service.holder, service.ledger, layout, [hyperparams])
         self._push = Message(
             Kind.PUSH,
             worker=1,
@@ -62,7 +62,7 @@ class Exchange:
             samples=1,
             dtype=layout.dtype,
             payload_bytes=layout.segment_bytes(0),
-            groups=HyperReader(optimizer, hypers).packed(),
+            groups=HyperparamReader(optimizer, hyperparams).packed(),
             present=pack_bitmap([True] * len(SHAPES[size])),
         )
         for kind in (Kind.DRAW, Kind.PULL):

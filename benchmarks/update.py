@@ -16,9 +16,9 @@ from torch import nn
 from benchmarks.processes import SHAPES, Shapes
 from lightning_async.holder.amsgrad import AMSGrad
 from lightning_async.holder.holder import Holder, Push
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch
 
 
@@ -37,9 +37,9 @@ def measure(shapes: Shapes) -> tuple[float, float, float]:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = AMSGrad(parameters, lr=1e-3)
     layout = FlatLayout([parameters])
-    holder = Holder(layout, layout.buffer(), [optimizer], Barrier(8), FailureLatch())
+    holder = Holder(layout, layout.buffer(), [optimizer], StalenessBarrier(8), FailureLatch())
     gradient, out = layout.buffer().normal_(), layout.buffer()
-    views, groups = layout.views(gradient, 0), HyperLayout(optimizer).read(optimizer.param_groups)
+    views, groups = layout.views(gradient, 0), HyperparamLayout(optimizer).read(optimizer.param_groups)
     holder.try_pull(0, out)
 
     def exchange() -> None:

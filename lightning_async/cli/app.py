@@ -139,7 +139,7 @@ class AsyncCLI(LightningCLI):
             parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning reads the checkpoint's hyper-parameters, outside of all that reports errors.
+        # Lightning reads the checkpoint's hyperparameters, outside of all that reports errors.
         try:
             super()._parse_ckpt_path()
         except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:

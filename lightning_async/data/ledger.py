@@ -133,7 +133,7 @@ class Ledger:
                 self._applied.add(ticket, ticket + 1)
             return done
 
-    def give_back(self, worker: int, tickets: int, stream_over: bool) -> None:
+    def release(self, worker: int, tickets: int, stream_over: bool) -> None:
         """Takes back the newest ``tickets`` leases of ``worker``, which it has no batches for.
 
         Args:
@@ -159,7 +159,7 @@ class Ledger:
         with self._lock:
             return len(self._leased[worker])
 
-    def reclaim(self, worker: int) -> int:
+    def requeue(self, worker: int) -> int:
         """Takes back what ``worker`` was handed and has not finished, to be handed out first; returns how many."""
         with self._lock:
             leased = self._leased[worker]

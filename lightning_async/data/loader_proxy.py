@@ -1,6 +1,6 @@
 """What user code sees of a train loader that all ranks share: this rank's share of the epoch, as under DDP.
 
-The sampler behind walks the whole order on every rank. A face in its place has its attributes and methods, which user
+The sampler behind walks the whole order on every rank. A proxy in its place has its attributes and methods, which user
 code reads, sets and calls; its length and what it yields are this rank's.
 """
 
@@ -16,10 +16,10 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_async.data.orders import BatchSource, walk
 
-__all__ = ["Face", "order_behind", "show_share"]
+__all__ = ["SamplerProxy", "order_behind", "show_share"]
 
 
-class Face:
+class SamplerProxy:
     """Stands in a sampler's place: its attributes and methods reach the sampler, its length and iteration do not.
 
     Args:
@@ -30,9 +30,9 @@ class Face:
 
     Examples:
         >>> real = BatchSampler(range(6), batch_size=2, drop_last=False)
-        >>> face = Face(real, lambda: 1, lambda: iter([[0, 1]]))
-        >>> face.batch_size = 3
-        >>> isinstance(face, BatchSampler), len(face), list(face), list(real)
+        >>> proxy = SamplerProxy(real, lambda: 1, lambda: iter([[0, 1]]))
+        >>> proxy.batch_size = 3
+        >>> isinstance(proxy, BatchSampler), len(proxy), list(proxy), list(real)
         (True, 1, [[0, 1]], [[0, 1, 2], [3, 4, 5]])
     """
 
@@ -77,10 +77,10 @@ class Face:
     def __repr__(self) -> str:
         return repr(self._face_real)
 
-    def __copy__(self) -> Face:
+    def __copy__(self) -> SamplerProxy:
         return self
 
-    def __deepcopy__(self, memo: object) -> Face:
+    def __deepcopy__(self, memo: object) -> SamplerProxy:
         return self
 
 
@@ -96,10 +96,10 @@ def show_share(loader: DataLoader[Any], source: BatchSource, world_size: int, ra
     batches = source.batches
     walks_samples = isinstance(batches, DistributedSampler)
     injected = batches if walks_samples else getattr(batches, "sampler", None)
-    sampler_face: Face | None = None
+    sampler_proxy: SamplerProxy | None = None
     if isinstance(injected, DistributedSampler):
         sampler = injected
-        sampler_face = Face(
+        sampler_proxy = SamplerProxy(
             sampler,
             lambda: len(_share(sampler, world_size, rank)),
             lambda: iter(walk(_share(sampler, world_size, rank), source.seed)),
@@ -112,11 +112,11 @@ def show_share(loader: DataLoader[Any], source: BatchSource, world_size: int, ra
         )
     # DataLoader.__setattr__ refuses these attributes; another loader would lose what its subclass keeps.
     places = vars(loader)
-    if sampler_face is not None and places["sampler"] is injected:
-        places["sampler"] = sampler_face
+    if sampler_proxy is not None and places["sampler"] is injected:
+        places["sampler"] = sampler_proxy
     if not walks_samples:
-        shown = {} if sampler_face is None else {"sampler": lambda: sampler_face}
-        places["batch_sampler"] = Face(
+        shown = {} if sampler_proxy is None else {"sampler": lambda: sampler_proxy}
+        places["batch_sampler"] = SamplerProxy(
             batches,
             lambda: -(-len(batches) // world_size),
             lambda: _share_of_batches(batches, source.seed, world_size, rank),
@@ -134,12 +134,12 @@ def order_behind(current: Any, before: Any) -> Any:
     Raises:
         ValueError: if no order that all ranks walk can be made of it.
     """
-    if isinstance(current, Face) or type(current) is Face:
+    if isinstance(current, SamplerProxy) or type(current) is SamplerProxy:
         return current._face_real
     if current is before:
         return before
     sampler = getattr(current, "sampler", None)
-    if type(sampler) is Face:
+    if type(sampler) is SamplerProxy:
         # A batch sampler over the sampler that the loader shows.
         order = copy.copy(current)
         order.sampler = sampler._face_real

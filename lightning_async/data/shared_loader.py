@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_async.data.loader_proxy import Face, order_behind, show_share
+from lightning_async.data.loader_proxy import SamplerProxy, order_behind, show_share
 from lightning_async.data.orders import BatchSource
 from lightning_async.data.ticket_feed import LoaderError, TicketFeed
 
@@ -88,7 +88,7 @@ class SharedLoader:
         except ValueError as error:
             name = type(self._visible).__name__
             raise LoaderError(f"{name} cannot be shared by all ranks any more: {error}.") from error
-        feeding = Face(self._source.batches, lambda: len(self.feed), lambda: _Feeding(self.feed))
+        feeding = SamplerProxy(self._source.batches, lambda: len(self.feed), lambda: _Feeding(self.feed))
         vars(self.loader).update(sampler=now["sampler"], batch_sampler=now["batch_sampler"])
         vars(self.loader)[self._place] = feeding
 

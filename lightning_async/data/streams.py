@@ -33,7 +33,7 @@ class OwnStream:
     def __init__(self, fetch: Callable[[], Any]) -> None:
         self._fetch = fetch
         self._draw: Callable[[], Sequence[int]] | None = None
-        self._give_back: Callable[[int, bool], None] | None = None
+        self._release: Callable[[int, bool], None] | None = None
         self._permits = 0
         self._over = False
         self._fetched: list[Any] = []
@@ -43,20 +43,20 @@ class OwnStream:
         self._permits, self._over = 0, False
         self._fetched.clear()
 
-    def open(self, draw: Callable[[], Sequence[int]], give_back: Callable[[int, bool], None]) -> None:
+    def open(self, draw: Callable[[], Sequence[int]], release: Callable[[int, bool], None]) -> None:
         """Starts a segment.
 
         Args:
             draw: draws permits; an empty answer means that the segment is over.
-            give_back: told, once, how many permits are left when the stream ends, and that it has ended.
+            release: told, once, how many permits are left when the stream ends, and that it has ended.
         """
-        self._draw, self._give_back = draw, give_back
+        self._draw, self._release = draw, release
 
     def has_next(self) -> bool:
         """Whether this rank has another batch in this segment; fetches it."""
         if self._fetched:
             return True
-        if self._over or self._draw is None or self._give_back is None:
+        if self._over or self._draw is None or self._release is None:
             return False
         if self._permits == 0:
             self._permits = len(self._draw())
@@ -66,7 +66,7 @@ class OwnStream:
             self._fetched.append(self._fetch())
         except StopIteration:
             permits, self._permits, self._over = self._permits, 0, True
-            self._give_back(permits, True)
+            self._release(permits, True)
             return False
         return True
 

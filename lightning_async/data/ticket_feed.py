@@ -59,7 +59,7 @@ class TicketFeed:
         self._inside = threading.local()
         self._owner = threading.current_thread()
         self._draw: Callable[[], Sequence[int]] | None = None
-        self._give_back: Callable[[int, bool], None] | None = None
+        self._release: Callable[[int, bool], None] | None = None
         self._leave_out: Callable[[int], None] | None = None
         self._drawn: deque[int] = deque()
         self._loading: deque[int] = deque()
@@ -115,7 +115,7 @@ class TicketFeed:
     def open(
         self,
         draw: Callable[[], Sequence[int]],
-        give_back: Callable[[int, bool], None],
+        release: Callable[[int, bool], None],
         leave_out: Callable[[int], None],
         ahead: bool = True,
     ) -> None:
@@ -123,14 +123,14 @@ class TicketFeed:
 
         Args:
             draw: draws tickets; an empty answer means that the segment is over.
-            give_back: told how many of the newest tickets there are no batches for, and that there will be none.
+            release: told how many of the newest tickets there are no batches for, and that there will be none.
             leave_out: told how many batches the loader has taken and not handed on.
             ahead: whether the loader may load batches ahead, which this rank must then compute.
         """
         with self._changed:
             self._ahead = ahead
             self._owner = threading.current_thread()
-            self._draw, self._give_back, self._leave_out = draw, give_back, leave_out
+            self._draw, self._release, self._leave_out = draw, release, leave_out
             self._exhausted = self._over
 
     def close(self) -> None:
@@ -205,8 +205,8 @@ class TicketFeed:
                 count = len(self._drawn)
                 self._drawn.clear()
                 self._over = self._exhausted = True
-                if self._give_back is not None:
-                    self._give_back(count, True)
+                if self._release is not None:
+                    self._release(count, True)
         self.begin_pass()
 
     def _promised(self) -> int:
@@ -243,10 +243,10 @@ class TicketFeed:
         ahead = [ticket for ticket in drawn if self._source.has(ticket)]
         self._drawn.extend(ahead)
         self._exhausted = len(ahead) < len(drawn) or not drawn
-        if len(ahead) < len(drawn) and self._give_back is not None:
+        if len(ahead) < len(drawn) and self._release is not None:
             # The order has turned out to be shorter than its sampler has said.
             self._over = True
-            self._give_back(len(drawn) - len(ahead), True)
+            self._release(len(drawn) - len(ahead), True)
         self._changed.notify_all()
         return bool(ahead)
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
-from lightning_async.exchange.service import Held, HolderService, Origins, Service, UpdateObserver, parameters_of
+from lightning_async.exchange.service import HolderService, HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.holder import Snapshot, Update
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.optimizer_state import OptimizerStateError, OptimizerStates, StateByPlace, state_by_place
-from lightning_async.holder.placement import HolderSite
+from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.runtime.listener import Address, FrontDoor, HandshakeError
+from lightning_async.runtime.listener import Address, HandshakeError, Listener
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.devices import RankDevices
 from lightning_async.transport.staged import on_device
@@ -32,7 +32,7 @@ __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
-# How long the lifeline's news (who failed, and why) may trail a lost connection.
+# How long the heartbeat's news (who failed, and why) may trail a lost connection.
 _NEWS_TIMEOUT_S = 3.0
 
 
@@ -45,7 +45,7 @@ class Engine:
         optimizers: the module's optimizers; their parameters on rank 0 are the initial ones.
         options: how gradients are exchanged.
         latch: the run's failure latch.
-        door: rank 0's front door; None elsewhere or if rank 0 is alone.
+        listener: rank 0's listener; None elsewhere or if rank 0 is alone.
         stats: collects what happens, on rank 0.
         observers: called on rank 0 with each update and the tickets that it covers: under the holder's lock or, where
             the holder has a process of its own, some milliseconds later and without the gradients.
@@ -72,7 +72,7 @@ class Engine:
         optimizers: Sequence[torch.optim.Optimizer],
         options: ExchangeOptions,
         latch: FailureLatch,
-        door: FrontDoor | None,
+        listener: Listener | None,
         stats: RunStats,
         observers: Sequence[UpdateObserver],
         version: int,
@@ -92,40 +92,42 @@ class Engine:
         self.service: Service | None = None
         self._stats = stats
         self._observers = observers
-        lanes = options.lanes(world_size)
-        if lanes > 1:
+        slots = options.slots(world_size)
+        if slots > 1:
             bound = resolve_max_staleness(options.max_staleness, world_size)
-            _check_overlap(bound, lanes * world_size, len(optimizers))
+            _check_overlap(bound, slots * world_size, len(optimizers))
         local: HolderService | None = None
         if rank == 0:
             origins = None if predecessor is None else self._origins(predecessor)
-            held = Held(optimizers, options, world_size, version, origins, self._first_states(predecessor))
+            spec = HolderSpec(optimizers, options, world_size, version, origins, self._first_states(predecessor))
             if process is not None:
-                assert door is not None
-                # Lifelines come here still.
-                door.on_refused = stats.refuse
-                self.service = process.serve(held, door.address.host, latch, self._observe, stats.refuse)
+                assert listener is not None
+                # Heartbeats come here still.
+                listener.on_refused = stats.refuse
+                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse)
             else:
-                site = HolderSite(devices.own, devices.mine) if devices.holder == "cuda" else HolderSite()
+                placement = (
+                    HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()
+                )
                 before = None if predecessor is None else predecessor.local_service
-                local = HolderService(held, latch, door, self._observe, stats.refuse, site, before)
+                local = HolderService(spec, latch, listener, self._observe, stats.refuse, placement, before)
                 self.service = local
-                if door is not None:
+                if listener is not None:
                     # Its updates are served by the reactor where they are to overlap with its training.
-                    door.rank_0_rings = lanes > 1
+                    listener.admits_rank_0 = slots > 1
         address = None if self.service is None else self.service.address
         found = meet("" if address is None else address.as_json())
         self._address = Address.from_json(found) if found else None
-        if local is not None and lanes == 1:
+        if local is not None and slots == 1:
             # Rounded parameters must not become the holder's.
             unrounded = all(parameter.dtype is layout.dtype for of_one in self._owned for parameter in of_one)
             self.shares_parameters = world_size == 1 and unrounded
             channels = [local.local_channel(alone=self.shares_parameters)]
         else:
-            groups = [HyperLayout(optimizer) for optimizer in optimizers]
+            groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
             channels = [
-                dial(Address.from_json(found), rank, layout, groups, lane=lane, devices=devices, overlaps=lanes > 1)
-                for lane in range(lanes)
+                dial(Address.from_json(found), rank, layout, groups, slot=slot, devices=devices, overlaps=slots > 1)
+                for slot in range(slots)
             ]
         own = [on_device(channel, devices.own) for channel in channels]
         self.worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1)
@@ -143,17 +145,17 @@ class Engine:
         same = list(map(id, optimizers)) == list(map(id, self.optimizers))
         return same and _identities(self._grouped) == _identities(grouped)
 
-    def adopt_parameters(self) -> None:
+    def load_parameters(self) -> None:
         """Lets the holder take over what was done to rank 0's parameters between segments."""
         if self.service is not None:
-            self.service.adopt(self._owned)
+            self.service.load_parameters(self._owned)
 
-    def adopt_states(self) -> None:
+    def load_states(self) -> None:
         """Lets the holder take over what was done to the optimizers' states on rank 0 between segments."""
         if self.service is not None:
             changes = self.states.changes()
             if any(change is not None for change in changes):
-                self.service.adopt_states(changes)
+                self.service.load_states(changes)
 
     def take_adapted(self) -> list[list[dict[str, Any]]] | None:
         """What the holder's steps have changed in the param groups, on rank 0; None elsewhere."""

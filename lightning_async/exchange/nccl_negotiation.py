@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import Store, TCPStore
 
-from lightning_async.runtime.listener import Address, HandshakeError, Visitor
+from lightning_async.runtime.listener import Address, HandshakeError, PeerInfo
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, nccl_obstacle
@@ -26,18 +26,18 @@ from lightning_async.transport.nccl import (
     CONNECT_TIMEOUT_S,
     HOLDER_SIDE,
     WORKER_SIDE,
-    Link,
     NcclChannel,
+    NcclExecutor,
     nccl_communicator,
 )
 
-__all__ = ["NcclOffice", "accept_nccl"]
+__all__ = ["NcclNegotiator", "accept_nccl"]
 
 log = logging.getLogger(__name__)
 
 
 class Turns:
-    """Lets channels be made one at a time: first every rank's first lane, in the order of ranks, then the others.
+    """Lets channels be made one at a time: first every rank's first slot, in the order of ranks, then the others.
 
     Args:
         workers: number of ranks; rank 0 needs no turn.
@@ -49,7 +49,7 @@ class Turns:
         self._busy = False
         self._closed = False
 
-    def take(self, rank: int, lane: int) -> None:
+    def take(self, rank: int, slot: int) -> None:
         """Waits until everyone before has had a turn, and nobody has one.
 
         Raises:
@@ -57,16 +57,16 @@ class Turns:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or (not self._busy and not any(other < (lane, rank) for other in self._expected))
+                lambda: self._closed or (not self._busy and not any(other < (slot, rank) for other in self._expected))
             )
             if self._closed:
                 raise ChannelClosedError("the run ends")
             self._busy = True
 
-    def give(self, rank: int, lane: int, taken: bool) -> None:
+    def give(self, rank: int, slot: int, taken: bool) -> None:
         """Ends a turn, or says that none is needed."""
         with self._changed:
-            self._expected.discard((lane, rank))
+            self._expected.discard((slot, rank))
             if taken:
                 self._busy = False
             self._changed.notify_all()
@@ -78,7 +78,7 @@ class Turns:
             self._changed.notify_all()
 
 
-class NcclOffice:
+class NcclNegotiator:
     """Rank 0's side.
 
     Args:
@@ -109,90 +109,90 @@ class NcclOffice:
         self._store = store
         self._turns = Turns(workers)
         self._lock = threading.Lock()
-        self._link: Link | None = None
+        self._executor: NcclExecutor | None = None
 
-    def open(self, visitor: Visitor, connection: ControlConnection) -> Channel | None:
+    def open(self, peer: PeerInfo, connection: ControlConnection) -> Channel | None:
         """A channel over NCCL, or None if this worker gets another one.
 
         Raises:
             HandshakeError: if only NCCL is wanted and cannot be had.
             ChannelClosedError: if the worker goes away meanwhile, or the run ends.
         """
-        if visitor.rank == 0:
+        if peer.rank == 0:
             # Its own worker, where that one is served like the others.
             return None
         taken = False
         try:
-            obstacle = nccl_obstacle(self._facts, visitor.claims.get("device"))
+            obstacle = nccl_obstacle(self._facts, peer.claims.get("device"))
             if obstacle is None:
-                pair = f"nccl-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
+                pair = f"nccl-{peer.rank}-{peer.slot}-{peer.incarnation}"
                 port, store = self._store()
                 offer = {"nccl": {"pair": pair, "store_port": port}}
-                connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
+                connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(offer)))
                 connection.settimeout(None)
-                self._turns.take(visitor.rank, visitor.lane)
+                self._turns.take(peer.rank, peer.slot)
                 taken = True
-                connection.send(Message(Kind.ACK, worker=visitor.rank))
-                channel, obstacle = self._connect(visitor, connection, store, pair)
+                connection.send(Message(Kind.ACK, worker=peer.rank))
+                channel, obstacle = self._connect(peer, connection, store, pair)
                 if channel is not None:
                     return channel
         finally:
-            self._turns.give(visitor.rank, visitor.lane, taken)
+            self._turns.give(peer.rank, peer.slot, taken)
         if self._insists:
             raise HandshakeError(
-                f'transport="nccl" was asked for, and rank {visitor.rank} cannot use it: {obstacle}. '
+                f'transport="nccl" was asked for, and rank {peer.rank} cannot use it: {obstacle}. '
                 'Take transport="auto", which goes through host memory for such ranks'
             )
         if taken:
             log.warning(
                 "lightning_async: NCCL with rank %d failed: %s; it goes through host memory, which is slower",
-                visitor.rank,
+                peer.rank,
                 obstacle,
             )
         else:
-            log.info("lightning_async: rank %d goes through host memory: %s", visitor.rank, obstacle)
+            log.info("lightning_async: rank %d goes through host memory: %s", peer.rank, obstacle)
         return None
 
     def close(self) -> None:
         """Ends what is being connected; nobody is offered anything any more."""
         self._turns.close()
         with self._lock:
-            link, self._link = self._link, None
-        if link is not None:
-            link.abort()
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.abort()
 
     def _connect(
-        self, visitor: Visitor, connection: ControlConnection, store: Store, pair: str
+        self, peer: PeerInfo, connection: ControlConnection, store: Store, pair: str
     ) -> tuple[Channel | None, str | None]:
-        rank = visitor.rank
-        link = Link(nccl_communicator(store, pair, HOLDER_SIDE, self._device), f"nccl-{rank}")
+        rank = peer.rank
+        executor = NcclExecutor(nccl_communicator(store, pair, HOLDER_SIDE, self._device), f"nccl-{rank}")
         with self._lock:
-            self._link = link
-        theirs, problem, failed = _Verdict(connection), "", False
+            self._executor = executor
+        theirs, problem, failed = _PeerDecision(connection), "", False
         try:
-            link.connect(CONNECT_TIMEOUT_S, theirs.is_against)
+            executor.connect(CONNECT_TIMEOUT_S, theirs.is_against)
         except ChannelClosedError as error:
             failed = True
             # If the worker has given up first, the reason is its reason.
             problem = "" if theirs.is_against() else str(error)
         finally:
             with self._lock:
-                self._link = None
+                self._executor = None
         try:
             if failed:
                 connection.send(Message(Kind.REFUSE, worker=rank, text=fit_text(problem)))
-            verdict = theirs.wait()
-            if not failed and verdict.kind is Kind.ACK:
+            decision = theirs.wait()
+            if not failed and decision.kind is Kind.ACK:
                 connection.send(Message(Kind.ACK, worker=rank))
                 buffers = Buffers.allocate(self._numel, self._dtype, self._device)
-                return NcclChannel(connection, buffers, link, HOLDER_SIDE, visitor.overlaps), None
+                return NcclChannel(connection, buffers, executor, HOLDER_SIDE, peer.overlaps), None
             if not failed:
-                connection.send(Message(Kind.REFUSE, worker=rank, text=verdict.text))
+                connection.send(Message(Kind.REFUSE, worker=rank, text=decision.text))
         except BaseException:
-            link.abort()
+            executor.abort()
             raise
-        link.abort()
-        return None, problem or verdict.text
+        executor.abort()
+        return None, problem or decision.text
 
 
 def accept_nccl(
@@ -209,7 +209,7 @@ def accept_nccl(
     Args:
         connection: to its session.
         offer: what the welcome says.
-        address: of rank 0's front door.
+        address: of rank 0's listener.
         worker: this rank.
         buffers: makes this side's buffers, on ``device``.
         device: this rank's GPU.
@@ -241,34 +241,34 @@ def _connect_worker(
     overlaps: bool = False,
 ) -> Channel | dict[str, Any]:
     _expect(connection.receive(), Kind.ACK)
-    link, theirs = None, _Verdict(connection)
+    executor, theirs = None, _PeerDecision(connection)
     try:
         store = TCPStore(address.host, nccl["store_port"], is_master=False, wait_for_workers=False)
-        link = Link(nccl_communicator(store, nccl["pair"], WORKER_SIDE, device), "nccl")
-        link.connect(CONNECT_TIMEOUT_S, theirs.is_against)
+        executor = NcclExecutor(nccl_communicator(store, nccl["pair"], WORKER_SIDE, device), "nccl")
+        executor.connect(CONNECT_TIMEOUT_S, theirs.is_against)
     except (ChannelClosedError, RuntimeError) as error:
         connection.send(Message(Kind.REFUSE, worker=worker, text=fit_text(str(error))))
     else:
         connection.send(Message(Kind.ACK, worker=worker))
     try:
-        verdict = theirs.wait()
-        if verdict.kind is not Kind.REFUSE:
-            _expect(verdict, Kind.ACK)
-            assert link is not None
-            return NcclChannel(connection, buffers(), link, WORKER_SIDE, overlaps)
-        if link is not None:
-            link.abort()
+        decision = theirs.wait()
+        if decision.kind is not Kind.REFUSE:
+            _expect(decision, Kind.ACK)
+            assert executor is not None
+            return NcclChannel(connection, buffers(), executor, WORKER_SIDE, overlaps)
+        if executor is not None:
+            executor.abort()
         welcome = connection.receive()
         _expect(welcome, Kind.WELCOME)
         remaining: dict[str, Any] = json.loads(welcome.text)
         return remaining
     except BaseException:
-        if link is not None:
-            link.abort()
+        if executor is not None:
+            executor.abort()
         raise
 
 
-class _Verdict:
+class _PeerDecision:
     """The other side's message on whether it has connected; may come while this side still tries to."""
 
     def __init__(self, connection: ControlConnection) -> None:

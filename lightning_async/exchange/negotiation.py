@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.distributed import Store, TCPStore
 
-from lightning_async.exchange.nccl_negotiation import NcclOffice, accept_nccl
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.exchange.nccl_negotiation import NcclNegotiator, accept_nccl
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
-from lightning_async.runtime.listener import DOORBELL, Address, HandshakeError, Visitor, introduce
+from lightning_async.runtime.listener import CONTROL, Address, HandshakeError, PeerInfo, handshake
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
@@ -23,7 +23,7 @@ from lightning_async.transport.message import Kind, Message
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 
-__all__ = ["ChannelOffice", "WireNames", "dial"]
+__all__ = ["ChannelNegotiator", "WireNames", "dial"]
 
 # What gradients, and what parameters, are rounded to on a network.
 WireNames: TypeAlias = tuple[str, str]
@@ -36,7 +36,7 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger(__name__)
 
 
-class ChannelOffice:
+class ChannelNegotiator:
     """Rank 0's side: offers each worker the best channel that both sides can have.
 
     Args:
@@ -68,38 +68,38 @@ class ChannelOffice:
         self._dtype = dtype
         self._lock = threading.Lock()
         self._store: Any = None
-        self._nccl: NcclOffice | None = None
+        self._nccl: NcclNegotiator | None = None
         if device is not None and facts is not None and transport in ("auto", "nccl"):
             insists = transport == "nccl"
-            self._nccl = NcclOffice(device, facts, workers, numel, dtype, insists, self._client)
+            self._nccl = NcclNegotiator(device, facts, workers, numel, dtype, insists, self._client)
 
-    def check(self, visitor: Visitor) -> None:
+    def check(self, peer: PeerInfo) -> None:
         """Refuses a worker for which there is no channel.
 
         Raises:
             HandshakeError: if only shared memory is wanted and the worker is on another host.
         """
-        if self._transport == "shm" and not _shares_memory(visitor):
+        if self._transport == "shm" and not _shares_memory(peer):
             raise HandshakeError(
-                f'transport="shm" was asked for, and rank {visitor.rank} cannot map the memory of rank 0: it is on '
+                f'transport="shm" was asked for, and rank {peer.rank} cannot map the memory of rank 0: it is on '
                 'another host or in another container. Take transport="auto", which uses Gloo for such ranks'
             )
 
-    def open(self, visitor: Visitor, connection: ControlConnection) -> Channel:
+    def open(self, peer: PeerInfo, connection: ControlConnection) -> Channel:
         """Welcomes a worker and connects a channel to it.
 
         Raises:
             ChannelClosedError: if the worker goes away meanwhile.
             HandshakeError: if only shared memory or NCCL is wanted and cannot be had.
         """
-        if self._nccl is not None and (channel := self._nccl.open(visitor, connection)) is not None:
+        if self._nccl is not None and (channel := self._nccl.open(peer, connection)) is not None:
             return channel
         # The holder takes over what hooks do to rank 0's parameters, and must not take its own rounded ones for that.
-        wire = _UNROUNDED if visitor.rank == 0 else self._wire
-        segment = self._segment(visitor)
+        wire = _UNROUNDED if peer.rank == 0 else self._wire
+        segment = self._segment(peer)
         shortcut = None if segment is None else _make_shortcut()
         try:
-            pair = f"worker-{visitor.rank}-{visitor.lane}-{visitor.incarnation}"
+            pair = f"worker-{peer.rank}-{peer.slot}-{peer.incarnation}"
             offer = {
                 "pair": pair,
                 "segment": segment.address if segment else None,
@@ -107,7 +107,7 @@ class ChannelOffice:
                 "store_port": self._store_port(segment),
                 "wire": wire,
             }
-            connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(offer)))
+            connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(offer)))
             connection.settimeout(None)
             if segment is not None:
                 answer = connection.receive()
@@ -115,16 +115,16 @@ class ChannelOffice:
                     if shortcut is not None and answer.text == _MOVES:
                         connection.move_to(shortcut.take())
                     return SharedMemoryChannel(connection, segment.buffers)
-                self._complain(f"rank {visitor.rank} could not map shared memory: {answer.text}")
+                self._complain(f"rank {peer.rank} could not map shared memory: {answer.text}")
                 fallback = offer | {"segment": None, "store_port": self._store_port(None)}
-                connection.send(Message(Kind.WELCOME, worker=visitor.rank, text=json.dumps(fallback)))
+                connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(fallback)))
         finally:
             if segment is not None:
                 segment.release()
             if shortcut is not None:
                 shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), visitor.overlaps)
+        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), peer.overlaps)
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""
@@ -133,14 +133,14 @@ class ChannelOffice:
         with self._lock:
             self._store = None
 
-    def _segment(self, visitor: Visitor) -> SharedSegment | None:
-        if self._transport == "gloo" or not _shares_memory(visitor):
+    def _segment(self, peer: PeerInfo) -> SharedSegment | None:
+        if self._transport == "gloo" or not _shares_memory(peer):
             return None
         try:
             return SharedSegment(self._numel, self._dtype)
         except OSError as error:
             mebibytes = 2 * self._numel * self._dtype.itemsize / 2**20
-            self._complain(f"no {mebibytes:.0f} MiB of shared memory for rank {visitor.rank}: {error}")
+            self._complain(f"no {mebibytes:.0f} MiB of shared memory for rank {peer.rank}: {error}")
             return None
 
     def _complain(self, problem: str) -> None:
@@ -166,21 +166,21 @@ def dial(
     address: Address,
     worker: int,
     layout: FlatLayout,
-    groups: Sequence[HyperLayout],
+    groups: Sequence[HyperparamLayout],
     incarnation: int = 0,
-    lane: int = 0,
+    slot: int = 0,
     devices: RankDevices | None = None,
     overlaps: bool = False,
 ) -> Channel:
     """Connects a worker to its session.
 
     Args:
-        address: of rank 0's front door.
+        address: of rank 0's listener.
         worker: this rank.
         layout: where each parameter lies.
-        groups: which hyper-parameters each optimizer's param groups have.
+        groups: which hyperparameters each optimizer's param groups have.
         incarnation: how many workers of this rank came before; a returning worker is a new incarnation.
-        lane: which of the worker's lanes this is.
+        slot: which of the worker's slots this is.
         devices: where this rank computes; its host by default.
         overlaps: whether this rank computes while its answer is under way.
 
@@ -190,8 +190,8 @@ def dial(
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     devices = devices or RankDevices()
-    claims = {"model": model, "host": host_identity(), "lane": lane, "overlaps": overlaps, "device": devices.mine}
-    connection, welcome = introduce(address, worker, DOORBELL, incarnation, **claims)
+    claims = {"model": model, "host": host_identity(), "slot": slot, "overlaps": overlaps, "device": devices.mine}
+    connection, welcome = handshake(address, worker, CONTROL, incarnation, **claims)
 
     def gpu_buffers() -> Buffers:
         return Buffers.allocate(numel, dtype, devices.own)
@@ -220,7 +220,7 @@ def _make_shortcut() -> Shortcut | None:
     try:
         return Shortcut()
     except OSError as error:
-        log.debug("doorbells stay with TCP: %s", error)
+        log.debug("control channels stay with TCP: %s", error)
         return None
 
 
@@ -229,6 +229,6 @@ def _dtypes(wire: Sequence[str]) -> WireDtypes:
     return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
 
 
-def _shares_memory(visitor: Visitor) -> bool:
+def _shares_memory(peer: PeerInfo) -> bool:
     mine = host_identity()
-    return bool(mine) and visitor.claims.get("host") == mine
+    return bool(mine) and peer.claims.get("host") == mine

@@ -1,4 +1,4 @@
-"""The strategy's arguments, validated once, at the door."""
+"""The strategy's arguments, validated once, at the entrance."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ class ExchangeOptions:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")
 
-    def lanes(self, world_size: int) -> int:
+    def slots(self, world_size: int) -> int:
         """How many exchanges a rank has under way at once."""
         return 2 if self.overlap and world_size > 1 else 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.transport.base import Buffers
 
-__all__ = ["Binding", "UnsupportedGradientError"]
+__all__ = ["ParameterViews", "UnsupportedGradientError"]
 
 # From here on copying a gradient while the processor's caches still hold it saves more than the hook costs.
 _HOOKED_FROM_BYTES = 1 << 20
@@ -37,14 +37,15 @@ class UnsupportedGradientError(RuntimeError):
         self.parameter = parameter
 
 
-class Binding:
+class ParameterViews:
     """Ties a module's parameters to the buffer that the holder fills, and its gradients to the one that it reads.
 
-    A parameter becomes a view of the buffer: fresh values land in it with the message that announces them, which comes
-    only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly instead of
-    giving a wrong gradient. Each has a storage of its own, of its own size, in the buffer's memory: what saves a tensor
-    with its storage (torch.save, pickle) saves the parameter and not the buffer. What cannot be a view (another dtype,
-    another memory format) or is no longer one (``module.to(...)``) is found at each landing, and copied.
+    A parameter becomes a view of the buffer: fresh values install in it with the message that announces them, which
+    comes only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly
+    instead of giving a wrong gradient. Each has a storage of its own, of its own size, in the buffer's memory: what
+    saves a tensor with its storage (torch.save, pickle) saves the parameter and not the buffer. What cannot be a view
+    (another dtype, another memory format) or is no longer one (``module.to(...)``) is found at each landing, and
+    copied.
 
     A gradient moves into the buffer once, when autograd has completed it: then ``.grad`` is a view of the buffer, on
     which accumulation, unscaling and clipping work in place. Small models are copied when they are pushed, which is
@@ -114,7 +115,7 @@ class Binding:
                 torch._foreach_copy_(targets, sources)
         return present
 
-    def land(self, index: int | None = None) -> None:
+    def install(self, index: int | None = None) -> None:
         """To be called when fresh parameters are in the buffer.
 
         Args:

@@ -21,27 +21,27 @@ from typing import Any
 
 import torch
 
-from lightning_async.exchange.service import Held, HolderService
-from lightning_async.exchange.shared_payload import Parcel, unpack
+from lightning_async.exchange.service import HolderService, HolderSpec
+from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.holder import Update
 from lightning_async.holder.rebuild import assemble
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import FrontDoor
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport.connection import ControlConnection
 
-__all__ = ["Desk", "News", "main"]
+__all__ = ["RpcServer", "UpdateBuffer", "main"]
 
 log = logging.getLogger(__name__)
 
 # Rank 0 takes the news of many updates at once, which costs its training less than each of them by itself.
 _NEWS_EVERY_S = 0.05
 # Calls that are not the service's own: what they take or return is large.
-_BY_PARCEL = (
+_BY_SHARED_PAYLOAD = (
     "begin",
     "serve",
-    "adopt",
-    "adopt_states",
+    "load_parameters",
+    "load_states",
     "optimizer_state",
     "take_adapted",
     "snapshot",
@@ -52,7 +52,7 @@ _BY_PARCEL = (
 _PR_SET_PDEATHSIG = 1
 
 
-class News:
+class UpdateBuffer:
     """Tells rank 0 of updates, many at a time.
 
     Args:
@@ -70,7 +70,7 @@ class News:
         push = update.push
         self._notes.append(
             (
-                # No gradients, which are large; the hyper-parameters are mostly one and the same tuple.
+                # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
                 tuple(push._replace(gradients=())),
                 (update.version, update.staleness, update.applied, update.parked_s, update.at_ns),
                 tickets,
@@ -91,7 +91,7 @@ class News:
             while self._notes:
                 notes.append(self._notes.popleft())
             if notes:
-                self._send(("news", 0, notes))
+                self._send(("updates", 0, notes))
 
     def keep_telling(self) -> None:
         """Tells every now and then, for as long as there is somebody to tell."""
@@ -105,79 +105,79 @@ class News:
             return
 
 
-class Desk:
+class RpcServer:
     """Answers rank 0's calls.
 
     Args:
-        news: tells rank 0 of updates.
-        lifeline: rank 0's end is watched by it.
+        buffer: tells rank 0 of updates.
+        heartbeat: rank 0's end is watched by it.
     """
 
-    def __init__(self, news: News, lifeline: socket.socket) -> None:
-        self._news = news
-        self._lifeline = lifeline
+    def __init__(self, buffer: UpdateBuffer, heartbeat: socket.socket) -> None:
+        self._buffer = buffer
+        self._heartbeat = heartbeat
         self._latch = FailureLatch()
-        self._door: FrontDoor | None = None
+        self._listener: Listener | None = None
         self._service: HolderService | None = None
-        self._parcel: Parcel | None = None
+        self._shared_payload: SharedPayload | None = None
 
     def begin(self, timeout_s: float, host: str, world_size: int) -> str:
-        """Ties the lifeline and opens the door; returns its address."""
-        lifelines = Lifelines(0, self._latch, timeout_s, lambda rank: "its process is gone")
-        lifelines.add(0, ControlConnection(self._lifeline))
-        # Rank 0's door takes the ranks' lifelines.
-        self._door = FrontDoor(host, world_size, None)
-        self._door.rank_0_rings = True
-        return self._door.address.as_json()
+        """Ties the heartbeat and opens the listener; returns its address."""
+        heartbeats = Heartbeats(0, self._latch, timeout_s, lambda rank: "its process is gone")
+        heartbeats.add(0, ControlConnection(self._heartbeat))
+        # Rank 0's listener takes the ranks' heartbeats.
+        self._listener = Listener(host, world_size, None)
+        self._listener.admits_rank_0 = True
+        return self._listener.address.as_json()
 
-    def serve(self, parcel: str) -> None:
-        """Holds what the parcel says, and serves workers; the predecessor was closed.
+    def serve(self, shared_payload: str) -> None:
+        """Holds what the shared payload says, and serves workers; the predecessor was closed.
 
         Raises:
             ValueError: if the optimizers cannot be rebuilt here.
         """
-        dtype, parts, options, world_size, version, origins, states = _unpack_held(parcel)
+        dtype, parts, options, world_size, version, origins, states = _unpack_held(shared_payload)
         torch.set_default_dtype(dtype)
         optimizers = [assemble(kind, attributes) for kind, attributes in parts]
-        held = Held(optimizers, options, world_size, version, origins, states)
+        spec = HolderSpec(optimizers, options, world_size, version, origins, states)
         self._service = HolderService(
-            held, self._latch, self._door, self._news.note, self._news.note_refused, predecessor=self._service
+            spec, self._latch, self._listener, self._buffer.note, self._buffer.note_refused, predecessor=self._service
         )
 
-    def adopt(self, parcel: str) -> None:
-        """See `Service.adopt`."""
-        self.service.adopt(unpack(parcel))
+    def load_parameters(self, shared_payload: str) -> None:
+        """See `Service.load_parameters`."""
+        self.service.load_parameters(unpack(shared_payload))
 
-    def adopt_states(self, parcel: str) -> None:
-        """See `Service.adopt_states`."""
-        self.service.adopt_states(unpack(parcel))
+    def load_states(self, shared_payload: str) -> None:
+        """See `Service.load_states`."""
+        self.service.load_states(unpack(shared_payload))
 
     def optimizer_state(self, index: int) -> str:
-        """See `Service.optimizer_state`; returns the address of a parcel, as `snapshot` does."""
+        """See `Service.optimizer_state`; returns the address of a shared_payload, as `snapshot` does."""
         return self._keep(self.service.optimizer_state(index))
 
     def take_adapted(self) -> str:
-        """See `Service.take_adapted`; returns the address of a parcel, as `snapshot` does."""
+        """See `Service.take_adapted`; returns the address of a shared_payload, as `snapshot` does."""
         return self._keep(self.service.take_adapted())
 
     def snapshot(self) -> str:
-        """See `Service.snapshot`; returns the address of a parcel, which lasts until `forget`."""
+        """See `Service.snapshot`; returns the address of a shared_payload, which lasts until `forget`."""
         return self._keep(self.service.snapshot())
 
     def _keep(self, value: Any) -> str:
         self.forget()
-        self._parcel = Parcel(value)
-        return self._parcel.address
+        self._shared_payload = SharedPayload(value)
+        return self._shared_payload.address
 
     def forget(self) -> None:
-        """Lets go of the last snapshot's parcel."""
-        if self._parcel is not None:
-            self._parcel.close()
-            self._parcel = None
+        """Lets go of the last snapshot's shared_payload."""
+        if self._shared_payload is not None:
+            self._shared_payload.close()
+            self._shared_payload = None
 
-    def restore(self, version: int, parcel: str) -> bool:
+    def restore(self, version: int, shared_payload: str) -> bool:
         """See `Service.restore`."""
-        return self.service.restore(version, unpack(parcel))
+        return self.service.restore(version, unpack(shared_payload))
 
     @property
     def service(self) -> HolderService:
@@ -187,15 +187,15 @@ class Desk:
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Does what rank 0 asks for."""
-        return getattr(self if name in _BY_PARCEL else self.service, name)(*arguments)
+        return getattr(self if name in _BY_SHARED_PAYLOAD else self.service, name)(*arguments)
 
 
-def main(control: int, lifeline: int, rank_0: int) -> None:
+def main(control: int, heartbeat: int, rank_0: int) -> None:
     """Serves until rank 0 says that it is over, or is gone.
 
     Args:
         control: descriptor of the connection that calls come by.
-        lifeline: descriptor of the lifeline's socket.
+        heartbeat: descriptor of the heartbeat's socket.
         rank_0: rank 0's process id.
     """
     _end_with_parent()
@@ -203,16 +203,16 @@ def main(control: int, lifeline: int, rank_0: int) -> None:
         os._exit(1)
     torch.set_num_threads(1)
     connection = Connection(control)
-    news = News(connection.send)
-    desk = Desk(news, socket.socket(fileno=lifeline))
+    buffer = UpdateBuffer(connection.send)
+    rpc_server = RpcServer(buffer, socket.socket(fileno=heartbeat))
     try:
         connection.send(("ready", 0, None))
-        threading.Thread(target=news.keep_telling, name="news", daemon=True).start()
+        threading.Thread(target=buffer.keep_telling, name="updates", daemon=True).start()
         while True:
             name, number, arguments = connection.recv()
             if name == "end":
                 break
-            _answer(desk, news, connection, name, number, arguments)
+            _answer(rpc_server, buffer, connection, name, number, arguments)
     except (EOFError, OSError) as error:
         log.debug("rank 0 is gone: %s", error)
     sys.stderr.flush()
@@ -230,13 +230,20 @@ def _end_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
-def _answer(desk: Desk, news: News, connection: Connection, name: str, number: int, arguments: tuple[Any, ...]) -> None:
+def _answer(
+    rpc_server: RpcServer,
+    buffer: UpdateBuffer,
+    connection: Connection,
+    name: str,
+    number: int,
+    arguments: tuple[Any, ...],
+) -> None:
     try:
-        kind, value = "answer", desk.answer(name, arguments)
+        kind, value = "answer", rpc_server.answer(name, arguments)
     except Exception as error:
         kind, value = "error", _portable(error)
-    with news.sending:
-        news.tell()
+    with buffer.sending:
+        buffer.tell()
         connection.send((kind, number, value))
 
 
@@ -249,9 +256,9 @@ def _portable(error: Exception) -> Exception:
     return same
 
 
-def _unpack_held(parcel: str) -> Any:
+def _unpack_held(shared_payload: str) -> Any:
     try:
-        return unpack(parcel)
+        return unpack(shared_payload)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f'holder="process" cannot rebuild the optimizer in the holder\'s process: {error}. Define it in a module '

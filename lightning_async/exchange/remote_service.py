@@ -1,7 +1,7 @@
 """A process of its own for what serves the workers, as rank 0 sees it: ``holder="process"``.
 
 Rank 0's training and the updates then share neither an interpreter nor a process, and rank 0's own worker comes in by
-the door like the others. `remote_main.py` is what runs there.
+the listener like the others. `remote_main.py` is what runs there.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.exchange.service import Held, UpdateObserver
-from lightning_async.exchange.shared_payload import Parcel, unpack
+from lightning_async.exchange.service import HolderSpec, UpdateObserver
+from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.holder import Push, Snapshot, Update
 from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
-from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Address
 from lightning_async.transport.connection import ControlConnection
 
@@ -46,7 +46,7 @@ _END_TIMEOUT_S = 5.0
 _ANSWER_LASTS_S = 0.05
 # Between a failure and its end, so that it can still tell its workers.
 _GRACE_S = 1.0
-# How long the lifeline's news may trail the loss of the control connection.
+# How long the heartbeat's news may trail the loss of the control connection.
 _NEWS_TIMEOUT_S = 3.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -79,7 +79,7 @@ class HolderProcess:
         self._sending = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._latch: FailureLatch | None = None
-        self._lifelines: Lifelines | None = None
+        self._heartbeats: Heartbeats | None = None
         self._address: Address | None = None
         self._unfinished, self._unfinished_until = 0, 0.0
         self._on_update: UpdateObserver = lambda update, tickets: None
@@ -88,8 +88,8 @@ class HolderProcess:
         self._gone = threading.Event()
         self._ended = False
         mine, theirs = socket.socketpair()
-        self._my_lifeline, their_lifeline = socket.socketpair()
-        descriptors = (theirs.fileno(), their_lifeline.fileno())
+        self._my_heartbeat, their_heartbeat = socket.socketpair()
+        descriptors = (theirs.fileno(), their_heartbeat.fileno())
         arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
         # The mask is inherited, so no moment is left in which such a signal would end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _RANK_0S_SIGNALS)
@@ -98,7 +98,7 @@ class HolderProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-            their_lifeline.close()
+            their_heartbeat.close()
         self._killing = Alarm(self._process.kill)
         self._connection = Connection(mine.detach())
         self._reader = threading.Thread(target=self._read, name="holder-news", daemon=True)
@@ -115,12 +115,17 @@ class HolderProcess:
         return self._address
 
     def serve(
-        self, held: Held, host: str, latch: FailureLatch, on_update: UpdateObserver, on_refused: Callable[[], None]
+        self,
+        spec: HolderSpec,
+        host: str,
+        latch: FailureLatch,
+        on_update: UpdateObserver,
+        on_refused: Callable[[], None],
     ) -> HolderProcess:
         """Has it hold, in the place of what it held before, and serve workers.
 
         Args:
-            held: what to hold.
+            spec: what to hold.
             host: the address that the workers reach rank 0 at.
             latch: the run's failure latch.
             on_update: called in a thread of this process with each update, some milliseconds after it, without
@@ -133,10 +138,10 @@ class HolderProcess:
             HolderProcessError: if the process does not start.
         """
         self._on_update, self._on_refused = on_update, on_refused
-        with _parcel_of(held) as parcel:
-            if self._lifelines is None:
-                self._begin(held, host, latch)
-            self._call("serve", parcel.address)
+        with _payload_of(spec) as shared_payload:
+            if self._heartbeats is None:
+                self._begin(spec, host, latch)
+            self._call("serve", shared_payload.address)
         return self
 
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
@@ -170,16 +175,16 @@ class HolderProcess:
         """See `Service.settle`."""
         self._call("settle")
 
-    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
-        """See `Service.adopt`."""
-        with Parcel([[parameter.detach() for parameter in owned] for owned in parameters]) as parcel:
-            self._call("adopt", parcel.address)
+    def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """See `Service.load_parameters`."""
+        with SharedPayload([[parameter.detach() for parameter in owned] for owned in parameters]) as shared_payload:
+            self._call("load_parameters", shared_payload.address)
 
-    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
-        """See `Service.adopt_states`."""
+    def load_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Service.load_states`."""
         if any(state is not None for state in states):
-            with Parcel([None if state is None else dict(state) for state in states]) as parcel:
-                self._call("adopt_states", parcel.address)
+            with SharedPayload([None if state is None else dict(state) for state in states]) as shared_payload:
+                self._call("load_states", shared_payload.address)
 
     def optimizer_state(self, index: int) -> StateByPlace:
         """See `Service.optimizer_state`."""
@@ -198,15 +203,15 @@ class HolderProcess:
 
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
         """See `Service.restore`."""
-        with Parcel(list(optimizer_states)) as parcel:
-            return bool(self._call("restore", version, parcel.address))
+        with SharedPayload(list(optimizer_states)) as shared_payload:
+            return bool(self._call("restore", version, shared_payload.address))
 
     def set_counts(self, counts: Sequence[int]) -> None:
         """See `Service.set_counts`."""
         self._call("set_counts", tuple(counts))
 
     def close(self) -> None:
-        """See `Service.close`; the process stays, for a successor of what it held."""
+        """See `Service.close`; the process stays, for a successor of what it spec."""
         if self._latch is not None and self._latch.failure is None:
             try:
                 self._call("close")
@@ -220,8 +225,8 @@ class HolderProcess:
             return
         self._ended = True
         self._killing.close()
-        if self._lifelines is not None:
-            self._lifelines.close()
+        if self._heartbeats is not None:
+            self._heartbeats.close()
         failed = self._latch is None or self._latch.failure is not None
         try:
             if not failed and not self._gone.is_set():
@@ -234,21 +239,21 @@ class HolderProcess:
         # All its descriptors are closed now, so the reader has come to the end.
         self._reader.join(_END_TIMEOUT_S)
         self._connection.close()
-        self._my_lifeline.close()
+        self._my_heartbeat.close()
 
-    def _begin(self, held: Held, host: str, latch: FailureLatch) -> None:
+    def _begin(self, spec: HolderSpec, host: str, latch: FailureLatch) -> None:
         if not self._ready.wait(self._start_timeout_s) or self._gone.is_set():
             ended = self._describe_end() if self._gone.is_set() else None
             ended = ended or f"the process of the holder has not started in {self._start_timeout_s:g} s"
             raise HolderProcessError(
                 f'{ended}; what it printed stands above. holder="thread" does without a process of its own'
             )
-        timeout_s = held.options.worker_timeout_s
+        timeout_s = spec.options.worker_timeout_s
         self._latch = latch
-        self._lifelines = Lifelines(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
-        self._lifelines.add(0, ControlConnection(self._my_lifeline))
+        self._heartbeats = Heartbeats(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
+        self._heartbeats.add(0, ControlConnection(self._my_heartbeat))
         latch.subscribe(lambda failure: self._give_up())
-        self._address = Address.from_json(self._call("begin", timeout_s, host, held.world_size))
+        self._address = Address.from_json(self._call("begin", timeout_s, host, spec.world_size))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         assert self._latch is not None, "nothing is held yet"
@@ -274,7 +279,7 @@ class HolderProcess:
         return value
 
     def _take(self, name: str, *arguments: Any) -> Any:
-        """Calls what answers with a parcel; returns its value."""
+        """Calls what answers with a shared payload; returns its value."""
         value = unpack(self._call(name, *arguments))
         self._call("forget")
         return value
@@ -305,7 +310,7 @@ class HolderProcess:
                 kind, number, value = received
                 if kind == "ready":
                     self._ready.set()
-                elif kind == "news":
+                elif kind == "updates":
                     self._tell(value)
                 elif (answers := self._waiting.get(number)) is not None:
                     answers.put((kind, value))
@@ -342,15 +347,15 @@ class HolderProcess:
         return describe_exit(code, "its holder process")
 
 
-def _parcel_of(held: Held) -> Parcel:
-    kinds = [type(optimizer) for optimizer in held.optimizers]
+def _payload_of(spec: HolderSpec) -> SharedPayload:
+    kinds = [type(optimizer) for optimizer in spec.optimizers]
     try:
         if any(kind.__module__ == "__main__" for kind in kinds):
             raise pickle.PicklingError("it is defined in the script itself, which is not run there")
-        parts = [dismantle(optimizer) for optimizer in held.optimizers]
-        states = [None if state is None else dict(state) for state in held.states]
-        how = (held.options, held.world_size, held.version, held.origins, states)
-        return Parcel((torch.get_default_dtype(), parts, *how))
+        parts = [dismantle(optimizer) for optimizer in spec.optimizers]
+        states = [None if state is None else dict(state) for state in spec.states]
+        how = (spec.options, spec.world_size, spec.version, spec.origins, states)
+        return SharedPayload((torch.get_default_dtype(), parts, *how))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         names = " and ".join(kind.__name__ for kind in kinds)
         raise ValueError(

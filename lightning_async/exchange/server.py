@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_async.data.ledger import Ledger
-from lightning_async.exchange.negotiation import ChannelOffice, WireNames
+from lightning_async.exchange.negotiation import ChannelNegotiator, WireNames
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
 from lightning_async.exchange.state_transfer import send_state
 from lightning_async.holder.holder import Holder
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
-from lightning_async.holder.placement import HolderSite
+from lightning_async.holder.placement import HolderPlacement
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
-from lightning_async.runtime.listener import FrontDoor, HandshakeError, Visitor
+from lightning_async.runtime.listener import HandshakeError, Listener, PeerInfo
 from lightning_async.runtime.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -31,7 +31,7 @@ __all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
-# How long the lifeline's news (an exit status, an error that the worker reported) may trail a lost channel.
+# How long the heartbeat's news (an exit status, an error that the worker reported) may trail a lost channel.
 _NEWS_TIMEOUT_S = 3.0
 _WAKE_TIMEOUT_S = 1.0
 
@@ -43,13 +43,13 @@ class Server:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies; workers must have the same.
-        groups: which hyper-parameters each optimizer's param groups have; workers must have the same.
+        groups: which hyperparameters each optimizer's param groups have; workers must have the same.
         latch: the run's failure latch.
-        door: where workers come in; None if rank 0 is alone.
+        listener: where workers come in; None if rank 0 is alone.
         transport: how payloads travel.
-        site: where the holder lives; rank 0's host by default.
+        placement: where the holder lives; rank 0's host by default.
         workers: number of ranks.
-        lanes: how many doorbells each worker has.
+        slots: how many control channels each worker has.
         on_refused: called when a connection or a request is refused.
         wire: what payloads are rounded to on a network.
     """
@@ -59,51 +59,51 @@ class Server:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[HyperLayout],
+        groups: Sequence[HyperparamLayout],
         latch: FailureLatch,
-        door: FrontDoor | None = None,
+        listener: Listener | None = None,
         transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
         on_refused: Callable[[], None] = lambda: None,
         wire: WireNames = ("fp32", "fp32"),
-        site: HolderSite | None = None,
+        placement: HolderPlacement | None = None,
         workers: int = 1,
-        lanes: int = 1,
+        slots: int = 1,
     ) -> None:
-        self._lanes = lanes
+        self._slots = slots
         self._holder = holder
         self._ledger = ledger
         self._layout = layout
         self._groups = groups
         self._latch = latch
-        self._door = door
+        self._listener = listener
         self._on_refused = on_refused
-        self._site = site or HolderSite()
+        self._placement = placement or HolderPlacement()
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
         self._threads: dict[tuple[int, int], threading.Thread] = {}
         self._present: set[tuple[int, int]] = set()
-        # Of each worker's lanes that has ever come, in which incarnation it came last.
+        # Of each worker's slots that has ever come, in which incarnation it came last.
         self._incarnations: dict[tuple[int, int], int] = {}
         self._closing = False
         self._reactor = Reactor(holder, self._end_served, self._fail, use_one_thread)
-        # A session's end may wait for the lifeline's news while the reactor serves the others.
+        # A session's end may wait for the heartbeat's news while the reactor serves the others.
         self._ends = Errands("ends-of-sessions")
         self._switching = PromptSwitching()
-        self._office: ChannelOffice | None = None
-        if door is not None:
-            self._office = ChannelOffice(
-                door.address.host,
+        self._negotiator: ChannelNegotiator | None = None
+        if listener is not None:
+            self._negotiator = ChannelNegotiator(
+                listener.address.host,
                 transport,
                 layout.numel,
                 layout.dtype,
                 wire,
-                self._site.device,
-                self._site.facts,
+                self._placement.device,
+                self._placement.facts,
                 workers,
             )
-            door.on_refused = on_refused
-            door.on_doorbell = self._answer_door
-            door.on_state = self._answer_state
+            listener.on_refused = on_refused
+            listener.on_control = self._answer_control
+            listener.on_state = self._answer_state
 
     def local_channel(self, worker: int = 0, alone: bool = False) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread.
@@ -112,7 +112,7 @@ class Server:
             worker: its rank.
             alone: whether there is no other worker, so that it can have the holder's own parameters.
         """
-        buffers = self._site.buffers(self._layout.numel, self._layout.dtype)
+        buffers = self._placement.buffers(self._layout.numel, self._layout.dtype)
         if alone:
             buffers = Buffers(buffers.gradient, self._holder.lend())
         mine, theirs, serve_with = in_process_pair(buffers)
@@ -123,8 +123,8 @@ class Server:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
-        if self._door is not None:
-            self._door.on_doorbell = self._door.on_state = None
+        if self._listener is not None:
+            self._listener.on_control = self._listener.on_state = None
         with self._lock:
             self._closing = True
             threads, channels = list(self._threads.values()), list(self._channels)
@@ -136,8 +136,8 @@ class Server:
             thread.join(timeout=patience_s)
         # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
         # when it comes back while the interpreter shuts down.
-        if self._office is not None:
-            self._office.close()
+        if self._negotiator is not None:
+            self._negotiator.close()
         for channel in channels:
             channel.close()
         deadline = time.monotonic() + _WAKE_TIMEOUT_S
@@ -145,80 +145,80 @@ class Server:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._switching.stop()
 
-    def _session(self, worker: int, channel: Channel, lane: int = 0) -> Session:
-        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, lane)
+    def _session(self, worker: int, channel: Channel, slot: int = 0) -> Session:
+        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, slot)
 
-    def _answer_door(self, visitor: Visitor, connection: ControlConnection) -> None:
-        theirs = visitor.claims.get("model")
+    def _answer_control(self, peer: PeerInfo, connection: ControlConnection) -> None:
+        theirs = peer.claims.get("model")
         for key, mine in describe_model(self._layout, self._groups).items():
             other = theirs.get(key) if isinstance(theirs, dict) else None
             if other != mine:
                 raise HandshakeError(
-                    f"rank {visitor.rank} has {key} = {other}, rank 0 has {mine}; "
+                    f"rank {peer.rank} has {key} = {other}, rank 0 has {mine}; "
                     "every rank must build the same model and optimizers"
                 )
-        assert self._office is not None
-        self._office.check(visitor)
-        self._let_in(visitor)
+        assert self._negotiator is not None
+        self._negotiator.check(peer)
+        self._let_in(peer)
         try:
-            self._start_session(visitor, connection)
+            self._start_session(peer, connection)
         except BaseException:
             with self._lock:
-                self._present.discard((visitor.rank, visitor.lane))
+                self._present.discard((peer.rank, peer.slot))
             raise
 
-    def _let_in(self, visitor: Visitor) -> None:
-        """Notes that a worker's lane is here, once.
+    def _let_in(self, peer: PeerInfo) -> None:
+        """Notes that a worker's slot is here, once.
 
         Raises:
-            HandshakeError: if that lane was not agreed on, is here or has been.
+            HandshakeError: if that slot was not agreed on, is here or has been.
         """
-        if visitor.lane not in range(self._lanes) or visitor.overlaps != (self._lanes > 1):
+        if peer.slot not in range(self._slots) or peer.overlaps != (self._slots > 1):
             raise HandshakeError(
-                f"rank {visitor.rank} comes for its lane {visitor.lane} with overlap={visitor.overlaps}, and every "
-                f"rank has {self._lanes} with overlap={self._lanes > 1}; give all ranks the same strategy"
+                f"rank {peer.rank} comes for its slot {peer.slot} with overlap={peer.overlaps}, and every "
+                f"rank has {self._slots} with overlap={self._slots > 1}; give all ranks the same strategy"
             )
-        lane = (visitor.rank, visitor.lane)
+        slot = (peer.rank, peer.slot)
         with self._lock:
-            if lane in self._present:
-                raise HandshakeError(f"rank {visitor.rank} is here already")
-            if visitor.incarnation <= self._incarnations.get(lane, -1):
+            if slot in self._present:
+                raise HandshakeError(f"rank {peer.rank} is here already")
+            if peer.incarnation <= self._incarnations.get(slot, -1):
                 raise HandshakeError(
-                    f"rank {visitor.rank} was here and has left; what comes after its incarnation "
-                    f"{self._incarnations[lane]} cannot be incarnation {visitor.incarnation}"
+                    f"rank {peer.rank} was here and has left; what comes after its incarnation "
+                    f"{self._incarnations[slot]} cannot be incarnation {peer.incarnation}"
                 )
-            self._incarnations[lane] = visitor.incarnation
-            self._present.add(lane)
+            self._incarnations[slot] = peer.incarnation
+            self._present.add(slot)
 
-    def _start_session(self, visitor: Visitor, connection: ControlConnection) -> None:
+    def _start_session(self, peer: PeerInfo, connection: ControlConnection) -> None:
         self._switching.start()
         self._ends.start()
         thread = threading.Thread(
             target=self._serve,
-            args=(visitor, connection),
-            name=f"session-{visitor.rank}",
+            args=(peer, connection),
+            name=f"session-{peer.rank}",
             daemon=True,
         )
         thread.start()
         with self._lock:
-            self._threads[visitor.rank, visitor.lane] = thread
+            self._threads[peer.rank, peer.slot] = thread
 
-    def _answer_state(self, visitor: Visitor, connection: ControlConnection) -> None:
-        index = visitor.claims.get("optimizer")
+    def _answer_state(self, peer: PeerInfo, connection: ControlConnection) -> None:
+        index = peer.claims.get("optimizer")
         if not isinstance(index, int) or not 0 <= index < len(self._groups):
             raise HandshakeError(f"it asks for the state of optimizer {index} of {len(self._groups)}")
         send_state(connection, lambda: self._holder.optimizer_state(index))
 
-    def _serve(self, visitor: Visitor, connection: ControlConnection) -> None:
-        assert self._office is not None
+    def _serve(self, peer: PeerInfo, connection: ControlConnection) -> None:
+        assert self._negotiator is not None
         error: BaseException | None = None
         channel: Channel | None = None
         try:
-            self._site.adopt_thread()
-            channel = self._site.stage(self._office.open(visitor, connection))
+            self._placement.bind_thread()
+            channel = self._placement.stage(self._negotiator.open(peer, connection))
             with self._lock:
                 self._channels.append(channel)
-            session = self._session(visitor.rank, channel, visitor.lane)
+            session = self._session(peer.rank, channel, peer.slot)
             if isinstance(channel, SharedMemoryChannel):
                 self._reactor.add(session, connection)
                 return
@@ -227,21 +227,21 @@ class Server:
                 session.serve_one()
         except Exception as raised:
             error = raised
-        self._end(visitor.rank, visitor.lane, error)
+        self._end(peer.rank, peer.slot, error)
         if isinstance(error, SessionError) and channel is not None:
             # The worker may be waiting for the payload of the refused request to be taken.
             channel.close()
         connection.close()
 
     def _end_served(self, session: Session, error: BaseException | None) -> None:
-        self._ends.run(functools.partial(self._end, session.worker, session.lane, error))
+        self._ends.run(functools.partial(self._end, session.worker, session.slot, error))
 
     def _fail(self, error: BaseException) -> None:
         self._latch.trip(RunFailure(0, f"the thread that serves the workers failed: {describe_error(error)}"))
 
-    def _end(self, worker: int, lane: int, error: BaseException | None) -> None:
+    def _end(self, worker: int, slot: int, error: BaseException | None) -> None:
         with self._lock:
-            self._present.discard((worker, lane))
+            self._present.discard((worker, slot))
         if error is None:
             return
         try:

@@ -16,16 +16,16 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import Server
 from lightning_async.holder.holder import Snapshot, Update
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.optimizer_state import StateByPlace
-from lightning_async.holder.placement import HolderSite
-from lightning_async.holder.staleness import Barrier, resolve_max_staleness
+from lightning_async.holder.placement import HolderPlacement
+from lightning_async.holder.staleness import StalenessBarrier, resolve_max_staleness
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.listener import Address, FrontDoor
+from lightning_async.runtime.listener import Address, Listener
 from lightning_async.transport.base import Channel
 
-__all__ = ["Held", "HolderService", "Origins", "Service", "UpdateObserver", "parameters_of"]
+__all__ = ["HolderService", "HolderSpec", "Origins", "Service", "UpdateObserver", "parameters_of"]
 
 UpdateObserver = Callable[[Update, tuple[int, ...]], None]
 
@@ -34,15 +34,15 @@ Origins: TypeAlias = Sequence[Sequence[tuple[int, int] | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is to be held, and how.
+class HolderSpec:
+    """What is to be spec, and how.
 
     Args:
         optimizers: to stand in for; their parameters are the initial ones.
         options: how gradients are exchanged.
         world_size: number of ranks.
         version: the version to start from.
-        origins: where parameters come from that another service has held, which this one takes the place of.
+        origins: where parameters come from that another service has spec, which this one takes the place of.
         states: for each optimizer the state to begin with; None for what its parameters had in that service.
     """
 
@@ -79,11 +79,11 @@ class Service(Protocol):
     def settle(self) -> None:
         """Returns when all updates that were answered have been told; at any time."""
 
-    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
-        """See `Holder.adopt`."""
+    def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """See `Holder.load_parameters`."""
 
-    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
-        """See `Holder.adopt_states`."""
+    def load_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Holder.load_states`."""
 
     def optimizer_state(self, index: int) -> StateByPlace:
         """See `Holder.optimizer_state`; at any time."""
@@ -108,62 +108,62 @@ class HolderService:
     """Holder, ledger and server in this process.
 
     Args:
-        held: what is held.
+        spec: what is spec.
         latch: the run's failure latch.
-        door: where workers come in; None if rank 0 is alone.
+        listener: where workers come in; None if rank 0 is alone.
         on_update: called under the holder's lock with each update and the tickets that it covers; must be quick.
         on_refused: called when a connection or a request is refused.
-        site: where the holder lives; this host by default.
+        placement: where the holder lives; this host by default.
         predecessor: what this one takes the place of; closed.
     """
 
     def __init__(
         self,
-        held: Held,
+        spec: HolderSpec,
         latch: FailureLatch,
-        door: FrontDoor | None,
+        listener: Listener | None,
         on_update: UpdateObserver,
         on_refused: Callable[[], None],
-        site: HolderSite | None = None,
+        placement: HolderPlacement | None = None,
         predecessor: HolderService | None = None,
     ) -> None:
-        site = site or HolderSite()
-        options, owned = held.options, parameters_of(held.optimizers)
+        placement = placement or HolderPlacement()
+        options, owned = spec.options, parameters_of(spec.optimizers)
         self._on_update = on_update
-        self._door = door
+        self._listener = listener
         self.layout = layout = FlatLayout(owned)
-        self.ledger: Ledger = Ledger(held.world_size, options.batches) if predecessor is None else predecessor.ledger
+        self.ledger: Ledger = Ledger(spec.world_size, options.batches) if predecessor is None else predecessor.ledger
         initial = layout.buffer()
         for index, parameters in enumerate(owned):
             for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                 view.copy_(parameter.detach())
-        bound = resolve_max_staleness(options.max_staleness, held.world_size)
-        barrier = Barrier(bound, options.on_stale, version=held.version)
-        self.holder = site.make_holder(
-            layout, initial.to(site.device), held.optimizers, barrier, latch, self._complete, states=held.states
+        bound = resolve_max_staleness(options.max_staleness, spec.world_size)
+        barrier = StalenessBarrier(bound, options.on_stale, version=spec.version)
+        self.holder = placement.make_holder(
+            layout, initial.to(placement.device), spec.optimizers, barrier, latch, self._complete, states=spec.states
         )
-        if predecessor is not None and held.origins is not None:
-            self._inherit(predecessor, held.origins, held.states)
-        self._workers = held.world_size
+        if predecessor is not None and spec.origins is not None:
+            self._inherit(predecessor, spec.origins, spec.states)
+        self._workers = spec.world_size
         self._server = Server(
             self.holder,
             self.ledger,
             layout,
-            [HyperLayout(optimizer) for optimizer in held.optimizers],
+            [HyperparamLayout(optimizer) for optimizer in spec.optimizers],
             latch,
-            door,
+            listener,
             options.transport,
             on_refused=on_refused,
             wire=(options.wire_dtype, options.parameter_wire_dtype),
-            site=site,
-            workers=held.world_size,
-            lanes=options.lanes(held.world_size),
+            placement=placement,
+            workers=spec.world_size,
+            slots=options.slots(spec.world_size),
         )
 
     @property
     def address(self) -> Address | None:
         """See `Service.address`."""
-        return None if self._door is None else self._door.address
+        return None if self._listener is None else self._listener.address
 
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
         """See `Ledger.begin_epoch`."""
@@ -188,13 +188,13 @@ class HolderService:
     def settle(self) -> None:
         """See `Service.settle`: they are told as they are made."""
 
-    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
-        """See `Holder.adopt`."""
-        self.holder.adopt(parameters)
+    def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """See `Holder.load_parameters`."""
+        self.holder.load_parameters(parameters)
 
-    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
-        """See `Holder.adopt_states`."""
-        self.holder.adopt_states(states)
+    def load_states(self, states: Sequence[StateByPlace | None]) -> None:
+        """See `Holder.load_states`."""
+        self.holder.load_states(states)
 
     def optimizer_state(self, index: int) -> StateByPlace:
         """See `Holder.optimizer_state`."""
@@ -244,7 +244,7 @@ class HolderService:
                 if origin[1] in former and not begins_anew:
                     state["state"][position] = former[origin[1]]
         self.holder.restore(before.version, mine.optimizer_states)
-        self.holder.adopt(values)
+        self.holder.load_parameters(values)
 
 
 def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.data.ledger import Ledger
 from lightning_async.holder.holder import Holder, Push
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.runtime.failure import WorkerFailedError
 from lightning_async.transport.base import Channel
@@ -23,7 +23,7 @@ from lightning_async.transport.fields import (
     pack_counts,
     unpack_bitmap,
     unpack_counts,
-    unpack_hypers,
+    unpack_hyperparams,
 )
 from lightning_async.transport.message import Kind, Message, WireError
 
@@ -48,8 +48,8 @@ class Session:
         holder: the holder.
         ledger: the ledger.
         layout: where each parameter lies.
-        groups: which hyper-parameters each optimizer's param groups have.
-        lane: which of the worker's lanes this is.
+        groups: which hyperparameters each optimizer's param groups have.
+        slot: which of the worker's slots this is.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Session:
         holder: Holder,
         ledger: Ledger,
         layout: FlatLayout,
-        groups: Sequence[HyperLayout],
-        lane: int = 0,
+        groups: Sequence[HyperparamLayout],
+        slot: int = 0,
     ) -> None:
         self.worker = worker
-        self.lane = lane
+        self.slot = slot
         self.finished = False
         self._channel = channel
         self._holder = holder
@@ -71,7 +71,7 @@ class Session:
         self._layout = layout
         self._groups = groups
         # Of each optimizer what came last: the bytes, and the numbers in them.
-        self._hypers: list[tuple[bytes | None, tuple[float, ...]]] = [(None, ())] * len(groups)
+        self._hyperparams: list[tuple[bytes | None, tuple[float, ...]]] = [(None, ())] * len(groups)
         self._gradient = channel.buffers.gradient
         self._segments = [layout.segment(self._gradient, index) for index in range(len(groups))]
         self._views: list[list[Tensor | None]] = [
@@ -129,11 +129,11 @@ class Session:
             self._count(message)
             self._complete(message.tickets)
             self._acknowledge()
-        elif kind is Kind.RETURN:
-            self._give_back(message)
+        elif kind is Kind.RELEASE:
+            self._release(message)
             self._acknowledge()
         elif kind is Kind.LEAVE:
-            self._holder.leave(self.worker, self.lane)
+            self._holder.leave(self.worker, self.slot)
             self._acknowledge()
         elif kind is Kind.CLOSE:
             self._ledger.close()
@@ -151,11 +151,11 @@ class Session:
             message.optimizer,
             message.version,
             gradients,
-            self._hypers[message.optimizer][1],
+            self._hyperparams[message.optimizer][1],
             message.tickets,
             message.samples,
             message.waited_s,
-            self.lane,
+            self.slot,
             unpack_counts(message.counts),
         )
         try:
@@ -190,8 +190,11 @@ class Session:
         views = self._views[index]
         try:
             # They seldom change from one push to the next, and then there is nothing to check.
-            if message.groups != self._hypers[index][0]:
-                self._hypers[index] = (message.groups, unpack_hypers(message.groups, self._groups[index].count))
+            if message.groups != self._hyperparams[index][0]:
+                self._hyperparams[index] = (
+                    message.groups,
+                    unpack_hyperparams(message.groups, self._groups[index].count),
+                )
             if message.present == self._all_present[index]:
                 return views
             present = unpack_bitmap(message.present, len(views))
@@ -201,7 +204,7 @@ class Session:
 
     def _pull(self, outcome: int = 0, tickets: range = range(0), counted: bool = False) -> Iterator[None]:
         try:
-            while (version := self._holder.try_pull(self.worker, self._parameters, self.lane)) is None:
+            while (version := self._holder.try_pull(self.worker, self._parameters, self.slot)) is None:
                 yield
         except ValueError as error:
             self._refuse(str(error))
@@ -217,9 +220,9 @@ class Session:
         except ValueError as error:
             self._refuse(str(error))
 
-    def _give_back(self, message: Message) -> None:
+    def _release(self, message: Message) -> None:
         try:
-            self._ledger.give_back(self.worker, message.tickets, stream_over=bool(message.outcome))
+            self._ledger.release(self.worker, message.tickets, stream_over=bool(message.outcome))
         except ValueError as error:
             self._refuse(str(error))
 

@@ -13,10 +13,10 @@ from typing_extensions import Self
 
 from lightning_async.transport.memory import AnonymousMemory, open_memory
 
-__all__ = ["Parcel", "unpack"]
+__all__ = ["SharedPayload", "unpack"]
 
 
-class Parcel:
+class SharedPayload:
     """A value that another process may `unpack`, until this is closed; a context that closes it.
 
     Args:
@@ -26,8 +26,8 @@ class Parcel:
         pickle.PicklingError: if pickle does not take it; also AttributeError and TypeError.
 
     Examples:
-        >>> with Parcel({"weight": torch.ones(2)}) as parcel:
-        ...     value = unpack(parcel.address)
+        >>> with SharedPayload({"weight": torch.ones(2)}) as shared_payload:
+        ...     value = unpack(shared_payload.address)
         >>> value
         {'weight': tensor([1., 1.])}
     """
@@ -57,12 +57,12 @@ class Parcel:
 
 
 def unpack(address: str) -> Any:
-    """The value of a parcel; its tensors are on the host, and map the memory instead of copying it.
+    """The value of a shared payload; its tensors are on the host, and map the memory instead of copying it.
 
     For what comes from this run's own processes only: it is unpickled.
 
     Raises:
-        OSError: if the parcel was closed.
+        OSError: if the shared payload was closed.
     """
     descriptor = open_memory(address)
     try:

@@ -1,6 +1,6 @@
 """An optimizer's state on its way from the holder to a rank that has asked for it, over a connection of its own.
 
-It is no collective: any rank asks when it wants to, and the front door's thread for that visitor answers. A description
+It is no collective: any rank asks when it wants to, and the listener's thread for that peer answers. A description
 in JSON goes first, then the bytes of the tensors, in its order; nothing that arrives is unpickled.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.optimizer_state import StateByPlace
-from lightning_async.runtime.listener import STATE, Address, introduce
+from lightning_async.runtime.listener import STATE, Address, handshake
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import fit_text
 from lightning_async.transport.message import Kind, Message, WireError
@@ -92,14 +92,14 @@ def rebuild_state(described: Any, take: Callable[[str, list[int]], Tensor]) -> A
 
 
 def send_state(connection: ControlConnection, read: Callable[[], StateByPlace]) -> None:
-    """Answers a visitor who has asked for a state, and closes the connection.
+    """Answers a peer who has asked for a state, and closes the connection.
 
     Args:
-        connection: to the visitor.
+        connection: to the peer.
         read: returns a copy of the state, in host memory.
 
     Raises:
-        ChannelClosedError: if the visitor is gone.
+        ChannelClosedError: if the peer is gone.
     """
     tensors: list[Tensor] = []
     try:
@@ -121,7 +121,7 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
     """Asks the holder for an optimizer's state.
 
     Args:
-        address: of the holder's front door.
+        address: of the holder's listener.
         rank: this rank.
         optimizer: which one.
 
@@ -133,7 +133,7 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
         ChannelClosedError: if it cannot be reached, or says nothing for a minute.
         WireError: if its answer is none.
     """
-    connection, size = introduce(address, rank, STATE, optimizer=optimizer)
+    connection, size = handshake(address, rank, STATE, optimizer=optimizer)
     try:
         connection.settimeout(_PIECE_TIMEOUT_S)
         if not 0 < int(size) <= _MAX_DESCRIPTION_BYTES:

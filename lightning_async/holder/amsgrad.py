@@ -19,8 +19,8 @@ from lightning_async.holder.hyperparams import KERNEL_KEYS
 __all__ = [
     "AMSGrad",
     "UnsupportedOptimizerError",
-    "adopt_amsgrad_state",
     "check_optimizer",
+    "convert_to_amsgrad_state",
     "holder_optimizer",
 ]
 
@@ -59,7 +59,7 @@ class AMSGrad(torch.optim.Adam):
 
     State dicts are exchanged freely with those of `torch.optim.Adam` and `torch.optim.AdamW`. On loading,
     the kernel (``fused``) stays this optimizer's own, settings that the state dict lacks stay as they are,
-    and a state without AMSGrad is taken over as `adopt_amsgrad_state` describes.
+    and a state without AMSGrad is taken over as `convert_to_amsgrad_state` describes.
 
     Args:
         params: parameters or param groups. A group may have its own ``lr``, ``betas``, ``eps``,
@@ -126,7 +126,7 @@ class AMSGrad(torch.optim.Adam):
             },
             "param_groups": [dict(group) for group in state_dict["param_groups"]],
         }
-        adopt_amsgrad_state(state_dict)
+        convert_to_amsgrad_state(state_dict)
         # A different number of groups is left for torch to refuse.
         for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
             loaded.update({key: own[key] for key in KERNEL_KEYS})
@@ -171,7 +171,7 @@ class AMSGrad(torch.optim.Adam):
 def holder_optimizer(
     template: torch.optim.Optimizer, params: Sequence[Sequence[torch.nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """The optimizer that the holder steps: a template's update and hyper-parameters, over other tensors.
+    """The optimizer that the holder steps: a template's update and hyperparameters, over other tensors.
 
     It is always an `AMSGrad`, which computes what the template would with AMSGrad switched on: Adam, AdamW
     or the paper's update, group by group. Where a group's tensors allow it, it uses the fused kernel, and
@@ -260,7 +260,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("amsgrad", False) for group in optimizer.param_groups)
 
 
-def adopt_amsgrad_state(optimizer_state: dict[str, Any]) -> bool:
+def convert_to_amsgrad_state(optimizer_state: dict[str, Any]) -> bool:
     r"""Makes the state dict of an Adam without AMSGrad one of an Adam with it, in place.
 
     A missing maximum :math:`\hat v` starts from the second moment :math:`v` of the state: the maximum is
@@ -274,9 +274,9 @@ def adopt_amsgrad_state(optimizer_state: dict[str, Any]) -> bool:
 
     Examples:
         >>> state = {"state": {0: {"exp_avg_sq": torch.ones(1)}}, "param_groups": [{"amsgrad": False}]}
-        >>> adopt_amsgrad_state(state), state["param_groups"]
+        >>> convert_to_amsgrad_state(state), state["param_groups"]
         (True, [{'amsgrad': True}])
-        >>> adopt_amsgrad_state(state)
+        >>> convert_to_amsgrad_state(state)
         False
     """
     filled = False

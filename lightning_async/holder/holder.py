@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.optimizer_state import StateByPlace
-from lightning_async.holder.staleness import Barrier, Verdict
+from lightning_async.holder.staleness import Decision, StalenessBarrier
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.update import HeldOptimizer
 from lightning_async.runtime.failure import FailureLatch
@@ -33,11 +33,11 @@ class Push(NamedTuple):
         optimizer: index of the optimizer that owns the parameters.
         version_read: version of the parameters that it was computed at.
         gradients: one tensor per parameter of the optimizer, None where the parameter took no part.
-        groups: the worker's current hyper-parameters, of all param groups, in the order of `HyperLayout`.
+        groups: the worker's current hyperparameters, of all param groups, in the order of `HyperparamLayout`.
         tickets: number of batches that the gradient covers.
         samples: number of samples in them.
         waited_s: seconds that the worker's previous push and pull took.
-        lane: which of the worker's lanes it came by; each holds parameters of its own version (see `worker.py`).
+        slot: which of the worker's slots it came by; each holds parameters of its own version (see `worker.py`).
         counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
             nothing but updates is counted.
     """
@@ -50,7 +50,7 @@ class Push(NamedTuple):
     tickets: int = 1
     samples: int = 0
     waited_s: float = 0.0
-    lane: int = 0
+    slot: int = 0
     counts: Sequence[int] = ()
 
 
@@ -118,7 +118,7 @@ class Holder:
         layout: FlatLayout,
         parameters: Tensor,
         optimizers: Sequence[torch.optim.Optimizer],
-        barrier: Barrier,
+        barrier: StalenessBarrier,
         latch: FailureLatch,
         observer: Callable[[Update], None] = lambda update: None,
         states: Sequence[StateByPlace | None] = (),
@@ -142,7 +142,7 @@ class Holder:
                 for group in template.param_groups
             ]
             self._optimizers.append(HeldOptimizer(template, groups))
-        self.adopt_states(states)
+        self.load_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
         this = weakref.ref(self)
         latch.subscribe(lambda failure: _wake(this()))
@@ -173,7 +173,7 @@ class Holder:
         with self._lock:
             self._listeners.append(listener)
 
-    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
+    def try_pull(self, worker: int, out: Tensor, slot: int = 0) -> int | None:
         """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
 
         Whoever is held back keeps its place in the queue of readers.
@@ -184,7 +184,7 @@ class Holder:
         """
         with self._lock:
             self._latch.check()
-            reader = (worker, lane)
+            reader = (worker, slot)
             self._barrier.ask(reader)
             if not self._barrier.may_read(reader):
                 return None
@@ -207,16 +207,16 @@ class Holder:
         """
         with self._lock:
             self._latch.check()
-            reader = (push.worker, push.lane)
+            reader = (push.worker, push.slot)
             held = self._barrier.held(reader)
             if held != push.version_read:
                 raise ValueError(
                     f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
                 )
-            verdict = self._barrier.verdict(reader)
-            if verdict is Verdict.WAIT:
+            decision = self._barrier.decision(reader)
+            if decision is Decision.WAIT:
                 return None
-            applied = verdict is Verdict.APPLY
+            applied = decision is Decision.APPLY
             if applied:
                 self._optimizers[push.optimizer].apply(push.gradients, push.groups)
                 staleness = self._barrier.apply(reader)
@@ -246,7 +246,7 @@ class Holder:
     def counts(self, counts: Sequence[int]) -> None:
         self._counts = [*counts]
 
-    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+    def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         """Takes over parameters that differ from its own; nobody may be computing.
 
         Args:
@@ -260,7 +260,7 @@ class Holder:
                     if not torch.equal(own, parameter.detach()):
                         view.copy_(parameter.detach())
 
-    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
+    def load_states(self, states: Sequence[StateByPlace | None]) -> None:
         """Takes over optimizer states that differ from its own; nobody may be computing.
 
         Args:
@@ -269,7 +269,7 @@ class Holder:
         with self._lock:
             for optimizer, state in zip(self._optimizers, states, strict=False):
                 if state is not None:
-                    optimizer.adopt(state)
+                    optimizer.load_state(state)
 
     def optimizer_state(self, index: int) -> StateByPlace:
         """A copy of what one optimizer keeps, by the places of its parameters."""
@@ -282,10 +282,10 @@ class Holder:
         with self._lock:
             return [optimizer.take_adapted() for optimizer in self._optimizers]
 
-    def leave(self, worker: int, lane: int = 0) -> None:
+    def leave(self, worker: int, slot: int = 0) -> None:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._lock:
-            self._barrier.leave((worker, lane))
+            self._barrier.leave((worker, slot))
             self._tell()
 
     def read(self, out: Tensor) -> int:
@@ -313,12 +313,12 @@ class Holder:
         Returns:
             True if a state came from Adam without AMSGrad, whose maximum was then started from its ``exp_avg_sq``.
         """
-        adopted = False
+        converted = False
         with self._lock:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
-                adopted |= optimizer.load(state)
+                converted |= optimizer.load(state)
             self._barrier.version = version
-        return adopted
+        return converted
 
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""

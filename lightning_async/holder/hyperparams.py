@@ -1,4 +1,4 @@
-"""The hyper-parameters that travel with each push: which they are, and how they are read and set."""
+"""The hyperparameters that travel with each push: which they are, and how they are read and set."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.transport.fields import MAX_HYPERS, pack_hypers
+from lightning_async.transport.fields import MAX_HYPERPARAMS, pack_hyperparams
 
-__all__ = ["KERNEL_KEYS", "HyperLayout", "HyperReader", "make_plain"]
+__all__ = ["KERNEL_KEYS", "HyperparamLayout", "HyperparamReader", "make_plain"]
 
 # How an update is computed, not what it is: each side's own affair.
 KERNEL_KEYS = ("fused", "foreach", "capturable", "differentiable")
@@ -27,8 +27,8 @@ _SCHEDULER_NOTES = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_mome
 _LARGEST_WHOLE = 2**53
 
 
-class HyperLayout:
-    """Which hyper-parameters of an optimizer travel, and in which order; the same on both sides.
+class HyperparamLayout:
+    """Which hyperparameters of an optimizer travel, and in which order; the same on both sides.
 
     These are the numbers, flags and tuples of numbers in its param groups as they are when the layout is made, such as
     ``lr``, ``betas`` and ``nesterov``. Texts, None, infinite numbers, the choice of kernel and what schedulers note
@@ -43,11 +43,11 @@ class HyperLayout:
         kind: the optimizer's class.
 
     Raises:
-        ValueError: if there are more than `wire.MAX_HYPERS`.
+        ValueError: if there are more than `wire.MAX_HYPERPARAMS`.
 
     Examples:
         >>> optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=0.5)
-        >>> layout = HyperLayout(optimizer)
+        >>> layout = HyperparamLayout(optimizer)
         >>> layout.names[0][:3], layout.read(optimizer.param_groups)[:3]
         (('lr', 'betas', 'eps'), (0.5, 0.9, 0.999))
     """
@@ -66,10 +66,10 @@ class HyperLayout:
             for place in (range(len(group[key])) if isinstance(group[key], (tuple, list)) else (None,))
         ]
         self.count = len(self._places)
-        if self.count > MAX_HYPERS:
+        if self.count > MAX_HYPERPARAMS:
             raise ValueError(
-                f"{self.kind} has {self.count} hyper-parameters in its {len(self.names)} param groups, and at most "
-                f"{MAX_HYPERS} can be sent; put parameters with the same ones into one group"
+                f"{self.kind} has {self.count} hyperparameters in its {len(self.names)} param groups, and at most "
+                f"{MAX_HYPERPARAMS} can be sent; put parameters with the same ones into one group"
             )
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
@@ -104,8 +104,8 @@ class HyperLayout:
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
-class HyperReader:
-    """Reads an optimizer's hyper-parameters for the wire, and converts them only when they have changed.
+class HyperparamReader:
+    """Reads an optimizer's hyperparameters for the wire, and converts them only when they have changed.
 
     Args:
         optimizer: the module's optimizer.
@@ -113,12 +113,12 @@ class HyperReader:
 
     Examples:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
-        >>> reader = HyperReader(optimizer, HyperLayout(optimizer))
-        >>> len(reader.packed()) == 8 * HyperLayout(optimizer).count
+        >>> reader = HyperparamReader(optimizer, HyperparamLayout(optimizer))
+        >>> len(reader.packed()) == 8 * HyperparamLayout(optimizer).count
         True
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, layout: HyperLayout) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, layout: HyperparamLayout) -> None:
         self._optimizer = optimizer
         self._layout = layout
         self._getters = [itemgetter(*names) if names else _nothing for names in layout.names]
@@ -141,7 +141,7 @@ class HyperReader:
             )
         seen = [get(group) for get, group in zip(self._getters, groups, strict=True)]
         if seen != self._seen:
-            self._packed = pack_hypers(self._layout.read(groups))
+            self._packed = pack_hyperparams(self._layout.read(groups))
             # A tensor or a list may change and still be the same object.
             self._seen = seen if all(map(_is_immutable, seen)) else None
         return self._packed

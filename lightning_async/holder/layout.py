@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 
 __all__ = ["FlatLayout", "describe_model", "exchanged", "exchanged_parameters"]
 
@@ -100,15 +100,15 @@ class FlatLayout:
         return {"parameters": self.numel, "dtype": str(self.dtype).removeprefix("torch."), "shapes": digest}
 
 
-def describe_model(layout: FlatLayout, groups: Sequence[HyperLayout]) -> dict[str, Any]:
+def describe_model(layout: FlatLayout, groups: Sequence[HyperparamLayout]) -> dict[str, Any]:
     """What a worker and the holder must agree on before the first payload, as JSON values.
 
     Args:
         layout: where each parameter lies.
-        groups: which hyper-parameters each optimizer's param groups have.
+        groups: which hyperparameters each optimizer's param groups have.
     """
     return {
         **layout.fingerprint(),
-        "groups": [len(hypers.names) for hypers in groups],
-        "optimizers": [f"{hypers.kind} {hypers.digest()}" for hypers in groups],
+        "groups": [len(hyperparams.names) for hyperparams in groups],
+        "optimizers": [f"{hyperparams.kind} {hyperparams.digest()}" for hyperparams in groups],
     }

@@ -17,22 +17,22 @@ from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.devices import DeviceFacts
 from lightning_async.transport.staged import on_device
 
-__all__ = ["CudaLane", "DeviceHolder", "HolderSite", "Lane"]
+__all__ = ["CudaHolderStream", "DeviceHolder", "HolderPlacement", "HolderStream"]
 
 
-class Lane(Protocol):
+class HolderStream(Protocol):
     """A device's queue that only the holder uses, so that nothing of the holder's waits for rank 0's training."""
 
     def entered(self) -> contextlib.AbstractContextManager[None]:
-        """What the calling thread queues in this context goes into the lane.
+        """What the calling thread queues in this context goes into the holder's stream.
 
-        The thread first waits until what it has queued before has been computed: otherwise the lane would have to, and
-        with it every other worker. What it queues afterwards comes after the lane's work.
+        The thread first waits until what it has queued before has been computed: otherwise that stream would have to,
+        and with it every other worker. What it queues afterwards comes after the holder's work.
         """
 
 
-class CudaLane:
-    """A CUDA stream as a `Lane`.
+class CudaHolderStream:
+    """A CUDA stream as a `HolderStream`.
 
     Args:
         device: rank 0's GPU.
@@ -45,7 +45,7 @@ class CudaLane:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """See `Lane.entered`."""
+        """See `HolderStream.entered`."""
         caller = torch.cuda.current_stream(self._device)
         if caller == self._stream:
             yield
@@ -61,60 +61,60 @@ class CudaLane:
 
 
 class DeviceHolder(Holder):
-    """A holder whose buffers and optimizer states are on a GPU; its work goes into a lane, its snapshots to the host.
+    """A holder on a GPU: buffers and optimizer states are there, its work has a stream of its own, snapshots copied.
 
     Args:
-        lane: the holder's own.
+        stream: the holder's own.
         arguments: see `Holder`; the initial values are on the GPU.
     """
 
-    def __init__(self, lane: Lane, *arguments: Any, **more: Any) -> None:
-        self._lane = lane
-        with lane.entered():
+    def __init__(self, stream: HolderStream, *arguments: Any, **more: Any) -> None:
+        self._stream = stream
+        with stream.entered():
             super().__init__(*arguments, **more)
 
     @override
-    def try_pull(self, worker: int, out: Tensor, lane: int = 0) -> int | None:
-        with self._lane.entered():
-            return super().try_pull(worker, out, lane)
+    def try_pull(self, worker: int, out: Tensor, slot: int = 0) -> int | None:
+        with self._stream.entered():
+            return super().try_pull(worker, out, slot)
 
     @override
     def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
-        with self._lane.entered():
+        with self._stream.entered():
             return super().try_push(push, parked_s)
 
     @override
-    def adopt(self, parameters: Sequence[Sequence[Tensor]]) -> None:
-        with self._lane.entered():
-            super().adopt(parameters)
+    def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        with self._stream.entered():
+            super().load_parameters(parameters)
 
     @override
-    def adopt_states(self, states: Sequence[StateByPlace | None]) -> None:
-        with self._lane.entered():
-            super().adopt_states(states)
+    def load_states(self, states: Sequence[StateByPlace | None]) -> None:
+        with self._stream.entered():
+            super().load_states(states)
 
     @override
     def optimizer_state(self, index: int) -> StateByPlace:
         """A copy of what one optimizer keeps, in host memory."""
-        with self._lane.entered():
+        with self._stream.entered():
             state: StateByPlace = _on_host(super().optimizer_state(index))
             return state
 
     @override
     def take_adapted(self) -> list[list[dict[str, Any]]]:
-        with self._lane.entered():
+        with self._stream.entered():
             adapted: list[list[dict[str, Any]]] = _on_host(super().take_adapted())
             return adapted
 
     @override
     def read(self, out: Tensor) -> int:
-        with self._lane.entered():
+        with self._stream.entered():
             return super().read(out)
 
     @override
     def snapshot(self, applied: Callable[[], Sequence[tuple[int, int]]] = tuple) -> Snapshot:
         """Parameters and optimizer states of one version, in host memory, so that they load anywhere."""
-        with self._lane.entered():
+        with self._stream.entered():
             taken = super().snapshot(applied)
             return dataclasses.replace(
                 taken,
@@ -125,29 +125,31 @@ class DeviceHolder(Holder):
 
     @override
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
-        with self._lane.entered():
+        with self._stream.entered():
             return super().restore(version, optimizer_states)
 
 
-class HolderSite:
+class HolderPlacement:
     """The device of the holder, and what its sessions need to work there.
 
     Args:
         device: of the holder's buffers.
         facts: what rank 0 says of its GPU if the holder is there; None otherwise.
-        lane: the holder's own; made here if the device is a CUDA device.
+        stream: the holder's own; made here if the device is a CUDA device.
     """
 
-    def __init__(self, device: torch.device | None = None, facts: DeviceFacts = None, lane: Lane | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, facts: DeviceFacts = None, stream: HolderStream | None = None
+    ) -> None:
         self.device = device or torch.device("cpu")
         self.facts = facts
-        self._lane = lane or (CudaLane(self.device) if self.device.type == "cuda" else None)
+        self._stream = stream or (CudaHolderStream(self.device) if self.device.type == "cuda" else None)
 
     def make_holder(self, *arguments: Any, **more: Any) -> Holder:
         """A holder here; see `Holder` for the arguments, of which the initial values are on this device."""
-        return Holder(*arguments, **more) if self._lane is None else DeviceHolder(self._lane, *arguments, **more)
+        return Holder(*arguments, **more) if self._stream is None else DeviceHolder(self._stream, *arguments, **more)
 
-    def adopt_thread(self) -> None:
+    def bind_thread(self) -> None:
         """To be called first in each thread that serves a worker.
 
         Such a thread would otherwise begin on the first GPU and on the stream that rank 0 trains on.

@@ -170,7 +170,7 @@ def _copy(
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # Hooks are the user's process's affair; `step` there is a scheduler's or the shell's. What shows the holder's state
+    # Hooks are the user's process's affair; `step` there is a scheduler's or the proxy's. What shows the holder's state
     # would fetch it.
     return {
         name: defaultdict(dict) if isinstance(value, HeldState) else value

@@ -1,6 +1,6 @@
 r"""The staleness bound: pure rules, and the bookkeeping that applies them.
 
-Neighbours: `holder.py` keeps one `Barrier` under its own lock and does the waiting. Nothing here starts
+Neighbours: `holder.py` keeps one `StalenessBarrier` under its own lock and does the waiting. Nothing here starts
 a thread, takes a lock or sees a tensor.
 
 A worker that was given the parameters of version :math:`r` and has not been answered since is
@@ -17,8 +17,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal, TypeAlias
 
 __all__ = [
-    "Barrier",
-    "Verdict",
+    "Decision",
+    "StalenessBarrier",
     "admissible",
     "feasible",
     "is_stale",
@@ -28,7 +28,7 @@ __all__ = [
 
 AUTO_STALENESS_PER_RANK = 4
 
-# Whoever holds parameters; the holder names it by rank and lane.
+# Whoever holds parameters; the holder names it by rank and slot.
 Reader: TypeAlias = Hashable
 
 
@@ -153,7 +153,7 @@ def resolve_max_staleness(value: int | Literal["auto"] | None, world_size: int) 
     return value
 
 
-class Verdict(enum.Enum):
+class Decision(enum.Enum):
     """What becomes of a worker's push if it is decided now."""
 
     APPLY = "apply"
@@ -161,7 +161,7 @@ class Verdict(enum.Enum):
     DROP = "drop"
 
 
-class Barrier:
+class StalenessBarrier:
     r"""Who holds parameters of which version, and who waits to read; bookkeeping without threads.
 
     Owns the version counter, the outstanding workers and the queue of readers. It never waits: the holder
@@ -192,7 +192,7 @@ class Barrier:
         ValueError: if an argument is out of range.
 
     Examples:
-        >>> barrier = Barrier(max_staleness=1)
+        >>> barrier = StalenessBarrier(max_staleness=1)
         >>> for worker in (0, 1):
         ...     barrier.ask(worker)
         ...     _ = barrier.read(worker)
@@ -201,10 +201,10 @@ class Barrier:
         >>> barrier.ask(0)
         >>> barrier.read(0)
         1
-        >>> barrier.verdict(0)  # worker 1 read version 0 and would be two updates stale
-        <Verdict.WAIT: 'wait'>
-        >>> barrier.apply(1), barrier.verdict(0)
-        (1, <Verdict.APPLY: 'apply'>)
+        >>> barrier.decision(0)  # worker 1 read version 0 and would be two updates stale
+        <Decision.WAIT: 'wait'>
+        >>> barrier.apply(1), barrier.decision(0)
+        (1, <Decision.APPLY: 'apply'>)
     """
 
     def __init__(self, max_staleness: int | None, on_stale: Literal["wait", "drop"] = "wait", version: int = 0) -> None:
@@ -295,25 +295,25 @@ class Barrier:
         self._reads[worker] = self._version
         return self._version
 
-    def verdict(self, worker: Reader) -> Verdict:
+    def decision(self, worker: Reader) -> Decision:
         """What becomes of a worker's push if it is decided now.
 
         Args:
             worker: whose push it is.
 
         Returns:
-            `Verdict.WAIT` only with ``on_stale="wait"``, `Verdict.DROP` only with ``on_stale="drop"``.
+            `Decision.WAIT` only with ``on_stale="wait"``, `Decision.DROP` only with ``on_stale="drop"``.
 
         Raises:
             ValueError: if the worker is not outstanding.
         """
         read = self._version_read(worker)
         if self.on_stale == "drop":
-            return Verdict.DROP if is_stale(read, self._version, self.max_staleness) else Verdict.APPLY
+            return Decision.DROP if is_stale(read, self._version, self.max_staleness) else Decision.APPLY
         if self._waits_for is None:
-            return Verdict.APPLY
+            return Decision.APPLY
         rest = [other_read for other, other_read in self._reads.items() if other != worker]
-        return Verdict.APPLY if admissible(rest, self._version, self._waits_for) else Verdict.WAIT
+        return Decision.APPLY if admissible(rest, self._version, self._waits_for) else Decision.WAIT
 
     def apply(self, worker: Reader) -> int:
         """Counts a worker's update; it is outstanding no more.
@@ -325,9 +325,9 @@ class Barrier:
             The staleness of the update: the version before it, less the version read.
 
         Raises:
-            ValueError: unless the verdict is `Verdict.APPLY`.
+            ValueError: unless the decision is `Decision.APPLY`.
         """
-        return self._settle(worker, Verdict.APPLY)
+        return self._settle(worker, Decision.APPLY)
 
     def discard(self, worker: Reader) -> int:
         """Drops a worker's push without an update; it is outstanding no more.
@@ -339,9 +339,9 @@ class Barrier:
             The staleness that it would have had.
 
         Raises:
-            ValueError: unless the verdict is `Verdict.DROP`.
+            ValueError: unless the decision is `Decision.DROP`.
         """
-        return self._settle(worker, Verdict.DROP)
+        return self._settle(worker, Decision.DROP)
 
     def leave(self, worker: Reader) -> None:
         """Forgets a worker wherever it stands: released without a push, or evicted. Idempotent.
@@ -352,14 +352,14 @@ class Barrier:
         self._reads.pop(worker, None)
         self._readers.pop(worker, None)
 
-    def _settle(self, worker: Reader, expected: Verdict) -> int:
-        verdict = self.verdict(worker)
-        if verdict is not expected:
+    def _settle(self, worker: Reader, expected: Decision) -> int:
+        decision = self.decision(worker)
+        if decision is not expected:
             raise ValueError(
-                f"Worker {worker}'s push is to {verdict.value} at version {self._version}, not to {expected.value}."
+                f"Worker {worker}'s push is to {decision.value} at version {self._version}, not to {expected.value}."
             )
         staleness = self._version - self._reads.pop(worker)
-        if expected is Verdict.APPLY:
+        if expected is Decision.APPLY:
             self._version += 1
         return staleness
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, adopt_amsgrad_state, holder_optimizer
-from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperLayout, make_plain
+from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, convert_to_amsgrad_state, holder_optimizer
+from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
 from lightning_async.holder.optimizer_state import StateByPlace, same_state
 from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
 
@@ -20,7 +20,7 @@ __all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
 
 
 class HeldOptimizer:
-    """One optimizer of the holder: its update, its hyper-parameters and its state.
+    """One optimizer of the holder: its update, its hyperparameters and its state.
 
     Args:
         template: the module's optimizer, with no state that matters.
@@ -29,28 +29,29 @@ class HeldOptimizer:
     """
 
     def __init__(self, template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> None:
-        self.hypers = HyperLayout(template)
+        self.hyperparams = HyperparamLayout(template)
         self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
         self._update = _update_of(self.optimizer)
         for group, source, names in zip(
-            self.optimizer.param_groups, template.param_groups, self.hypers.names, strict=True
+            self.optimizer.param_groups, template.param_groups, self.hyperparams.names, strict=True
         ):
             for key in names:
                 # What the user keeps in a group of AMSGrad travels, too, and is of no use there.
                 group.setdefault(key, source[key])
-        self._assigned: Sequence[float] = self.hypers.read(template.param_groups)
+        self._assigned: Sequence[float] = self.hyperparams.read(template.param_groups)
         self._before_steps = self._own_values()
 
-    def apply(self, gradients: Sequence[Tensor | None], hypers: Sequence[float]) -> None:
+    def apply(self, gradients: Sequence[Tensor | None], hyperparams: Sequence[float]) -> None:
         """Applies one update.
 
         Args:
             gradients: one per parameter, None where it takes no part.
-            hypers: the hyper-parameters of all param groups, in the order of `HyperLayout`; none for those of before.
+            hyperparams: the hyperparameters of all param groups, in the order of `HyperparamLayout`; none for those of
+            before.
         """
-        if hypers and hypers != self._assigned:
-            self.hypers.assign(self.optimizer.param_groups, hypers, self._assigned)
-            self._assigned = hypers
+        if hyperparams and hyperparams != self._assigned:
+            self.hyperparams.assign(self.optimizer.param_groups, hyperparams, self._assigned)
+            self._assigned = hyperparams
         self._update(gradients)
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class HeldOptimizer:
         if isinstance(self.optimizer, AMSGrad):
             return [{} for _ in self.optimizer.param_groups]
         scratch = copy.deepcopy(self._before_steps)
-        self.hypers.assign(scratch, self._assigned, self.hypers.read(scratch))
+        self.hyperparams.assign(scratch, self._assigned, self.hyperparams.read(scratch))
         return [
             {key: value for key, value in own.items() if key not in expected or not _same(value, expected[key])}
             for own, expected in zip(self._own_values(), scratch, strict=True)
@@ -80,17 +81,17 @@ class HeldOptimizer:
         """
         told = [
             {key: value for key, value in values.items() if key not in names or _can_travel(value)}
-            for values, names in zip(self.adapted(), self.hypers.names, strict=True)
+            for values, names in zip(self.adapted(), self.hyperparams.names, strict=True)
         ]
         if any(told):
-            self.hypers.assign(self._before_steps, self._assigned, self.hypers.read(self._before_steps))
+            self.hyperparams.assign(self._before_steps, self._assigned, self.hyperparams.read(self._before_steps))
             for group, values in zip(self._before_steps, told, strict=True):
                 group.update(copy.deepcopy(values))
-            self._assigned = self.hypers.read(self._before_steps)
+            self._assigned = self.hyperparams.read(self._before_steps)
         return told
 
-    def adopt(self, state: StateByPlace) -> bool:
-        """Takes over a state if it differs from its own; hyper-parameters and kernel stay.
+    def load_state(self, state: StateByPlace) -> bool:
+        """Takes over a state if it differs from its own; hyperparameters and kernel stay.
 
         Returns:
             Whether it differed.
@@ -100,7 +101,7 @@ class HeldOptimizer:
             return False
         wanted = {**own, "state": copy.deepcopy(dict(state))}
         if isinstance(self.optimizer, AMSGrad):
-            adopt_amsgrad_state(wanted)
+            convert_to_amsgrad_state(wanted)
         self.optimizer.load_state_dict(wanted)
         self._update.forget()
         return True
@@ -112,7 +113,7 @@ class HeldOptimizer:
             True if AMSGrad took the state of an Adam without it, and started the maximum from its ``exp_avg_sq``.
         """
         own = copy.deepcopy(dict(state))
-        adopted = isinstance(self.optimizer, AMSGrad) and adopt_amsgrad_state(own)
+        converted = isinstance(self.optimizer, AMSGrad) and convert_to_amsgrad_state(own)
         # A different number of groups is left for torch to refuse.
         for mine, loaded in zip(self.optimizer.param_groups, own["param_groups"], strict=False):
             loaded.update({key: mine[key] for key in KERNEL_KEYS if key in mine})
@@ -122,9 +123,9 @@ class HeldOptimizer:
         for group in self.optimizer.param_groups:
             make_plain(group)
         self._update.forget()
-        self._assigned = self.hypers.read(self.optimizer.param_groups)
+        self._assigned = self.hyperparams.read(self.optimizer.param_groups)
         self._before_steps = self._own_values()
-        return adopted
+        return converted
 
     def _own_values(self) -> list[dict[str, Any]]:
         skipped = {"params", *KERNEL_KEYS}

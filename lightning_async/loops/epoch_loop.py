@@ -153,7 +153,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
                     "return -1 from on_train_batch_start to skip the rest of the epoch."
                 ) from error
             # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
-            self._strategy.worker.close_hand_out()
+            self._strategy.worker.stop_dispatch()
             self._finish_segment(data_fetcher, skip_rest=True)
 
     @override
@@ -163,7 +163,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         super().on_advance_end(data_fetcher)
         self._strategy.requeue_if_asked()
         if self._wants_to_stop():
-            self._strategy.worker.close_hand_out()
+            self._strategy.worker.stop_dispatch()
 
     @override
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
@@ -262,7 +262,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch.batches_started = self._batches_started
         strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
         worker = strategy.worker
-        fetcher.open(worker.draw, worker.give_back, worker.leave_out, ahead=not epoch.learning)
+        fetcher.open(worker.draw, worker.release, worker.leave_out, ahead=not epoch.learning)
         epoch.training, epoch.agreed = True, False
 
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:

@@ -117,7 +117,7 @@ class TicketFetcher(_DataFetcher):
     def open(
         self,
         draw: Callable[[], range],
-        give_back: Callable[[int, bool], None],
+        release: Callable[[int, bool], None],
         leave_out: Callable[[int], None],
         ahead: bool = True,
     ) -> None:
@@ -125,14 +125,14 @@ class TicketFetcher(_DataFetcher):
 
         Args:
             draw: draws tickets.
-            give_back: gives back tickets that there are no batches for.
+            release: gives back tickets that there are no batches for.
             leave_out: told of batches that the loader has taken and does not hand on.
             ahead: whether the loader may load batches ahead, which this rank must then compute.
         """
         if self._feed is None:
-            self._stream.open(draw, give_back)
+            self._stream.open(draw, release)
         else:
-            self._feed.open(draw, give_back, leave_out, ahead)
+            self._feed.open(draw, release, leave_out, ahead)
 
     def has_next(self) -> bool:
         """Whether this rank gets another batch in this segment; draws a ticket if it must, and fetches the batch."""

@@ -1,6 +1,6 @@
 """What another bound would have done: a run's step times played through the barrier's rule.
 
-Pure; uses the very `Barrier` that the holder uses. Read by `verdict.py`.
+Pure; uses the very `StalenessBarrier` that the holder uses. Read by `decision.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_async.holder.staleness import Barrier, Verdict
+from lightning_async.holder.staleness import Decision, StalenessBarrier
 
 __all__ = ["Replay", "free_bound", "lock_step_factor", "replay"]
 
@@ -56,7 +56,7 @@ def replay(steps: Sequence[Sequence[float]], bound: int | None, updates: int, ex
         >>> max(replay(one_slow, bound=2, updates=110).staleness)
         2
     """
-    barrier = Barrier(bound)
+    barrier = StalenessBarrier(bound)
     now, sequence, parked_s = 0.0, 0, 0.0
     staleness: Counter[int] = Counter()
     taken = [0] * len(steps)
@@ -79,7 +79,7 @@ def replay(steps: Sequence[Sequence[float]], bound: int | None, updates: int, ex
                 heapq.heappush(arrivals, (now + step + exchange_s, sequence, rank))
                 moved = True
             for rank in list(pushing):
-                if barrier.verdict(rank) is Verdict.APPLY:
+                if barrier.decision(rank) is Decision.APPLY:
                     staleness[barrier.apply(rank)] += 1
                     parked_s += now - pushing.pop(rank)
                     barrier.ask(rank)

@@ -2,7 +2,7 @@
 
 A hook that only some ranks run may call a collective: under DDP and here that rank waits for ever, and the others wait
 for it somewhere else. Each rank looks at its own training thread from time to time and tells rank 0, along the
-lifelines, which collective it has been in for too long. When all ranks are in one, and not all in the same, none of
+heartbeats, which collective it has been in for too long. When all ranks are in one, and not all in the same, none of
 them will ever return. Collectives that the host does not wait in, as NCCL's, are not seen.
 """
 

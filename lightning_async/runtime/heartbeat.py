@@ -1,7 +1,7 @@
-"""The lifeline: a connection of its own per worker for signs of life and the news of a failure.
+"""The heartbeat: a connection of its own per worker for signs of life and the news of a failure.
 
 It is apart from the connection that carries requests, so that the training thread can wait for its reply directly,
-while this room's one thread watches over every peer: the holder's process has one lifeline per worker, a worker's
+while this room's one thread watches over every peer: the holder's process has one heartbeat per worker, a worker's
 process one to the holder.
 """
 
@@ -22,7 +22,7 @@ from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import fit_text
 from lightning_async.transport.message import Kind, Message, WireError, encode
 
-__all__ = ["Lifelines"]
+__all__ = ["Heartbeats"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class _Peer:
     sending: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Lifelines:
+class Heartbeats:
     """Watches over peers and passes on the first failure; one thread.
 
     A peer is lost when its connection ends without a goodbye (a killed process: milliseconds) or when nothing has
@@ -80,7 +80,7 @@ class Lifelines:
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector.register(self._wake_out, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="lifelines", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
         latch.subscribe(self._pass_on)
 
@@ -209,7 +209,7 @@ class Lifelines:
         except ChannelClosedError:
             self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
         except WireError as error:
-            self._lose(peer, f"its lifeline does not follow the protocol: {error}")
+            self._lose(peer, f"its heartbeat does not follow the protocol: {error}")
 
     def _handle(self, peer: _Peer, message: Message) -> None:
         if message.kind is Kind.GOODBYE:
@@ -223,7 +223,7 @@ class Lifelines:
             if self._collectives is not None:
                 self._collectives.hear(peer.rank, message.text)
         else:
-            raise WireError(f"unexpected {message.kind.name} on a lifeline")
+            raise WireError(f"unexpected {message.kind.name} on a heartbeat")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         self._forget(peer)

@@ -1,7 +1,7 @@
-"""Rank 0's front door: one listening socket; lets the run's own ranks in and refuses everyone else by name.
+"""Rank 0's listener: one listening socket; lets the run's own ranks in and refuses everyone else by name.
 
-A connection begins with HELLO: a rank, the run's token, and whether it is a lifeline (watched by `heartbeat.py`), a
-doorbell (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`).
+A connection begins with HELLO: a rank, the run's token, and whether it is a heartbeat (watched by `heartbeat.py`), a
+control channel (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_async.runtime.failure import describe_error
-from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection, connect
 from lightning_async.transport.fields import fit_text
 from lightning_async.transport.message import Kind, Message, WireError
 
-__all__ = ["DOORBELL", "LIFELINE", "STATE", "Address", "FrontDoor", "HandshakeError", "Visitor", "introduce"]
+__all__ = ["CONTROL", "HEARTBEAT", "STATE", "Address", "HandshakeError", "Listener", "PeerInfo", "handshake"]
 
 log = logging.getLogger(__name__)
 
-LIFELINE, DOORBELL, STATE = "lifeline", "doorbell", "state"
+HEARTBEAT, CONTROL, STATE = "heartbeat", "control", "state"
 _HANDSHAKE_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 30.0
-# Before rank 0 welcomes a doorbell it reserves the worker's buffers, a second or so for each GB, and may have to wait
-# for a name server. That it is gone is noticed at once, and that it is stopped by the lifeline.
+# Before rank 0 welcomes a control channel it reserves the worker's buffers, a second or so for each GB, and may have to
+# wait for a name server. That it is gone is noticed at once, and that it is stopped by the heartbeat.
 _WELCOME_TIMEOUT_S = 600.0
 # Between two tries to take a connection, when there is no descriptor for it.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
@@ -66,18 +66,18 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Visitor:
-    """Who stands at the door: a rank of this run, how often it has come, and what it says of itself."""
+class PeerInfo:
+    """Who stands at the listener: a rank of this run, how often it has come, and what it says of itself."""
 
     rank: int
     incarnation: int
     claims: dict[str, Any]
 
     @property
-    def lane(self) -> int:
-        """Which of the rank's lanes a doorbell is for; -1 if what it says is no number."""
-        lane = self.claims.get("lane", 0)
-        return lane if type(lane) is int else -1
+    def slot(self) -> int:
+        """Which of the rank's slots a control channel is for; -1 if what it says is no number."""
+        slot = self.claims.get("slot", 0)
+        return slot if type(slot) is int else -1
 
     @property
     def overlaps(self) -> bool:
@@ -113,42 +113,42 @@ class _Troubles:
         self._since, self._pause_s = None, _FIRST_PAUSE_S
 
 
-class FrontDoor:
-    """Accepts connections until closed; a short-lived thread per visitor.
+class Listener:
+    """Accepts connections until closed; a short-lived thread per peer.
 
-    A process that is out of descriptors or threads for a while keeps its door: who comes then is taken later, and who
-    has waited for long is told why.
+    A process that is out of descriptors or threads for a while keeps its listener: who comes then is taken later, and
+    who has waited for long is told why.
 
     Args:
-        host: the address that the workers reach rank 0 at; the loopback address keeps the door shut to other hosts.
+        host: the address that the workers reach rank 0 at; the loopback address keeps the listener shut to other hosts.
         workers: number of ranks.
-        lifelines: takes the lifelines; None where they come in at another door.
+        heartbeats: takes the heartbeats; None where they come in at another listener.
     """
 
-    def __init__(self, host: str, workers: int, lifelines: Lifelines | None) -> None:
+    def __init__(self, host: str, workers: int, heartbeats: Heartbeats | None) -> None:
         self._workers = workers
-        self._lifelines = lifelines
-        # Of each rank whose lifeline has ever come, in which incarnation it came last.
+        self._heartbeats = heartbeats
+        # Of each rank whose heartbeat has ever come, in which incarnation it came last.
         self._incarnations: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        # Served while training; before and after, a doorbell finds nobody.
-        self.on_doorbell: Callable[[Visitor, ControlConnection], None] | None = None
-        # Served while training, too, in the visitor's own thread: answers one question.
-        self.on_state: Callable[[Visitor, ControlConnection], None] | None = None
+        # Served while training; before and after, a control channel finds nobody.
+        self.on_control: Callable[[PeerInfo, ControlConnection], None] | None = None
+        # Served while training, too, in the peer's own thread: answers one question.
+        self.on_state: Callable[[PeerInfo, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
-        self.rank_0_rings = False
-        self._listener = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
-        self._listener.setblocking(False)
-        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        self.admits_rank_0 = False
+        self._socket = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
+        self._socket.setblocking(False)
+        self.address = Address(host, self._socket.getsockname()[1], secrets.token_hex(16))
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._socket, selectors.EVENT_READ)
         self._selector.register(self._wake_out, selectors.EVENT_READ)
-        # Given up for a moment where there is no descriptor to take a visitor with, to tell it so.
+        # Given up for a moment where there is no descriptor to take a peer with, to tell it so.
         self._spare: socket.socket | None = socket.socket()
-        self._thread = threading.Thread(target=self._accept, name="front-door", daemon=True)
+        self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class FrontDoor:
         self._closing.set()
         self._wake_in.send(b"\0")
         self._thread.join(timeout=1.0)
-        for each in (self._selector, self._listener, self._wake_in, self._wake_out, self._spare):
+        for each in (self._selector, self._socket, self._wake_in, self._wake_out, self._spare):
             if each is not None:
                 each.close()
 
@@ -169,7 +169,7 @@ class FrontDoor:
                 self._selector.select()
                 if self._closing.is_set():
                     return
-                sock, _ = self._listener.accept()
+                sock, _ = self._socket.accept()
             except (BlockingIOError, ConnectionError):
                 # Whoever it was has gone again.
                 continue
@@ -185,24 +185,24 @@ class FrontDoor:
         try:
             connection = ControlConnection(sock)
         except OSError as error:
-            log.debug("a visitor has gone again: %s", error)
+            log.debug("a peer has gone again: %s", error)
             sock.close()
             return
         try:
             # A thread each: somebody who connects and says nothing must not keep the others out.
-            threading.Thread(target=self._welcome, args=(connection,), name="visitor", daemon=True).start()
+            threading.Thread(target=self._welcome, args=(connection,), name="peer", daemon=True).start()
         except RuntimeError as error:
-            log.debug("no thread for a visitor: %s", error)
+            log.debug("no thread for a peer: %s", error)
             self._welcome(connection)
 
     def _take_to_refuse(self, trouble: BaseException) -> None:
-        """Tells the visitor who has waited longest why it is not let in."""
+        """Tells the peer who has waited longest why it is not let in."""
         if self._spare is None:
             return
         self._spare.close()
         self._spare = None
         try:
-            connection = ControlConnection(self._listener.accept()[0])
+            connection = ControlConnection(self._socket.accept()[0])
         except (OSError, MemoryError) as error:
             log.debug("nor can it be told so: %s", error)
         else:
@@ -215,32 +215,32 @@ class FrontDoor:
     def _welcome(self, connection: ControlConnection) -> None:
         try:
             connection.settimeout(_HANDSHAKE_TIMEOUT_S)
-            visitor, role = self._identify(connection.receive())
-            if role == LIFELINE:
-                self._take_lifeline(visitor, connection)
+            peer, role = self._identify(connection.receive())
+            if role == HEARTBEAT:
+                self._take_heartbeat(peer, connection)
                 return
-            answer = self.on_doorbell if role == DOORBELL else self.on_state
+            answer = self.on_control if role == CONTROL else self.on_state
             if answer is None:
                 raise HandshakeError("no training is under way")
-            answer(visitor, connection)
+            answer(peer, connection)
         except (WireError, ChannelClosedError, HandshakeError) as error:
             self._refuse(connection, str(error))
         except Exception as error:
             # No memory or no thread, for instance. A rank that is not told would wait for long.
             self._refuse(connection, f"rank 0 could not serve it: {describe_error(error)}")
 
-    def _take_lifeline(self, visitor: Visitor, connection: ControlConnection) -> None:
-        if self._lifelines is None:
-            raise HandshakeError("lifelines come in at another door")
-        rank = visitor.rank
+    def _take_heartbeat(self, peer: PeerInfo, connection: ControlConnection) -> None:
+        if self._heartbeats is None:
+            raise HandshakeError("heartbeats come in at another listener")
+        rank = peer.rank
         with self._lock:
-            if self._lifelines.watches(rank):
+            if self._heartbeats.watches(rank):
                 raise HandshakeError(f"rank {rank} is here already")
-            if visitor.incarnation <= self._incarnations.get(rank, -1):
+            if peer.incarnation <= self._incarnations.get(rank, -1):
                 raise HandshakeError(f"rank {rank} was here and has left")
-            self._incarnations[rank] = visitor.incarnation
+            self._incarnations[rank] = peer.incarnation
         connection.send(Message(Kind.WELCOME, worker=rank))
-        self._lifelines.add(rank, connection)
+        self._heartbeats.add(rank, connection)
 
     def _refuse(self, connection: ControlConnection, reason: str, hears_first: bool = False) -> None:
         if self._closing.is_set():
@@ -266,7 +266,7 @@ class FrontDoor:
             log.debug("could not tell it: %s", error)
         connection.close()
 
-    def _identify(self, hello: Message) -> tuple[Visitor, str]:
+    def _identify(self, hello: Message) -> tuple[PeerInfo, str]:
         if hello.kind is not Kind.HELLO:
             raise HandshakeError(f"it begins with {hello.kind.name} instead of HELLO")
         try:
@@ -276,21 +276,21 @@ class FrontDoor:
             raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
         if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
-        first = 0 if role == DOORBELL and self.rank_0_rings else 1
-        if role not in (LIFELINE, DOORBELL, STATE) or not first <= hello.worker < self._workers:
+        first = 0 if role == CONTROL and self.admits_rank_0 else 1
+        if role not in (HEARTBEAT, CONTROL, STATE) or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
-        return Visitor(hello.worker, hello.incarnation, claims), role
+        return PeerInfo(hello.worker, hello.incarnation, claims), role
 
 
-def introduce(
+def handshake(
     address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
 ) -> tuple[ControlConnection, str]:
-    """Connects to rank 0's front door and says who is there.
+    """Connects to rank 0's listener and says who is there.
 
     Args:
-        address: from `FrontDoor.address`.
+        address: from `Listener.address`.
         rank: this rank.
-        role: `LIFELINE`, `DOORBELL` or `STATE`.
+        role: `HEARTBEAT`, `CONTROL` or `STATE`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 
@@ -305,7 +305,7 @@ def introduce(
     connection.settimeout(_HANDSHAKE_TIMEOUT_S)
     text = json.dumps({"token": address.token, "role": role, **claims})
     connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
-    if role != LIFELINE:
+    if role != HEARTBEAT:
         connection.settimeout(_WELCOME_TIMEOUT_S)
     reply = connection.receive()
     if reply.kind is not Kind.WELCOME:

@@ -23,12 +23,12 @@ from lightning_async.runtime.failure import (
     end_process,
     say,
 )
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import LIFELINE, Address, FrontDoor, introduce
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import HEARTBEAT, Address, Listener, handshake
 
 __all__ = ["Membership", "guard_shutdown"]
 
-# How long the lifeline's news may trail an error that a lost peer causes in a collective.
+# How long the heartbeat's news may trail an error that a lost peer causes in a collective.
 _NEWS_TIMEOUT_S = 3.0
 # Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
 # at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
@@ -62,7 +62,7 @@ class Membership:
     ) -> None:
         self.rank = rank
         self.latch = FailureLatch()
-        self.door: FrontDoor | None = None
+        self.listener: Listener | None = None
         self.address: Address | None = None
         self._unexplained = RunFailure(rank, "an error that could not be described: out of memory", announced=True)
         # What a failed run in this process has left, and this one has outlived.
@@ -76,30 +76,30 @@ class Membership:
             exit_process,
             before_exit=lambda failure: record_failure(rank, failure),
         )
-        self._lifelines: Lifelines | None = None
+        self._heartbeats: Heartbeats | None = None
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
         self._graceful = graceful
 
     def meet(self, world_size: int, host: str, broadcast: Callable[[str], str]) -> None:
-        """Opens rank 0's front door and ties every other rank's lifeline to it; a collective call.
+        """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
         Args:
             world_size: number of ranks; nothing is opened for one.
             host: the address that the other ranks reach rank 0 at.
             broadcast: gives every rank rank 0's string.
         """
-        if world_size == 1 or self._lifelines is not None:
+        if world_size == 1 or self._heartbeats is not None:
             return
         watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
-        self._lifelines = Lifelines(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
+        self._heartbeats = Heartbeats(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
         if self.rank == 0:
-            self.door = FrontDoor(host, world_size, self._lifelines)
-            self.address = self.door.address
+            self.listener = Listener(host, world_size, self._heartbeats)
+            self.address = self.listener.address
             broadcast(self.address.as_json())
             return
         self.address = Address.from_json(broadcast(""))
-        self._lifelines.add(0, introduce(self.address, self.rank, LIFELINE)[0])
+        self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -124,10 +124,10 @@ class Membership:
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
                 _a_run_has_failed.set()
-            if self._lifelines is not None:
-                steps.callback(self._lifelines.close)
-            if self.door is not None:
-                steps.callback(self.door.close)
+            if self._heartbeats is not None:
+                steps.callback(self._heartbeats.close)
+            if self.listener is not None:
+                steps.callback(self.listener.close)
             self.latch.free_reserve()
 
     def _explain_somehow(self, error: BaseException) -> BaseException:

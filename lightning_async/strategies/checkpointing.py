@@ -151,7 +151,7 @@ class CheckpointedRanks(StartedRanks):
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            # The module's optimizer only carries hyper-parameters; the state is the holder's.
+            # The module's optimizer only carries hyperparameters; the state is the holder's.
             load_groups(optimizer, state)
         self._engine.states.reset()
         self.worker.version = version

@@ -134,7 +134,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             return None
 
     def _watch(self, processes: list[subprocess.Popen[bytes]], over: threading.Event) -> None:
-        # The lifelines see most deaths first; this sees those that come before they exist.
+        # The heartbeats see most deaths first; this sees those that come before they exist.
         running = True
         while running and not over.is_set():
             # Asked before the statuses are looked at, so that those of the last to end are looked at too.

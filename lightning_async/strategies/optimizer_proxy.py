@@ -1,4 +1,4 @@
-"""The module's optimizers as shells: they carry hyper-parameters, and their step pushes instead of updating.
+"""The module's optimizers as proxies: they carry hyperparameters, and their step pushes instead of updating.
 
 The state is the holder's, and `optimizer_state.py` shows it.
 """
@@ -27,15 +27,15 @@ __all__ = [
     "checkpointed_state",
     "held_state",
     "load_groups",
-    "make_shell",
+    "make_proxy",
     "place_in",
+    "remove_proxy",
     "snapshot_parameters",
-    "unmake_shell",
     "with_own_state",
 ]
 
 
-def make_shell(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_changes: Callable[[], bool]) -> None:
+def make_proxy(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_changes: Callable[[], bool]) -> None:
     """Makes ``optimizer.step`` run its closure and then ``push``, between the hooks that are registered for a step.
 
     The method is replaced on the instance: torch's schedulers have put one there already, and a subclass would come
@@ -81,13 +81,13 @@ def make_shell(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_ch
         check()
         return loss
 
-    shell: Any = optimizer
+    proxy: Any = optimizer
     checked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as above: torch marks the step that it wrapped
-    shell.step = MethodType(checked, optimizer)
+    proxy.step = MethodType(checked, optimizer)
     # Torch's schedulers warn if they step before their optimizer has. The other ranks' steps count, too.
-    shell._opt_called = True
+    proxy._opt_called = True
     # Lightning would leave unscaling to a fused optimizer; what is pushed must be unscaled.
-    shell._step_supports_amp_scaling = False
+    proxy._step_supports_amp_scaling = False
 
 
 def place_in(engine: Engine, optimizer: Optimizer) -> int:
@@ -110,7 +110,7 @@ def with_own_state(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     return [optimizer for optimizer in optimizers if not isinstance(vars(optimizer).get("state"), HeldState)]
 
 
-def unmake_shell(optimizer: Optimizer) -> None:
+def remove_proxy(optimizer: Optimizer) -> None:
     """Gives an optimizer the step of its class again."""
     for name in ("step", "_step_supports_amp_scaling"):
         vars(optimizer).pop(name, None)
@@ -146,9 +146,9 @@ def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine
 
 
 def checkpointed_state(optimizer: Optimizer, engine: Engine, snapshot: Snapshot) -> dict[str, Any]:
-    """An optimizer's state dict for a checkpoint: the holder's state, the shell's groups.
+    """An optimizer's state dict for a checkpoint: the holder's state, the proxy's groups.
 
-    The groups are the shell's because schedulers keep their notes in them (``initial_lr``), and because the holder's
+    The groups are the proxy's because schedulers keep their notes in them (``initial_lr``), and because the holder's
     choice of kernel is no one else's affair. What the holder's steps have changed in its groups goes in, too. Where
     the ranks meet, a state that user code has looked at is its own: it may have been changed.
     """
@@ -244,7 +244,7 @@ def _describe(optimizers: list[Any]) -> str:
 
 
 def load_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads the hyper-parameters of a checkpointed state dict, and none of its state."""
+    """Loads the hyperparameters of a checkpointed state dict, and none of its state."""
     had_amsgrad = [group.get("amsgrad", False) for group in optimizer.param_groups]
     optimizer.load_state_dict({**state, "state": {}})
     for group, had in zip(optimizer.param_groups, had_amsgrad, strict=True):

@@ -41,9 +41,9 @@ from lightning_async.strategies.coordinator import SegmentedRanks
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
 from lightning_async.strategies.optimizer_proxy import (
     agree_on_optimizers,
-    make_shell,
+    make_proxy,
     place_in,
-    unmake_shell,
+    remove_proxy,
     with_own_state,
 )
 from lightning_async.strategies.registration import register
@@ -193,7 +193,7 @@ class AsyncStrategy(SegmentedRanks):
 
     def _take_optimizer(self, optimizer: Optimizer) -> None:
         self._accept_optimizer(optimizer)
-        make_shell(optimizer, self._push, lambda: self._engine is not None and self._engine.shares_parameters)
+        make_proxy(optimizer, self._push, lambda: self._engine is not None and self._engine.shares_parameters)
 
     def _accept_optimizer(self, optimizer: Optimizer) -> None:
         """Refuses an optimizer that rank 0 cannot step."""
@@ -236,7 +236,7 @@ class AsyncStrategy(SegmentedRanks):
                 optimizers=self.optimizers,
                 options=self.options,
                 latch=self._membership.latch,
-                door=self._membership.door,
+                listener=self._membership.listener,
                 stats=self.stats,
                 observers=self.observers,
                 version=self._version,
@@ -253,16 +253,16 @@ class AsyncStrategy(SegmentedRanks):
         engine = self._engine
         assert engine is not None
         agree_on_optimizers(self.optimizers, engine, self.gather_objects)
-        engine.adopt_parameters()
+        engine.load_parameters()
         if engine.owns(self.optimizers):
-            engine.adopt_states()
+            engine.load_states()
         else:
             for optimizer in self.optimizers:
                 if engine.place_of(optimizer) is None:
                     self._take_optimizer(optimizer)
             self._version = engine.worker.version
             engine.release_states(kept=self.optimizers)
-            # Rank 0 must not shut the door on a rank that is still on its way to this engine.
+            # Rank 0 must not shut the listener on a rank that is still on its way to this engine.
             self.barrier("optimizers or param groups have changed")
             engine.close()
             self._engine = self._make_engine(predecessor=engine)
@@ -353,7 +353,7 @@ class AsyncStrategy(SegmentedRanks):
             engine.release_states()
             engine.close()
             for optimizer in engine.optimizers:
-                unmake_shell(optimizer)
+                remove_proxy(optimizer)
         self._end_holder_process()
         self._metrics = None
         if self.lightning_module is not None and self.lightning_module._trainer is not None:

@@ -1,4 +1,4 @@
-"""The fields of a message that vary in size: the hyper-parameters of the param groups, the presence bitmap, a text."""
+"""The fields of a message that vary in size: the hyperparameters of the param groups, the presence bitmap, a text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 __all__ = [
     "COUNT_BYTES",
-    "HYPER_BYTES",
+    "HYPERPARAM_BYTES",
     "MAX_COUNTS",
-    "MAX_HYPERS",
+    "MAX_HYPERPARAMS",
     "MAX_PRESENT_BYTES",
     "MAX_TEXT_BYTES",
     "Bytes",
@@ -19,16 +19,16 @@ __all__ = [
     "fit_text",
     "pack_bitmap",
     "pack_counts",
-    "pack_hypers",
+    "pack_hyperparams",
     "unpack_bitmap",
     "unpack_counts",
-    "unpack_hypers",
+    "unpack_hyperparams",
 ]
 
-MAX_HYPERS = 1 << 15
+MAX_HYPERPARAMS = 1 << 15
 MAX_PRESENT_BYTES = 1 << 20
 MAX_TEXT_BYTES = 16 << 10
-HYPER_BYTES = 8
+HYPERPARAM_BYTES = 8
 MAX_COUNTS = 1 << 8
 COUNT_BYTES = 8
 
@@ -81,8 +81,8 @@ def unpack_bitmap(data: Bytes, count: int) -> list[bool]:
     return [digit == "1" for digit in reversed(f"{bits:0{count}b}")] if count else []
 
 
-def pack_hypers(values: Sequence[float]) -> bytes:
-    """Packs hyper-parameters as doubles.
+def pack_hyperparams(values: Sequence[float]) -> bytes:
+    """Packs hyperparameters as doubles.
 
     Args:
         values: the numbers.
@@ -94,19 +94,19 @@ def pack_hypers(values: Sequence[float]) -> bytes:
         WireError: if one is not finite or no number.
 
     Examples:
-        >>> unpack_hypers(pack_hypers([0.5, 0.9]), 2)
+        >>> unpack_hyperparams(pack_hyperparams([0.5, 0.9]), 2)
         (0.5, 0.9)
     """
     try:
         data = struct.pack(f"<{len(values)}d", *values)
     except struct.error as error:
-        raise WireError(f"Hyper-parameters must be numbers: {error}.") from error
-    unpack_hypers(data, len(values))
+        raise WireError(f"Hyperparameters must be numbers: {error}.") from error
+    unpack_hyperparams(data, len(values))
     return data
 
 
-def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
-    """Unpacks what `pack_hypers` packed.
+def unpack_hyperparams(data: Bytes, count: int) -> tuple[float, ...]:
+    """Unpacks what `pack_hyperparams` packed.
 
     Args:
         data: the packed numbers.
@@ -118,11 +118,11 @@ def unpack_hypers(data: Bytes, count: int) -> tuple[float, ...]:
     Raises:
         WireError: if it holds more or fewer, or one is not finite.
     """
-    if len(data) != count * HYPER_BYTES:
-        raise WireError(f"It sends {len(data) // HYPER_BYTES} hyper-parameters, the holder has {count}.")
+    if len(data) != count * HYPERPARAM_BYTES:
+        raise WireError(f"It sends {len(data) // HYPERPARAM_BYTES} hyperparameters, the holder has {count}.")
     values = struct.unpack(f"<{count}d", data)
     if not all(map(isfinite, values)):
-        raise WireError(f"Hyper-parameters must be finite, and these are not: {values}.")
+        raise WireError(f"Hyperparameters must be finite, and these are not: {values}.")
     return values
 
 

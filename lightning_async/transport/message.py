@@ -1,6 +1,6 @@
 """The message format of the control connection.
 
-A message is a header of fixed size followed by a trailer: hyper-parameters of the param groups, the presence bitmap,
+A message is a header of fixed size followed by a trailer: hyperparameters of the param groups, the presence bitmap,
 counts, and a text. Every field is a number, a bitmap or text with a bound of its own; nothing received is ever
 unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size here is a claim: whoever
 posts a receive for it compares it with the session's own size first.
@@ -18,9 +18,9 @@ import torch
 
 from lightning_async.transport.fields import (
     COUNT_BYTES,
-    HYPER_BYTES,
+    HYPERPARAM_BYTES,
     MAX_COUNTS,
-    MAX_HYPERS,
+    MAX_HYPERPARAMS,
     MAX_PRESENT_BYTES,
     MAX_TEXT_BYTES,
     Bytes,
@@ -46,13 +46,13 @@ __all__ = [
 PROTOCOL_VERSION = 3
 
 _MAGIC = b"LASY"
-# magic, protocol, kind, dtype, hyper-parameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
+# magic, protocol, kind, dtype, hyperparameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
 # samples, payload bytes, waited_s, bitmap bytes, text bytes, counts. The first six bytes and the size of 128 stay the
 # same in every protocol version, so that each side can read the other's first header and name the mismatch.
 _HEADER = struct.Struct("<4sHBBHHIIIIQQQQdIIH50x")
 
 HEADER_BYTES = _HEADER.size
-MAX_TRAILER_BYTES = MAX_HYPERS * HYPER_BYTES + MAX_PRESENT_BYTES + MAX_COUNTS * COUNT_BYTES + MAX_TEXT_BYTES
+MAX_TRAILER_BYTES = MAX_HYPERPARAMS * HYPERPARAM_BYTES + MAX_PRESENT_BYTES + MAX_COUNTS * COUNT_BYTES + MAX_TEXT_BYTES
 
 _CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
     None: 0,
@@ -87,7 +87,7 @@ class Kind(enum.IntEnum):
     ABORT = 14
     GOODBYE = 15
     READ = 16
-    RETURN = 17
+    RELEASE = 17
 
 
 _KIND_OF_CODE = {int(kind): kind for kind in Kind}
@@ -106,13 +106,13 @@ class Message(NamedTuple):
         version: PUSH: the version read; PARAMETERS: the version sent.
         ticket: TICKETS, PARAMETERS: the first ticket handed out. PUSH: 1 if the answer is to bring the next tickets.
         tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed;
-            RETURN: how many are given back.
+            RELEASE: how many are given back.
         samples: samples in the batches of these tickets.
         waited_s: PUSH: seconds that the worker's last round trip took.
-        outcome: PARAMETERS: what became of the push, a small code. RETURN: 1 if the worker's stream has ended.
+        outcome: PARAMETERS: what became of the push, a small code. RELEASE: 1 if the worker's stream has ended.
         dtype: element type of the payload; None without one.
         payload_bytes: size of the payload on the data channel.
-        groups: the worker's present hyper-parameters, of all param groups: what `pack_hypers` made of them.
+        groups: the worker's present hyperparameters, of all param groups: what `pack_hyperparams` made of them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
         text: HELLO: JSON; REFUSE, ABORT: the reason; BEAT: the collective that the rank waits in for too long, if any.
         counts: PUSH, PULL, READ, SKIP: what the worker has counted since its last report (see `tally.py`): what
@@ -142,7 +142,7 @@ class Header(NamedTuple):
 
     kind: Kind
     dtype: torch.dtype | None
-    hyper_count: int
+    hyperparam_count: int
     outcome: int
     worker: int
     incarnation: int
@@ -160,7 +160,12 @@ class Header(NamedTuple):
     @property
     def trailer_bytes(self) -> int:
         """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
-        return self.hyper_count * HYPER_BYTES + self.present_bytes + self.count_count * COUNT_BYTES + self.text_bytes
+        return (
+            self.hyperparam_count * HYPERPARAM_BYTES
+            + self.present_bytes
+            + self.count_count * COUNT_BYTES
+            + self.text_bytes
+        )
 
 
 def encode(message: Message) -> bytes:
@@ -184,20 +189,20 @@ def encode(message: Message) -> bytes:
     present, groups, counts = message.present, message.groups, message.counts
     try:
         text = message.text.encode()
-        hyper_count, rest = divmod(len(groups), HYPER_BYTES)
+        hyperparam_count, rest = divmod(len(groups), HYPERPARAM_BYTES)
         if rest:
-            raise WireError(f"{len(groups)} bytes are no whole number of hyper-parameters.")
+            raise WireError(f"{len(groups)} bytes are no whole number of hyperparameters.")
         count_count, rest = divmod(len(counts), COUNT_BYTES)
         if rest:
             raise WireError(f"{len(counts)} bytes are no whole number of counts.")
-        _check_sizes(hyper_count, len(present), len(text), count_count)
+        _check_sizes(hyperparam_count, len(present), len(text), count_count)
         _check_seconds(message.waited_s)
         header = _HEADER.pack(
             _MAGIC,
             PROTOCOL_VERSION,
             _KIND_OF_CODE[message.kind],
             _CODE_OF_DTYPE[message.dtype],
-            hyper_count,
+            hyperparam_count,
             message.outcome,
             message.worker,
             message.incarnation,
@@ -246,7 +251,7 @@ def decode_header(header: Bytes) -> Header:
     if dtype_code not in _DTYPE_OF_CODE:
         raise WireError(f"There is no payload type with the number {dtype_code}.")
     fields = Header(kind, _DTYPE_OF_CODE[dtype_code], *numbers)
-    _check_sizes(fields.hyper_count, fields.present_bytes, fields.text_bytes, fields.count_count)
+    _check_sizes(fields.hyperparam_count, fields.present_bytes, fields.text_bytes, fields.count_count)
     _check_seconds(fields.waited_s)
     return fields
 
@@ -310,7 +315,7 @@ def assemble(header: Header, trailer: Bytes) -> Message:
         )
     groups, present, counts, text = b"", b"", b"", ""
     if trailer:
-        groups_end = header.hyper_count * HYPER_BYTES
+        groups_end = header.hyperparam_count * HYPERPARAM_BYTES
         present_end = groups_end + header.present_bytes
         groups = bytes(trailer[:groups_end])
         present = bytes(trailer[groups_end:present_end])
@@ -341,9 +346,11 @@ def assemble(header: Header, trailer: Bytes) -> Message:
     )
 
 
-def _check_sizes(hyper_count: int, present_bytes: int, text_bytes: int, count_count: int) -> None:
-    if hyper_count > MAX_HYPERS:
-        raise WireError(f"{hyper_count} hyper-parameters are more than the {MAX_HYPERS} that a message may have.")
+def _check_sizes(hyperparam_count: int, present_bytes: int, text_bytes: int, count_count: int) -> None:
+    if hyperparam_count > MAX_HYPERPARAMS:
+        raise WireError(
+            f"{hyperparam_count} hyperparameters are more than the {MAX_HYPERPARAMS} that a message may have."
+        )
     if present_bytes > MAX_PRESENT_BYTES:
         raise WireError(f"A bitmap of {present_bytes} bytes is longer than the {MAX_PRESENT_BYTES} allowed.")
     if text_bytes > MAX_TEXT_BYTES:

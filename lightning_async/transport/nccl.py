@@ -2,9 +2,9 @@
 
 NCCL has no tags and no any-source, a communicator must not be used by two threads, both sides must issue matching
 operations in the same order, and a side whose peer has died waits for ever unless the communicator is aborted. So each
-communicator has one thread that issues everything (`Link`), both sides post a payload only behind its message, whoever
-waits has a deadline and watches the control connection, and after any error the communicator is aborted and not used
-again.
+communicator has one thread that issues everything (`NcclExecutor`), both sides post a payload only behind its message,
+whoever waits has a deadline and watches the control connection, and after any error the communicator is aborted and not
+used again.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = [
     "HOLDER_SIDE",
     "WORKER_SIDE",
     "Communicator",
-    "Link",
     "NcclChannel",
     "NcclCommunicator",
+    "NcclExecutor",
     "nccl_communicator",
 ]
 
@@ -46,7 +46,7 @@ _PAYLOAD_BASE_S = 10.0
 _SLOWEST_BYTES_PER_S = 10e6
 # How often whoever waits for a payload looks whether its peer is still there.
 _LOOK_S = 0.1
-# Held by whoever has changed the environment for a moment.
+# HolderSpec by whoever has changed the environment for a moment.
 _ENVIRONMENT = threading.Lock()
 
 
@@ -158,7 +158,7 @@ def nccl_communicator(store: Store, name: str, side: int, device: torch.device) 
     return NcclCommunicator(store, name, side, device)
 
 
-class Link:
+class NcclExecutor:
     """A communicator and the one thread that issues its operations.
 
     Args:
@@ -179,7 +179,7 @@ class Link:
         """Connects the communicator.
 
         Raises:
-            ChannelClosedError: if that fails or the peer does not come in time; the link is of no use then.
+            ChannelClosedError: if that fails or the peer does not come in time; the executor is of no use then.
         """
         self._run(self._communicator.connect, timeout_s, peer_has_left)
 
@@ -264,7 +264,7 @@ class NcclChannel(Channel):
     Args:
         control: the connected control connection; owned from here on.
         buffers: this side's buffers, on its GPU.
-        link: connected; owned from here on.
+        executor: connected; owned from here on.
         side: `HOLDER_SIDE` or `WORKER_SIDE`.
         late_reader: the worker may compute a batch before it takes its parameters: they are posted when it says that
             it is ready, or the send would occupy the GPU meanwhile and miss its deadline; both sides must say the same.
@@ -274,13 +274,13 @@ class NcclChannel(Channel):
         self,
         control: ControlConnection,
         buffers: Buffers,
-        link: Link,
+        executor: NcclExecutor,
         side: int = HOLDER_SIDE,
         late_reader: bool = False,
     ) -> None:
         super().__init__(buffers)
         self._control = control
-        self._link = link
+        self._executor = executor
         self._side = side
         self._late_reader = late_reader
 
@@ -291,7 +291,7 @@ class NcclChannel(Channel):
             return
         if self._late_reader and self._side == HOLDER_SIDE:
             wait_until_ready(self._control)
-        self._link.send(payload, self._control.peer_has_left)
+        self._executor.send(payload, self._control.peer_has_left)
 
     def receive(self) -> Message:
         """See `Channel.receive`."""
@@ -301,12 +301,12 @@ class NcclChannel(Channel):
         """See `Channel.receive_payload`."""
         if self._late_reader and self._side == WORKER_SIDE:
             say_ready(self._control)
-        self._link.receive(out, self._control.peer_has_left)
+        self._executor.receive(out, self._control.peer_has_left)
 
     def close(self) -> None:
         """See `Channel.close`."""
         self._control.shutdown()
-        self._link.abort()
+        self._executor.abort()
         self._control.close()
 
 

@@ -84,9 +84,9 @@ class SharedSegment:
 class SharedMemoryChannel(Channel):
     """Messages over the control connection; payloads are read where the other side wrote them.
 
-    The message is the doorbell: the worker writes its gradient before PUSH and touches it again only after the answer;
-    the holder writes the parameters before PARAMETERS and only while the worker waits for it. Both processes order
-    their memory by the system calls that the message takes.
+    The message is the control channel: the worker writes its gradient before PUSH and touches it again only after the
+    answer; the holder writes the parameters before PARAMETERS and only while the worker waits for it. Both processes
+    order their memory by the system calls that the message takes.
 
     Args:
         control: the connected control connection; owned from here on.

@@ -1,4 +1,4 @@
-"""The shortcut: a Unix socket that a doorbell moves to where both sides are on one host and share memory.
+"""The shortcut: a Unix socket that a control channel moves to where both sides are on one host and share memory.
 
 A message over TCP's loopback passes through the whole network stack: for a small model that is a tenth of an update.
 """

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -23,7 +23,7 @@ UNEVEN = (0.001, 0.002, 0.004)
 
 
 class History:
-    """Keeps every update of the holder: who, when, with which hyper-parameters, which gradient."""
+    """Keeps every update of the holder: who, when, with which hyperparameters, which gradient."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ class History:
                 "read": push.version_read,
                 "version": update.version,
                 "applied": update.applied,
-                "hypers": push.groups,
+                "hyperparams": push.groups,
                 "gradients": gradients,
                 "tickets": tickets,
             }
@@ -65,9 +65,9 @@ class Reporting(TinyClassifier):
         facts |= {"lrs": [[group["lr"] for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]}
         if self.global_rank == 0:
             for update in strategy.observers[0].updates:
-                layout = HyperLayout(strategy.optimizers[update["optimizer"]])
+                layout = HyperparamLayout(strategy.optimizers[update["optimizer"]])
                 # Groups that were added later come last.
-                named = zip(layout._places, update["hypers"], strict=False)
+                named = zip(layout._places, update["hyperparams"], strict=False)
                 update["lrs"] = [value for (_, key, _), value in named if key == "lr"]
             snapshot = strategy._engine.snapshot()
             facts |= {"updates": strategy.observers[0].updates, "holder": snapshot.optimizer_states}

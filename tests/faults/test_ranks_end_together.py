@@ -145,7 +145,7 @@ def test_a_kill_in_the_middle_of_a_large_payload(tmp_path: Path) -> None:
 
     assert_ended_well(run)
     assert explanations(run.output) == ["rank 1 failed: its process was killed by SIGKILL"]
-    # Gloo does not notice a peer that dies in the middle of a payload; the lifeline does.
+    # Gloo does not notice a peer that dies in the middle of a payload; the heartbeat does.
     assert seconds_to_end(tmp_path) < END_S
 
 
@@ -293,4 +293,4 @@ def test_twenty_runs_in_a_row_raise_no_false_alarm(tmp_path: Path) -> None:
     assert run.returncode == 0, run.output
     assert (tmp_path / "stderr.txt").read_text() == ""
     left = set((tmp_path / "threads.txt").read_text().split())
-    assert not left & {"lifelines", "front-door", "visitor", "exit-guard", "session-1", "session-2"}
+    assert not left & {"heartbeats", "listener", "peer", "exit-guard", "session-1", "session-2"}

@@ -40,10 +40,10 @@ def test_a_worker_in_shared_memory_talks_over_a_unix_socket_that_leaves_no_way_i
     names: list[str] = []
     monkeypatch.setattr(channels, "find_shortcut", lambda name: (names.append(name), find_shortcut(name))[1])
 
-    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel = dial(host.listener.address, 1, host.layout, host.groups)
 
     assert family_of(channel) == socket.AF_UNIX
-    # Once it has an answer, rank 0's side is through the door, too.
+    # Once it has an answer, rank 0's side is through the listener, too.
     channel.send(Message(Kind.DRAW, worker=1))
     assert channel.receive().kind is Kind.TICKETS
     assert [find_shortcut(name) for name in names] == [None]
@@ -56,7 +56,7 @@ def test_without_such_sockets_it_stays_with_tcp(host: Host, monkeypatch: pytest.
 
     monkeypatch.setattr(channels, "Shortcut", refuse)
 
-    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel = dial(host.listener.address, 1, host.layout, host.groups)
 
     assert family_of(channel) == socket.AF_INET
     channel.close()
@@ -65,7 +65,7 @@ def test_without_such_sockets_it_stays_with_tcp(host: Host, monkeypatch: pytest.
 def test_a_worker_that_cannot_reach_it_stays_with_tcp(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "find_shortcut", lambda name: find_shortcut(f"{name} of another network"))
 
-    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel = dial(host.listener.address, 1, host.layout, host.groups)
 
     assert family_of(channel) == socket.AF_INET
     channel.send(Message(Kind.DRAW, worker=1))

@@ -1,4 +1,4 @@
-"""Whoever knocks at rank 0's door without belonging there is refused by name, counted, and changes nothing."""
+"""Whoever knocks at rank 0's listener without belonging there is refused by name, counted, and changes nothing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lightning_async.exchange.worker import RequestRefusedError, Worker
 from lightning_async.holder.layout import describe_model
 from lightning_async.runtime import listener as frontdoor
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import DOORBELL, LIFELINE, Address, FrontDoor, HandshakeError, introduce
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import CONTROL, HEARTBEAT, Address, HandshakeError, Listener, handshake
 from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection, connect
-from lightning_async.transport.fields import pack_bitmap, pack_hypers
+from lightning_async.transport.fields import pack_bitmap, pack_hyperparams
 from lightning_async.transport.message import HEADER_BYTES, Kind, Message, encode
 from lightning_async.transport.shm import SharedSegment
 from tests.faults.host import RANKS, Host, model
@@ -82,24 +82,24 @@ STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
     "another kind": (lambda host: encode(Message(Kind.PUSH, worker=1)), "PUSH instead of HELLO"),
     "no JSON": (lambda host: hello("no JSON"), "cannot be read"),
     "no object": (lambda host: hello([1, 2]), "cannot be read"),
-    "no token": (lambda host: hello({"role": DOORBELL}), "cannot be read"),
+    "no token": (lambda host: hello({"role": CONTROL}), "cannot be read"),
     "bottomless JSON": (lambda host: hello("[" * 16_000), "cannot be read"),
     "wrong token": (lambda host: hello(host.hello(token="0" * 32)), "does not know this run's token"),
     "token that is no text": (lambda host: hello(host.hello(token="\ud800")), "cannot be read"),
-    "rank 0": (lambda host: hello(host.hello(), worker=0), "no 'doorbell' for rank 0"),
-    "rank past the last": (lambda host: hello(host.hello(), worker=RANKS), f"no 'doorbell' for rank {RANKS}"),
+    "rank 0": (lambda host: hello(host.hello(), worker=0), "no 'control channel' for rank 0"),
+    "rank past the last": (lambda host: hello(host.hello(), worker=RANKS), f"no 'control channel' for rank {RANKS}"),
     "unknown role": (lambda host: hello(host.hello("window")), "no 'window' for rank 1"),
     "other parameter count": (lambda host: hello(host.hello(model={"parameters": 9})), "rank 1 has parameters = 9"),
     "other dtype": (lambda host: hello(host.hello(model={"dtype": "float64"})), "rank 1 has dtype = float64"),
     "other shapes": (lambda host: hello(host.hello(model={"shapes": "0" * 16})), "rank 1 has shapes = 0000"),
     "other groups": (lambda host: hello(host.hello(model={"groups": [1, 2]})), "rank 1 has groups = [1, 2]"),
     "no model": (lambda host: hello(host.hello() | {"model": None}), "rank 1 has parameters = None"),
-    "a second lane": (lambda host: hello(host.hello(lane=1, overlaps=True)), "comes for its lane 1 with overlap=True"),
-    "a second lane without overlap": (lambda host: hello(host.hello(lane=1)), "comes for its lane 1"),
+    "a second slot": (lambda host: hello(host.hello(slot=1, overlaps=True)), "comes for its slot 1 with overlap=True"),
+    "a second slot without overlap": (lambda host: hello(host.hello(slot=1)), "comes for its slot 1"),
     "overlap": (lambda host: hello(host.hello(overlaps=True)), "give all ranks the same strategy"),
-    "a lane below the first": (lambda host: hello(host.hello(lane=-1)), "comes for its lane -1"),
-    "a lane that is no number": (lambda host: hello(host.hello(lane=[0])), "comes for its lane -1"),
-    "a lane that is a truth": (lambda host: hello(host.hello(lane=False)), "comes for its lane -1"),
+    "a slot below the first": (lambda host: hello(host.hello(slot=-1)), "comes for its slot -1"),
+    "a slot that is no number": (lambda host: hello(host.hello(slot=[0])), "comes for its slot -1"),
+    "a slot that is a truth": (lambda host: hello(host.hello(slot=False)), "comes for its slot -1"),
     "long claims": (lambda host: hello(host.hello(model={"dtype": "x" * 15_900})), "rank 1 has dtype = xxx"),
     "unprintable claims": (lambda host: hello(host.hello(model={"dtype": "\ud800"})), "rank 1 has dtype = ?"),
 }
@@ -137,20 +137,20 @@ def test_silent_strangers_keep_nobody_out(host: Host) -> None:
     served = host.serves(rank=2)
 
     assert served
-    # One after the other they would hold the door for half a second each.
+    # One after the other they would hold the listener for half a second each.
     assert time.monotonic() - started < 10.0
     for stranger in strangers:
         stranger.close()
 
 
-@pytest.mark.parametrize("role", [LIFELINE, DOORBELL])
+@pytest.mark.parametrize("role", [HEARTBEAT, CONTROL])
 def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
     claims = {"model": describe_model(host.layout, host.groups)}
-    first = introduce(host.door.address, 1, role, **claims)[0]
-    assert role == DOORBELL or eventually(lambda: host.lifelines.watches(1))
+    first = handshake(host.listener.address, 1, role, **claims)[0]
+    assert role == CONTROL or eventually(lambda: host.heartbeats.watches(1))
 
     with pytest.raises(HandshakeError, match="rank 1 is here already"):
-        introduce(host.door.address, 1, role, **claims)
+        handshake(host.listener.address, 1, role, **claims)
 
     assert host.latch.failure is None
     assert host.stats.rejected == 1
@@ -159,13 +159,13 @@ def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
 
 
 def test_where_there_are_two_lanes_each_is_let_in_once_and_no_third() -> None:
-    host = Host(lanes=2)
+    host = Host(slots=2)
     model = {"model": describe_model(host.layout, host.groups)}
-    both = [introduce(host.door.address, 1, DOORBELL, **model, lane=lane, overlaps=True)[0] for lane in (0, 1)]
+    both = [handshake(host.listener.address, 1, CONTROL, **model, slot=slot, overlaps=True)[0] for slot in (0, 1)]
 
-    for lane, overlaps, reason in ((0, True, "here already"), (2, True, "its lane 2"), (0, False, "overlap=False")):
+    for slot, overlaps, reason in ((0, True, "here already"), (2, True, "its slot 2"), (0, False, "overlap=False")):
         with pytest.raises(HandshakeError, match=reason):
-            introduce(host.door.address, 1, DOORBELL, **model, lane=lane, overlaps=overlaps)
+            handshake(host.listener.address, 1, CONTROL, **model, slot=slot, overlaps=overlaps)
 
     assert host.stats.rejected == 3
     assert host.latch.failure is None
@@ -181,7 +181,7 @@ def has_gone(host: Host, rank: int) -> bool:
 
 def test_a_rank_that_has_left_comes_back_as_its_next_incarnation_only(host: Host) -> None:
     def come(incarnation: int) -> None:
-        channel = dial(host.door.address, 1, host.layout, host.groups, incarnation)
+        channel = dial(host.listener.address, 1, host.layout, host.groups, incarnation)
         channel.send(Message(Kind.GOODBYE, worker=1))
         assert has_gone(host, 1)
         channel.close()
@@ -202,31 +202,31 @@ def test_a_rank_that_has_left_comes_back_as_its_next_incarnation_only(host: Host
 def test_a_lifeline_of_a_rank_that_has_left_is_refused(host: Host) -> None:
     """Who has the token could end the run by it, in the name of a rank that is done."""
     latch = FailureLatch()
-    lifelines = Lifelines(1, latch, timeout_s=30.0)
-    lifelines.add(0, introduce(host.door.address, 1, LIFELINE)[0])
-    assert eventually(lambda: host.lifelines.watches(1))
-    lifelines.close()
-    assert eventually(lambda: not host.lifelines.watches(1))
+    heartbeats = Heartbeats(1, latch, timeout_s=30.0)
+    heartbeats.add(0, handshake(host.listener.address, 1, HEARTBEAT)[0])
+    assert eventually(lambda: host.heartbeats.watches(1))
+    heartbeats.close()
+    assert eventually(lambda: not host.heartbeats.watches(1))
 
     with pytest.raises(HandshakeError, match="rank 1 was here and has left"):
-        introduce(host.door.address, 1, LIFELINE)
+        handshake(host.listener.address, 1, HEARTBEAT)
 
     assert host.stats.rejected == 1
     assert host.latch.failure is None
-    introduce(host.door.address, 1, LIFELINE, incarnation=1)[0].close()
+    handshake(host.listener.address, 1, HEARTBEAT, incarnation=1)[0].close()
 
 
 def test_a_door_without_lifelines_refuses_them() -> None:
-    """That of the holder's own process: the ranks' lifelines come in at rank 0's."""
+    """That of the holder's own process: the ranks' heartbeats come in at rank 0's."""
     refused: list[int] = []
-    door = FrontDoor("127.0.0.1", RANKS, None)
-    door.on_refused = lambda: refused.append(1)
+    listener = Listener("127.0.0.1", RANKS, None)
+    listener.on_refused = lambda: refused.append(1)
 
-    with pytest.raises(HandshakeError, match="lifelines come in at another door"):
-        introduce(door.address, 1, LIFELINE)
+    with pytest.raises(HandshakeError, match="heartbeats come in at another listener"):
+        handshake(listener.address, 1, HEARTBEAT)
 
     assert refused == [1]
-    door.close()
+    listener.close()
 
 
 def sessions() -> list[threading.Thread]:
@@ -236,7 +236,7 @@ def sessions() -> list[threading.Thread]:
 def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(host: Host) -> None:
     """It is killed between its handshake and its channel; Gloo alone would wait a minute."""
     claims = {"model": describe_model(host.layout, host.groups)}
-    connection = introduce(host.door.address, 1, DOORBELL, **claims)[0]
+    connection = handshake(host.listener.address, 1, CONTROL, **claims)[0]
     time.sleep(0.3)
     assert [thread.name for thread in sessions()] == ["session-1"]
 
@@ -265,15 +265,15 @@ def test_nobody_is_served_after_training(host: Host) -> None:
     host.server.close(timeout_s=1.0)
 
     with pytest.raises(HandshakeError, match="no training is under way"):
-        dial(host.door.address, 1, host.layout, host.groups)
+        dial(host.listener.address, 1, host.layout, host.groups)
 
 
 def test_nobody_answers_at_a_closed_door(host: Host) -> None:
-    host.door.close()
+    host.listener.close()
 
     with pytest.raises(ChannelClosedError, match="no holder answers"):
-        connect(host.door.address.host, host.door.address.port, timeout_s=1.0)
-    assert not [thread for thread in threading.enumerate() if thread.name == "front-door"]
+        connect(host.listener.address.host, host.listener.address.port, timeout_s=1.0)
+    assert not [thread for thread in threading.enumerate() if thread.name == "listener"]
 
 
 # --- a rank of the run that does not keep to the protocol ----------------------------------------------------------
@@ -288,7 +288,7 @@ def push(host: Host, **changes: Any) -> Message:
         "samples": 4,
         "dtype": torch.float32,
         "payload_bytes": host.layout.numel * 4,
-        "groups": pack_hypers(host.hypers),
+        "groups": pack_hyperparams(host.hyperparams),
         "present": pack_bitmap([True, True]),
     }
     return Message(Kind.PUSH, **(fields | changes))
@@ -302,14 +302,14 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
     "other optimizer": (lambda host: push(host, optimizer=1), "it pushes for optimizer 1 of 1"),
     "short bitmap": (lambda host: push(host, present=b""), "A bitmap of 2 flags has 1 bytes, and 0 arrived"),
     "bitmap past the end": (lambda host: push(host, present=b"\x07"), "bits set past the last"),
-    "more hyper-parameters": (
+    "more hyperparameters": (
         lambda host: push(host, groups=push(host).groups * 2),
-        "It sends 16 hyper-parameters, the holder has 8",
+        "It sends 16 hyperparameters, the holder has 8",
     ),
-    "no hyper-parameters": (lambda host: push(host, groups=b""), "It sends 0 hyper-parameters, the holder has 8"),
-    "hyper-parameters that are not finite": (
+    "no hyperparameters": (lambda host: push(host, groups=b""), "It sends 0 hyperparameters, the holder has 8"),
+    "hyperparameters that are not finite": (
         lambda host: push(host, groups=b"\0" * 56 + struct.pack("<d", math.nan)),
-        "Hyper-parameters must be finite",
+        "Hyperparameters must be finite",
     ),
     "more tickets": (lambda host: push(host, tickets=2), "it reports 2 batches and was handed 1"),
     "another's name": (lambda host: push(host, worker=2), "claims to come from worker 2"),
@@ -360,12 +360,12 @@ def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> 
 def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
     """A rank whose param groups have a number more, which the handshake would have noticed."""
     latch = FailureLatch()
-    lifelines = Lifelines(1, latch, timeout_s=30.0)
-    lifelines.add(0, introduce(host.door.address, 1, LIFELINE)[0])
+    heartbeats = Heartbeats(1, latch, timeout_s=30.0)
+    heartbeats.add(0, handshake(host.listener.address, 1, HEARTBEAT)[0])
     parameters = model()
     optimizer = AMSGrad(parameters)
     optimizer.param_groups[0]["more"] = 1.0
-    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel = dial(host.listener.address, 1, host.layout, host.groups)
     worker = Worker(1, channel, host.layout, [optimizer], latch)
     worker.draw()
     worker.begin_batch(samples=4)
@@ -373,17 +373,17 @@ def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) 
         parameter.grad = torch.ones_like(parameter)
 
     started = time.monotonic()
-    with pytest.raises((WorkerFailedError, RequestRefusedError), match="9 hyper-parameters, the holder has 8"):
+    with pytest.raises((WorkerFailedError, RequestRefusedError), match="9 hyperparameters, the holder has 8"):
         worker.step(0)
 
     assert time.monotonic() - started < 5.0
     worker.close()
-    lifelines.close()
+    heartbeats.close()
 
 
 def reading_worker(host: Host) -> Channel:
     """The channel of a worker that has drawn one ticket and holds version 0."""
-    channel = dial(host.door.address, 1, host.layout, host.groups)
+    channel = dial(host.listener.address, 1, host.layout, host.groups)
     channel.send(Message(Kind.DRAW, worker=1))
     assert channel.receive().kind is Kind.TICKETS
     channel.send(Message(Kind.PULL, worker=1))
@@ -402,9 +402,9 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
 
         # pytest's own handlers would swallow what a user sees.
         logging.getLogger().handlers.clear()
-        opened = FrontDoor.__init__
+        opened = Listener.__init__
 
-        def open_and_tell(self: FrontDoor, *args: Any) -> None:
+        def open_and_tell(self: Listener, *args: Any) -> None:
             opened(self, *args)
             (folder / "address.tmp").write_text(self.address.as_json())
             (folder / "address.tmp").rename(folder / "address")
@@ -415,7 +415,7 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
             report(folder, self.global_rank, rejected=self.stats.rejected, updates=self.stats.updates)
             teardown(self)
 
-        FrontDoor.__init__ = open_and_tell  # type: ignore[method-assign]
+        Listener.__init__ = open_and_tell  # type: ignore[method-assign]
         AsyncAMSGradStrategy.teardown = teardown_and_report  # type: ignore[method-assign]
         train(Run(ranks=2, trainer={"max_epochs": 10}, sleep_s=(0.02, 0.02)), folder)
 
@@ -424,7 +424,7 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
     def knock(session: int) -> None:
         pid_of(tmp_path, 1)
         address = Address.from_json((tmp_path / "address").read_text())
-        for data in (b"x" * 500, other_version(), hello({"token": "guess", "role": LIFELINE}), b""):
+        for data in (b"x" * 500, other_version(), hello({"token": "guess", "role": HEARTBEAT}), b""):
             sock = socket.create_connection((address.host, address.port))
             sock.sendall(data)
             held.append(sock)

@@ -18,13 +18,13 @@ import torch
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
-from lightning_async.holder import placement as site
+from lightning_async.holder import placement as placement
 from lightning_async.transport.base import Channel
 from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.staged import StagedChannel
 from tests.cuda import count_gpus
-from tests.integration.test_gpu_paths import GlooCommunicator, PassingLane
+from tests.integration.test_gpu_paths import GlooCommunicator, PassingStream
 
 __all__ = ["ACCELERATOR", "FIRST", "GPUS", "SHARES", "STANDS_IN", "busy", "devices", "stand_in"]
 
@@ -73,10 +73,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AsyncAMSGradStrategy, "_devices", devices)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
-    monkeypatch.setattr(site, "CudaLane", lambda device: PassingLane())
+    monkeypatch.setattr(placement, "CudaHolderStream", lambda device: PassingStream())
     monkeypatch.setattr(engine, "on_device", for_worker)
-    monkeypatch.setattr(site, "on_device", for_holder)
-    made = site.HolderSite
+    monkeypatch.setattr(placement, "on_device", for_holder)
+    made = placement.HolderPlacement
     monkeypatch.setattr(
-        engine, "HolderSite", lambda *arguments: made(*arguments, lane=PassingLane() if held_on_gpu else None)
+        engine, "HolderPlacement", lambda *arguments: made(*arguments, stream=PassingStream() if held_on_gpu else None)
     )

@@ -38,7 +38,7 @@ MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Cycled(Oddly):
-    """A scheduler that changes two hyper-parameters with every step, where there are two."""
+    """A scheduler that changes two hyperparameters with every step, where there are two."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()

@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
-from lightning_async.holder import placement as site
+from lightning_async.holder import placement as placement
 from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.staged import StagedChannel
 from tests.integration.test_equality import (
@@ -69,7 +69,7 @@ class GlooCommunicator:
         self._pair = None
 
 
-class PassingLane:
+class PassingStream:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         yield
@@ -85,7 +85,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     way = str(request.param)
     host = torch.device("cpu")
     if way == "staged":
-        for module in (engine, site):
+        for module in (engine, placement):
             monkeypatch.setattr(module, "on_device", StagedChannel)
         return way
 
@@ -98,9 +98,9 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
     monkeypatch.setattr(AsyncAMSGradStrategy, "_devices", devices)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
-    monkeypatch.setattr(site, "CudaLane", PassingLane)
-    made = site.HolderSite
-    monkeypatch.setattr(engine, "HolderSite", lambda *arguments: made(*arguments, lane=PassingLane()))
+    monkeypatch.setattr(placement, "CudaHolderStream", PassingStream)
+    made = placement.HolderPlacement
+    monkeypatch.setattr(engine, "HolderPlacement", lambda *arguments: made(*arguments, stream=PassingStream()))
     return way
 
 
@@ -116,7 +116,7 @@ def test_a_run_over_the_ways_of_gpus_is_replayed_bit_for_bit(tmp_path: Path, way
             def on_train_end(self) -> None:
                 strategy: Any = self.trainer.strategy
                 parameters = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-                channel, service = strategy.worker._lanes[0].channel, strategy._engine.local_service
+                channel, service = strategy.worker._slots[0].channel, strategy._engine.local_service
                 kinds = type(channel).__name__, type(getattr(service, "holder", None)).__name__
                 report(Path.cwd(), self.global_rank, parameters=parameters, kinds=kinds)
                 if self.global_rank == 0:

@@ -93,7 +93,7 @@ def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "shared memory": {},
-    "gloo, two lanes": {"transport": "gloo", "overlap": True},
+    "gloo, two slots": {"transport": "gloo", "overlap": True},
     # Each fit has an interpreter to start.
     "a process of its own": {"holder": "process", "fits": 6},
 }

@@ -29,7 +29,7 @@ class Op:
 
 
 def operations(workers: int) -> st.SearchStrategy[list[Op]]:
-    names = ["draw"] * 6 + ["complete"] * 3 + ["open", "close", "reclaim"]
+    names = ["draw"] * 6 + ["complete"] * 3 + ["open", "close", "requeue"]
     return st.lists(
         st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), min_size=10, max_size=60
     )
@@ -60,10 +60,10 @@ class Model:
         assert list(ledger.complete(worker, count)) == oldest
         self.applied += oldest
 
-    def reclaim(self, ledger: Ledger, worker: int) -> None:
+    def requeue(self, ledger: Ledger, worker: int) -> None:
         mine = self.leased.get(worker, deque())
         self.leased[worker] = deque()
-        assert ledger.reclaim(worker) == len(mine)
+        assert ledger.requeue(worker) == len(mine)
         self.free.update(mine)
 
 
@@ -94,8 +94,8 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
                 assert {ticket // block % workers for ticket in drawn} <= {op.worker}
         elif op.name == "complete":
             model.complete(ledger, op.worker, op.count)
-        elif op.name == "reclaim":
-            model.reclaim(ledger, op.worker)
+        elif op.name == "requeue":
+            model.requeue(ledger, op.worker)
         elif op.name == "open":
             ledger.open(op.count)
         else:
@@ -158,13 +158,13 @@ def test_what_a_worker_gives_back_is_for_others_and_its_kept_first_batch_too() -
     ledger.open(4)
     assert [list(ledger.draw(worker)) for worker in (0, 0)] == [[0, 1], []]
 
-    ledger.give_back(0, 1, stream_over=True)
-    ledger.give_back(1, 0, stream_over=False)
+    ledger.release(0, 1, stream_over=True)
+    ledger.release(1, 0, stream_over=False)
 
     assert list(ledger.draw(0)) == []
     assert [list(ledger.draw(1)) for _ in range(3)] == [[1], [2, 3], []]
     with pytest.raises(ValueError, match="gives back 4 batches but was handed 3"):
-        ledger.give_back(1, 4, stream_over=True)
+        ledger.release(1, 4, stream_over=True)
 
 
 def test_an_epoch_is_over_when_every_stream_is() -> None:
@@ -173,9 +173,9 @@ def test_an_epoch_is_over_when_every_stream_is() -> None:
     ledger.open(UNBOUNDED)
     ledger.complete(0, len(ledger.draw(0)))
 
-    ledger.give_back(0, 0, stream_over=True)
+    ledger.release(0, 0, stream_over=True)
     assert ledger.progress()[1] > 0
-    ledger.give_back(1, len(ledger.draw(1)), stream_over=True)
+    ledger.release(1, len(ledger.draw(1)), stream_over=True)
 
     assert ledger.progress() == (1, 0)
 
@@ -248,7 +248,7 @@ def test_what_is_reclaimed_is_handed_out_first() -> None:
     ledger.open(6)
     assert [list(ledger.draw(worker)) for worker in (0, 1, 1, 0)] == [[0], [1], [2], [3]]
 
-    assert ledger.reclaim(1) == 2
+    assert ledger.requeue(1) == 2
     assert ledger.leased(1) == 0
 
     assert [list(ledger.draw(0)) for _ in range(5)] == [[1], [2], [4], [5], []]

@@ -58,10 +58,10 @@ class Rank:
         return self.shared.begin_epoch(epoch, limit)
 
     def open(self) -> None:
-        self.feed.open(lambda: self.ledger.draw(self.number), self.give_back, self.leave_out)
+        self.feed.open(lambda: self.ledger.draw(self.number), self.release, self.leave_out)
 
-    def give_back(self, tickets: int, over: bool) -> None:
-        self.ledger.give_back(self.number, tickets, over)
+    def release(self, tickets: int, over: bool) -> None:
+        self.ledger.release(self.number, tickets, over)
 
     def leave_out(self, tickets: int) -> None:
         self.left_out += tickets

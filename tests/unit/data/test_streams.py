@@ -32,7 +32,7 @@ class Rank:
         self.done = True
 
     def open(self) -> None:
-        self.stream.open(self.draw, lambda count, over: self.ledger.give_back(self.number, count, over))
+        self.stream.open(self.draw, lambda count, over: self.ledger.release(self.number, count, over))
         self.done = False
 
     def draw(self) -> range:
@@ -52,7 +52,7 @@ class Rank:
         if self.unreported:
             self.push()
         if self.drawn:
-            self.ledger.give_back(self.number, len(self.drawn), False)
+            self.ledger.release(self.number, len(self.drawn), False)
             self.drawn = None
         self.done = True
         return False

@@ -1,4 +1,4 @@
-"""An engine takes the place of another when param groups have been added; what two lanes per rank need."""
+"""An engine takes the place of another when param groups have been added; what two slots per rank need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import FrontDoor
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import Listener
 
 
 def make_engine(optimizer: torch.optim.Optimizer, version: int = 0, predecessor: Engine | None = None) -> Engine:
@@ -24,7 +24,7 @@ def make_engine(optimizer: torch.optim.Optimizer, version: int = 0, predecessor:
         optimizers=[optimizer],
         options=ExchangeOptions("auto", "wait", "shared", "auto", 60.0),
         latch=FailureLatch(),
-        door=None,
+        listener=None,
         stats=RunStats(1),
         observers=[],
         version=version,
@@ -53,7 +53,7 @@ def build(optimizers: int = 1, **options: Any) -> Engine:
         optimizers=[AMSGrad([torch.nn.Parameter(torch.zeros(2))]) for _ in range(optimizers)],
         options=ExchangeOptions(overlap=True, **options),
         latch=FailureLatch(),
-        door=None,
+        listener=None,
         stats=RunStats(4),
         observers=[],
         version=0,
@@ -126,7 +126,7 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
     before = engine.local_service.holder.snapshot().parameters
 
     changed.data.fill_(7.0)
-    engine.adopt_parameters()
+    engine.load_parameters()
 
     assert torch.equal(
         engine.local_service.holder.snapshot().parameters, torch.cat([before[:3], torch.full((3,), 7.0)])
@@ -138,15 +138,15 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
 def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
     parameter = nn.Parameter(torch.rand(50, generator=torch.Generator().manual_seed(1)))
     before, latch = parameter.detach().clone(), FailureLatch()
-    lifelines = Lifelines(0, latch, 60.0)
-    door = FrontDoor("127.0.0.1", 2, lifelines)
+    heartbeats = Heartbeats(0, latch, 60.0)
+    listener = Listener("127.0.0.1", 2, heartbeats)
     engine = Engine(
         rank=0,
         world_size=2,
         optimizers=[AMSGrad([parameter])],
         options=ExchangeOptions(overlap=True, transport="gloo", wire_dtype="bf16", parameter_wire_dtype="bf16"),
         latch=latch,
-        door=door,
+        listener=listener,
         stats=RunStats(2),
         observers=[],
         version=0,
@@ -154,11 +154,11 @@ def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
     )
 
     engine.worker.refresh()
-    engine.adopt_parameters()
+    engine.load_parameters()
 
     snapshot = engine.snapshot()
     engine.close()
-    door.close()
-    lifelines.close()
+    listener.close()
+    heartbeats.close()
     assert snapshot is not None
     assert torch.equal(snapshot.parameters, before)

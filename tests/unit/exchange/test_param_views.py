@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async.exchange import param_views as binding
-from lightning_async.exchange.param_views import Binding
+from lightning_async.exchange import param_views as views
+from lightning_async.exchange.param_views import ParameterViews
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.transport.base import Buffers
 from tests.launch import launch, report
@@ -20,15 +20,15 @@ from tests.launch import launch, report
 @pytest.fixture(params=[False, True], ids=["gathered", "hooked"])
 def hooked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr(binding, "_HOOKED_FROM_BYTES", 0)
+        monkeypatch.setattr(views, "_HOOKED_FROM_BYTES", 0)
     return bool(request.param)
 
 
-def bound(module: nn.Module) -> tuple[Binding, Buffers]:
+def bound(module: nn.Module) -> tuple[ParameterViews, Buffers]:
     owned = [list(module.parameters())]
     layout = FlatLayout(owned)
     buffers = Buffers.allocate(layout.numel, layout.dtype)
-    return Binding(owned, layout, buffers), buffers
+    return ParameterViews(owned, layout, buffers), buffers
 
 
 def test_values_are_kept_and_fresh_ones_land_without_a_copy() -> None:
@@ -38,7 +38,7 @@ def test_values_are_kept_and_fresh_ones_land_without_a_copy() -> None:
     tie, buffers = bound(module)
     kept = [torch.equal(p, value) for p, value in zip(module.parameters(), before, strict=True)]
     buffers.parameters.fill_(7.0)
-    tie.land()
+    tie.install()
 
     assert kept == [True, True]
     assert all((parameter == 7.0).all() for parameter in module.parameters())
@@ -97,7 +97,7 @@ def test_parameters_that_are_no_longer_views_are_found_and_copied(moved: dict[st
     module.to(**moved)
     assert module.weight.data_ptr() != buffers.parameters.data_ptr()
     buffers.parameters.copy_(torch.arange(57.0))
-    tie.land()
+    tie.install()
 
     landed = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
     assert landed.tolist() == list(range(57))
@@ -110,7 +110,7 @@ def test_half_precision_parameters_are_copied_both_ways() -> None:
     module(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     tie.gather(0)
     buffers.parameters.fill_(1.5)
-    tie.land()
+    tie.install()
 
     assert buffers.gradient.dtype is torch.float32
     assert buffers.gradient.tolist() == [1.0] * 8
@@ -123,7 +123,7 @@ def test_a_graph_that_is_kept_across_a_landing_fails_instead_of_lying() -> None:
     loss = module(module(torch.ones(1, 3))).sum()
 
     buffers.parameters.mul_(2.0)
-    tie.land()
+    tie.install()
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -150,7 +150,7 @@ def test_moved_gradients_leave_their_memory_to_the_next_backward(tmp_path: Path)
     def script(folder: Path) -> None:
         parameters = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(8)]
         layout = FlatLayout([parameters])
-        Binding([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
+        ParameterViews([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
 
         def backward() -> None:
             for parameter in parameters:
@@ -177,10 +177,10 @@ def test_the_former_storage_of_a_large_models_parameters_is_returned(
     monkeypatch: pytest.MonkeyPatch, numel: int, asked: list[int]
 ) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr(binding, "_of_libc", lambda name: trimmed.append if name == "malloc_trim" else None)
+    monkeypatch.setattr(views, "_of_libc", lambda name: trimmed.append if name == "malloc_trim" else None)
     parameters = [torch.nn.Parameter(torch.ones(numel))]
     layout = FlatLayout([parameters])
 
-    Binding([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
+    ParameterViews([parameters], layout, Buffers.allocate(layout.numel, layout.dtype))
 
     assert trimmed == asked

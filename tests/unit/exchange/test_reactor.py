@@ -15,9 +15,9 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
 from lightning_async.holder.holder import Holder
-from lightning_async.holder.hyperparams import HyperLayout, HyperReader
+from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -40,7 +40,7 @@ class Office:
             layout,
             torch.ones(4),
             [self.optimizer],
-            Barrier(max_staleness),
+            StalenessBarrier(max_staleness),
             self.latch,
             lambda update: self.staleness.append(update.staleness),
         )
@@ -62,7 +62,7 @@ class Office:
             self.ends[-1].settimeout(10.0)
             channel = SharedMemoryChannel(theirs, Buffers.allocate(4, torch.float32))
             self.reactor.add(
-                Session(worker, channel, self.holder, ledger, layout, [HyperLayout(self.optimizer)]), theirs
+                Session(worker, channel, self.holder, ledger, layout, [HyperparamLayout(self.optimizer)]), theirs
             )
 
     def push(self, worker: int, version: int) -> Message:
@@ -72,7 +72,7 @@ class Office:
             version=version,
             dtype=torch.float32,
             payload_bytes=16,
-            groups=HyperReader(self.optimizer, HyperLayout(self.optimizer)).packed(),
+            groups=HyperparamReader(self.optimizer, HyperparamLayout(self.optimizer)).packed(),
             present=pack_bitmap([True]),
         )
 
@@ -87,7 +87,7 @@ class Office:
 
 
 @pytest.fixture
-def office(request: pytest.FixtureRequest) -> Any:
+def negotiator(request: pytest.FixtureRequest) -> Any:
     built = Office(*request.param)
     yield built
     built.close()
@@ -108,111 +108,111 @@ def wait_for(condition: Any) -> None:
     assert condition()
 
 
-@pytest.mark.parametrize("office", [(3, 1)], indirect=True)
-def test_a_held_back_push_waits_while_others_are_served_and_goes_on_after_them(office: Office) -> None:
-    assert (office.pull(0), office.pull(1)) == (0, 0)
-    office.ends[0].send(office.push(0, version=0))
-    assert office.ends[0].receive().version == 1
+@pytest.mark.parametrize("negotiator", [(3, 1)], indirect=True)
+def test_a_held_back_push_waits_while_others_are_served_and_goes_on_after_them(negotiator: Office) -> None:
+    assert (negotiator.pull(0), negotiator.pull(1)) == (0, 0)
+    negotiator.ends[0].send(negotiator.push(0, version=0))
+    assert negotiator.ends[0].receive().version == 1
     # Worker 1's gradient of version 0 would be two updates stale.
-    office.ends[0].send(office.push(0, version=1))
-    office.ends[2].send(Message(Kind.READ, worker=2))
-    assert office.ends[2].receive().version == 1
-    assert not has_answer(office.sockets[0])
+    negotiator.ends[0].send(negotiator.push(0, version=1))
+    negotiator.ends[2].send(Message(Kind.READ, worker=2))
+    assert negotiator.ends[2].receive().version == 1
+    assert not has_answer(negotiator.sockets[0])
 
-    office.ends[1].send(office.push(1, version=0))
+    negotiator.ends[1].send(negotiator.push(1, version=0))
 
-    assert office.ends[0].receive().version == 3
-    assert office.staleness == [0, 1, 1]
+    assert negotiator.ends[0].receive().version == 3
+    assert negotiator.staleness == [0, 1, 1]
 
 
-@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
-def test_a_change_in_another_thread_wakes_who_was_held_back(office: Office) -> None:
+@pytest.mark.parametrize("negotiator", [(2, 0)], indirect=True)
+def test_a_change_in_another_thread_wakes_who_was_held_back(negotiator: Office) -> None:
     out = torch.empty(4)
-    assert office.holder.try_pull(0, out) == 0
-    office.ends[1].send(Message(Kind.PULL, worker=1))
-    assert not has_answer(office.sockets[1])
+    assert negotiator.holder.try_pull(0, out) == 0
+    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
+    assert not has_answer(negotiator.sockets[1])
 
-    office.holder.leave(0)
+    negotiator.holder.leave(0)
 
-    assert office.ends[1].receive().version == 0
+    assert negotiator.ends[1].receive().version == 0
 
 
-@pytest.mark.parametrize("office", [(2, None)], indirect=True)
-def test_half_a_message_keeps_nobody_else_waiting(office: Office) -> None:
+@pytest.mark.parametrize("negotiator", [(2, None)], indirect=True)
+def test_half_a_message_keeps_nobody_else_waiting(negotiator: Office) -> None:
     data = encode(Message(Kind.PULL, worker=0))
-    office.sockets[0].sendall(data[:50])
+    negotiator.sockets[0].sendall(data[:50])
 
-    assert office.pull(1) == 0
+    assert negotiator.pull(1) == 0
 
-    office.sockets[0].sendall(data[50:])
-    assert office.ends[0].receive().kind is Kind.PARAMETERS
+    negotiator.sockets[0].sendall(data[50:])
+    assert negotiator.ends[0].receive().kind is Kind.PARAMETERS
 
 
-@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
-def test_a_failure_is_told_to_who_was_held_back(office: Office) -> None:
-    assert office.pull(0) == 0
-    office.ends[1].send(Message(Kind.PULL, worker=1))
-    assert not has_answer(office.sockets[1])
+@pytest.mark.parametrize("negotiator", [(2, 0)], indirect=True)
+def test_a_failure_is_told_to_who_was_held_back(negotiator: Office) -> None:
+    assert negotiator.pull(0) == 0
+    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
+    assert not has_answer(negotiator.sockets[1])
 
-    office.latch.trip(RunFailure(0, "it ran out of memory"))
+    negotiator.latch.trip(RunFailure(0, "it ran out of memory"))
 
-    reply = office.ends[1].receive()
+    reply = negotiator.ends[1].receive()
     assert (reply.kind, reply.text) == (Kind.ABORT, "it ran out of memory")
-    wait_for(lambda: isinstance(office.ended.get(1), WorkerFailedError))
+    wait_for(lambda: isinstance(negotiator.ended.get(1), WorkerFailedError))
 
 
-@pytest.mark.parametrize("office", [(3, 0)], indirect=True)
-def test_every_way_to_end_a_session_ends_that_one_alone(office: Office) -> None:
-    office.ends[0].send(Message(Kind.GOODBYE, worker=0))
-    office.sockets[1].sendall(b"x" * 128)
-    wait_for(lambda: len(office.ended) == 2)
-    assert office.ended[0] is None
-    assert isinstance(office.ended[1], WireError)
+@pytest.mark.parametrize("negotiator", [(3, 0)], indirect=True)
+def test_every_way_to_end_a_session_ends_that_one_alone(negotiator: Office) -> None:
+    negotiator.ends[0].send(Message(Kind.GOODBYE, worker=0))
+    negotiator.sockets[1].sendall(b"x" * 128)
+    wait_for(lambda: len(negotiator.ended) == 2)
+    assert negotiator.ended[0] is None
+    assert isinstance(negotiator.ended[1], WireError)
 
-    assert office.pull(2) == 0
-    office.ends[2].send(Message(Kind.BEAT, worker=2))
-    assert office.ends[2].receive().kind is Kind.REFUSE
-    wait_for(lambda: isinstance(office.ended.get(2), SessionError))
-
-
-@pytest.mark.parametrize("office", [(2, 0)], indirect=True)
-def test_a_worker_that_does_not_wait_for_its_answer_is_refused(office: Office) -> None:
-    assert office.pull(0) == 0
-    office.ends[1].send(Message(Kind.PULL, worker=1))
-    office.ends[1].send(Message(Kind.READ, worker=1))
-
-    wait_for(lambda: isinstance(office.ended.get(1), WireError))
+    assert negotiator.pull(2) == 0
+    negotiator.ends[2].send(Message(Kind.BEAT, worker=2))
+    assert negotiator.ends[2].receive().kind is Kind.REFUSE
+    wait_for(lambda: isinstance(negotiator.ended.get(2), SessionError))
 
 
-@pytest.mark.parametrize("office", [(2, None)], indirect=True)
-def test_a_lost_worker_ends_its_session(office: Office) -> None:
-    office.ends[0].close()
+@pytest.mark.parametrize("negotiator", [(2, 0)], indirect=True)
+def test_a_worker_that_does_not_wait_for_its_answer_is_refused(negotiator: Office) -> None:
+    assert negotiator.pull(0) == 0
+    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
+    negotiator.ends[1].send(Message(Kind.READ, worker=1))
 
-    wait_for(lambda: isinstance(office.ended.get(0), ChannelClosedError))
+    wait_for(lambda: isinstance(negotiator.ended.get(1), WireError))
+
+
+@pytest.mark.parametrize("negotiator", [(2, None)], indirect=True)
+def test_a_lost_worker_ends_its_session(negotiator: Office) -> None:
+    negotiator.ends[0].close()
+
+    wait_for(lambda: isinstance(negotiator.ended.get(0), ChannelClosedError))
 
 
 def test_all_sessions_share_one_thread_and_closing_ends_it() -> None:
     before = threading.active_count()
-    office = Office(8, None)
-    assert [office.pull(worker) for worker in range(8)] == [0] * 8
+    negotiator = Office(8, None)
+    assert [negotiator.pull(worker) for worker in range(8)] == [0] * 8
     during = threading.active_count()
 
-    office.close()
+    negotiator.close()
 
     assert (during, threading.active_count()) == (before + 1, before)
 
 
-@pytest.mark.parametrize("office", [(2, None)], indirect=True)
-def test_a_reactor_that_fails_says_so(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("negotiator", [(2, None)], indirect=True)
+def test_a_reactor_that_fails_says_so(negotiator: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its workers would wait for ever."""
 
     def out_of_memory() -> None:
         raise MemoryError
 
-    monkeypatch.setattr(office.reactor, "_resume", out_of_memory)
-    office.ends[0].send(Message(Kind.PULL, worker=0))
+    monkeypatch.setattr(negotiator.reactor, "_resume", out_of_memory)
+    negotiator.ends[0].send(Message(Kind.PULL, worker=0))
     deadline = time.monotonic() + 5.0
-    while not office.failed and time.monotonic() < deadline:
+    while not negotiator.failed and time.monotonic() < deadline:
         time.sleep(0.01)
 
-    assert [type(error) for error in office.failed] == [MemoryError]
+    assert [type(error) for error in negotiator.failed] == [MemoryError]

@@ -24,8 +24,8 @@ from lightning_async.exchange.remote_service import HolderProcess, HolderProcess
 from lightning_async.holder.holder import Update
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import FrontDoor
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import Listener
 from tests.elsewhere import Signs
 from tests.launch import gone
 
@@ -47,8 +47,8 @@ class Run:
         self.latch, self.stats, self.process = FailureLatch(), RunStats(RANKS), process
         self.told: list[tuple[Update, tuple[int, ...]]] = []
         self.observers: list[Callable[[Update, tuple[int, ...]], None]] = [lambda *told: self.told.append(told)]
-        self.lifelines = Lifelines(0, self.latch, 60.0)
-        self.door = FrontDoor("127.0.0.1", RANKS, self.lifelines)
+        self.heartbeats = Heartbeats(0, self.latch, 60.0)
+        self.listener = Listener("127.0.0.1", RANKS, self.heartbeats)
         self.engines: list[Engine] = []
         try:
             self.build()
@@ -72,7 +72,7 @@ class Run:
                 optimizers=[self.optimizers[rank]],
                 options=self.options,
                 latch=self.latch,
-                door=self.door if rank == 0 else None,
+                listener=self.listener if rank == 0 else None,
                 stats=self.stats,
                 observers=self.observers,
                 version=version,
@@ -118,8 +118,8 @@ class Run:
             engine.close()
         if self.process is not None:
             self.process.end()
-        self.door.close()
-        self.lifelines.close()
+        self.listener.close()
+        self.heartbeats.close()
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def test_what_was_saved_goes_on_there_and_what_hooks_change_is_taken_over() -> N
 
         assert run.service.restore(4, saved.optimizer_states) is False
         run.parameters[0][0].data.fill_(2.0)
-        run.engines[0].adopt_parameters()
+        run.engines[0].load_parameters()
 
         again = run.service.snapshot()
         assert again.version == 4
@@ -290,7 +290,7 @@ def test_another_ranks_failure_reaches_it_and_wakes_who_is_held_back() -> None:
         run.latch.trip(RunFailure(1, "its process was killed by SIGKILL"))
         with pytest.raises(WorkerFailedError, match="rank 1 failed"):
             run.service.progress()
-        # Its latch has it by way of the lifeline, and its session answers so.
+        # Its latch has it by way of the heartbeat, and its session answers so.
         with pytest.raises(WorkerFailedError, match="rank 1 failed"):
             run.engines[1].worker.pull()
 
@@ -298,12 +298,12 @@ def test_another_ranks_failure_reaches_it_and_wakes_who_is_held_back() -> None:
 def test_a_request_that_does_not_fit_ends_the_run_by_name() -> None:
     with running(amsgrad) as run:
         run.engines[1].worker.version = 7
-        run.engines[1].worker._lane.version = 7
+        run.engines[1].worker._slot.version = 7
         run.service.begin_epoch(range(9))
         run.service.open(9)
         run.engines[1].worker.draw()
         run.engines[1].worker.pull()
-        run.engines[1].worker._lane.version = 7
+        run.engines[1].worker._slot.version = 7
         for parameter in run.parameters[1]:
             parameter.grad = torch.ones_like(parameter)
         with pytest.raises(Exception, match="pushes a gradient of version 7 but holds 0"):

@@ -14,9 +14,9 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.session import APPLIED, DROPPED, Session, SessionError
 from lightning_async.exchange.worker import RequestRefusedError, Worker
 from lightning_async.holder.holder import Holder, Push, Update
-from lightning_async.holder.hyperparams import HyperLayout, HyperReader
+from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.fake import Fault, fake_pair
@@ -32,12 +32,12 @@ KILLED = RunFailure(RANK, "its process was killed by SIGKILL")
 class Desk:
     """One session in a thread of its own, and its worker's end of the channel."""
 
-    def __init__(self, tickets: int = 3, barrier: Barrier | None = None, fault: Fault | None = None) -> None:
+    def __init__(self, tickets: int = 3, barrier: StalenessBarrier | None = None, fault: Fault | None = None) -> None:
         self.parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
         self.optimizers = [AMSGrad([parameter], lr=0.1) for parameter in self.parameters]
         self.layout = FlatLayout([[parameter] for parameter in self.parameters])
         self.latch = FailureLatch()
-        self.barrier = barrier or Barrier(None)
+        self.barrier = barrier or StalenessBarrier(None)
         self.holder = Holder(
             self.layout, torch.ones(4), self.optimizers, self.barrier, self.latch, observer=self.observe
         )
@@ -47,7 +47,7 @@ class Desk:
         self.applied: list[int] = []
         self.channel, theirs = fake_pair(self.layout.numel, worker_fault=fault)
         self.session = Session(
-            RANK, theirs, self.holder, self.ledger, self.layout, list(map(HyperLayout, self.optimizers))
+            RANK, theirs, self.holder, self.ledger, self.layout, list(map(HyperparamLayout, self.optimizers))
         )
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, args=(theirs,), daemon=True)
@@ -75,7 +75,7 @@ class Desk:
             "worker": RANK,
             "dtype": torch.float32,
             "payload_bytes": 8,
-            "groups": HyperReader(self.optimizers[0], HyperLayout(self.optimizers[0])).packed(),
+            "groups": HyperparamReader(self.optimizers[0], HyperparamLayout(self.optimizers[0])).packed(),
             "present": pack_bitmap([True]),
         }
         return Message(Kind.PUSH, **(fields | changes))
@@ -112,7 +112,7 @@ def test_draw_hands_out_tickets_until_there_are_none() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.PULL, Kind.READ])
 def test_pull_and_read_answer_with_parameters_and_their_version(kind: Kind) -> None:
-    desk = Desk(barrier=Barrier(None, version=7))
+    desk = Desk(barrier=StalenessBarrier(None, version=7))
 
     reply = desk.ask(ask(kind))
 
@@ -160,7 +160,7 @@ def test_a_push_goes_to_its_own_optimizer() -> None:
 
 
 def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
-    desk = Desk(barrier=Barrier(0, "drop"))
+    desk = Desk(barrier=StalenessBarrier(0, "drop"))
     desk.ask(ask(Kind.PULL))
     desk.payload()
     out = desk.layout.buffer()
@@ -201,11 +201,11 @@ def test_what_a_worker_gives_back_is_handed_to_others() -> None:
     desk = Desk(tickets=2)
     assert desk.ask(ask(Kind.DRAW)).tickets == 1
 
-    assert desk.ask(ask(Kind.RETURN, tickets=1, outcome=1)).kind is Kind.ACK
+    assert desk.ask(ask(Kind.RELEASE, tickets=1, outcome=1)).kind is Kind.ACK
 
     assert desk.ask(ask(Kind.DRAW)).tickets == 0
     assert [list(desk.ledger.draw(0)) for _ in range(3)] == [[0], [1], []]
-    reply = desk.ask(ask(Kind.RETURN, tickets=1))
+    reply = desk.ask(ask(Kind.RELEASE, tickets=1))
     assert (reply.kind, reply.text) == (Kind.REFUSE, "worker 1 gives back 1 batches but was handed 0")
 
 
@@ -241,7 +241,7 @@ def test_every_kind_is_either_served_or_refused_by_name(kind: Kind) -> None:
 
 
 def test_a_run_that_has_failed_is_told_to_whoever_waits() -> None:
-    desk = Desk(barrier=Barrier(0))
+    desk = Desk(barrier=StalenessBarrier(0))
     out = desk.layout.buffer()
     desk.holder.try_pull(0, out)
     threading.Timer(0.1, desk.latch.trip, (RunFailure(0, "it ran out of memory"),)).start()
@@ -285,7 +285,7 @@ def work(desk: Desk, batches: int = 2) -> None:
             assert worker.step(index)
     assert len(worker.draw()) == 1
     worker.begin_batch(samples=4)  # training_step gave no loss
-    worker.close_hand_out()
+    worker.stop_dispatch()
     worker.finish_segment()
     worker.refresh()
     worker.close()
@@ -332,7 +332,7 @@ def test_a_connection_that_is_lost_at_any_message_leaves_a_state_to_go_on_from(i
     version = desk.holder.read(desk.layout.buffer())
     assert len(desk.applied) == (version + 1) // 2
     applied, _ = desk.ledger.progress()
-    desk.ledger.reclaim(RANK)
+    desk.ledger.requeue(RANK)
     desk.ledger.open(4)
     # Rank 1's first batch, if it had none, is still kept for it.
     rest = [ticket for worker in (0, 0, 0, 0, RANK) for ticket in desk.ledger.draw(worker)]
@@ -347,7 +347,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
     worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    worker._lane.version = 5
+    worker._slot.version = 5
     desk.parameters[0].grad = torch.ones(2)
 
     with pytest.raises(RequestRefusedError, match=r"refused rank 1: .* version 5 but holds 0"):
@@ -359,7 +359,7 @@ def test_rank_0s_own_worker_takes_the_same_path_without_a_thread() -> None:
     worker_end, session_end, serve_with = in_process_pair(Buffers.allocate(desk.layout.numel, desk.layout.dtype))
     serve_with(
         Session(
-            0, session_end, desk.holder, desk.ledger, desk.layout, list(map(HyperLayout, desk.optimizers))
+            0, session_end, desk.holder, desk.ledger, desk.layout, list(map(HyperparamLayout, desk.optimizers))
         ).serve_one
     )
     worker = Worker(0, worker_end, desk.layout, desk.optimizers, desk.latch)

@@ -1,4 +1,4 @@
-"""An optimizer's state reaches any rank that asks for it, whatever is in it, and whoever else is at the door."""
+"""An optimizer's state reaches any rank that asks for it, whatever is in it, and whoever else is at the listener."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_async.exchange.state_transfer import describe_state, fetch_state,
 from lightning_async.holder.optimizer_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import STATE, FrontDoor, HandshakeError, introduce
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import STATE, HandshakeError, Listener, handshake
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import WireError
 
@@ -53,8 +53,8 @@ class Door:
 
     def __init__(self, state: Any) -> None:
         latch = FailureLatch()
-        self.lifelines = Lifelines(0, latch, 60.0)
-        self.door = FrontDoor("127.0.0.1", 2, self.lifelines)
+        self.heartbeats = Heartbeats(0, latch, 60.0)
+        self.listener = Listener("127.0.0.1", 2, self.heartbeats)
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
         self.optimizer.state[self.optimizer.param_groups[0]["params"][0]] = state
         self.engine = Engine(
@@ -63,7 +63,7 @@ class Door:
             optimizers=[self.optimizer],
             options=ExchangeOptions(),
             latch=latch,
-            door=self.door,
+            listener=self.listener,
             stats=RunStats(2),
             observers=[],
             version=0,
@@ -72,40 +72,40 @@ class Door:
 
     def close(self) -> None:
         self.engine.close()
-        self.door.close()
-        self.lifelines.close()
+        self.listener.close()
+        self.heartbeats.close()
 
 
 @pytest.fixture
-def door(request: pytest.FixtureRequest) -> Any:
+def listener(request: pytest.FixtureRequest) -> Any:
     made = Door(getattr(request, "param", {"momentum_buffer": torch.full((2,), 0.5)}))
     yield made
     made.close()
 
 
-def test_a_rank_that_asks_gets_it(door: Door) -> None:
-    state = fetch_state(door.door.address, 1, 0)
+def test_a_rank_that_asks_gets_it(listener: Door) -> None:
+    state = fetch_state(listener.listener.address, 1, 0)
 
     assert state[0]["momentum_buffer"].tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("index", [1, -1, "0", None])
-def test_who_asks_for_another_optimizer_is_refused(door: Door, index: Any) -> None:
+def test_who_asks_for_another_optimizer_is_refused(listener: Door, index: Any) -> None:
     with pytest.raises(HandshakeError, match="it asks for the state of optimizer"):
-        introduce(door.door.address, 1, STATE, optimizer=index)
+        handshake(listener.listener.address, 1, STATE, optimizer=index)
 
 
-@pytest.mark.parametrize("door", [{"generator": torch.Generator()}], indirect=True)
-def test_what_cannot_be_sent_is_named(door: Door) -> None:
+@pytest.mark.parametrize("listener", [{"generator": torch.Generator()}], indirect=True)
+def test_what_cannot_be_sent_is_named(listener: Door) -> None:
     with pytest.raises(HandshakeError, match=r"has a Generator in it.*read it on rank 0"):
-        fetch_state(door.door.address, 1, 0)
+        fetch_state(listener.listener.address, 1, 0)
 
 
-def test_nobody_answers_after_training(door: Door) -> None:
-    door.engine.close()
+def test_nobody_answers_after_training(listener: Door) -> None:
+    listener.engine.close()
 
     with pytest.raises(HandshakeError, match="no training is under way"):
-        fetch_state(door.door.address, 1, 0)
+        fetch_state(listener.listener.address, 1, 0)
 
 
 @pytest.mark.parametrize("answer", [b"{", b'{"tensor": "torch.who", "shape": [1]}', b'{"set": []}', b'{"items": [1]}'])
@@ -113,7 +113,7 @@ def test_an_answer_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, ans
     mine, theirs = socket.socketpair()
     connection = ControlConnection(mine)
     monkeypatch.setattr(
-        "lightning_async.exchange.state_transfer.introduce", lambda *args, **claims: (connection, str(len(answer)))
+        "lightning_async.exchange.state_transfer.handshake", lambda *args, **claims: (connection, str(len(answer)))
     )
     with theirs:
         theirs.sendall(answer)

@@ -15,8 +15,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from lightning_async.holder.amsgrad import (
     AMSGrad,
     UnsupportedOptimizerError,
-    adopt_amsgrad_state,
     check_optimizer,
+    convert_to_amsgrad_state,
     holder_optimizer,
 )
 
@@ -330,8 +330,8 @@ def test_adopt_amsgrad_state() -> None:
     train(other, params, steps=5)
     state = copy.deepcopy(other.state_dict())
 
-    assert adopt_amsgrad_state(state) is True
-    assert adopt_amsgrad_state(state) is False
+    assert convert_to_amsgrad_state(state) is True
+    assert convert_to_amsgrad_state(state) is False
 
     maximum, moment = state["state"][0]["max_exp_avg_sq"], state["state"][0]["exp_avg_sq"]
     assert torch.equal(maximum, moment)

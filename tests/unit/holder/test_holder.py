@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_async import AMSGrad
 from lightning_async.holder.holder import Holder, Push, Update
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 
 pytestmark = pytest.mark.timeout(30)
@@ -34,7 +34,7 @@ class Cluster:
         self.layout = FlatLayout([self.template.param_groups[0]["params"]])
         self.latch = FailureLatch()
         self.updates: list[Update] = []
-        self.barrier = Barrier(max_staleness, on_stale, version=version)
+        self.barrier = StalenessBarrier(max_staleness, on_stale, version=version)
         self.initial = torch.ones(self.layout.numel)
         self.holder = Holder(self.layout, self.initial, [self.template], self.barrier, self.latch, self.updates.append)
 
@@ -42,7 +42,7 @@ class Cluster:
         """Pushes ones, or ``gradients``."""
         if gradients is None:
             gradients = [torch.ones(shape) for shape in self.layout.shapes[0]]
-        groups = HyperLayout(self.template).read(self.template.param_groups)
+        groups = HyperparamLayout(self.template).read(self.template.param_groups)
         push = Push(worker, 0, version, gradients, groups)
         seen, arrived = self.holder.changes, time.monotonic()
         while (update := self.holder.try_push(push, time.monotonic() - arrived)) is None:
@@ -362,7 +362,9 @@ def test_the_version_is_not_set_under_somebody_who_computes() -> None:
 def test_a_run_does_not_keep_a_holder_that_another_has_taken_the_place_of() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     latch = FailureLatch()
-    holder = Holder(FlatLayout([[parameter]]), torch.ones(2), [AMSGrad([parameter], lr=0.1)], Barrier(None), latch)
+    holder = Holder(
+        FlatLayout([[parameter]]), torch.ones(2), [AMSGrad([parameter], lr=0.1)], StalenessBarrier(None), latch
+    )
     kept = weakref.ref(holder)
 
     del holder

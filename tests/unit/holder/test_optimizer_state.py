@@ -192,7 +192,7 @@ def test_the_holder_goes_on_with_what_was_made_of_the_state(
 
     del optimizer.state[parameters[0]]
     optimizer.state[parameters[1]]["exp_avg"].zero_()
-    engine.adopt_states()
+    engine.load_states()
     engine.states.begin_segment()
     engine.states.end_segment()
 
@@ -215,7 +215,7 @@ def test_a_state_that_was_only_looked_at_is_not_loaded_again(
 
     monkeypatch.setattr(AMSGrad, "load_state_dict", refuse)
     assert optimizer.state_dict()["state"]
-    engine.adopt_states()
+    engine.load_states()
 
 
 def test_a_state_that_an_optimizer_comes_with_is_the_holders(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_async.holder.staleness import (
-    Barrier,
-    Verdict,
+    Decision,
+    StalenessBarrier,
     admissible,
     feasible,
     is_stale,
@@ -117,9 +117,9 @@ def test_the_oldest_reader_of_a_feasible_set_is_admissible(reads: list[int], ver
 # ---------------------------------------------------------------------------------------------- the barrier
 
 
-def barrier_with(reads: Sequence[int], tau: int | None, on_stale: str = "wait") -> Barrier:
+def barrier_with(reads: Sequence[int], tau: int | None, on_stale: str = "wait") -> StalenessBarrier:
     """Worker i holds parameters of version reads[i]; reads ascend, and helper worker -1 moves the version."""
-    barrier = Barrier(tau, on_stale)  # type: ignore[arg-type]
+    barrier = StalenessBarrier(tau, on_stale)  # type: ignore[arg-type]
     for worker, read in enumerate(reads):
         while barrier.version < read:
             barrier.ask(-1)
@@ -136,11 +136,11 @@ def test_a_push_waits_until_an_older_one_has_been_applied() -> None:
     barrier.ask(0)
     assert barrier.read(0) == 1
 
-    assert barrier.verdict(0) is Verdict.WAIT
+    assert barrier.decision(0) is Decision.WAIT
     assert barrier.apply(2) == 1
-    assert barrier.verdict(0) is Verdict.WAIT
+    assert barrier.decision(0) is Decision.WAIT
     assert barrier.apply(1) == 2
-    assert barrier.verdict(0) is Verdict.APPLY
+    assert barrier.decision(0) is Decision.APPLY
     assert barrier.apply(0) == 2
     assert (barrier.version, barrier.outstanding) == (4, {})
 
@@ -176,12 +176,12 @@ def test_a_worker_that_leaves_frees_those_who_wait_for_it() -> None:
     barrier.apply(0)
     barrier.ask(0)
     barrier.read(0)
-    assert barrier.verdict(0) is Verdict.WAIT
+    assert barrier.decision(0) is Decision.WAIT
 
     barrier.leave(1)
     barrier.leave(1)
 
-    assert barrier.verdict(0) is Verdict.APPLY
+    assert barrier.decision(0) is Decision.APPLY
 
 
 def test_drop_discards_what_is_past_the_bound_and_counts_no_update() -> None:
@@ -189,18 +189,18 @@ def test_drop_discards_what_is_past_the_bound_and_counts_no_update() -> None:
     barrier.apply(0)
     barrier.apply(1)
 
-    assert barrier.verdict(2) is Verdict.DROP
+    assert barrier.decision(2) is Decision.DROP
     assert barrier.discard(2) == 2
     assert (barrier.version, barrier.outstanding) == (2, {})
 
 
 def test_nobody_has_to_ask_where_nobody_waits() -> None:
-    assert Barrier(0, "drop").read(3) == 0
-    assert Barrier(None).read(3) == 0
+    assert StalenessBarrier(0, "drop").read(3) == 0
+    assert StalenessBarrier(None).read(3) == 0
 
 
 def test_the_version_is_set_only_while_nobody_is_outstanding() -> None:
-    barrier = Barrier(2, version=5)
+    barrier = StalenessBarrier(2, version=5)
     barrier.version = 40
     barrier.ask(0)
     assert barrier.read(0) == 40
@@ -229,7 +229,7 @@ def test_outstanding_is_a_copy() -> None:
 )
 def test_barrier_refuses_arguments_out_of_range(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Barrier(*arguments)  # type: ignore[arg-type]
+        StalenessBarrier(*arguments)  # type: ignore[arg-type]
 
 
 def test_barrier_refuses_calls_out_of_turn() -> None:
@@ -239,7 +239,7 @@ def test_barrier_refuses_calls_out_of_turn() -> None:
     barrier.read(0)
 
     with pytest.raises(ValueError, match="Worker 9 holds no parameters"):
-        barrier.verdict(9)
+        barrier.decision(9)
     with pytest.raises(ValueError, match="Worker 9 holds no parameters"):
         barrier.apply(9)
     with pytest.raises(ValueError, match="still holds version 1"):
@@ -286,7 +286,7 @@ class Cluster:
     read_waits: int = 0
     most_outstanding: int = 0
 
-    def run(self, barrier: Barrier) -> None:
+    def run(self, barrier: StalenessBarrier) -> None:
         tau = barrier.max_staleness
         events: list[tuple[int, int, int, str]] = []
         steps = dict.fromkeys(range(len(self.durations)), 0)
@@ -309,9 +309,9 @@ class Cluster:
                 drawn += 1
                 barrier.ask(worker)
 
-        def finish(worker: int, verdict: Verdict) -> None:
+        def finish(worker: int, decision: Decision) -> None:
             nonlocal drawn
-            if verdict is Verdict.APPLY:
+            if decision is Decision.APPLY:
                 self.staleness.append(barrier.apply(worker))
             else:
                 self.dropped.append(barrier.discard(worker))
@@ -333,9 +333,9 @@ class Cluster:
                         steps[worker] += 1
                         progress = True
                 for worker in list(parked):
-                    if barrier.verdict(worker) is not Verdict.WAIT:
+                    if barrier.decision(worker) is not Decision.WAIT:
                         parked.remove(worker)
-                        finish(worker, barrier.verdict(worker))
+                        finish(worker, barrier.decision(worker))
                         progress = True
                 reads = barrier.outstanding
                 self.most_outstanding = max(self.most_outstanding, len(reads))
@@ -365,12 +365,12 @@ class Cluster:
                     parked.remove(worker)
                 barrier.leave(worker)
             else:
-                verdict = barrier.verdict(worker)
-                if verdict is Verdict.WAIT:
+                decision = barrier.decision(worker)
+                if decision is Decision.WAIT:
                     self.waits += 1
                     parked.append(worker)
                 else:
-                    finish(worker, verdict)
+                    finish(worker, decision)
             settle()
         assert not parked, "A push waits although nothing is left to happen."
         assert not barrier.waiting, "A reader waits although nothing is left to happen."
@@ -401,7 +401,7 @@ simulated = settings(max_examples=60, deadline=None)
 def test_no_applied_update_is_staler_than_the_bound_and_all_planned_ones_are_applied(
     cluster: Cluster, tau: int | None, on_stale: str
 ) -> None:
-    cluster.run(Barrier(tau, on_stale))  # type: ignore[arg-type]
+    cluster.run(StalenessBarrier(tau, on_stale))  # type: ignore[arg-type]
 
     assert len(cluster.staleness) == cluster.updates
     assert tau is None or max(cluster.staleness, default=0) <= tau
@@ -410,7 +410,7 @@ def test_no_applied_update_is_staler_than_the_bound_and_all_planned_ones_are_app
 @simulated
 @given(cluster=clusters(max_workers=8), tau=st.integers(0, 10))
 def test_a_push_waits_only_while_applying_it_would_make_another_one_late(cluster: Cluster, tau: int) -> None:
-    cluster.run(Barrier(tau))  # Asserts it for every waiting push after every event.
+    cluster.run(StalenessBarrier(tau))  # Asserts it for every waiting push after every event.
 
     assert cluster.dropped == []
 
@@ -418,7 +418,7 @@ def test_a_push_waits_only_while_applying_it_would_make_another_one_late(cluster
 @simulated
 @given(cluster=clusters(), tau=bounds)
 def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(cluster: Cluster, tau: int) -> None:
-    cluster.run(Barrier(tau, "drop"))
+    cluster.run(StalenessBarrier(tau, "drop"))
 
     assert (cluster.waits, cluster.read_waits) == (0, 0)
     assert min(cluster.dropped, default=tau + 1) > tau
@@ -428,7 +428,7 @@ def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(clust
 @simulated
 @given(cluster=clusters())
 def test_a_bound_of_zero_is_serial(cluster: Cluster) -> None:
-    cluster.run(Barrier(0))
+    cluster.run(StalenessBarrier(0))
 
     assert cluster.most_outstanding <= 1
     assert set(cluster.staleness) <= {0}
@@ -437,7 +437,7 @@ def test_a_bound_of_zero_is_serial(cluster: Cluster) -> None:
 @simulated
 @given(cluster=clusters(), slack=st.integers(0, 3))
 def test_a_bound_of_one_less_than_the_workers_lets_all_of_them_compute(cluster: Cluster, slack: int) -> None:
-    cluster.run(Barrier(len(cluster.durations) - 1 + slack))
+    cluster.run(StalenessBarrier(len(cluster.durations) - 1 + slack))
 
     assert cluster.read_waits == 0
 
@@ -447,7 +447,7 @@ def test_a_bound_of_one_less_than_the_workers_lets_all_of_them_compute(cluster: 
 def test_a_smaller_bound_keeps_some_of_them_from_computing(cluster: Cluster) -> None:
     workers = len(cluster.durations)
     if workers > 1 and cluster.updates >= workers:
-        cluster.run(Barrier(workers - 2))
+        cluster.run(StalenessBarrier(workers - 2))
 
         assert cluster.read_waits > 0
         assert cluster.most_outstanding == workers - 1
@@ -456,7 +456,7 @@ def test_a_smaller_bound_keeps_some_of_them_from_computing(cluster: Cluster) -> 
 @simulated
 @given(cluster=clusters())
 def test_without_a_bound_nobody_waits(cluster: Cluster) -> None:
-    cluster.run(Barrier(None))
+    cluster.run(StalenessBarrier(None))
 
     assert (cluster.waits, cluster.read_waits, cluster.dropped) == (0, 0, [])
 
@@ -464,7 +464,7 @@ def test_without_a_bound_nobody_waits(cluster: Cluster) -> None:
 @simulated
 @given(cluster=clusters(mortal=True), tau=st.none() | bounds, on_stale=modes)
 def test_a_worker_that_dies_never_blocks_the_rest(cluster: Cluster, tau: int | None, on_stale: str) -> None:
-    cluster.run(Barrier(tau, on_stale))  # type: ignore[arg-type]
+    cluster.run(StalenessBarrier(tau, on_stale))  # type: ignore[arg-type]
 
     assert len(cluster.staleness) == cluster.updates
     assert tau is None or max(cluster.staleness, default=0) <= tau

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.holder.amsgrad import AMSGrad, UnsupportedOptimizerError
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.rebuild import check_steppable, rebuild
 from lightning_async.holder.update import FusedUpdate, HeldOptimizer
@@ -107,7 +107,7 @@ def each_in_a_group(params: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.1, 0.003, 0.003), strict=True)]
 
 
-class Held:
+class HolderSpec:
     """A module's optimizer, and its stand-in over the views of one flat buffer."""
 
     def __init__(self, make: Make, params: Sequence[nn.Parameter]) -> None:
@@ -121,12 +121,12 @@ class Held:
         views = iter(self.views)
         groups = [[nn.Parameter(next(views)) for _ in group["params"]] for group in self.shell.param_groups]
         self.held = HeldOptimizer(self.shell, groups)
-        self.hypers = HyperLayout(self.shell)
+        self.hyperparams = HyperparamLayout(self.shell)
 
     def apply(self, gradients: Sequence[Tensor | None]) -> None:
         self.held.apply(
             [None if gradient is None else gradient.clone() for gradient in gradients],
-            self.hypers.read(self.shell.param_groups),
+            self.hyperparams.read(self.shell.param_groups),
         )
 
 
@@ -167,7 +167,7 @@ def test_the_holders_update_is_the_plain_optimizers_bit_for_bit(
 ) -> None:
     params = parameters()
     plain = ELEMENTWISE[name](in_groups(params) if name != "SGD-nesterov" else each_in_a_group(params))
-    both = Held(ELEMENTWISE[name], parameters())
+    both = HolderSpec(ELEMENTWISE[name], parameters())
 
     for seeds, scale, lr in updates:
         if lr is not None:
@@ -187,7 +187,7 @@ def test_state_goes_to_a_single_device_and_back_without_a_trace(name: str) -> No
     gradients = [made_gradients([seed, seed + 1, seed + 2, seed + 3], 1.0) for seed in range(6)]
     params = parameters()
     plain = ELEMENTWISE[name](in_groups(params))
-    first = Held(ELEMENTWISE[name], parameters())
+    first = HolderSpec(ELEMENTWISE[name], parameters())
     for gradient in gradients[:2]:
         step(plain, gradient)
         first.apply(gradient)
@@ -205,7 +205,7 @@ def test_state_goes_to_a_single_device_and_back_without_a_trace(name: str) -> No
         step(plain, gradient)
         step(middle, gradient)
     # From there to another holder.
-    last = Held(ELEMENTWISE[name], middle_params)
+    last = HolderSpec(ELEMENTWISE[name], middle_params)
     last.shell.load_state_dict(middle.state_dict() | {"state": {}})
     last.held.load(middle.state_dict())
     for gradient in gradients[4:]:
@@ -281,7 +281,7 @@ def test_a_stand_in_shares_nothing_with_its_template() -> None:
 
 
 def test_what_an_optimizer_adapts_in_its_groups_stays_and_is_told() -> None:
-    both = Held(SignDescent, parameters())
+    both = HolderSpec(SignDescent, parameters())
     for seed in range(3):
         both.shell.param_groups[0]["lr"] = 0.01 * (seed + 1)
         both.apply(made_gradients([seed] * 4, 1.0))

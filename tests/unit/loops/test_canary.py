@@ -563,14 +563,14 @@ def test_schedulers_know_a_wrapped_step_by_the_same_marks() -> None:
     source = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
     for mark in ("_wrapped_by_lr_sched", "_opt_called"):
         if mark not in source:
-            fail("shells.py", f"torch's schedulers looking for {mark}")
+            fail("proxies.py", f"torch's schedulers looking for {mark}")
 
 
 def test_an_optimizer_says_that_it_unscales_by_the_same_mark() -> None:
     from lightning.fabric.plugins.precision import amp
 
     if "_step_supports_amp_scaling" not in inspect.getsource(amp):
-        fail("shells.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
+        fail("proxies.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
 
 
 def test_torchmetrics_synchronise_by_one_method() -> None:

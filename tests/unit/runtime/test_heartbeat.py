@@ -1,4 +1,4 @@
-"""The lifeline notices a peer's end within milliseconds, its silence after the time-out, and nothing else."""
+"""The heartbeat notices a peer's end within milliseconds, its silence after the time-out, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from lightning_async.runtime import heartbeat as lifeline
+from lightning_async.runtime import heartbeat as heartbeat
 from lightning_async.runtime.failure import FailureLatch, RunFailure
-from lightning_async.runtime.heartbeat import Lifelines
+from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Kind, Message, encode
@@ -24,11 +24,11 @@ PATIENT_S = 60.0
 
 
 class Peers:
-    """Makes lifelines and the connections between them, and closes what is left."""
+    """Makes heartbeats and the connections between them, and closes what is left."""
 
     def __init__(self) -> None:
         self.connections: list[ControlConnection] = []
-        self.lifelines: list[Lifelines] = []
+        self.heartbeats: list[Heartbeats] = []
 
     def connection_pair(self) -> tuple[ControlConnection, ControlConnection]:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -42,14 +42,14 @@ class Peers:
         rank: int,
         timeout_s: float = PATIENT_S,
         describe_end: Callable[[int], str | None] = lambda rank: None,
-    ) -> tuple[Lifelines, FailureLatch]:
+    ) -> tuple[Heartbeats, FailureLatch]:
         latch = FailureLatch()
-        lines = Lifelines(rank, latch, timeout_s, describe_end)
-        self.lifelines.append(lines)
+        lines = Heartbeats(rank, latch, timeout_s, describe_end)
+        self.heartbeats.append(lines)
         return lines, latch
 
-    def tie(self, holder: Lifelines, worker: Lifelines, rank: int) -> None:
-        """A lifeline between rank 0 and a worker."""
+    def tie(self, holder: Heartbeats, worker: Heartbeats, rank: int) -> None:
+        """A heartbeat between rank 0 and a worker."""
         mine, theirs = self.connection_pair()
         holder.add(rank, mine)
         worker.add(0, theirs)
@@ -59,14 +59,14 @@ class Peers:
 def peers() -> Iterator[Peers]:
     peers = Peers()
     yield peers
-    for lines in peers.lifelines:
+    for lines in peers.heartbeats:
         lines.close()
     for connection in peers.connections:
         connection.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "lifelines"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
 
 
-def silent_peer(peers: Peers, lines: Lifelines, rank: int = 2) -> ControlConnection:
+def silent_peer(peers: Peers, lines: Heartbeats, rank: int = 2) -> ControlConnection:
     """A peer that the test speaks for."""
     mine, theirs = peers.connection_pair()
     lines.add(rank, mine)
@@ -132,7 +132,7 @@ def test_beats_are_signs_of_life(peers: Peers) -> None:
 
 def test_who_was_stopped_itself_blames_nobody(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = 0.0
-    monkeypatch.setattr(lifeline, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + skipped))
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + skipped))
     lines, latch = peers.process(0, timeout_s=4.0)
     silent_peer(peers, lines)
     time.sleep(0.2)
@@ -194,7 +194,7 @@ def test_the_end_of_the_rank_that_reported_its_failure_is_no_news(peers: Peers) 
     ("data", "reason"),
     [
         (b"\0" * 128, "Expected a lightning_async message"),
-        (encode(Message(Kind.PUSH)), "unexpected PUSH on a lifeline"),
+        (encode(Message(Kind.PUSH)), "unexpected PUSH on a heartbeat"),
     ],
 )
 def test_what_is_no_lifeline_is_named(peers: Peers, data: bytes, reason: str) -> None:
@@ -206,7 +206,7 @@ def test_what_is_no_lifeline_is_named(peers: Peers, data: bytes, reason: str) ->
     failure = latch.wait(5.0)
     assert failure is not None
     assert failure.rank == 2
-    assert failure.reason.startswith("its lifeline does not follow the protocol")
+    assert failure.reason.startswith("its heartbeat does not follow the protocol")
     assert reason in failure.reason
 
 
@@ -248,7 +248,7 @@ def test_who_has_no_memory_to_say_more_says_so_much(peers: Peers, monkeypatch: p
     def out_of_memory(message: Message) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(lifeline, "encode", out_of_memory)
+    monkeypatch.setattr(heartbeat, "encode", out_of_memory)
     latch.trip(RunFailure(1, "ValueError: a long story", announced=True))
 
     assert next_news(peer) == Message(Kind.ABORT, worker=1, text="out of memory")
@@ -259,16 +259,16 @@ def test_a_peer_that_could_not_be_told_is_told_with_the_next_sign_of_life(
 ) -> None:
     lines, latch = peers.process(1, timeout_s=1.0)
     peer = silent_peer(peers, lines, rank=0)
-    tell = Lifelines._tell
+    tell = Heartbeats._tell
     tries: list[int] = []
 
-    def fail_once(self: Lifelines, *arguments: Any) -> None:
+    def fail_once(self: Heartbeats, *arguments: Any) -> None:
         tries.append(1)
         if len(tries) == 1:
             raise MemoryError
         tell(self, *arguments)
 
-    monkeypatch.setattr(Lifelines, "_tell", fail_once)
+    monkeypatch.setattr(Heartbeats, "_tell", fail_once)
     latch.trip(RunFailure(1, "ValueError: no", announced=True))
 
     assert next_news(peer) == Message(Kind.ABORT, worker=1, text="ValueError: no")

@@ -165,7 +165,7 @@ def test_batches_without_a_step_show_no_rhythm_by_themselves() -> None:
             rhythm.step()
             rhythm.step()
 
-    assert rhythm.seen == ({1: 8, 2: 1}, 2)
+    assert rhythm.seen == ({1: 7, 2: 1}, {1: 1}, 2)
     assert usual_group([rhythm.seen]) == 1
 
 

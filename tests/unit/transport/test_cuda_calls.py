@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroupGloo
 
-from lightning_async.holder.placement import CudaLane, HolderSite
+from lightning_async.holder.placement import CudaHolderStream, HolderPlacement
 from lightning_async.transport.fake import fake_pair
-from lightning_async.transport.nccl import Link, NcclCommunicator
+from lightning_async.transport.nccl import NcclCommunicator, NcclExecutor
 from lightning_async.transport.side_stream import CudaSideStream, ImmediateStream, side_stream
 
 CPU = torch.device("cpu")
@@ -128,16 +128,16 @@ def test_a_device_without_streams_copies_at_once() -> None:
 def test_the_holders_lane_waits_for_nothing_of_the_caller_but_the_caller_for_the_lane(cuda: Cuda) -> None:
     computing = cuda.current_stream()
     computing.did.append("computes")
-    lane = CudaLane(GPU)
+    stream = CudaHolderStream(GPU)
 
-    with lane.entered():
+    with stream.entered():
         inside = cuda.current_stream()
         inside.did.append("updates")
-        with lane.entered():
+        with stream.entered():
             inside.did.append("copies")
 
-    assert inside is lane._stream
-    # Had the lane waited for the caller's stream, every other worker's update would have, too.
+    assert inside is stream._stream
+    # Had the holder's stream waited for the caller's stream, every other worker's update would have, too.
     assert inside.did == ["updates", "copies"]
     assert computing.did == ["computes", "the host waits", f"waits for {inside.name} at 2"]
     assert cuda.current_stream() is computing
@@ -145,11 +145,11 @@ def test_the_holders_lane_waits_for_nothing_of_the_caller_but_the_caller_for_the
 
 def test_a_session_on_a_gpu_has_its_device_and_a_stream_of_its_own(cuda: Cuda) -> None:
     training = cuda.current_stream()
-    site = HolderSite(GPU, {"uuid": "GPU-1"})
+    placement = HolderPlacement(GPU, {"uuid": "GPU-1"})
     seen: list[Any] = []
 
     def session() -> None:
-        site.adopt_thread()
+        placement.bind_thread()
         seen.extend([cuda.local.device, cuda.current_stream()])
 
     thread = threading.Thread(target=session)
@@ -158,16 +158,16 @@ def test_a_session_on_a_gpu_has_its_device_and_a_stream_of_its_own(cuda: Cuda) -
 
     device, stream = seen
     assert device == GPU
-    assert stream not in (training, site._lane._stream)  # type: ignore[union-attr]
+    assert stream not in (training, placement._stream._stream)  # type: ignore[union-attr]
 
 
 def test_a_holder_on_the_host_needs_nothing_of_its_sessions() -> None:
-    site = HolderSite()
+    placement = HolderPlacement()
 
-    site.adopt_thread()
+    placement.bind_thread()
 
     channel, _ = fake_pair(3)
-    assert site.stage(channel) is channel
+    assert placement.stage(channel) is channel
 
 
 class Group:
@@ -214,13 +214,13 @@ def test_a_communicator_sends_behind_what_has_been_computed_and_from_one_thread(
     Group.made = []
     store = HashStore()
     communicators = [NcclCommunicator(store, "pair", side, CPU) for side in (0, 1)]
-    links = [Link(communicator, f"side-{side}") for side, communicator in enumerate(communicators)]
+    links = [NcclExecutor(communicator, f"side-{side}") for side, communicator in enumerate(communicators)]
     computing = cuda.current_stream()
     computing.did.append("computes")
     received = torch.zeros(3)
 
-    def connect(link: Link) -> None:
-        link.connect(20.0, lambda: False)
+    def connect(executor: NcclExecutor) -> None:
+        executor.connect(20.0, lambda: False)
 
     def receive() -> None:
         connect(links[1])
@@ -232,9 +232,9 @@ def test_a_communicator_sends_behind_what_has_been_computed_and_from_one_thread(
     links[0].send(torch.arange(3.0), lambda: False)
     other.join(20)
     first = communicators[0]._stream
-    for link in links:
-        link.abort()
-        link.abort()
+    for executor in links:
+        executor.abort()
+        executor.abort()
 
     assert received.tolist() == [0, 1, 2]
     assert first is not computing

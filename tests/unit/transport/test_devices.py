@@ -1,4 +1,4 @@
-"""Where the holder lives and what NCCL can join: rules, and what a holder on a GPU does with its lane."""
+"""Where the holder lives and what NCCL can join: rules, and what a holder on a GPU does with its stream."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.holder import Holder, Push
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.placement import DeviceHolder, HolderSite
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.placement import DeviceHolder, HolderPlacement
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.holder.update import FusedUpdate
 from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
 from lightning_async.transport.devices import describe_device, nccl_obstacle, place_holder
@@ -118,7 +118,7 @@ def test_an_update_counts_its_steps_where_its_parameters_are() -> None:
     assert update._counts.device == elsewhere.device
 
 
-class RecordedLane:
+class RecordedStream:
     """Keeps what was entered; what happens outside of it would be on rank 0's own stream."""
 
     def __init__(self) -> None:
@@ -140,20 +140,20 @@ def test_a_holder_on_a_gpu_does_everything_with_tensors_in_its_lane() -> None:
     # These touch no tensor.
     public -= {"count", "leave", "lend", "subscribe", "wait_for_change"}
 
-    assert public <= set(vars(DeviceHolder)), "a method of Holder that uses the device must enter the lane"
+    assert public <= set(vars(DeviceHolder)), "a method of Holder that uses the device must enter the stream"
 
 
-def make(lane: RecordedLane | None, observer: Any = lambda update: None) -> Holder:
+def make(stream: RecordedStream | None, observer: Any = lambda update: None) -> Holder:
     parameter = torch.nn.Parameter(torch.ones(4))
     layout = FlatLayout([[parameter]])
-    site = HolderSite(lane=lane)
+    placement = HolderPlacement(stream=stream)
     template = AMSGrad([parameter], lr=0.1)
-    return site.make_holder(layout, torch.ones(4), [template], Barrier(None), FailureLatch(), observer)
+    return placement.make_holder(layout, torch.ones(4), [template], StalenessBarrier(None), FailureLatch(), observer)
 
 
 def test_a_holder_in_a_lane_computes_what_a_holder_computes() -> None:
-    lane, depths = RecordedLane(), []
-    plain, ours = make(None), make(lane, lambda update: depths.append(lane.depth))
+    stream, depths = RecordedStream(), []
+    plain, ours = make(None), make(stream, lambda update: depths.append(stream.depth))
     seen = []
 
     for holder in (plain, ours):
@@ -168,7 +168,7 @@ def test_a_holder_in_a_lane_computes_what_a_holder_computes() -> None:
 
     (version, values, snapshot), (other_version, other_values, other) = seen
     assert type(plain) is Holder and type(ours) is DeviceHolder
-    assert (version, other_version, depths, lane.depth) == (7, 7, [1, 1, 1], 0)
+    assert (version, other_version, depths, stream.depth) == (7, 7, [1, 1, 1], 0)
     assert torch.equal(values, other_values) and torch.equal(snapshot.parameters, other.parameters)
     assert str(snapshot.optimizer_states) == str(other.optimizer_states)
 

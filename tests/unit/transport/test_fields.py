@@ -15,9 +15,9 @@ from lightning_async.transport.fields import (
     WireError,
     fit_text,
     pack_bitmap,
-    pack_hypers,
+    pack_hyperparams,
     unpack_bitmap,
-    unpack_hypers,
+    unpack_hyperparams,
 )
 from lightning_async.transport.message import Kind, Message, encode
 
@@ -42,15 +42,15 @@ def test_hyper_parameters_that_are_not_finite_are_refused(position: int, value: 
     values[position] = value
 
     with pytest.raises(WireError, match="must be finite"):
-        unpack_hypers(struct.pack("<3d", *values), 3)
+        unpack_hyperparams(struct.pack("<3d", *values), 3)
     with pytest.raises(WireError, match="must be finite"):
-        pack_hypers(values)
+        pack_hyperparams(values)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_as_many_hyper_parameters_are_taken_as_there_are(count: int) -> None:
-    with pytest.raises(WireError, match=f"sends 2 hyper-parameters, the holder has {count}"):
-        unpack_hypers(pack_hypers([0.1, 0.2]), count)
+    with pytest.raises(WireError, match=f"sends 2 hyperparameters, the holder has {count}"):
+        unpack_hyperparams(pack_hyperparams([0.1, 0.2]), count)
 
 
 @given(flags=st.lists(st.booleans(), max_size=200))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async.exchange.shared_payload import Parcel, unpack
+from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.transport.memory import AnonymousMemory, open_memory
 from lightning_async.transport.shm import SharedSegment
 
@@ -37,10 +37,10 @@ def in_the_place_of(address: str, path: Path) -> Iterator[None]:
 MAKERS: list[tuple[Callable[[], Any], Callable[[str], Any]]] = [
     (lambda: AnonymousMemory(4096), open_memory),
     (lambda: AnonymousMemory(4096), lambda address: open_memory(address, os.O_RDWR)),
-    (lambda: Parcel([torch.ones(9)]), unpack),
+    (lambda: SharedPayload([torch.ones(9)]), unpack),
     (lambda: SharedSegment(5, torch.float32), lambda address: SharedSegment.attach(address, 5, torch.float32)),
 ]
-NAMES = ["memory", "writable", "parcel", "segment"]
+NAMES = ["memory", "writable", "payload", "segment"]
 
 
 @pytest.mark.parametrize(("make", "open_it"), MAKERS, ids=NAMES)
@@ -79,9 +79,9 @@ def test_other_memory_that_has_taken_its_place_is_not_opened(
 
 
 def test_what_was_unpacked_outlives_its_parcel() -> None:
-    with Parcel({"weight": torch.arange(5.0)}) as parcel:
-        value = unpack(parcel.address)
-        address = parcel.address
+    with SharedPayload({"weight": torch.arange(5.0)}) as payload:
+        value = unpack(payload.address)
+        address = payload.address
     assert value["weight"].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(OSError, match=r"No such file|closed"):
         unpack(address)
@@ -90,5 +90,5 @@ def test_what_was_unpacked_outlives_its_parcel() -> None:
 def test_a_value_that_cannot_be_packed_leaves_nothing_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(AttributeError):
-        Parcel(lambda: None)
+        SharedPayload(lambda: None)
     assert len(os.listdir("/proc/self/fd")) == before

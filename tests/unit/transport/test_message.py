@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from lightning_async.transport.fields import (
     MAX_COUNTS,
-    MAX_HYPERS,
+    MAX_HYPERPARAMS,
     MAX_PRESENT_BYTES,
     MAX_TEXT_BYTES,
     pack_counts,
-    pack_hypers,
+    pack_hyperparams,
 )
 from lightning_async.transport.message import (
     HEADER_BYTES,
@@ -49,7 +49,7 @@ messages = st.builds(
     outcome=st.integers(0, UINT16),
     dtype=st.sampled_from([None, torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     payload_bytes=st.integers(0, UINT64),
-    groups=st.lists(finite, max_size=12).map(pack_hypers),
+    groups=st.lists(finite, max_size=12).map(pack_hyperparams),
     present=st.binary(max_size=40),
     text=st.text(max_size=40),
     counts=st.lists(st.integers(0, UINT64), max_size=12).map(pack_counts),
@@ -99,7 +99,7 @@ def test_messages_follow_each_other_on_a_stream(sent: list[Message]) -> None:
 def test_the_largest_message_comes_out_as_it_went_in() -> None:
     message = Message(
         Kind.PUSH,
-        groups=pack_hypers([0.9]) * MAX_HYPERS,
+        groups=pack_hyperparams([0.9]) * MAX_HYPERPARAMS,
         present=b"\xff" * MAX_PRESENT_BYTES,
         text="x" * MAX_TEXT_BYTES,
         counts=pack_counts([1]) * MAX_COUNTS,
@@ -111,7 +111,7 @@ def test_the_largest_message_comes_out_as_it_went_in() -> None:
 
 
 def test_a_decoded_message_has_the_declared_types() -> None:
-    message = Message(Kind.PUSH, groups=pack_hypers([1]), present=b"\x01", text="é")
+    message = Message(Kind.PUSH, groups=pack_hyperparams([1]), present=b"\x01", text="é")
     data = encode(message)
 
     received = decode(data[:HEADER_BYTES], memoryview(data)[HEADER_BYTES:])
@@ -130,7 +130,7 @@ def test_a_message_without_a_trailer_is_received_in_one_piece() -> None:
 
 
 def test_the_header_announces_the_trailer() -> None:
-    data = encode(Message(Kind.PUSH, groups=pack_hypers([0.1, 0.2]), present=b"\x01", text="why"))
+    data = encode(Message(Kind.PUSH, groups=pack_hyperparams([0.1, 0.2]), present=b"\x01", text="why"))
 
     assert decode_header(data[:HEADER_BYTES]).trailer_bytes == len(data) - HEADER_BYTES == 2 * 8 + 1 + 3
 
@@ -143,7 +143,9 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 
 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
-    names = "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RETURN"
+    names = (
+        "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RELEASE"
+    )
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}
 
@@ -179,7 +181,7 @@ def test_the_numbers_of_the_kinds_stay_the_same() -> None:
         {"counts": b"x" * 15},
         {"counts": b"x" * 8 * (MAX_COUNTS + 1)},
         {"groups": (0.1, 0.2)},
-        {"groups": b"x" * 8 * (MAX_HYPERS + 1)},
+        {"groups": b"x" * 8 * (MAX_HYPERPARAMS + 1)},
         {"groups": None},
         {"present": b"x" * (MAX_PRESENT_BYTES + 1)},
         {"present": "x"},
@@ -243,7 +245,7 @@ def test_no_announced_size_makes_the_reader_ask_for_more_than_the_bounds(
 def test_the_offsets_of_the_sizes_are_those_that_the_test_above_patches() -> None:
     data = encode(Message(Kind.PUSH))
     for layout, offset, field in (
-        ("<H", 8, "hyper_count"),
+        ("<H", 8, "hyperparam_count"),
         ("<I", 68, "present_bytes"),
         ("<I", 72, "text_bytes"),
     ):
@@ -252,7 +254,7 @@ def test_the_offsets_of_the_sizes_are_those_that_the_test_above_patches() -> Non
 
 @pytest.mark.parametrize(
     ("layout", "offset", "bound"),
-    [("<H", 8, MAX_HYPERS), ("<I", 68, MAX_PRESENT_BYTES), ("<I", 72, MAX_TEXT_BYTES), ("<H", 76, MAX_COUNTS)],
+    [("<H", 8, MAX_HYPERPARAMS), ("<I", 68, MAX_PRESENT_BYTES), ("<I", 72, MAX_TEXT_BYTES), ("<H", 76, MAX_COUNTS)],
 )
 def test_each_size_has_its_own_bound(layout: str, offset: int, bound: int) -> None:
     data = encode(Message(Kind.PUSH))

@@ -17,24 +17,24 @@ from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange import nccl_negotiation as nccl_office
 from lightning_async.exchange import server
-from lightning_async.exchange.nccl_negotiation import NcclOffice, Turns
+from lightning_async.exchange.nccl_negotiation import NcclNegotiator, Turns
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.holder import Holder
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.placement import HolderSite
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.placement import HolderPlacement
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.heartbeat import Lifelines
-from lightning_async.runtime.listener import FrontDoor, Visitor
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import Listener, PeerInfo
 from lightning_async.transport import nccl
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import RankDevices
 from lightning_async.transport.message import Kind, Message
-from lightning_async.transport.nccl import Link, NcclChannel
+from lightning_async.transport.nccl import NcclChannel, NcclExecutor
 from lightning_async.transport.shm import SharedMemoryChannel
 from tests.fake_nccl import Fabric
 
@@ -57,14 +57,14 @@ class Pair:
         theirs, _ = listener.accept()
         listener.close()
         self.ends = []
-        links = [Link(fabric.communicator(None, "pair", side, CPU), f"side-{side}") for side in (0, 1)]
+        links = [NcclExecutor(fabric.communicator(None, "pair", side, CPU), f"side-{side}") for side in (0, 1)]
         connecting = threading.Thread(target=links[1].connect, args=(5.0, lambda: False))
         connecting.start()
         links[0].connect(5.0, lambda: False)
         connecting.join()
-        for side, (sock, link) in enumerate(zip((ours, theirs), links, strict=True)):
+        for side, (sock, executor) in enumerate(zip((ours, theirs), links, strict=True)):
             buffers = Buffers.allocate(NUMEL, torch.float32)
-            self.ends.append(NcclChannel(ControlConnection(sock), buffers, link, side, late_reader))
+            self.ends.append(NcclChannel(ControlConnection(sock), buffers, executor, side, late_reader))
 
     @property
     def holder(self) -> NcclChannel:
@@ -238,12 +238,12 @@ def test_turns_come_in_the_order_of_ranks_and_one_at_a_time() -> None:
 def test_second_lanes_come_after_every_first_one_and_one_at_a_time() -> None:
     turns, order = Turns(3), []
 
-    def visit(rank: int, lane: int) -> None:
-        turns.take(rank, lane)
-        order.append(("in", lane))
+    def visit(rank: int, slot: int) -> None:
+        turns.take(rank, slot)
+        order.append(("in", slot))
         time.sleep(0.05)
-        order.append(("out", lane))
-        turns.give(rank, lane, taken=True)
+        order.append(("out", slot))
+        turns.give(rank, slot, taken=True)
 
     places = [(1, 1), (2, 1), (2, 0), (1, 0)]
     threads = [threading.Thread(target=visit, args=place) for place in places]
@@ -257,9 +257,9 @@ def test_second_lanes_come_after_every_first_one_and_one_at_a_time() -> None:
 
 def test_rank_0s_own_lanes_are_never_offered_nccl() -> None:
     facts = {**gpu(0), "shares": True}
-    office = NcclOffice(CPU, facts, 2, NUMEL, torch.float32, True, lambda: pytest.fail("a store was made"))
+    negotiator = NcclNegotiator(CPU, facts, 2, NUMEL, torch.float32, True, lambda: pytest.fail("a store was made"))
 
-    assert office.open(Visitor(0, 0, {"device": facts}), None) is None  # type: ignore[arg-type]
+    assert negotiator.open(PeerInfo(0, 0, {"device": facts}), None) is None  # type: ignore[arg-type]
 
 
 def test_closing_ends_the_wait_for_a_turn() -> None:
@@ -279,10 +279,10 @@ class Run:
         self.initial = torch.nn.Parameter(torch.ones(NUMEL))
         self.layout = FlatLayout([[self.initial]])
         self.latch = FailureLatch()
-        self.door = FrontDoor("127.0.0.1", workers, Lifelines(0, self.latch, 60.0))
+        self.listener = Listener("127.0.0.1", workers, Heartbeats(0, self.latch, 60.0))
         template = AMSGrad([self.initial], lr=0.1)
-        self.hypers = [HyperLayout(template)]
-        self.holder = Holder(self.layout, torch.ones(NUMEL), [template], Barrier(None), self.latch)
+        self.hyperparams = [HyperparamLayout(template)]
+        self.holder = Holder(self.layout, torch.ones(NUMEL), [template], StalenessBarrier(None), self.latch)
         self.ledger = Ledger(workers)
         self.ledger.begin_epoch(range(1000))
         self.ledger.open(1000)
@@ -290,18 +290,18 @@ class Run:
             self.holder,
             self.ledger,
             self.layout,
-            self.hypers,
+            self.hyperparams,
             self.latch,
-            self.door,
+            self.listener,
             transport,
-            site=HolderSite(CPU, gpu(0)),
+            placement=HolderPlacement(CPU, gpu(0)),
             workers=workers,
         )
         self.channels: dict[int, Channel] = {}
 
     def dial(self, rank: int, claims: dict[str, Any] | None = None) -> Channel:
         devices = RankDevices(CPU, claims if claims is not None else gpu(rank))
-        channel = dial(self.door.address, rank, self.layout, self.hypers, devices=devices)
+        channel = dial(self.listener.address, rank, self.layout, self.hyperparams, devices=devices)
         self.channels[rank] = channel
         return channel
 
@@ -325,7 +325,7 @@ class Run:
                 channel.send(Message(Kind.GOODBYE, worker=rank))
             channel.close()
         self.server.close()
-        self.door.close()
+        self.listener.close()
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Calla
             raise RuntimeError("killed")
 
     doomed: list[ControlConnection] = []
-    accept = nccl_office._Verdict.__init__
+    accept = nccl_office._PeerDecision.__init__
 
     def remember(self: Any, connection: ControlConnection) -> None:
         if threading.current_thread().name == "doomed":
@@ -456,7 +456,7 @@ def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Calla
 
     fabric.refuse = die
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nccl_office._Verdict, "__init__", remember)
+        patch.setattr(nccl_office._PeerDecision, "__init__", remember)
         thread, errors = in_thread(
             lambda: (setattr(threading.current_thread(), "name", "doomed"), here.dial(1))  # type: ignore[func-returns-value]
         )

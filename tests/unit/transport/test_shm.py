@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_async.exchange import negotiation as channels
-from lightning_async.exchange.negotiation import ChannelOffice
-from lightning_async.runtime.listener import HandshakeError, Visitor
+from lightning_async.exchange.negotiation import ChannelNegotiator
+from lightning_async.runtime.listener import HandshakeError, PeerInfo
 from lightning_async.transport.shm import SharedSegment, host_identity
 
 
@@ -61,26 +61,26 @@ def test_a_host_without_enough_memory_falls_back_to_gloo(
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    visitor = Visitor(1, 0, {"host": host_identity()})
+    peer = PeerInfo(1, 0, {"host": host_identity()})
 
     with caplog.at_level("WARNING"):
-        segment = ChannelOffice("127.0.0.1", "auto", 1 << 20, torch.float32)._segment(visitor)
+        segment = ChannelNegotiator("127.0.0.1", "auto", 1 << 20, torch.float32)._segment(peer)
 
     assert segment is None
     assert "no 8 MiB of shared memory for rank 1: [Errno 12] Cannot allocate memory; it will use Gloo" in caplog.text
     with pytest.raises(HandshakeError, match=r'transport="auto"'):
-        ChannelOffice("127.0.0.1", "shm", 1 << 20, torch.float32)._segment(visitor)
+        ChannelNegotiator("127.0.0.1", "shm", 1 << 20, torch.float32)._segment(peer)
 
 
 def test_a_rank_of_another_host_is_refused_if_only_shared_memory_will_do() -> None:
-    stranger = Visitor(2, 0, {"host": "another kernel"})
+    stranger = PeerInfo(2, 0, {"host": "another kernel"})
 
-    assert ChannelOffice("127.0.0.1", "auto", 8, torch.float32)._segment(stranger) is None
+    assert ChannelNegotiator("127.0.0.1", "auto", 8, torch.float32)._segment(stranger) is None
     with pytest.raises(HandshakeError, match=r'rank 2 cannot map the memory of rank 0.*transport="auto"'):
-        ChannelOffice("127.0.0.1", "shm", 8, torch.float32).check(stranger)
+        ChannelNegotiator("127.0.0.1", "shm", 8, torch.float32).check(stranger)
 
 
 def test_where_memory_cannot_be_shared_nobody_is_on_the_same_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "host_identity", lambda: "")
 
-    assert not channels._shares_memory(Visitor(1, 0, {"host": ""}))
+    assert not channels._shares_memory(PeerInfo(1, 0, {"host": ""}))

@@ -1,4 +1,4 @@
-"""A door whose process is out of descriptors, threads or memory for a while stays a door."""
+"""A listener whose process is out of descriptors, threads or memory for a while stays a listener."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from lightning_async.exchange.negotiation import dial
 from lightning_async.holder.layout import describe_model
 from lightning_async.runtime import listener as frontdoor
-from lightning_async.runtime.listener import DOORBELL, LIFELINE, HandshakeError, introduce
+from lightning_async.runtime.listener import CONTROL, HEARTBEAT, HandshakeError, handshake
 from tests.faults.host import Host
 
 pytestmark = pytest.mark.timeout(60)
@@ -38,7 +38,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 class FailingListener:
-    """A listening socket whose next ``accept`` calls fail; the visitor stays in its queue."""
+    """A listening socket whose next ``accept`` calls fail; the peer stays in its queue."""
 
     def __init__(self, listener: socket.socket, errors: list[BaseException]) -> None:
         self._listener = listener
@@ -59,7 +59,7 @@ def test_a_rank_that_could_not_be_taken_is_taken_later_and_said_once(
 ) -> None:
     number = getattr(errno, code)
     errors: list[BaseException] = [OSError(number, os.strerror(number)) for _ in range(4)]
-    host.door._listener = FailingListener(host.door._listener, errors)  # type: ignore[assignment]
+    host.listener._listener = FailingListener(host.listener._listener, errors)  # type: ignore[assignment]
 
     assert host.serves(rank=1)
     assert errors == []
@@ -70,7 +70,7 @@ def test_a_rank_that_could_not_be_taken_is_taken_later_and_said_once(
 
 
 def test_out_of_memory_is_survived_too(host: Host, caplog: pytest.LogCaptureFixture) -> None:
-    host.door._listener = FailingListener(host.door._listener, [MemoryError()])  # type: ignore[assignment]
+    host.listener._listener = FailingListener(host.listener._listener, [MemoryError()])  # type: ignore[assignment]
 
     assert host.serves(rank=1)
     assert len(warnings_of(caplog)) == 1
@@ -78,7 +78,7 @@ def test_out_of_memory_is_survived_too(host: Host, caplog: pytest.LogCaptureFixt
 
 def test_a_visitor_that_has_gone_again_is_no_trouble(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     gone = [OSError(errno.ECONNABORTED, "aborted"), OSError(errno.EAGAIN, "again")]
-    host.door._listener = FailingListener(host.door._listener, [*gone])  # type: ignore[assignment]
+    host.listener._listener = FailingListener(host.listener._listener, [*gone])  # type: ignore[assignment]
 
     assert host.serves(rank=1)
     assert warnings_of(caplog) == []
@@ -109,7 +109,7 @@ def no_descriptors() -> Iterator[Callable[[], None]]:
 def test_without_a_descriptor_the_door_waits_for_one(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     worker = socket.socket()
     with no_descriptors() as release:
-        worker.connect((host.door.address.host, host.door.address.port))
+        worker.connect((host.listener.address.host, host.listener.address.port))
         deadline = time.monotonic() + 10.0
         while not warnings_of(caplog) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -129,7 +129,7 @@ def test_who_has_waited_for_long_is_told_why(
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout=None: (worker.connect(address), worker)[1])
     with no_descriptors() as release:
         with pytest.raises(HandshakeError, match=r"rank 0 cannot take connections: .*Too many open files.*ulimit -n"):
-            introduce(host.door.address, 1, LIFELINE)
+            handshake(host.listener.address, 1, HEARTBEAT)
         release()
     monkeypatch.undo()
 
@@ -146,20 +146,20 @@ def test_without_a_thread_a_lifeline_is_taken_and_a_doorbell_is_told_why(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        lifeline = introduce(host.door.address, 1, LIFELINE)[0]
+        heartbeat = handshake(host.listener.address, 1, HEARTBEAT)[0]
         with pytest.raises(HandshakeError, match="rank 0 could not serve it: RuntimeError: can't start new thread"):
-            introduce(host.door.address, 1, DOORBELL, model=describe_model(host.layout, host.groups))
+            handshake(host.listener.address, 1, CONTROL, model=describe_model(host.layout, host.groups))
 
-    assert host.lifelines.watches(1)
+    assert host.heartbeats.watches(1)
     assert host.latch.failure is None
-    dial(host.door.address, 2, host.layout, host.groups).close()
-    lifeline.close()
+    dial(host.listener.address, 2, host.layout, host.groups).close()
+    heartbeat.close()
 
 
 def test_a_door_closes_in_need(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host()
     with no_descriptors():
-        host.door.close()
+        host.listener.close()
 
-    assert not [thread for thread in threading.enumerate() if thread.name == "front-door" and thread.is_alive()]
+    assert not [thread for thread in threading.enumerate() if thread.name == "listener" and thread.is_alive()]
     host.close()

@@ -1,4 +1,4 @@
-"""A worker with two lanes: what it has drawn and pushed stays in order while an exchange is under way."""
+"""A worker with two slots: what it has drawn and pushed stays in order while an exchange is under way."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.session import Session
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.holder import Holder, Push, Update
-from lightning_async.holder.hyperparams import HyperLayout
+from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import Barrier
+from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.fake import fake_pair
@@ -26,9 +26,9 @@ OTHER = 1
 
 
 class Desk:
-    """A worker whose two lanes end in sessions in threads of their own."""
+    """A worker whose two slots end in sessions in threads of their own."""
 
-    def __init__(self, barrier: Barrier | None = None, in_background: bool = True, fault: Any = None) -> None:
+    def __init__(self, barrier: StalenessBarrier | None = None, in_background: bool = True, fault: Any = None) -> None:
         self.parameter = torch.nn.Parameter(torch.ones(2))
         optimizer = AMSGrad([self.parameter], lr=0.1)
         layout, self.latch = FlatLayout([[self.parameter]]), FailureLatch()
@@ -37,15 +37,17 @@ class Desk:
         self.ledger.open(10)
         self.ledger.draw(OTHER)
         self.covered: list[tuple[int, ...]] = []
-        self.holder = Holder(layout, torch.ones(2), [optimizer], barrier or Barrier(None), self.latch, self.observe)
+        self.holder = Holder(
+            layout, torch.ones(2), [optimizer], barrier or StalenessBarrier(None), self.latch, self.observe
+        )
         self.session_ends: list[Any] = []
         worker_ends = []
-        for lane in (0, 1):
+        for slot in (0, 1):
             mine, theirs = fake_pair(layout.numel, worker_fault=fault)
             mine.serves_any_thread = in_background
             worker_ends.append(mine)
             self.session_ends.append(theirs)
-            session = Session(0, theirs, self.holder, self.ledger, layout, [HyperLayout(optimizer)], lane)
+            session = Session(0, theirs, self.holder, self.ledger, layout, [HyperparamLayout(optimizer)], slot)
             threading.Thread(target=self.serve, args=(session,), daemon=True).start()
         self.worker = Worker(0, worker_ends, layout, [optimizer], self.latch)
 
@@ -85,7 +87,7 @@ def test_every_batch_is_covered_by_the_push_of_its_own_gradient(in_background: b
     for _ in range(5):
         drawn.append(tuple(desk.batch()))
         desk.worker.step(0)
-    desk.worker.close_hand_out()
+    desk.worker.stop_dispatch()
     desk.worker.finish_segment()
 
     assert desk.covered == drawn
@@ -100,7 +102,7 @@ def test_a_hand_out_that_is_closed_leaves_no_ticket_behind(in_background: bool) 
         desk.batch()
         desk.worker.step(0)
 
-    desk.worker.close_hand_out()
+    desk.worker.stop_dispatch()
 
     assert not desk.worker.draw()
     desk.worker.finish_segment()
@@ -112,7 +114,7 @@ def test_a_hand_out_that_is_closed_leaves_no_ticket_behind(in_background: bool) 
 
 @both_ways
 def test_a_batch_without_a_gradient_is_reported_after_the_push_of_an_older_one(in_background: bool) -> None:
-    desk = Desk(Barrier(2), in_background)
+    desk = Desk(StalenessBarrier(2), in_background)
     desk.other_reads()
     # Somebody else's update: from now on the other rank's version is the oldest.
     desk.holder.try_pull(2, torch.empty(2))

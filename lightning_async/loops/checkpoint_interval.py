@@ -7,14 +7,17 @@ step ``n - 1`` and then ``n + 1``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async.loops.last_batch import LastBatch
+from lightning_async.loops.patching import set_until_closed
+from lightning_async.loops.trainer_state import within_epoch
 
-__all__ = ["StepInterval", "follow_clock", "save_passed", "unfollow_clock"]
+__all__ = ["StepInterval", "save_by_clock", "save_passed"]
 
 
 _HOOK = "on_train_batch_end"
@@ -49,24 +52,26 @@ class StepInterval(int):
         return 0 if self.passed else step % int(self)
 
 
-def follow_clock(trainer: Trainer, ticks: Callable[[], range]) -> None:
+def save_by_clock(trainer: Trainer, ticks: Callable[[], range], undo: ExitStack) -> None:
     """Makes the callbacks that save every n steps save when the clock has passed a multiple of n.
 
     One checkpoint is saved for all multiples that the clock has passed since this rank's last batch.
+
+    Args:
+        trainer: the trainer.
+        ticks: tells the steps that the clock has just taken.
+        undo: gives the callbacks their own interval again.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps > 0:
-            callback._every_n_train_steps = StepInterval.of(callback._every_n_train_steps, ticks)
-            vars(callback)[_HOOK] = _keeping(callback)
+            interval = StepInterval.of(callback._every_n_train_steps, ticks)
+            set_until_closed(undo, callback, "_every_n_train_steps", interval)
+            set_until_closed(undo, callback, _HOOK, _keeping(callback))
 
 
 def save_passed(trainer: Trainer) -> None:
     """Lets the callbacks save whose interval the clock has passed since this rank's last batch."""
-    connector: Any = trainer._logger_connector
-    first_loop_iter = connector._first_loop_iter
-    # As within an epoch; else the epoch's metrics would be computed, on this rank alone.
-    connector._first_loop_iter = False
-    try:
+    with within_epoch(trainer):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 interval: Any = callback._every_n_train_steps
@@ -75,16 +80,6 @@ def save_passed(trainer: Trainer) -> None:
                     if not hook.last.show(hook, trainer, trainer.lightning_module):
                         # A checkpoint is due all the same; Lightning's own hook looks at no batch.
                         ModelCheckpoint.on_train_batch_end(callback, trainer, trainer.lightning_module, None, None, 0)
-    finally:
-        connector._first_loop_iter = first_loop_iter
-
-
-def unfollow_clock(trainer: Trainer) -> None:
-    """Undoes `follow_clock`."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            callback._every_n_train_steps = int(callback._every_n_train_steps)
-            vars(callback).pop(_HOOK, None)
 
 
 def _keeping(callback: ModelCheckpoint) -> Callable[..., None]:

@@ -8,68 +8,51 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_async.data.epoch_plan import EpochPlan, log_position, tickets_until
+from lightning_async.holder.layout import parameters_in
 from lightning_async.loops.checkpoint_interval import save_passed
 from lightning_async.loops.counters import rewrite_as_ddp
 from lightning_async.loops.epoch_size import epoch_size
+from lightning_async.loops.epoch_state import EpochState, EpochStop, Stage
 from lightning_async.loops.fetcher import TicketFetcher
 from lightning_async.loops.optimization import share_plateaus
-from lightning_async.loops.phase import Phase
 from lightning_async.loops.progress_bar import show_progress
+from lightning_async.loops.protocols import Collectives, Coordinator, RunSignals
 from lightning_async.loops.results import align_results
 from lightning_async.loops.weight_averaging import share_averages
 
-if TYPE_CHECKING:
-    from lightning_async.strategies.strategy import AsyncStrategy
-
-__all__ = ["AsyncEpochLoop", "Epoch"]
-
-
-@dataclass
-class Epoch:
-    """Where this rank stands in the epoch."""
-
-    plan: EpochPlan | None = None
-    tickets_done: int = 0
-    batches_before: int = 0
-    training: bool = False
-    agreed: bool = False
-    clock: int = 0
-    log_clock: int = 0
-    learning: bool = False
-    ticks: range = range(0)
-    first_step: int = 0
-    first_batch: int = 0
-    batches_started: int = 0
-    scheduled: int = 0
-    scheduled_batch: int | None = None
-    validation_requested: bool = False
-    validated_at: int = -1
-    draws_further: bool = False
+__all__ = ["AsyncEpochLoop"]
 
 
 class AsyncEpochLoop(_TrainingEpochLoop):
     """One epoch, in segments of asynchronous training between synchronous stops."""
 
-    _epoch: Epoch
+    # Given to Lightning's own loop with this class, by `install`.
+    _epoch: EpochState
+    _collectives: Collectives
+    _signals: RunSignals
+    # Known once a fit is set up.
+    _fit_coordinator: Coordinator | None
 
     @property
-    def _strategy(self) -> AsyncStrategy:
-        return cast("AsyncStrategy", self.trainer.strategy)
+    def _coordinator(self) -> Coordinator:
+        assert self._fit_coordinator is not None
+        return self._fit_coordinator
 
     @property
     def global_step(self) -> int:
         """The global clock: updates per rank, k // N."""
-        return self._strategy.clock
+        return super().global_step if self._fit_coordinator is None else self._fit_coordinator.clock.step
 
     @property
     def batch_idx(self) -> int:
@@ -87,22 +70,22 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     @property
     def done(self) -> bool:
         """Whether to leave the epoch: decided by all ranks together, between segments."""
-        return self._epoch.agreed and bool(super().done)
+        return self._epoch.stage is Stage.AGREED and bool(super().done)
 
     @property
     def batches_of_all_ranks(self) -> int:
         """Batches of this epoch that all ranks have finished, per rank, as DDP would count them; known on rank 0."""
         plan = self._epoch.plan
-        return 0 if plan is None else plan.batches_done(plan.tickets - self._strategy.unfinished_tickets)
+        return 0 if plan is None else plan.batches_done(plan.tickets - self._coordinator.unfinished_tickets)
 
     @override
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         before = self.batch_progress.total.ready - self.batch_progress.current.ready
         step = self.global_step
-        self._epoch = Epoch(
+        self._epoch = EpochState(
             batches_before=before,
             clock=step,
-            log_clock=self._strategy.log_clock,
+            log_clock=self._coordinator.clock.log_step,
             first_step=step,
             first_batch=self.batch_progress.current.ready,
             scheduled=step,
@@ -112,13 +95,14 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     @override
     def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict(destination, prefix)
-        epoch, snapshot = self._epoch, self._strategy.snapshot_in_progress
-        if Phase.asynchronous and epoch.plan is not None and snapshot is not None:
+        plan, coordinator = self._epoch.plan, self._fit_coordinator
+        taken = None if coordinator is None else coordinator.snapshot_between_batches
+        if plan is not None and taken is not None:
+            snapshot, step = taken
             # The epoch is not over before all ranks have met, so at least one batch is to come.
             done = sum(stop - start for start, stop in snapshot.applied)
-            batches = min(epoch.plan.batches_done(done), epoch.plan.batches - 1)
-            clock = self._strategy.clock_of(snapshot)
-            rewrite_as_ddp(state, prefix, batches, epoch.batches_before, clock)
+            batches = min(plan.batches_done(done), plan.batches - 1)
+            rewrite_as_ddp(state, prefix, batches, self._epoch.batches_before, step)
         return state
 
     @override
@@ -133,14 +117,12 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     @override
     def advance(self, data_fetcher: _DataFetcher) -> None:
         assert isinstance(data_fetcher, TicketFetcher)
-        if not self._epoch.training:
+        if self._epoch.stage is not Stage.APART:
             self._start_segment(data_fetcher)
-            if self._epoch.agreed:
+            if self._epoch.stage is Stage.AGREED:
                 return
-        if self._epoch.learning and self._strategy.has_learned_steps:
-            self._finish_segment(data_fetcher)
-            return
-        if not data_fetcher.has_next():
+        learned = self._epoch.learning and self._coordinator.clock.has_learned
+        if learned or not data_fetcher.has_next():
             self._finish_segment(data_fetcher)
             return
         try:
@@ -153,17 +135,23 @@ class AsyncEpochLoop(_TrainingEpochLoop):
                     "return -1 from on_train_batch_start to skip the rest of the epoch."
                 ) from error
             # `on_train_batch_start` returned -1: the rest of the epoch is skipped, here as everywhere.
-            self._strategy.worker.stop_dispatch()
+            self._coordinator.batches.stop_dispatch()
             self._finish_segment(data_fetcher, skip_rest=True)
 
     @override
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        if not self._epoch.training:
+        if self._epoch.stage is not Stage.APART:
             return
         super().on_advance_end(data_fetcher)
-        self._strategy.requeue_if_asked()
+        self._requeue_if_asked()
         if self._wants_to_stop():
-            self._strategy.worker.stop_dispatch()
+            self._coordinator.batches.stop_dispatch()
+
+    def _requeue_if_asked(self) -> None:
+        # In the signal's handler it would save in the middle of an update, whose lock this very thread may hold.
+        requeue, self._signals.requeue = self._signals.requeue, None
+        if requeue is not None:
+            requeue()
 
     @override
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
@@ -178,7 +166,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     def begin_batch(self, samples: int) -> None:
         """Notes that a batch is computed; the parameters that it waited for may be many steps on."""
-        self._strategy.begin_batch(samples)
+        self._coordinator.begin_batch(samples)
         self._follow_clock()
 
     def _follow_clock(self) -> None:
@@ -201,7 +189,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     @override
     def _num_ready_batches_reached(self) -> bool:
-        return not self._epoch.training and bool(self.batch_progress.is_last_batch)
+        return self._epoch.stage is not Stage.APART and bool(self.batch_progress.is_last_batch)
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -212,22 +200,22 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch, clock = self._epoch, self.global_step
         previous, epoch.clock = epoch.clock, clock
         epoch.ticks = range(previous + 1, clock + 1)
-        previous, epoch.log_clock = epoch.log_clock, self._strategy.log_clock
+        previous, epoch.log_clock = epoch.log_clock, self._coordinator.clock.log_step
         clock = epoch.log_clock
         trainer: Any = self.trainer  # attributes that connectors set are unknown to type checkers
         every = trainer.log_every_n_steps
         self._batches_that_stepped = log_position(previous, clock, every)
         if every and clock // every > previous // every:
-            self._strategy.log_statistics(self._batches_that_stepped)
+            self._coordinator.log_metrics(self._batches_that_stepped)
 
     def _wants_to_stop(self) -> bool:
         trainer: Any = self.trainer
-        if self._strategy.sigterm_received:
+        if self._signals.sigterm_received:
             return True
         if trainer.should_stop and trainer.fit_loop._can_stop_early:
             return True
         if self.max_steps != -1 and not self._epoch.learning:
-            counted, steps = self._strategy.steps_of_all_ranks
+            counted, steps = self._coordinator.clock.steps_of_all_ranks
             # As under DDP, every rank makes the batch in which it reaches them.
             if counted >= trainer.world_size * -(-self.max_steps // steps) * steps:
                 return True
@@ -238,38 +226,39 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         return False
 
     def _start_segment(self, fetcher: TicketFetcher) -> None:
-        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        epoch, coordinator, clock = self._epoch, self._coordinator, self._coordinator.clock
         self._agree_on_stopping()
-        epoch.agreed = True
         if super().done:
             return
+        # The epoch's order and plan, once.
         if epoch.plan is None:
-            limit = trainer.num_training_batches
-            tickets = None if limit == float("inf") else int(limit) * trainer.world_size
-            order = fetcher.begin_epoch(trainer.current_epoch, tickets)
+            limit = self.trainer.num_training_batches
+            tickets = None if limit == float("inf") else int(limit) * self.trainer.world_size
+            order = fetcher.begin_epoch(self.trainer.current_epoch, tickets)
             epoch.plan = self._plan_epoch(fetcher)
             self._begin_epoch(fetcher, epoch.plan, order)
-        # User code may have shown only now how many batches it takes for a step.
-        epoch.plan = replace(epoch.plan, block=strategy.block)
+        # Where this segment ends. User code may have shown only now how many batches it takes for a step.
+        epoch.plan = replace(epoch.plan, block=clock.block)
         tickets = epoch.plan.until_stop(epoch.tickets_done)
-        epoch.learning = strategy.must_learn_steps
+        epoch.learning = clock.must_learn
         if self.max_steps != -1 and not epoch.learning:
-            counted, steps = strategy.steps_of_all_ranks
-            tickets = min(tickets, tickets_until(self.max_steps, counted, trainer.world_size, steps, strategy.block))
+            counted, steps = clock.steps_of_all_ranks
+            tickets = min(tickets, tickets_until(self.max_steps, counted, self.trainer.world_size, steps, clock.block))
         # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
         ready = self.batch_progress.current.ready
-        self.batch_progress.current.ready = ready + -ready % strategy.block
+        self.batch_progress.current.ready = ready + -ready % clock.block
         epoch.batches_started = self._batches_started
-        strategy.enter_asynchronous_phase(tickets, equal_shares=epoch.learning)
-        worker = strategy.worker
-        fetcher.open(worker.draw, worker.release, worker.leave_out, ahead=not epoch.learning)
-        epoch.training, epoch.agreed = True, False
+        # The ranks part.
+        coordinator.enter_segment(tickets, equal_shares=epoch.learning)
+        source = coordinator.batches
+        fetcher.open(source.draw, source.release, source.leave_out, ahead=not epoch.learning)
+        epoch.stage = Stage.APART
 
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
-        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
+        epoch = self._epoch
         done = self.batch_progress.current.ready
-        epoch.tickets_done = plan.tickets if done >= plan.batches else done * trainer.world_size
-        place = strategy.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
+        epoch.tickets_done = plan.tickets if done >= plan.batches else done * self.trainer.world_size
+        place = self._coordinator.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
         epoch.draws_further = fetcher.draws_further
         if place is not None:
             epoch.tickets_done = sum(stop - start for start, stop in place.applied)
@@ -295,54 +284,79 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             world_size=trainer.world_size,
             validate_every=every,
             batches_before=self._epoch.batches_before if across_epochs else 0,
-            block=self._strategy.block,
+            block=self._coordinator.clock.block,
         )
 
     def _finish_segment(self, fetcher: TicketFetcher, skip_rest: bool = False) -> None:
-        epoch, strategy, trainer = self._epoch, self._strategy, self.trainer
-        assert epoch.plan is not None
+        stop = self._meet(fetcher, skip_rest)
+        self._share_state(stop)
+        self._catch_up(stop)
+        self._validate_if_due(stop)
+        self._step_and_log()
+        # Whether to go on.
+        self._epoch.validation_requested = False
+        self._agree_on_stopping()
+        if not self._is_training_done and self.trainer.received_sigterm:
+            raise SIGTERMException
+
+    def _meet(self, fetcher: TicketFetcher, skip_rest: bool) -> EpochStop:
+        """Ends the segment; returns where in the epoch the ranks have met."""
+        epoch, plan = self._epoch, self._epoch.plan
+        assert plan is not None
         self._flush_accumulated_gradients()
-        strategy.finish_segment()
-        progress = strategy.enter_synchronous_phase(epoch.validation_requested, skip_rest)
-        epoch.training = False
+        end = self._coordinator.leave_segment(epoch.validation_requested, skip_rest)
+        epoch.stage = Stage.MET
         if epoch.draws_further:
-            strategy.compare_orders(fetcher.digests)
-        before, epoch.tickets_done = epoch.tickets_done, progress.tickets_done
-        exhausted = progress.tickets_left == 0
-        complete = exhausted or progress.skip_rest
+            self._coordinator.compare_orders(fetcher.digests)
+        before, epoch.tickets_done = epoch.tickets_done, end.tickets_done
+        exhausted = end.tickets_left == 0
         # Streams may end before, or at an end that nobody knew of.
-        position = epoch.plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
-        batches = epoch.plan.batches_done(position)
-        computed = self._batches_started - epoch.batches_started
-        as_ddp = epoch.plan.batches_computed(position) - epoch.plan.batches_computed(before)
-        strategy.share_buffers(computed, as_ddp)
-        self._count_as_ddp(batches, complete)
-        align_results(self._results, trainer.lightning_module, strategy.gather_objects, strategy.reduce)
+        position = plan.end(epoch.tickets_done) if exhausted else epoch.tickets_done
+        return EpochStop(
+            position=position,
+            batches=plan.batches_done(position),
+            batches_since=plan.batches_computed(position) - plan.batches_computed(before),
+            is_complete=exhausted or end.skip_rest,
+            validation_requested=end.validation_requested,
+        )
+
+    def _share_state(self, stop: EpochStop) -> None:
+        """Gives all ranks the same buffers, counters and logged entries."""
+        self._coordinator.share_buffers(self._batches_started - self._epoch.batches_started, stop.batches_since)
+        self._count_as_ddp(stop.batches, stop.is_complete)
+        gather, reduce = self._collectives.gather_objects, self._collectives.reduce
+        align_results(self._results, self.trainer.lightning_module, gather, reduce)
+
+    def _catch_up(self, stop: EpochStop) -> None:
+        """Does what has come due since this rank's last batch: bars, schedulers, averages, checkpoints, metrics."""
+        trainer = self.trainer
         show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         share_averages(trainer)
-        strategy.save_checkpoints(lambda: save_passed(trainer))
-        if complete:
+        self._coordinator.save_on_rank_zero(lambda: save_passed(trainer))
+        if stop.is_complete:
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-        self._batches_that_stepped = max(0, strategy.log_clock - 1)
-        if not epoch.learning:
-            strategy.log_statistics(self._batches_that_stepped)
+        self._batches_that_stepped = max(0, self._coordinator.clock.log_step - 1)
+        if not self._epoch.learning:
+            self._coordinator.log_metrics(self._batches_that_stepped)
+
+    def _validate_if_due(self, stop: EpochStop) -> None:
+        epoch, trainer = self._epoch, self.trainer
+        assert epoch.plan is not None
         stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
-        due = epoch.plan.validation_due(position) or stopping or progress.validation_requested
-        due = due or (complete and trainer.val_check_batch == float("inf"))
+        due = epoch.plan.validation_due(stop.position) or stopping or stop.validation_requested
+        due = due or (stop.is_complete and trainer.val_check_batch == float("inf"))
         # Where the streams turn out to have ended at the last stop already, there is nothing new to validate.
-        if due and position != epoch.validated_at and self._should_check_val_epoch():
-            epoch.validated_at = position
+        if due and stop.position != epoch.validated_at and self._should_check_val_epoch():
+            epoch.validated_at = stop.position
             self._validate()
+
+    def _step_and_log(self) -> None:
+        """Steps the plateau schedulers, which may watch what was just validated, and writes the loggers' rows."""
         self.update_lr_schedulers("step", update_plateau_schedulers=True)
-        share_plateaus(trainer, strategy.broadcast, strategy.stepped_plateaus)
-        epoch.validation_requested = False
-        self._batches_that_stepped = strategy.log_clock
+        share_plateaus(self.trainer, self._collectives.broadcast, self._coordinator.stepped_plateaus)
+        self._batches_that_stepped = self._coordinator.clock.log_step
         self._save_loggers_on_train_batch_end()
-        self._agree_on_stopping()
-        epoch.agreed = True
-        if not self._is_training_done and trainer.received_sigterm:
-            strategy.raise_sigterm()
 
     def _validate(self) -> None:
         trainer = self.trainer
@@ -358,10 +372,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
             return
-        if not self._strategy.worker.has_unreported_batches:
+        if not self._coordinator.batches.has_unreported_batches:
             return
-        groups = trainer.optimizers[0].param_groups
-        if all(parameter.grad is None for group in groups for parameter in group["params"]):
+        if all(parameter.grad is None for parameter in parameters_in(trainer.optimizers[0])):
             # No batch gave a loss; a gradient scaler would complain.
             return
         zero = torch.zeros(())
@@ -380,8 +393,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             behind = step.total.completed - step.current.completed
             step.total.ready = step.total.completed = self.global_step
             step.current.ready = step.current.completed = max(0, self.global_step - behind)
-        self._strategy.restart_step_count()
+        self._coordinator.clock.restart()
 
     def _agree_on_stopping(self) -> None:
         trainer = self.trainer
-        trainer.should_stop = self._strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+        trainer.should_stop = self._collectives.reduce_boolean_decision(trainer.should_stop, all=False)
+        self._epoch.stage = Stage.AGREED

@@ -7,19 +7,19 @@ the number of ranks, and its metrics tell what asynchrony does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import ExitStack
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 from lightning_async.loops.last_batch import LastBatch
+from lightning_async.loops.patching import set_until_closed
+from lightning_async.loops.trainer_state import within_epoch
 from lightning_async.monitoring.diagnosis import slow_ranks
 from lightning_async.monitoring.stats import RunStats
 
-if TYPE_CHECKING:
-    from lightning_async.strategies.strategy import AsyncStrategy
-
-__all__ = ["BarMetrics", "bar_position", "follow_all_ranks", "show_progress", "unfollow_all_ranks"]
+__all__ = ["BarMetrics", "bar_position", "show_all_ranks", "show_progress"]
 
 # Numbers that change faster cannot be read.
 _REFRESH_S = 0.5
@@ -78,33 +78,26 @@ def bar_position(previous: int, now: int, every: int, total: float) -> int:
     return passed if passed > previous and now < total else now
 
 
-def follow_all_ranks(trainer: Trainer) -> None:
-    """Makes the trainer's progress bars show what all ranks have done."""
-    for bar in _bars(trainer):
-        _wrap(bar, cast("AsyncStrategy", trainer.strategy))
+def show_all_ranks(trainer: Trainer, stats: Callable[[], RunStats], undo: ExitStack) -> None:
+    """Makes the trainer's progress bars show what all ranks have done.
 
-
-def unfollow_all_ranks(trainer: Trainer) -> None:
-    """Undoes `follow_all_ranks`."""
+    Args:
+        trainer: the trainer.
+        stats: tells the run's statistics.
+        undo: gives the bars their own hooks again.
+    """
     for bar in _bars(trainer):
-        for name in ("on_train_batch_end", "get_metrics"):
-            vars(bar).pop(name, None)
+        _wrap(bar, stats, undo)
 
 
 def show_progress(trainer: Trainer) -> None:
     """Brings rank 0's bars up to date when all ranks have met: others may have finished the last batches."""
     if not trainer.is_global_zero:
         return
-    connector: Any = trainer._logger_connector
-    first_loop_iter = connector._first_loop_iter
-    # As within an epoch; else the epoch's metrics would be computed, on this rank alone.
-    connector._first_loop_iter = False
-    try:
+    with within_epoch(trainer):
         for bar in _bars(trainer):
             hook: Any = vars(bar)["on_train_batch_end"]
             hook.catch_up(trainer)
-    finally:
-        connector._first_loop_iter = first_loop_iter
 
 
 def _bars(trainer: Trainer) -> list[ProgressBar]:
@@ -113,9 +106,9 @@ def _bars(trainer: Trainer) -> list[ProgressBar]:
     return [callback for callback in callbacks if isinstance(callback, ProgressBar)]
 
 
-def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
+def _wrap(bar: ProgressBar, stats: Callable[[], RunStats], undo: ExitStack) -> None:
     show, tell = bar.on_train_batch_end, bar.get_metrics
-    metrics = BarMetrics(lambda: strategy.stats)
+    metrics = BarMetrics(stats)
     last = LastBatch(bar)
     shown = 0
 
@@ -142,4 +135,5 @@ def _wrap(bar: ProgressBar, strategy: AsyncStrategy) -> None:
             last.show(on_train_batch_end, trainer, trainer.lightning_module)
 
     on_train_batch_end.catch_up = catch_up  # type: ignore[attr-defined]  # for `show_progress`
-    vars(bar).update(on_train_batch_end=on_train_batch_end, get_metrics=get_metrics)
+    set_until_closed(undo, bar, "on_train_batch_end", on_train_batch_end)
+    set_until_closed(undo, bar, "get_metrics", get_metrics)

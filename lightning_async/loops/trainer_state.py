@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -19,6 +21,7 @@ __all__ = [
     "run_seed",
     "set_checkpoint_fields",
     "set_received_sigterm",
+    "within_epoch",
 ]
 
 
@@ -36,6 +39,17 @@ def logger_prefix(logger: WandbLogger) -> str:
     """What ``logger`` puts in front of the names of metrics."""
     own: Any = logger
     return f"{own._prefix}{own.LOGGER_JOIN_CHAR}" if own._prefix else ""
+
+
+@contextmanager
+def within_epoch(trainer: Trainer) -> Iterator[None]:
+    """While callbacks are called as after a batch, and the epoch's metrics are not computed: on this rank alone."""
+    connector: Any = trainer._logger_connector
+    before, connector._first_loop_iter = connector._first_loop_iter, False
+    try:
+        yield
+    finally:
+        connector._first_loop_iter = before
 
 
 def run_seed() -> int:

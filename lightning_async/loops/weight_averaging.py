@@ -9,35 +9,32 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
+from lightning_async.loops.patching import set_until_closed
 from lightning_async.loops.tensor_sync import broadcast_tensors
 
-__all__ = ["average_with_clock", "forget_clock", "share_averages"]
+__all__ = ["average_by_clock", "share_averages"]
 
 _HOOK = "on_train_batch_end"
 
 
-def average_with_clock(trainer: Trainer, ticks: Callable[[], range]) -> None:
+def average_by_clock(trainer: Trainer, ticks: Callable[[], range], undo: ExitStack) -> None:
     """Makes the callbacks average once for each step of the clock, on rank 0.
 
     Args:
         trainer: the trainer.
         ticks: tells the steps that the clock has just taken.
+        undo: gives the callbacks their own hook again.
     """
     for callback in _averaging(trainer):
         # One with a hook of its own knows what it does.
         if getattr(type(callback), _HOOK) is getattr(WeightAveraging, _HOOK):
-            vars(callback)[_HOOK] = functools.partial(_average, callback, ticks)
-
-
-def forget_clock(trainer: Trainer) -> None:
-    """Undoes `average_with_clock`."""
-    for callback in _averaging(trainer):
-        vars(callback).pop(_HOOK, None)
+            set_until_closed(undo, callback, _HOOK, functools.partial(_average, callback, ticks))
 
 
 def share_averages(trainer: Trainer) -> None:

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_async.data.rhythm import Rhythm, Seen, usual_group
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.layout import parameters_in
 from lightning_async.holder.tally import BATCHES, STEPS, Tally
+from lightning_async.loops.phase import Phase
 from lightning_async.loops.step_counter import StepCounter, batches_that_stepped
 from lightning_async.strategies.schedulers import SharedSchedulers, schedulers_in
 
@@ -44,6 +46,7 @@ class ByHand:
         trainer: the trainer.
         name: the strategy's name, for messages.
         version: the version that the fit begins with.
+        phase: the run's phase.
 
     Attributes:
         manual: whether the module optimizes manually.
@@ -51,7 +54,7 @@ class ByHand:
         steps: steps that one such group makes, of those that the trainer counts.
     """
 
-    def __init__(self, trainer: Trainer, name: str, version: int) -> None:
+    def __init__(self, trainer: Trainer, name: str, version: int, phase: Phase) -> None:
         module: LightningModule = trainer.lightning_module
         self.manual = not module.automatic_optimization
         self.group: int | None = None
@@ -67,7 +70,7 @@ class ByHand:
         self._warned = False
         self._pushes_leftover = False
         self.tally = Tally(self._counts_at(version))
-        self.schedulers = SharedSchedulers(trainer.world_size, first=BATCHES + 1)
+        self.schedulers = SharedSchedulers(trainer.world_size, BATCHES + 1, phase)
 
     def _counts_at(self, version: int) -> list[int]:
         return [version, batches_that_stepped(self._trainer) * self._trainer.world_size or version]
@@ -227,7 +230,7 @@ class ByHand:
         # Alone, the parameters stay as they are, and the gradient stays good for the next step, as under DDP. One that
         # user code has left out a step for, where it steps in each batch, was not meant to be applied.
         if batches and accumulates and self._trainer.world_size > 1:
-            gradients = [p.grad for p in _parameters(self._trainer.optimizers) if p.grad is not None]
+            gradients = [p.grad for each in self._trainer.optimizers for p in parameters_in(each) if p.grad is not None]
             if any(bool(gradient.count_nonzero()) for gradient in gradients):
                 pushed, lost = (batches, 0) if self._push_leftover(gradients) else (0, batches)
         if self._trainer.world_size > 1:
@@ -287,7 +290,3 @@ def _with_parts(schedulers: Iterable[Any]) -> Iterator[Any]:
     for scheduler in schedulers:
         yield scheduler
         yield from _with_parts(getattr(scheduler, "_schedulers", ()))
-
-
-def _parameters(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
-    return (parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"])

@@ -1,164 +1,166 @@
-"""What the ranks' strategy saves and loads: the holder's parameters, states and version, in torch's own format."""
+"""What a checkpoint stores of a fit: the holder's parameters, states and version, in torch's own format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
 
-from lightning_async.exchange.engine import Engine
-from lightning_async.exchange.worker import Worker
 from lightning_async.holder.holder import Snapshot
-from lightning_async.holder.tally import STEPS
-from lightning_async.loops import fit_loop as loops
 from lightning_async.loops.phase import Phase
 from lightning_async.strategies.by_hand import ByHand
+from lightning_async.strategies.clock import SharedClock
+from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.strategies.optimizer_proxy import (
-    bare_state,
     checkpointed_state,
     held_state,
     load_groups,
     snapshot_parameters,
 )
 from lightning_async.strategies.resume import EpochPlace
-from lightning_async.strategies.supervisor import StartedRanks
 
-__all__ = ["CheckpointedRanks"]
+__all__ = ["CHECKPOINT_KEY", "Checkpointing"]
 
 # One key for all strategies of this package: their checkpoints load in each other.
-_CHECKPOINT_KEY = "async_amsgrad"
+CHECKPOINT_KEY = "async_amsgrad"
 
 
-class CheckpointedRanks(StartedRanks):
-    """Started ranks that exchange gradients, as far as checkpoints and the version are concerned."""
+class Checkpointing:
+    """Puts checkpoints together and loads them; one fit's.
 
-    _engine: Engine | None = None
-    by_hand: ByHand | None = None
-    _snapshot: Snapshot | None = None
-    _version = 0
-    # The epoch and the order of its batches, as checkpoints record them; what a checkpoint said of them.
-    _epoch_order: tuple[int, str] | None = None
-    _resumed: EpochPlace | None = None
+    A checkpoint may be put together while the other ranks push. Parameters, optimizer states, counters and applied
+    batches come from one snapshot of the holder: taken with the module's state, which Lightning asks for first, and
+    given up when the file is written.
 
-    @property
-    def worker(self) -> Worker:
-        """This rank's worker; exists during fit."""
-        assert self._engine is not None
-        return self._engine.worker
+    Args:
+        module: the module that is trained.
+        exchange: this rank's part of the exchange.
+        clock: the counts that all ranks share.
+        by_hand: what user code does by hand.
+        phase: the run's phase.
+        scheduled_steps: tells the steps that the learning-rate schedulers have made.
+    """
 
-    @property
-    def version(self) -> int:
-        """The version k of the parameters that this rank holds: updates applied by all ranks."""
-        return self._version if self._engine is None else self.worker.version
+    def __init__(
+        self,
+        module: LightningModule,
+        exchange: GradientExchange,
+        clock: SharedClock,
+        by_hand: ByHand,
+        phase: Phase,
+        scheduled_steps: Callable[[], int],
+    ) -> None:
+        self._module = module
+        self._exchange = exchange
+        self._clock = clock
+        self._by_hand = by_hand
+        self._phase = phase
+        self._scheduled_steps = scheduled_steps
+        self._snapshot: Snapshot | None = None
+        # The epoch and the order of its batches, as checkpoints record them.
+        self._epoch_order: tuple[int, str] | None = None
+        # What a checkpoint has said of them.
+        self._resumed: EpochPlace | None = None
 
-    @property
-    def clock(self) -> int:
-        """The global clock: what ``trainer.global_step`` shows.
+    # --- where in an epoch -------------------------------------------------------------------------------------------
 
-        It is k // N; under manual optimization the steps that Lightning counts, which user code may have a hand in.
+    def begin_epoch(self, epoch: int, order: str, matches: Callable[[str], bool]) -> EpochPlace | None:
+        """Notes which epoch checkpoints are from; returns the place in it that a loaded one has recorded.
+
+        Args:
+            epoch: number of the epoch.
+            order: digest of the order of its batches.
+            matches: whether the order that a digest tells of is this one.
         """
-        return self.version // self.world_size if self._by_hand is None else self._by_hand.clock
+        self._epoch_order = (epoch, order)
+        resumed, self._resumed = self._resumed, None
+        return None if resumed is None else resumed.within(epoch, matches)
+
+    # --- saving ------------------------------------------------------------------------------------------------------
 
     @property
-    def log_clock(self) -> int:
-        """What loggers take as their x-axis: the clock; under manual optimization batches, as Lightning does."""
-        return self.clock if self._by_hand is None else self._by_hand.batch_clock
+    def snapshot_between_batches(self) -> tuple[Snapshot, int] | None:
+        """What a checkpoint consists of that is put together while the ranks train, and its step; else None."""
+        if self._snapshot is None or not self._phase.is_asynchronous:
+            return None
+        return self._snapshot, self._clock.step_of(self._snapshot)
 
-    @property
-    def _hand(self) -> ByHand:
-        assert self.by_hand is not None
-        return self.by_hand
+    def module_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The module's state dict with the holder's parameters; takes the checkpoint's snapshot.
 
-    @property
-    def _by_hand(self) -> ByHand | None:
-        return self.by_hand if self.by_hand is not None and self.by_hand.manual else None
-
-    def clock_of(self, snapshot: Snapshot) -> int:
-        """The clock of what a checkpoint consists of."""
-        steps = snapshot.counts[STEPS] if self._by_hand is not None and snapshot.counts else snapshot.version
-        return steps // self.world_size
-
-    @property
-    def snapshot_in_progress(self) -> Snapshot | None:
-        """What a checkpoint that is being put together consists of, on rank 0."""
-        return self._snapshot
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        if self._engine is None:
-            return state
-        # Parameters, optimizer states and applied batches of one checkpoint come from one version.
-        self._snapshot = snapshot = self._engine.snapshot()
+        Args:
+            state: the module's own; may be changed.
+        """
+        self._snapshot = snapshot = self._exchange.engine.snapshot()
         if snapshot is None:
             return state
-        assert self.lightning_module is not None
-        if Phase.asynchronous:
-            snapshot_parameters(state, self.lightning_module, self._engine, snapshot)
+        if self._phase.is_asynchronous:
+            snapshot_parameters(state, self._module, self._exchange.engine, snapshot)
             return state
         # Where the ranks meet the module's are the same, but for what user code has changed. Training writes to them.
         return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        own = getattr(optimizer, "_optimizer", optimizer)
-        if self._engine is not None and self._snapshot is not None:
-            return checkpointed_state(own, self._engine, self._snapshot)
-        if not self.is_global_zero:
-            # It is not written, and would have to be fetched.
-            return bare_state(own)
-        return super().optimizer_state(own)
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """An optimizer's state dict with the holder's state; None where no checkpoint is put together."""
+        if self._snapshot is None:
+            return None
+        return checkpointed_state(optimizer, self._exchange.engine, self._snapshot)
 
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def complete(self, checkpoint: dict[str, Any], version: int, world_size: int) -> None:
+        """Adds what a resumed run needs, to a checkpoint that is about to be written.
+
+        Args:
+            checkpoint: what Lightning has put together.
+            version: the version that this rank holds.
+            world_size: number of ranks N.
+        """
         snapshot, self._snapshot = self._snapshot, None
-        version = self.version if snapshot is None else snapshot.version
-        noted: dict[str, Any] = {"version": version, "world_size": self.world_size}
+        noted: dict[str, Any] = {
+            "version": version if snapshot is None else snapshot.version,
+            "world_size": world_size,
+            **self._by_hand.state(),
+            "counts": [*(self._by_hand.tally.totals if snapshot is None else snapshot.counts)],
+        }
         if snapshot is not None and self._epoch_order is not None:
-            clock = loops.scheduler_clock(self._trainer)
-            noted |= EpochPlace(*self._epoch_order, clock, snapshot.applied).state()
-        if self.by_hand is not None:
-            noted |= self.by_hand.state()
-            noted["counts"] = [*(self.by_hand.tally.totals if snapshot is None else snapshot.counts)]
-        checkpoint[_CHECKPOINT_KEY] = noted
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+            noted |= EpochPlace(*self._epoch_order, self._scheduled_steps(), snapshot.applied).state()
+        if snapshot is not None and self._phase.is_asynchronous:
+            # Lightning has read the clock before the snapshot was taken, and others have pushed in between.
+            checkpoint["global_step"] = self._clock.step_of(snapshot)
+        checkpoint[CHECKPOINT_KEY] = noted
 
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._engine is not None
-        saved = checkpoint.get(_CHECKPOINT_KEY, {})
-        version = int(checkpoint["global_step"]) * self.world_size
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer], world_size: int) -> None:
+        """Gives the holder a checkpoint's optimizer states and version, and this rank the rest.
+
+        Args:
+            checkpoint: what was loaded; of this package's strategies, or of any other.
+            optimizers: the module's.
+            world_size: number of ranks N.
+        """
+        saved = checkpoint.get(CHECKPOINT_KEY, {})
+        version = int(checkpoint["global_step"]) * world_size
         counts: list[int] = []
         if saved:
             version, *counts = (
                 # The same clock with another number of ranks is another version.
-                count if saved["world_size"] == self.world_size else count // saved["world_size"] * self.world_size
+                count if saved["world_size"] == world_size else count // saved["world_size"] * world_size
                 for count in (saved["version"], *saved.get("counts", ()))
             )
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
-        states = [
-            held_state(optimizer, state)
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        ]
-        if self._engine.service is not None and self._engine.service.restore(version, states):
+        engine, states = self._exchange.engine, checkpoint["optimizer_states"]
+        held = [held_state(optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
+        if engine.service is not None and engine.service.restore(version, held):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(optimizers, states, strict=True):
             # The module's optimizer only carries hyperparameters; the state is the holder's.
             load_groups(optimizer, state)
-        self._engine.states.reset()
-        self.worker.version = version
-        if self.by_hand is not None:
-            self.by_hand.load(saved, counts, version)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
+        engine.states.reset()
+        engine.worker.version = version
+        self._by_hand.load(saved, counts, version)

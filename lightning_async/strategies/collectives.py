@@ -38,6 +38,10 @@ class PhasedCollectives(DDPStrategy):
 
     _warned_of_local_reduce = False
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.phase = Phase()
+
     @property
     @abstractmethod
     def strategy_name(self) -> str:
@@ -118,7 +122,7 @@ class PhasedCollectives(DDPStrategy):
         Raises:
             MisconfigurationException: in the asynchronous phase: a result without the other ranks would be a lie.
         """
-        if Phase.asynchronous and self.world_size > 1:
+        if self.phase.is_asynchronous and self.world_size > 1:
             raise asynchronous_call_error("all_gather")
         return super().all_gather(tensor, group, sync_grads)
 
@@ -128,7 +132,7 @@ class PhasedCollectives(DDPStrategy):
         Raises:
             MisconfigurationException: if user code calls it there.
         """
-        if not Phase.asynchronous:
+        if not self.phase.is_asynchronous:
             return False
         if self.world_size > 1 and not self._called_by_library():
             raise asynchronous_call_error(f"trainer.strategy.{name}")

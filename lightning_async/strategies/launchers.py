@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.multiprocessing as mp
@@ -33,11 +33,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from typing_extensions import override
 
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit
-
-if TYPE_CHECKING:
-    from lightning_async.strategies.supervisor import StartedRanks
+from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
+
+StartMethod = Literal["spawn", "fork", "forkserver"]
 
 # How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
 _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
@@ -55,10 +55,10 @@ _END_TIMEOUT_S = 8.0
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Starts the script once per rank, or runs under torchrun or SLURM, which did."""
 
-    def __init__(self, strategy: StartedRanks) -> None:
+    def __init__(self, strategy: LaunchedStrategy, guard: RunGuard) -> None:
         assert strategy.cluster_environment is not None
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
-        self._strategy = strategy
+        self._guard = guard
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self.procs = list(_started)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
-            with self._watching(), self._strategy.guard_run():
+            with self._watching(), self._guard.guard_run():
                 return function(*args, **kwargs)
         except BaseException:
             self.end_children(_END_TIMEOUT_S)
@@ -142,7 +142,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             for local_rank, process in enumerate(processes, start=1):
                 if process.poll():
                     if not over.wait(_EXIT_STATUS_TIMEOUT_S):
-                        self._strategy.report_failure(local_rank, describe_exit(process.returncode))
+                        self._guard.report_failure(local_rank, describe_exit(process.returncode))
                     return
             over.wait(_POLL_S)
 
@@ -150,9 +150,18 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 class ProcessLauncher(_MultiProcessingLauncher):
     """Starts the ranks by spawn, fork or forkserver from a process that is none of them."""
 
+    def __init__(self, strategy: LaunchedStrategy, guard: RunGuard, start_method: StartMethod) -> None:
+        launched: Any = strategy
+        super().__init__(launched, start_method=start_method)
+        self._guard = guard
+
     def describe_start(self, num_nodes: int) -> str:
-        """See `ScriptLauncher.describe_start`; whatever the environment says of LOCAL_RANK, they are started here."""
+        """What starts the ranks; whatever the environment says of LOCAL_RANK, they are started here."""
         return _describe_own_start(num_nodes)
+
+    def describe_end(self, local_rank: int) -> str | None:
+        """None: a rank's process cannot see how another one has ended."""
+        return None
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -193,17 +202,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
-        strategy: Any = self._strategy
-        results = rest[2]
+        guard, results = self._guard, rest[2]
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
-                with strategy.guard_run():
+                with guard.guard_run():
                     return function(*args, **kwargs)
             except BaseException:
                 # Only rank 0 writes to the queue: a rank that is killed while it writes leaves it locked.
-                if process_idx == 0 and strategy.failure is not None:
-                    results.put(strategy.failure)
+                if process_idx == 0 and guard.failure is not None:
+                    results.put(guard.failure)
                 raise
 
         super()._wrapping_function(process_idx, trainer, guarded, *rest)

@@ -27,9 +27,11 @@ class SharedSchedulers:
     Args:
         world_size: number of ranks N.
         first: the place in the tally of the first scheduler's calls.
+        phase: the run's phase.
     """
 
-    def __init__(self, world_size: int, first: int) -> None:
+    def __init__(self, world_size: int, first: int, phase: Phase) -> None:
+        self._phase = phase
         self._world_size = world_size
         self._first = first
         self._schedulers: list[Any] = []
@@ -94,7 +96,7 @@ class SharedSchedulers:
 
     def _called(self, place: int, *arguments: Any, **keywords: Any) -> None:
         by_count = isinstance(self._schedulers[place], ReduceLROnPlateau) or not (arguments or keywords)
-        if not Phase.asynchronous or self._inside or not by_count or self.tally is None:
+        if not self._phase.is_asynchronous or self._inside or not by_count or self.tally is None:
             self._make(place, arguments, keywords)
             return
         self._arguments[place] = arguments, keywords

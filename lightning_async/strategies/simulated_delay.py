@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.layout import parameters_in
 from lightning_async.monitoring.loggers import sink_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 
@@ -231,7 +232,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         trainer = self._module.trainer
-        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        parameters = [parameter for optimizer in self.optimizers for parameter in parameters_in(optimizer)]
         copy_bytes = sum(parameter.nbytes for parameter in parameters)
         needed, available = (self.max_delay + 1) * copy_bytes, _memory_bytes(self.root_device)
         sizes = (

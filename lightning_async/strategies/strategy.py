@@ -1,19 +1,23 @@
-"""Lightning's face of the package: the strategy. Owns phases and state, computes nothing."""
+"""Lightning's face of the package: the strategy. Its hooks delegate to the parts of a run and of a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -24,36 +28,32 @@ from typing_extensions import override
 from lightning_async.data.shared_loader import share_loader
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions, WireDtype
-from lightning_async.exchange.param_views import UnsupportedGradientError
 from lightning_async.exchange.service import UpdateObserver
+from lightning_async.exchange.worker import Worker
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.holder.staleness import resolve_max_staleness
-from lightning_async.loops import fit_loop as loops
 from lightning_async.loops import trainer_state
-from lightning_async.loops.buffer_sync import check_ignored
-from lightning_async.loops.phase import Phase, keep_metrics_local, release_metrics
-from lightning_async.monitoring.loggers import sink_for
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.monitoring.stats import RunStats
 from lightning_async.monitoring.summary import print_summary
-from lightning_async.strategies.by_hand import ByHand
-from lightning_async.strategies.coordinator import SegmentedRanks
+from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.process_groups import open_exchange_group
+from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
+from lightning_async.strategies.collectives import PhasedCollectives
+from lightning_async.strategies.finders import refuse_finders
+from lightning_async.strategies.fit import Fit, set_up_fit
+from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
-from lightning_async.strategies.optimizer_proxy import (
-    agree_on_optimizers,
-    make_proxy,
-    place_in,
-    remove_proxy,
-    with_own_state,
-)
+from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
 from lightning_async.strategies.registration import register
-from lightning_async.strategies.validation import check_module, check_parameters, describe_gradient
-from lightning_async.transport.devices import RankDevices, describe_device, place_holder
+from lightning_async.strategies.signals import Signals
+from lightning_async.strategies.supervisor import RunSupervisor
 
 __all__ = ["AsyncStrategy"]
 
 
-class AsyncStrategy(SegmentedRanks):
+class AsyncStrategy(PhasedCollectives):
     """Asynchronous data-parallel training with a holder on rank 0 and bounded staleness, for any torch optimizer.
 
     Each rank computes gradients on its own batches and pushes them to rank 0, which applies them one by one in the
@@ -146,32 +146,115 @@ class AsyncStrategy(SegmentedRanks):
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self.worker_timeout_s = worker_timeout
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
         self.summary = summary
-        # Whether the train data is one loader, which all ranks may share.
-        self.has_one_train_loader = True
+        self._signals = Signals()
+        self._supervisor: RunSupervisor | None = None
+        # While a fit is under way: its loops, what undoes all changes, and its parts once they are set up.
+        self._loops: InstalledLoops | None = None
+        self._undo = ExitStack()
+        self._fit: Fit | None = None
+        self._has_one_train_loader = True
+        self._version_after_fit = 0
 
     # --- who and where -----------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version k of the parameters that this rank holds: updates applied by all ranks."""
+        return self._version_after_fit if self._fit is None else self.worker.version
+
+    @property
+    def worker(self) -> Worker:
+        """This rank's worker; exists during fit."""
+        assert self._fit is not None
+        return self._fit.exchange.worker
+
+    @property
+    def engine(self) -> Engine | None:
+        """This rank's part of the exchange; None outside of fit."""
+        return None if self._fit is None else self._fit.exchange.engine
+
+    @property
+    def failure(self) -> RunFailure | None:
+        """The first failure of the run, as far as this rank knows; None while there is none."""
+        return None if self._supervisor is None else self._supervisor.failure
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
         training = self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training
-        if training and self.has_one_train_loader:
+        if training and self._has_one_train_loader:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.FITTING
+
+    # --- starting the ranks ------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._layer_sync is not None:
+            raise MisconfigurationException(
+                f"{self.strategy_name} cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a "
+                "collective in every forward, and the ranks do not run forward together. Leave it out (running "
+                'statistics are averaged over the ranks before each validation), or use strategy="ddp".'
+            )
+        self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s)
+        self._launcher = self._supervisor.launcher
+        self._signals.launcher = self._launcher
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        devices = self.parallel_devices or []
+        if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
+            # NCCL refuses a group in which two ranks have the same GPU.
+            return "gloo"
+        return super()._get_process_group_backend()
+
+    @override
+    def setup_environment(self) -> None:
+        supervisor = self._supervisor
+        assert supervisor is not None
+        refuse_finders(self._trainer)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
+            # Lightning would take the group that an earlier run with one rank has left for this run's.
+            dist.destroy_process_group()
+        wants_holder_process = self._is_fitting and self.options.holder == "process"
+        if wants_holder_process and self.is_global_zero and self.world_size > 1:
+            supervisor.start_holder_process()
+        with supervisor.impatience():
+            super().setup_environment()
+            open_exchange_group(self._timeout)
+        supervisor.meet(super().broadcast)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            loops.install(model.trainer)
+        if self._is_fitting:
+            self._signals.forget()
+            self._loops = install(
+                self._trainer,
+                self.strategy_name,
+                self,
+                self.phase,
+                self._signals,
+                stats=lambda: self.stats,
+                on_train_loaders=self._note_train_loaders,
+            )
+            self._undo.callback(self._loops.remove)
 
     @override
     def configure_ddp(self) -> None:
@@ -193,7 +276,8 @@ class AsyncStrategy(SegmentedRanks):
 
     def _take_optimizer(self, optimizer: Optimizer) -> None:
         self._accept_optimizer(optimizer)
-        make_proxy(optimizer, self._push, lambda: self._engine is not None and self._engine.shares_parameters)
+        make_proxy(optimizer, self._push, lambda: self.engine is not None and self.engine.shares_parameters)
+        self._undo.callback(remove_proxy, optimizer)
 
     def _accept_optimizer(self, optimizer: Optimizer) -> None:
         """Refuses an optimizer that rank 0 cannot step."""
@@ -204,87 +288,61 @@ class AsyncStrategy(SegmentedRanks):
 
     @property
     @override
-    def _wants_holder_process(self) -> bool:
-        return self._trainer.state.fn == TrainerFn.FITTING and self.options.holder == "process"
+    def optimizers(self) -> list[Optimizer]:
+        return super().optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self.phase.is_asynchronous:
+            raise MisconfigurationException(
+                "the optimizers were replaced between two batches, while the other ranks train with those of before. "
+                "Replace them where the ranks meet, for example in on_train_epoch_start, on_validation_end or "
+                "on_train_epoch_end: the new ones are in force from the next batch."
+            )
+        own = [each.optimizer if isinstance(each, LightningOptimizer) else each for each in optimizers]
+        assign: Any = Strategy.optimizers.fset  # type: ignore[attr-defined]  # a property is a function to mypy
+        assign(self, own)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
+        if not self._is_fitting:
             return
-        keep_metrics_local()
-        self.share_module()
-        self.sigterm_received = False
-        self._epoch_order = self._resumed = None
-        self._version = trainer_state.optimizer_steps(trainer) * self.world_size
+        assert self.lightning_module is not None and self._loops is not None and self._supervisor is not None
         self.stats = RunStats(self.world_size)
-        self._engine = self._make_engine()
-        self.by_hand = ByHand(trainer, self.strategy_name, self._version)
-        if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
-            self._metrics.configure(self.configuration)
+        context = ExchangeContext(
+            name=self.strategy_name,
+            module=self.lightning_module,
+            options=self.options,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            device=self.root_device,
+            collectives=self,
+            meet=super().broadcast,
+            supervisor=self._supervisor,
+            stats=self.stats,
+            observers=self.observers,
+        )
+        self._fit = set_up_fit(
+            context,
+            trainer,
+            optimizers=lambda: self.optimizers,
+            take=self._take_optimizer,
+            version=trainer_state.optimizer_steps(trainer) * self.world_size,
+            phase=self.phase,
+            loops=self._loops,
+            signals=self._signals,
+            configuration=self.configuration,
+        )
+        self._undo.callback(self._fit.by_hand.release)
 
-    def _make_engine(self, predecessor: Engine | None = None) -> Engine:
-        assert self.lightning_module is not None and self._membership is not None
-        try:
-            check_module(self.lightning_module)
-            check_ignored(self.lightning_module, self.optimizers)
-            check_parameters(self.lightning_module, self.optimizers)
-            return Engine(
-                rank=self.global_rank,
-                world_size=self.world_size,
-                optimizers=self.optimizers,
-                options=self.options,
-                latch=self._membership.latch,
-                listener=self._membership.listener,
-                stats=self.stats,
-                observers=self.observers,
-                version=self._version,
-                meet=super().broadcast,
-                predecessor=predecessor,
-                devices=self._devices(),
-                process=self._holder_process,
-            )
-        except ValueError as error:
-            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}") from error
-
-    def _follow_user_code(self) -> None:
-        """Takes over what hooks between segments did to parameters, optimizers and their states; a collective call."""
-        engine = self._engine
-        assert engine is not None
-        agree_on_optimizers(self.optimizers, engine, self.gather_objects)
-        engine.load_parameters()
-        if engine.owns(self.optimizers):
-            engine.load_states()
-        else:
-            for optimizer in self.optimizers:
-                if engine.place_of(optimizer) is None:
-                    self._take_optimizer(optimizer)
-            self._version = engine.worker.version
-            engine.release_states(kept=self.optimizers)
-            # Rank 0 must not shut the listener on a rank that is still on its way to this engine.
-            self.barrier("optimizers or param groups have changed")
-            engine.close()
-            self._engine = self._make_engine(predecessor=engine)
-            self.worker.on_span = engine.worker.on_span
-            self.worker.tally = engine.worker.tally
-
-    def _devices(self) -> RankDevices:
-        """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
-        own, mine = self.root_device, describe_device(self.root_device)
-        choice = "cpu" if self.options.holder == "process" else self.options.holder_device
-        everyone = () if mine is None else self.gather_objects(mine)
-        try:
-            # Asked on every rank, so that all of them refuse what cannot be.
-            return RankDevices(own, mine, place_holder(choice, self.options.transport, everyone))
-        except ValueError as error:
-            raise MisconfigurationException(f"{error}.") from error
+    def _note_train_loaders(self, count: int) -> None:
+        self._has_one_train_loader = count == 1
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        trainer = self._trainer
-        training = trainer.state.fn == TrainerFn.FITTING and trainer.training
-        if training and self.has_one_train_loader and _walks_one_order(dataloader):
+        training = self._is_fitting and self._trainer.training
+        if training and self._has_one_train_loader and _walks_one_order(dataloader):
             share_loader(dataloader, self.world_size, self.global_rank, trainer_state.run_seed())
         return dataloader
 
@@ -298,44 +356,77 @@ class AsyncStrategy(SegmentedRanks):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        with self._hand.stepping():
+        by_hand = self._parts.by_hand
+        with by_hand.stepping():
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._automatic and self.worker.has_unreported_batches:
+        if not by_hand.manual and self.worker.has_unreported_batches:
             # Nothing was pushed: training_step returned None, or the gradient scaler found an infinity.
             self.worker.skip()
         return output
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._hand.before_backward(self.version)
+        self._parts.by_hand.before_backward(self.version)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._hand.explaining():
+        with self._parts.by_hand.explaining():
             return super().backward(closure_loss, *args, **kwargs)
 
     def _push(self, optimizer: Optimizer) -> None:
-        assert self._engine is not None
-        index = place_in(self._engine, optimizer)
-        self._engine.states.check_untouched()
-        self._hand.before_push(index, len(self.optimizers), self.version)
-        try:
-            self.worker.step(index)
-        except UnsupportedGradientError as error:
-            assert self.lightning_module is not None
-            raise MisconfigurationException(describe_gradient(self.lightning_module, error.parameter)) from error
-        self._hand.after_push()
+        self._parts.exchange.push(optimizer)
+
+    @property
+    def _parts(self) -> Fit:
+        assert self._fit is not None
+        return self._fit
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     @override
-    def enter_asynchronous_phase(self, tickets: int, equal_shares: bool = False) -> None:
-        self._follow_user_code()
-        super().enter_asynchronous_phase(tickets, equal_shares)
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        return state if self._fit is None else self._fit.checkpointing.module_state(state)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        own = getattr(optimizer, "_optimizer", optimizer)
+        saved = None if self._fit is None else self._fit.checkpointing.optimizer_state(own)
+        if saved is not None:
+            return saved
+        # Of other ranks it is not written, and would have to be fetched.
+        return super().optimizer_state(own) if self.is_global_zero else bare_state(own)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if self._fit is not None:
+            self._fit.checkpointing.complete(checkpoint, self.version, self.world_size)
+        else:
+            checkpoint[CHECKPOINT_KEY] = {"version": self.version, "world_size": self.world_size}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # A callback may have given the optimizers the param groups of the checkpoint.
-        self._follow_user_code()
-        super().load_optimizer_state_dict(checkpoint)
+        self._parts.exchange.follow_user_code()
+        self._parts.checkpointing.load(checkpoint, self.optimizers, self.world_size)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        fit = self._parts
+        if not self.is_global_zero:
+            # As under DDP, user code finds the state on every rank after fit.
+            fit.exchange.engine.states.load()
+        self.barrier("every rank has the optimizers' states")
+        if fit.metrics is not None:
+            fit.metrics.finish()
+        if self.summary and self.is_global_zero:
+            print_summary(self.configuration, self.stats)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -343,21 +434,16 @@ class AsyncStrategy(SegmentedRanks):
 
     @override
     def teardown(self) -> None:
-        Phase.end_asynchronous()
-        release_metrics()
-        engine, self._engine = self._engine, None
-        if self.by_hand is not None:
-            self.by_hand.release()
-        if engine is not None:
-            self._version = engine.worker.version
-            engine.release_states()
-            engine.close()
-            for optimizer in engine.optimizers:
-                remove_proxy(optimizer)
-        self._end_holder_process()
-        self._metrics = None
-        if self.lightning_module is not None and self.lightning_module._trainer is not None:
-            loops.uninstall(self.lightning_module.trainer)
+        # Whatever becomes of the exchange, Lightning, torchmetrics and what user code has are then as they were.
+        with self._undo.pop_all():
+            fit, self._loops = self._fit, None
+            if fit is not None:
+                fit.coordinator.abandon_segment()
+                self._version_after_fit = self.version
+                self._fit = None
+                fit.exchange.close()
+            if self._supervisor is not None:
+                self._supervisor.end_holder_process()
         self.model = self.lightning_module
         # It moves states to the host, which must not ask for those that are on rank 0.
         optimizers, self.optimizers = self.optimizers, with_own_state(self.optimizers)
@@ -365,26 +451,6 @@ class AsyncStrategy(SegmentedRanks):
         self.optimizers = optimizers
 
     # --- what the user sees ------------------------------------------------------------------------------------------
-
-    def log_statistics(self, step: int) -> None:
-        """Writes the ``async/`` metrics to the trainer's loggers, on rank 0."""
-        if self._metrics is not None:
-            assert self._engine is not None and self._engine.service is not None
-            self._engine.service.settle()
-            self._metrics.log(self.version, step, self._trainer.current_epoch)
-
-    @override
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        assert self._engine is not None
-        if not self.is_global_zero:
-            # As under DDP, user code finds the state on every rank after fit.
-            self._engine.states.load()
-        self.barrier("every rank has the optimizers' states")
-        if self._metrics is not None:
-            self._metrics.finish()
-        if self.summary and self.is_global_zero:
-            print_summary(self.configuration, self.stats)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -399,7 +465,7 @@ class AsyncStrategy(SegmentedRanks):
 
     @classmethod
     @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         register(cls.__name__, cls.strategy_name, cls, strategy_registry)
 
 

@@ -5,70 +5,67 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Literal
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from typing_extensions import override
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
-from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.failure import FailureLatch, RunFailure
+from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
-from lightning_async.runtime.process_groups import open_exchange_group
-from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.finders import refuse_finders
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.strategies.protocols import LaunchedStrategy
 
-__all__ = ["StartedRanks"]
+__all__ = ["RunSupervisor", "StartMethod"]
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 
 
-class StartedRanks(PhasedCollectives):
-    """The part of the strategy that every run needs, whether it trains or evaluates.
+class RunSupervisor:
+    """Watches over one run, whether it trains or evaluates: every rank ends well, or all of them know why not.
+
+    Args:
+        strategy: whose ranks they are.
+        start_method: how they are started.
+        worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
 
     Attributes:
-        worker_timeout_s: seconds without a sign of life after which a rank counts as lost; set by the subclass.
+        launcher: what starts the ranks.
+        holder_process: the holder's own process, on rank 0, where it has one.
     """
 
-    worker_timeout_s: float
-    _membership: Membership | None = None
-    # On rank 0, where holder and updates are to have a process of their own.
-    _holder_process: HolderProcess | None = None
-
-    @override
-    def _configure_launcher(self) -> None:
-        if self._layer_sync is not None:
-            raise MisconfigurationException(
-                f"{self.strategy_name} cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a "
-                "collective in every forward, and the ranks do not run forward together. Leave it out (running "
-                'statistics are averaged over the ranks before each validation), or use strategy="ddp".'
-            )
-        if self._start_method == "popen":
-            self._launcher = ScriptLauncher(self)
+    def __init__(self, strategy: LaunchedStrategy, start_method: StartMethod, worker_timeout_s: float) -> None:
+        self._ranks = strategy
+        self._worker_timeout_s = worker_timeout_s
+        self._membership: Membership | None = None
+        self.holder_process: HolderProcess | None = None
+        self.launcher: ScriptLauncher | ProcessLauncher
+        if start_method == "popen":
+            self.launcher = ScriptLauncher(strategy, self)
         else:
-            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+            self.launcher = ProcessLauncher(strategy, self, start_method)
 
-    @override
-    def _get_process_group_backend(self) -> str:
-        devices = self.parallel_devices or []
-        if self._process_group_backend is None and len(set(devices)) < len(devices) and self.root_device.type == "cuda":
-            # NCCL refuses a group in which two ranks have the same GPU.
-            return "gloo"
-        return super()._get_process_group_backend()
+    # --- what the launcher calls -------------------------------------------------------------------------------------
 
     def guard_run(self) -> AbstractContextManager[None]:
-        """What a launcher runs the trainer's function in: no failure of any rank leaves another one waiting."""
-        self.set_world_ranks()
-        known: dict[str, Any] = {}
-        if isinstance(self._launcher, ScriptLauncher):
-            known = {"describe_end": self._describe_end, "exit_process": self._launcher.exit_process}
-        self._membership = Membership(self.global_rank, self.worker_timeout_s, graceful=(SIGTERMException,), **known)
+        """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
+        self._ranks.set_world_ranks()
+        self._membership = Membership(
+            self._ranks.global_rank,
+            self._worker_timeout_s,
+            describe_end=self._describe_end,
+            graceful=(SIGTERMException,),
+            exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
+        )
         return self._guarded(self._membership)
 
     @contextmanager
@@ -78,16 +75,7 @@ class StartedRanks(PhasedCollectives):
                 yield
             finally:
                 # Lightning does not tear a spawned rank down that fails.
-                self._end_holder_process()
-
-    @property
-    def _wants_holder_process(self) -> bool:
-        return False
-
-    def _end_holder_process(self) -> None:
-        process, self._holder_process = self._holder_process, None
-        if process is not None:
-            process.end()
+                self.end_holder_process()
 
     @property
     def failure(self) -> RunFailure | None:
@@ -96,45 +84,55 @@ class StartedRanks(PhasedCollectives):
 
     def report_failure(self, local_rank: int, reason: str) -> None:
         """Tells this rank that the process of another one on this host has ended with an error."""
-        assert self._membership is not None
-        self._membership.latch.trip(RunFailure(self.node_rank * self.num_processes + local_rank, reason))
+        self.latch.trip(RunFailure(self._ranks.node_rank * self._ranks.num_processes + local_rank, reason))
 
     def _describe_end(self, rank: int) -> str | None:
-        launcher: Any = self._launcher
-        described: str | None = launcher.describe_end(rank - self.node_rank * self.num_processes)
-        return described
+        return self.launcher.describe_end(rank - self._ranks.node_rank * self._ranks.num_processes)
 
-    @override
-    def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        refuse_finders(self.lightning_module.trainer)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
-            # Lightning would take the group that an earlier run with one rank has left for this run's.
-            dist.destroy_process_group()
-        if self._wants_holder_process and self.is_global_zero and self.world_size > 1:
-            # It imports while the ranks find each other.
-            self._holder_process = HolderProcess()
-        with self._impatience():
-            super().setup_environment()
-            open_exchange_group(self._timeout)
-        assert self._membership is not None and self.cluster_environment is not None
-        host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
-        self._membership.meet(self.world_size, host, super().broadcast)
+    # --- what the strategy calls -------------------------------------------------------------------------------------
+
+    @property
+    def latch(self) -> FailureLatch:
+        """The run's failure latch."""
+        assert self._membership is not None
+        return self._membership.latch
+
+    @property
+    def listener(self) -> Listener | None:
+        """Rank 0's listener; None elsewhere or if rank 0 is alone."""
+        assert self._membership is not None
+        return self._membership.listener
+
+    def start_holder_process(self) -> None:
+        """Starts the holder's own process, which imports while the ranks find each other."""
+        self.holder_process = HolderProcess()
+
+    def end_holder_process(self) -> None:
+        """Ends the holder's own process, if there is one."""
+        process, self.holder_process = self.holder_process, None
+        if process is not None:
+            process.end()
+
+    def meet(self, broadcast: Callable[[str], str]) -> None:
+        """Ties the ranks together, once they have a process group; a collective call."""
+        environment = self._ranks.cluster_environment
+        assert self._membership is not None and environment is not None
+        host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
+        self._membership.meet(self._ranks.world_size, host, broadcast)
         _prepare_exit()
 
     @contextmanager
-    def _impatience(self) -> Iterator[None]:
+    def impatience(self) -> Iterator[None]:
         """Says what is being waited for if the ranks do not find each other soon; they give up after `timeout`."""
-        environment, launcher = self.cluster_environment, self._launcher
+        environment = self._ranks.cluster_environment
         assert environment is not None
-        assert isinstance(launcher, (ScriptLauncher, ProcessLauncher))
-        hint = launcher.describe_start(self.num_nodes)
+        hint = self.launcher.describe_start(self._ranks.num_nodes)
         timer = threading.Timer(
             _PATIENCE_S,
             lambda: log.warning(
                 "rank %d of %d has waited %.0f s for the others at %s:%d; %s",
-                self.global_rank,
-                self.world_size,
+                self._ranks.global_rank,
+                self._ranks.world_size,
                 _PATIENCE_S,
                 environment.main_address,
                 environment.main_port,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_async.holder.layout import exchanged
+from lightning_async.holder.layout import exchanged, parameters_in
 
 __all__ = ["check_module", "check_parameters", "describe_gradient"]
 
@@ -51,14 +51,13 @@ def check_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimiz
         ValueError: if there is one; the message names it, and says what to do.
     """
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and not exchanged(parameter):
-                    raise ValueError(
-                        f"{_name_of(module, parameter)} is trained and of {parameter.dtype}, and gradients are "
-                        "exchanged in real numbers. Keep it as a real parameter and take torch.view_as_complex(...) of "
-                        'it in forward, freeze it with requires_grad=False, or use strategy="ddp"'
-                    )
+        for parameter in parameters_in(optimizer):
+            if parameter.requires_grad and not exchanged(parameter):
+                raise ValueError(
+                    f"{_name_of(module, parameter)} is trained and of {parameter.dtype}, and gradients are "
+                    "exchanged in real numbers. Keep it as a real parameter and take torch.view_as_complex(...) of "
+                    'it in forward, freeze it with requires_grad=False, or use strategy="ddp"'
+                )
 
 
 def describe_gradient(module: nn.Module, parameter: Tensor) -> str:

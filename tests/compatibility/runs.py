@@ -69,7 +69,7 @@ class Reporting(TinyClassifier):
                 # Groups that were added later come last.
                 named = zip(layout._places, update["hyperparams"], strict=False)
                 update["lrs"] = [value for (_, key, _), value in named if key == "lr"]
-            snapshot = strategy._engine.snapshot()
+            snapshot = strategy.engine.snapshot()
             facts |= {"updates": strategy.observers[0].updates, "holder": snapshot.optimizer_states}
         report(Path.cwd(), self.global_rank, **facts)
 

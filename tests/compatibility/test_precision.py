@@ -29,7 +29,7 @@ class Precise(Reporting):
 
     def facts(self) -> dict[str, Any]:
         strategy: Any = self.trainer.strategy
-        snapshot = strategy._engine.snapshot()
+        snapshot = strategy.engine.snapshot()
         return {"dtypes": self.dtypes, "masters": None if snapshot is None else snapshot.parameters}
 
 

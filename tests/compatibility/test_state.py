@@ -36,9 +36,9 @@ def fit(
     (folder / "versions").mkdir(exist_ok=True)
 
     def keep(update: Any, tickets: tuple[int, ...]) -> None:
-        assert strategy._engine is not None
-        assert strategy._engine.local_service is not None
-        torch.save(strategy._engine.local_service.holder._flat, folder / "versions" / f"{update.version}.pt")
+        assert strategy.engine is not None
+        assert strategy.engine.local_service is not None
+        torch.save(strategy.engine.local_service.holder._flat, folder / "versions" / f"{update.version}.pt")
 
     strategy.observers.append(keep)
     arguments = {"callbacks": [*callbacks], "enable_checkpointing": True} | arguments

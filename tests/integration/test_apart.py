@@ -26,7 +26,8 @@ COLLECTIVES = (
 class CollectiveCounter:
     """Counts, by phase, the collectives that this process calls, whoever calls them."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
         self.asynchronous: list[str] = []
         self.synchronous: list[str] = []
         for name in COLLECTIVES:
@@ -36,7 +37,7 @@ class CollectiveCounter:
 
     def _counted(self, name: str, original: Any) -> Any:
         def collective(*args: Any, **kwargs: Any) -> Any:
-            (self.asynchronous if Phase.asynchronous else self.synchronous).append(name)
+            (self.asynchronous if self.phase.is_asynchronous else self.synchronous).append(name)
             return original(*args, **kwargs)
 
         return collective
@@ -53,7 +54,7 @@ class Talkative(TinyClassifier):
         self.asynchronous_batches = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.asynchronous_batches += Phase.asynchronous
+        self.asynchronous_batches += self.counter.phase.is_asynchronous
         loss = super().training_step(batch, batch_idx)
         self.accuracy(self.net(batch[0]), batch[1])
         self.accuracy.compute()
@@ -89,7 +90,7 @@ def test_no_collective_runs_between_batches_and_fast_ranks_take_more_of_them(tmp
                 Timer({"hours": 1}),
             ],
         )
-        trainer.fit(Talkative(folder, CollectiveCounter()), loader(240), loader(24))
+        trainer.fit(Talkative(folder, CollectiveCounter(trainer.strategy.phase)), loader(240), loader(24))
 
     run = launch(script, tmp_path)
 
@@ -113,7 +114,7 @@ def test_the_counter_sees_the_collective_that_lightning_runs_before_every_batch(
         AsyncEpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
         # Equal shares: with this broadcast in, unequal ones would leave a rank waiting.
         trainer = fork_trainer(folder, 3, AsyncAMSGradStrategy(batches="sharded", start_method="fork"))
-        trainer.fit(Talkative(folder, CollectiveCounter()), loader(48))
+        trainer.fit(Talkative(folder, CollectiveCounter(trainer.strategy.phase)), loader(48))
 
     run = launch(script, tmp_path)
 

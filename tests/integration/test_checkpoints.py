@@ -35,7 +35,7 @@ class Module(TinyClassifier):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
     def state(self) -> dict[str, Any]:
-        engine = getattr(self.trainer.strategy, "_engine", None)
+        engine = getattr(self.trainer.strategy, "engine", None)
         snapshot = None if engine is None else engine.snapshot()
         optimizer = copy.deepcopy(self.trainer.optimizers[0].state_dict())
         return {
@@ -290,9 +290,9 @@ def test_a_checkpoint_between_batches_is_of_one_version_and_no_larger_than_its_c
         strategy = AsyncAMSGradStrategy(start_method="fork")
 
         def observe(update: Any, tickets: tuple[int, ...]) -> None:
-            assert strategy._engine is not None
-            assert strategy._engine.local_service is not None
-            versions[update.version] = strategy._engine.local_service.holder._flat.clone()
+            assert strategy.engine is not None
+            assert strategy.engine.local_service is not None
+            versions[update.version] = strategy.engine.local_service.holder._flat.clone()
 
         class Observed(Module):
             def on_train_end(self) -> None:

@@ -54,7 +54,7 @@ class StateKeeper(Callback):
 
     def note(self, hook: str, trainer: Trainer, module: LightningModule) -> None:
         self.states.append((hook, {name: value.clone() for name, value in module.state_dict().items()}))
-        snapshot = trainer.strategy._engine.snapshot()  # type: ignore[attr-defined]
+        snapshot = trainer.strategy.engine.snapshot()  # type: ignore[attr-defined]
         if snapshot is not None:
             self.held.append(snapshot.parameters)
 

@@ -37,7 +37,7 @@ class Module(TinyClassifier):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_train_start(self) -> None:
-        snapshot = self.trainer.strategy._engine.snapshot()
+        snapshot = self.trainer.strategy.engine.snapshot()
         self.began = {
             "version": self.trainer.strategy.version,
             "epoch": self.trainer.current_epoch,
@@ -84,7 +84,7 @@ class SavesInMidEpoch(Module):
             self.own_batches += 1
             if self.own_batches == 6 and self.global_rank in self.ranks:
                 # The others go on: what is saved is further than what this rank has seen.
-                service = self.trainer.strategy._engine.service
+                service = self.trainer.strategy.engine.service
                 before = 0 if service is None else service.progress()[0]
                 for _ in range(50):
                     if service is not None and service.progress()[0] < before + RANKS:
@@ -260,7 +260,7 @@ class SavesAtTheEnd(SavesInMidEpoch):
         if self.current_epoch == 1 and self.global_rank == 0:
             self.own_batches += 1
             if self.own_batches == 14:
-                service = self.trainer.strategy._engine.service
+                service = self.trainer.strategy.engine.service
                 while service.progress()[0] < TICKETS:
                     time.sleep(0.001)
                 self.trainer.save_checkpoint(self.path)

@@ -25,7 +25,6 @@ from lightning_async.loops.phase import Phase
 def group() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
-    Phase.end_asynchronous()
     dist.destroy_process_group()
 
 
@@ -95,9 +94,10 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_collective_in_a_batch_is_refused_by_its_name_and_place(call: str) -> None:
-    Phase.begin_asynchronous()
-
-    with pytest.raises(MisconfigurationException, match="while the ranks train asynchronously") as refused:
+    with (
+        Phase().asynchronous(),
+        pytest.raises(MisconfigurationException, match="while the ranks train asynchronously") as refused,
+    ):
         CALLS[call]()
 
     name = call.partition(",")[0]
@@ -108,28 +108,27 @@ def test_a_collective_in_a_batch_is_refused_by_its_name_and_place(call: str) -> 
 # The fake group cannot tell who has sent.
 @pytest.mark.parametrize("call", [call for call in CALLS if "from anyone" not in call])
 def test_between_segments_the_same_call_is_torchs_own(call: str) -> None:
-    Phase.begin_asynchronous()
-    Phase.end_asynchronous()
+    with Phase().asynchronous():
+        pass
 
     CALLS[call]()
 
 
 def test_a_group_of_user_code_with_several_ranks_is_refused_too() -> None:
     both = dist.new_group([0, 1])
-    Phase.begin_asynchronous()
 
-    with pytest.raises(MisconfigurationException, match=r"all_reduce \(.* train asynchronously"):
+    with Phase().asynchronous(), pytest.raises(MisconfigurationException, match=r"all_reduce \(.* asynchronously"):
         dist.all_reduce(ones(), group=both)
 
 
 def test_a_group_of_this_rank_alone_waits_for_nobody_and_works() -> None:
     alone = dist.new_group([0])
     tensor, gathered = ones(), [torch.zeros(2)]
-    Phase.begin_asynchronous()
 
-    dist.all_reduce(tensor, group=alone)
-    dist.barrier(group=alone)
-    dist.all_gather(gathered, tensor, group=alone)
+    with Phase().asynchronous():
+        dist.all_reduce(tensor, group=alone)
+        dist.barrier(group=alone)
+        dist.all_gather(gathered, tensor, group=alone)
 
     assert tensor.tolist() == gathered[0].tolist() == [1.0, 1.0]
 

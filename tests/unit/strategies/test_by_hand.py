@@ -35,9 +35,11 @@ from lightning_async.strategies.schedulers import SharedSchedulers, schedulers_i
 from lightning_async.transport.fields import unpack_counts
 
 
-@pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Phase, "asynchronous", True)
+def asynchronous() -> Phase:
+    """The phase in which ranks train, without its guard over collectives."""
+    phase = Phase()
+    phase.is_asynchronous = True
+    return phase
 
 
 def optimizer() -> torch.optim.Optimizer:
@@ -50,12 +52,12 @@ def optimizer() -> torch.optim.Optimizer:
 class Ranks:
     """Several ranks with a scheduler each, and the sums that they hear."""
 
-    def __init__(self, make: Any, ranks: int) -> None:
+    def __init__(self, make: Any, ranks: int, phase: Phase | None = None) -> None:
         self.totals: list[int] = [0]
         self.schedulers, self.shared, self.tallies = [], [], []
         for _ in range(ranks):
             own = optimizer()
-            scheduler, tally, shared = make(own), Tally([0]), SharedSchedulers(ranks, first=0)
+            scheduler, tally, shared = make(own), Tally([0]), SharedSchedulers(ranks, 0, phase or asynchronous())
             shared.share([scheduler])
             shared.tally = tally
             self.schedulers.append(scheduler)
@@ -75,22 +77,18 @@ class Ranks:
 
 @given(calls=st.lists(st.integers(0, 2), max_size=48))
 def test_a_schedule_is_where_the_calls_of_all_ranks_take_it_and_never_ahead(calls: list[int]) -> None:
-    before, Phase.asynchronous = Phase.asynchronous, True
-    try:
-        ranks = Ranks(lambda own: OneCycleLR(own, max_lr=1.0, total_steps=max(1, len(calls) // 3)), ranks=3)
-        for position, rank in enumerate(calls, start=1):
-            ranks.schedulers[rank].step()
-            assert ranks.schedulers[rank].last_epoch <= position // 3
-            ranks.exchange(rank)
-        ranks.meet()
-    finally:
-        Phase.asynchronous = before
+    ranks = Ranks(lambda own: OneCycleLR(own, max_lr=1.0, total_steps=max(1, len(calls) // 3)), ranks=3)
+    for position, rank in enumerate(calls, start=1):
+        ranks.schedulers[rank].step()
+        assert ranks.schedulers[rank].last_epoch <= position // 3
+        ranks.exchange(rank)
+    ranks.meet()
 
     assert [scheduler.last_epoch for scheduler in ranks.schedulers] == [len(calls) // 3] * 3
 
 
 def test_where_the_ranks_meet_a_schedule_is_stepped_as_it_is_told() -> None:
-    ranks = Ranks(lambda own: ExponentialLR(own, 0.5), ranks=2)
+    ranks = Ranks(lambda own: ExponentialLR(own, 0.5), ranks=2, phase=Phase())
 
     for scheduler in ranks.schedulers:
         scheduler.step()
@@ -98,7 +96,7 @@ def test_where_the_ranks_meet_a_schedule_is_stepped_as_it_is_told() -> None:
     assert [scheduler.get_last_lr() for scheduler in ranks.schedulers] == [[0.5], [0.5]]
 
 
-def test_a_call_that_names_the_place_in_the_schedule_is_made(asynchronous: None) -> None:
+def test_a_call_that_names_the_place_in_the_schedule_is_made() -> None:
     ranks = Ranks(lambda own: LambdaLR(own, lambda epoch: 1.0 / (1 + epoch)), ranks=2)
 
     with pytest.warns(UserWarning, match="deprecated"):
@@ -107,7 +105,7 @@ def test_a_call_that_names_the_place_in_the_schedule_is_made(asynchronous: None)
     assert ranks.schedulers[0].get_last_lr() == [0.25]
 
 
-def test_a_plateau_steps_by_the_value_that_its_rank_knows(asynchronous: None) -> None:
+def test_a_plateau_steps_by_the_value_that_its_rank_knows() -> None:
     ranks = Ranks(lambda own: ReduceLROnPlateau(own, factor=0.1, patience=0), ranks=2)
     for value in (1.0, 2.0):
         for rank in (0, 1):
@@ -120,11 +118,11 @@ def test_a_plateau_steps_by_the_value_that_its_rank_knows(asynchronous: None) ->
     assert ranks.shared[0].plateaus == [ranks.schedulers[0]]
 
 
-def test_a_schedule_of_schedules_steps_those_that_it_has(asynchronous: None) -> None:
+def test_a_schedule_of_schedules_steps_those_that_it_has() -> None:
     own = optimizer()
     parts: list[LRScheduler] = [LinearLR(own, 0.5, total_iters=1), ConstantLR(own, 1.0)]
     whole = SequentialLR(own, parts, milestones=[1])
-    shared = SharedSchedulers(1, first=0)
+    shared = SharedSchedulers(1, 0, asynchronous())
     shared.share([whole, *parts])
     shared.tally = Tally([0, 0, 0])
 
@@ -137,7 +135,7 @@ def test_a_schedule_of_schedules_steps_those_that_it_has(asynchronous: None) -> 
 def test_a_shared_scheduler_is_saved_and_copied_as_the_user_made_it() -> None:
     scheduler = ExponentialLR(optimizer(), 0.5)
     plain = ExponentialLR(optimizer(), 0.5).state_dict()
-    shared = SharedSchedulers(2, first=0)
+    shared = SharedSchedulers(2, 0, Phase())
     shared.share([scheduler])
 
     copied, sent = copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))

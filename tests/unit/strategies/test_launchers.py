@@ -176,7 +176,7 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
 ) -> None:
     monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
     reported: list[tuple[int, str]] = []
-    script._strategy = SimpleNamespace(report_failure=lambda rank, reason: reported.append((rank, reason)))
+    script._guard = SimpleNamespace(report_failure=lambda rank, reason: reported.append((rank, reason)))
     script.procs = [child("false"), *map(child, others)]
     script.procs[0].wait()
 
@@ -188,14 +188,12 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
 def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=29500)
-    launcher = ProcessLauncher.__new__(ProcessLauncher)
-    strategy: Any = SimpleNamespace(
-        cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1, _launcher=launcher
-    )
+    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1)
+    supervisor = ranks.RunSupervisor(strategy, "spawn", worker_timeout_s=60.0)
 
-    with ranks.StartedRanks._impatience(strategy):
+    with supervisor.impatience():
         time.sleep(0.3)
-    with ranks.StartedRanks._impatience(strategy):
+    with supervisor.impatience():
         pass
     time.sleep(0.1)
 
@@ -249,14 +247,12 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     heard = threading.Event()
     script.procs = [child("sh -c 'sleep 0.2; exit 3'" if first_fails else "sleep 60")]
     monkeypatch.setattr(launchers, "_started", list(script.procs))
-    strategy: Any = SimpleNamespace(
-        cluster_environment=LightningEnvironment(),
-        num_processes=2,
-        num_nodes=1,
+    strategy: Any = SimpleNamespace(cluster_environment=LightningEnvironment(), num_processes=2, num_nodes=1)
+    guard: Any = SimpleNamespace(
         guard_run=nullcontext,
         report_failure=lambda rank, reason: (reported.append((rank, reason)), heard.set()),
     )
-    later = ScriptLauncher(strategy)
+    later = ScriptLauncher(strategy, guard)
 
     def part() -> None:
         if first_fails:
@@ -284,10 +280,9 @@ def test_a_run_that_would_wait_for_ranks_nobody_starts_is_refused(
     monkeypatch.delenv(launchers._STARTED_RANKS, raising=False)
     if started is not None:
         monkeypatch.setenv(launchers._STARTED_RANKS, started)
-    strategy: Any = SimpleNamespace(
-        cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1, guard_run=nullcontext
-    )
-    launcher = ScriptLauncher(strategy)
+    strategy: Any = SimpleNamespace(cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1)
+    guard: Any = SimpleNamespace(guard_run=nullcontext)
+    launcher = ScriptLauncher(strategy, guard)
 
     if refused:
         with pytest.raises(MisconfigurationException, match="started 2 ranks"):

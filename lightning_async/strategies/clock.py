@@ -1,0 +1,78 @@
+"""The counts that all ranks share: versions, steps and batches, as Lightning shows them per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_async.holder.holder import Snapshot
+from lightning_async.holder.tally import STEPS
+from lightning_async.loops.protocols import Clock
+from lightning_async.strategies.by_hand import ByHand
+
+__all__ = ["SharedClock"]
+
+
+class SharedClock(Clock):
+    """The clock of one fit: updates over ranks; under manual optimization the steps that Lightning counts.
+
+    Under automatic optimization each update is a step. By hand, user code may make several updates a step or none, so
+    the ranks report what Lightning has counted on them.
+
+    Args:
+        version: tells the version of the parameters that this rank holds.
+        world_size: number of ranks N.
+        by_hand: what user code does by hand.
+        accumulate: tells how many batches make one update under automatic optimization.
+    """
+
+    def __init__(
+        self, version: Callable[[], int], world_size: int, by_hand: ByHand, accumulate: Callable[[], int]
+    ) -> None:
+        self._version = version
+        self._world_size = world_size
+        self._by_hand = by_hand
+        self._accumulate = accumulate
+
+    @property
+    @override
+    def step(self) -> int:
+        return self._by_hand.clock if self._by_hand.manual else self._version() // self._world_size
+
+    @property
+    @override
+    def log_step(self) -> int:
+        return self._by_hand.batch_clock if self._by_hand.manual else self.step
+
+    @property
+    @override
+    def block(self) -> int:
+        return self._by_hand.group or 1 if self._by_hand.manual else self._accumulate()
+
+    @property
+    @override
+    def steps_of_all_ranks(self) -> tuple[int, int]:
+        if self._by_hand.manual:
+            return self._by_hand.tally.total(STEPS), self._by_hand.steps
+        return self._version(), 1
+
+    @property
+    @override
+    def must_learn(self) -> bool:
+        return self._by_hand.must_learn
+
+    @property
+    @override
+    def has_learned(self) -> bool:
+        return self._by_hand.has_learned
+
+    @override
+    def restart(self) -> None:
+        self._by_hand.restart_count()
+
+    def step_of(self, snapshot: Snapshot) -> int:
+        """The step of what a checkpoint consists of."""
+        steps: Any = snapshot.counts[STEPS] if self._by_hand.manual and snapshot.counts else snapshot.version
+        return int(steps) // self._world_size

@@ -1,0 +1,124 @@
+"""The parts of one fit, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_async.loops.buffer_sync import BufferSync, check_averaged, share_module
+from lightning_async.loops.installation import InstalledLoops
+from lightning_async.loops.phase import Phase
+from lightning_async.loops.protocols import RunSignals
+from lightning_async.monitoring.loggers import sink_for
+from lightning_async.monitoring.stats import MetricsLogger
+from lightning_async.strategies.by_hand import ByHand
+from lightning_async.strategies.checkpointing import Checkpointing
+from lightning_async.strategies.clock import SharedClock
+from lightning_async.strategies.coordinator import Coordinator
+from lightning_async.strategies.gradient_exchange import ExchangeContext, GradientExchange
+
+__all__ = ["Fit", "set_up_fit"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The parts of one fit on this rank.
+
+    Args:
+        exchange: this rank's part of the exchange.
+        by_hand: what user code does by hand.
+        clock: the counts that all ranks share.
+        checkpointing: puts checkpoints together and loads them.
+        coordinator: brings the ranks together between segments.
+        metrics: logs the ``async/`` metrics, on rank 0; None without a logger.
+    """
+
+    exchange: GradientExchange
+    by_hand: ByHand
+    clock: SharedClock
+    checkpointing: Checkpointing
+    coordinator: Coordinator
+    metrics: MetricsLogger | None
+
+
+def set_up_fit(
+    context: ExchangeContext,
+    trainer: Trainer,
+    optimizers: Callable[[], list[Optimizer]],
+    take: Callable[[Optimizer], None],
+    version: int,
+    phase: Phase,
+    loops: InstalledLoops,
+    signals: RunSignals,
+    configuration: dict[str, Any],
+) -> Fit:
+    """Gives all ranks one module, and builds the parts of a fit; a collective call.
+
+    Args:
+        context: what an engine is built from.
+        trainer: the trainer.
+        optimizers: tells the module's optimizers.
+        take: makes an optimizer's step push.
+        version: the version to start from.
+        phase: the run's phase.
+        loops: the trainer's loops, which follow the coordinator from here on.
+        signals: what signals have asked for.
+        configuration: how the run exchanges gradients, for the loggers.
+
+    Raises:
+        MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
+    """
+    buffers = _share(context)
+    by_hand = ByHand(trainer, context.name, version, phase)
+    exchange = GradientExchange(context, optimizers, take, by_hand, version)
+    clock = SharedClock(
+        lambda: exchange.worker.version,
+        context.world_size,
+        by_hand,
+        accumulate=lambda: int(trainer.accumulate_grad_batches),
+    )
+    checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
+    metrics: MetricsLogger | None = None
+    if context.rank == 0 and trainer.loggers:
+        metrics = _metrics_for(trainer.loggers, context)
+        metrics.configure(configuration)
+    coordinator = Coordinator(
+        trainer,
+        context.collectives,
+        phase,
+        exchange,
+        clock,
+        by_hand,
+        checkpointing,
+        context.stats,
+        metrics,
+        loops.metrics,
+        buffers,
+        lambda: signals.sigterm_received,
+    )
+    loops.follow(coordinator)
+    return Fit(exchange, by_hand, clock, checkpointing, coordinator, metrics)
+
+
+def _share(context: ExchangeContext) -> BufferSync | None:
+    """Gives every rank rank 0's parameters and buffers; returns what keeps the buffers alike, if there are several."""
+    module: LightningModule = context.module
+    gather = context.collectives.gather_objects
+    try:
+        check_averaged(module)
+        if context.world_size == 1:
+            return None
+        share_module(module, gather)
+    except ValueError as error:
+        raise MisconfigurationException(f"{context.name} cannot train this module: {error}.") from error
+    return BufferSync(module, gather, context.rank)
+
+
+def _metrics_for(loggers: Sequence[Logger], context: ExchangeContext) -> MetricsLogger:
+    return MetricsLogger(context.stats, [sink_for(logger) for logger in loggers])

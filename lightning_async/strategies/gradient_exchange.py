@@ -1,0 +1,167 @@
+"""A fit's engine: built when the fit begins, and built anew when user code has changed the optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_async.exchange.engine import Engine
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.exchange.param_views import UnsupportedGradientError
+from lightning_async.exchange.service import UpdateObserver
+from lightning_async.exchange.worker import Worker
+from lightning_async.loops.buffer_sync import check_ignored
+from lightning_async.loops.protocols import Collectives
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.strategies.by_hand import ByHand
+from lightning_async.strategies.optimizer_proxy import agree_on_optimizers, place_in
+from lightning_async.strategies.supervisor import RunSupervisor
+from lightning_async.strategies.validation import check_module, check_parameters, describe_gradient
+from lightning_async.transport.devices import RankDevices, describe_device, place_holder
+
+__all__ = ["ExchangeContext", "GradientExchange"]
+
+
+@dataclass(frozen=True)
+class ExchangeContext:
+    """What an engine is built from that stays the same for the whole fit.
+
+    Args:
+        name: the strategy's name, for messages.
+        module: the module that is trained.
+        options: how gradients are exchanged.
+        rank: this rank.
+        world_size: number of ranks N.
+        device: where this rank computes.
+        collectives: the strategy's own.
+        meet: gives every rank rank 0's string, in the default process group.
+        supervisor: knows the run's failure, rank 0's listener and the holder's own process.
+        stats: collects what happens, on rank 0.
+        observers: called on rank 0 with each update.
+    """
+
+    name: str
+    module: LightningModule
+    options: ExchangeOptions
+    rank: int
+    world_size: int
+    device: torch.device
+    collectives: Collectives
+    meet: Callable[[str], str]
+    supervisor: RunSupervisor
+    stats: RunStats
+    observers: Sequence[UpdateObserver]
+
+
+class GradientExchange:
+    """This rank's part of the exchange in one fit.
+
+    Args:
+        context: what stays the same.
+        optimizers: tells the module's optimizers, which user code may replace where the ranks meet.
+        take: makes an optimizer's step push.
+        by_hand: what user code does by hand.
+        version: the version to start from.
+
+    Attributes:
+        engine: the present engine.
+    """
+
+    def __init__(
+        self,
+        context: ExchangeContext,
+        optimizers: Callable[[], list[Optimizer]],
+        take: Callable[[Optimizer], None],
+        by_hand: ByHand,
+        version: int,
+    ) -> None:
+        self._context = context
+        self._optimizers = optimizers
+        self._take = take
+        self._by_hand = by_hand
+        self.engine = self._build(version)
+
+    @property
+    def worker(self) -> Worker:
+        """This rank's worker."""
+        return self.engine.worker
+
+    def push(self, optimizer: Optimizer) -> None:
+        """Pushes an optimizer's gradients, and takes fresh parameters for them.
+
+        Raises:
+            MisconfigurationException: if it is none of the trainer's, or a gradient cannot be exchanged.
+        """
+        index = place_in(self.engine, optimizer)
+        self.engine.states.check_untouched()
+        self._by_hand.before_push(index, len(self._optimizers()), self.worker.version)
+        try:
+            self.worker.step(index)
+        except UnsupportedGradientError as error:
+            raise MisconfigurationException(describe_gradient(self._context.module, error.parameter)) from error
+        self._by_hand.after_push()
+
+    def follow_user_code(self) -> None:
+        """Takes over what hooks between segments did to parameters, optimizers and their states; a collective call."""
+        engine, optimizers, collectives = self.engine, self._optimizers(), self._context.collectives
+        agree_on_optimizers(optimizers, engine, collectives.gather_objects)
+        engine.load_parameters()
+        if engine.owns(optimizers):
+            engine.load_states()
+            return
+        for optimizer in optimizers:
+            if engine.place_of(optimizer) is None:
+                self._take(optimizer)
+        engine.release_states(kept=optimizers)
+        # Rank 0 must not shut the listener on a rank that is still on its way to this engine.
+        collectives.barrier("optimizers or param groups have changed")
+        engine.close()
+        self.engine = self._build(engine.worker.version, predecessor=engine)
+        self.worker.on_span = engine.worker.on_span
+        self.worker.tally = engine.worker.tally
+
+    def close(self) -> None:
+        """Gives the optimizers a state of their own again, and ends this rank's part."""
+        self.engine.release_states()
+        self.engine.close()
+
+    def _build(self, version: int, predecessor: Engine | None = None) -> Engine:
+        context, optimizers = self._context, self._optimizers()
+        try:
+            check_module(context.module)
+            check_ignored(context.module, optimizers)
+            check_parameters(context.module, optimizers)
+            return Engine(
+                rank=context.rank,
+                world_size=context.world_size,
+                optimizers=optimizers,
+                options=context.options,
+                latch=context.supervisor.latch,
+                listener=context.supervisor.listener,
+                stats=context.stats,
+                observers=context.observers,
+                version=version,
+                meet=context.meet,
+                predecessor=predecessor,
+                devices=self._devices(),
+                process=context.supervisor.holder_process,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error
+
+    def _devices(self) -> RankDevices:
+        """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
+        options, own = self._context.options, self._context.device
+        mine = describe_device(own)
+        choice = "cpu" if options.holder == "process" else options.holder_device
+        everyone = () if mine is None else self._context.collectives.gather_objects(mine)
+        try:
+            # Asked on every rank, so that all of them refuse what cannot be.
+            return RankDevices(own, mine, place_holder(choice, options.transport, everyone))
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}.") from error

@@ -1,0 +1,83 @@
+"""What the parts of a strategy need of the strategy, and what the launchers need of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+from lightning.fabric.plugins import ClusterEnvironment
+
+from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.failure import RunFailure
+
+__all__ = ["LaunchedStrategy", "Launcher", "Ranks", "RunGuard"]
+
+_T = TypeVar("_T")
+
+
+class Ranks(Protocol):
+    """Where this process stands among the run's ranks."""
+
+    @property
+    def global_rank(self) -> int:
+        """This rank."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks N."""
+
+    @property
+    def node_rank(self) -> int:
+        """This host, among those of the run."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of hosts."""
+
+    @property
+    def num_processes(self) -> int:
+        """Number of ranks on each host."""
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        """Where the ranks find each other."""
+
+    def set_world_ranks(self) -> None:
+        """Takes this process's rank from the cluster environment."""
+
+
+class RunGuard(Protocol):
+    """What a launcher runs the trainer's function in, and tells of the ranks that it has started."""
+
+    @property
+    def failure(self) -> RunFailure | None:
+        """The first failure of the run, as far as this rank knows; None while there is none."""
+
+    def guard_run(self) -> AbstractContextManager[None]:
+        """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
+
+    def report_failure(self, local_rank: int, reason: str) -> None:
+        """Tells this rank that the process of another one on this host has ended with an error."""
+
+
+class LaunchedStrategy(Ranks, Protocol):
+    """A strategy, as its launcher sees it.
+
+    Attributes:
+        stats: what the ranks' process gives to the one that has started them.
+    """
+
+    stats: RunStats
+
+
+class Launcher(Protocol):
+    """A launcher, as far as the end and the start of ranks are concerned."""
+
+    exit_process: Callable[[int], None] | None
+
+    def describe_start(self, num_nodes: int) -> str:
+        """What starts the ranks, for a rank that waits for the others."""
+
+    def describe_end(self, local_rank: int) -> str | None:
+        """How the process of ``local_rank`` ended, or None if it still runs or was not started from here."""

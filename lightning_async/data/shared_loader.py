@@ -7,15 +7,15 @@ draws nothing. The fetcher has another one of the same class and attributes, whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_async.data.loader_proxy import SamplerProxy, order_behind, show_share
 from lightning_async.data.orders import BatchSource
 from lightning_async.data.ticket_feed import LoaderError, TicketFeed
 
-__all__ = ["SharedLoader", "share_loader", "shared_behind"]
+__all__ = ["SharedLoader", "share_loader", "shared_behind", "walks_one_order"]
 
 # Where a loader that user code sees keeps what is behind it.
 _BEHIND = "_lightning_async_shared"
@@ -191,6 +191,14 @@ class LoadingIterator:
             self._feed.reload()
             self._base._reset(self._loader)
         self._stale = False
+
+
+def walks_one_order(loader: object) -> TypeGuard[DataLoader[Any]]:
+    """Whether a loader has the sampler that Lightning gives one which all ranks share: one replica of the data."""
+    if not isinstance(loader, DataLoader):
+        return False
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1 for sampler in samplers)
 
 
 def share_loader(loader: DataLoader[Any], world_size: int, rank: int, seed: int) -> SharedLoader:

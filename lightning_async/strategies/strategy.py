@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_async.data.shared_loader import share_loader
+from lightning_async.data.shared_loader import share_loader, walks_one_order
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions, WireDtype
 from lightning_async.exchange.service import UpdateObserver
@@ -41,7 +40,6 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import open_exchange_group
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.finders import refuse_finders
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -49,6 +47,7 @@ from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, r
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.signals import Signals
 from lightning_async.strategies.supervisor import RunSupervisor
+from lightning_async.strategies.validation import refuse_finders, refuse_sync_batchnorm
 
 __all__ = ["AsyncStrategy"]
 
@@ -205,11 +204,7 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def _configure_launcher(self) -> None:
         if self._layer_sync is not None:
-            raise MisconfigurationException(
-                f"{self.strategy_name} cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a "
-                "collective in every forward, and the ranks do not run forward together. Leave it out (running "
-                'statistics are averaged over the ranks before each validation), or use strategy="ddp".'
-            )
+            refuse_sync_batchnorm(self.strategy_name)
         self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s)
         self._launcher = self._supervisor.launcher
         self._signals.launcher = self._launcher
@@ -226,7 +221,7 @@ class AsyncStrategy(PhasedCollectives):
     def setup_environment(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
-        refuse_finders(self._trainer)
+        refuse_finders(self._trainer, self.strategy_name)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
@@ -342,7 +337,7 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         training = self._is_fitting and self._trainer.training
-        if training and self._has_one_train_loader and _walks_one_order(dataloader):
+        if training and self._has_one_train_loader and walks_one_order(dataloader):
             share_loader(dataloader, self.world_size, self.global_rank, trainer_state.run_seed())
         return dataloader
 
@@ -467,11 +462,3 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         register(cls.__name__, cls.strategy_name, cls, strategy_registry)
-
-
-def _walks_one_order(dataloader: object) -> TypeGuard[DataLoader[Any]]:
-    """Whether Lightning has given the loader the sampler of `distributed_sampler_kwargs`: one order for all ranks."""
-    if not isinstance(dataloader, DataLoader):
-        return False
-    samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
-    return any(isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1 for sampler in samplers)

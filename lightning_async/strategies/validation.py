@@ -1,15 +1,19 @@
-"""Modules that cannot be trained: those with collectives of their own, or whose gradients cannot be exchanged."""
+"""What cannot be trained, refused before anything waits, with the way out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_async.holder.layout import exchanged, parameters_in
 
-__all__ = ["check_module", "check_parameters", "describe_gradient"]
+__all__ = ["check_module", "check_parameters", "describe_gradient", "refuse_finders", "refuse_sync_batchnorm"]
 
 _ADVICE = {
     "SyncBatchNorm": "Use BatchNorm: its running statistics are averaged over the ranks at each stop",
@@ -18,6 +22,51 @@ _ADVICE = {
     "FSDPModule": 'Leave fully_shard out, or shard it with strategy="fsdp"',
     "DeepSpeedEngine": 'Take the module out of its engine, or use strategy="deepspeed"',
 }
+
+
+def refuse_sync_batchnorm(name: str) -> NoReturn:
+    """Refuses ``Trainer(sync_batchnorm=True)``.
+
+    Args:
+        name: the strategy's name.
+    """
+    raise MisconfigurationException(
+        f"{name} cannot take Trainer(sync_batchnorm=True): synchronised batch norm is a collective in every forward, "
+        "and the ranks do not run forward together. Leave it out (running statistics are averaged over the ranks "
+        'before each validation), or use strategy="ddp".'
+    )
+
+
+def refuse_finders(trainer: Trainer, name: str) -> None:
+    """Refuses the callbacks that ``Tuner.lr_find`` and ``Tuner.scale_batch_size`` add, or that the user has added.
+
+    Args:
+        trainer: the trainer, with all of its callbacks.
+        name: the strategy's name.
+
+    Raises:
+        MisconfigurationException: if there is one; the message says how to search on one device.
+    """
+    connected: Any = trainer  # attributes that connectors set are unknown to type checkers
+    for callback in connected.callbacks:
+        if isinstance(callback, LearningRateFinder):
+            what, method, reason = (
+                "learning-rate",
+                "lr_find",
+                "it raises the learning rate from batch to batch, and here a batch's loss is not that of the last rate",
+            )
+        elif isinstance(callback, BatchSizeFinder):
+            what, method, reason = (
+                "batch-size",
+                "scale_batch_size",
+                "it restarts when memory runs out, which is not at the same batch on all ranks",
+            )
+        else:
+            continue
+        raise MisconfigurationException(
+            f"{name} cannot run the {what} finder: {reason}. Run it first on one device, "
+            f'`Tuner(Trainer(devices=1, strategy="auto")).{method}(model)`, then train with what it has found.'
+        )
 
 
 def check_module(module: nn.Module) -> None:

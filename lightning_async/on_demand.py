@@ -1,16 +1,39 @@
-"""Calls a function once a module has been imported, now or later. Imports nothing but the standard library."""
+"""Imports when they are needed, and what is to be done when others have been made. Standard library only."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["when_imported"]
+__all__ = ["names_on_demand", "when_imported"]
+
+
+def names_on_demand(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` (PEP 562) that imports the module of a name when the name is first used.
+
+    Args:
+        package: the package's full name.
+        homes: name -> full name of the module that defines it.
+
+    Examples:
+        >>> names_on_demand("lightning_async", {"AMSGrad": "lightning_async.holder.amsgrad"})("AMSGrad").__name__
+        'AMSGrad'
+    """
+
+    def look_up(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return look_up
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:

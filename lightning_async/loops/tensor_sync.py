@@ -26,7 +26,8 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = N
     for tensor in tensors:
         with torch.no_grad():
             shared = _reachable(tensor.detach().to(device or tensor.device).contiguous())
-            dist.broadcast(shared, src=0, group=exchange_group())
+            # As bytes: Gloo of torch 2.8 knows no complex numbers, and NCCL no 16-bit integers.
+            dist.broadcast(shared.reshape(-1).view(torch.uint8), src=0, group=exchange_group())
             _write(tensor, shared)
 
 

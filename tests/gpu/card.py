@@ -15,10 +15,10 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import pytest
 import torch
 
-from lightning_async import AsyncAMSGradStrategy
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
-from lightning_async.holder import placement as placement
+from lightning_async.holder import placement
+from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.transport.base import Channel
 from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.nccl import NcclChannel
@@ -55,11 +55,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes host ranks, which are forked from this process, take the ways of GPU ranks."""
     held_on_gpu = False
 
-    def devices(self: AsyncAMSGradStrategy) -> RankDevices:
+    def devices(self: GradientExchange) -> RankDevices:
         nonlocal held_on_gpu
-        facts = [{"uuid": "GPU-0", "nccl": "2.30.3", "shares": SHARES}] * self.world_size
-        choice = "cpu" if self.options.holder == "process" else self.options.holder_device
-        place = place_holder(choice, self.options.transport, facts)
+        facts = [{"uuid": "GPU-0", "nccl": "2.30.3", "shares": SHARES}] * self._context.world_size
+        choice = "cpu" if self._context.options.holder == "process" else self._context.options.holder_device
+        place = place_holder(choice, self._context.options.transport, facts)
         held_on_gpu = place == "cuda"
         return RankDevices(FIRST, facts[0], place)
 
@@ -71,7 +71,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         there = isinstance(channel, NcclChannel) or not held_on_gpu
         return channel if there else StagedChannel(channel, device)
 
-    monkeypatch.setattr(AsyncAMSGradStrategy, "_devices", devices)
+    monkeypatch.setattr(GradientExchange, "_devices", devices)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
     monkeypatch.setattr(placement, "CudaHolderStream", lambda device: PassingStream())
     monkeypatch.setattr(engine, "on_device", for_worker)

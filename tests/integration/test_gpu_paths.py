@@ -24,6 +24,7 @@ from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
 from lightning_async.holder import placement as placement
+from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.staged import StagedChannel
 from tests.integration.test_equality import (
@@ -89,14 +90,15 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
             monkeypatch.setattr(module, "on_device", StagedChannel)
         return way
 
-    def devices(self: AsyncAMSGradStrategy) -> RankDevices:
-        facts = [gpu(rank) for rank in range(self.world_size)]
+    def devices(self: GradientExchange) -> RankDevices:
+        context = self._context
+        facts = [gpu(rank) for rank in range(context.world_size)]
         if way == "nccl and staged":
             facts[1] = gpu(0)
-        place = place_holder(self.options.holder_device, self.options.transport, facts)
-        return RankDevices(host, facts[self.global_rank], place)
+        place = place_holder(context.options.holder_device, context.options.transport, facts)
+        return RankDevices(host, facts[context.rank], place)
 
-    monkeypatch.setattr(AsyncAMSGradStrategy, "_devices", devices)
+    monkeypatch.setattr(GradientExchange, "_devices", devices)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
     monkeypatch.setattr(placement, "CudaHolderStream", PassingStream)
     made = placement.HolderPlacement

@@ -32,6 +32,8 @@ class Buffers(nn.Module):
         self.register_buffer("count", torch.tensor(7))
         self.register_buffer("flag", torch.tensor([True, False]))
         self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("phase", torch.tensor([1j, 2.0]))
+        self.register_buffer("short", torch.tensor([[3], [4]], dtype=torch.int16))
 
 
 def meet(module: nn.Module) -> None:
@@ -62,7 +64,8 @@ def test_what_nccl_cannot_reach_goes_through_the_gpu_and_comes_back(monkeypatch:
 
     def collective(tensor: torch.Tensor, **arguments: Any) -> None:
         reached.append(type(tensor))
-        tensor.fill_(3)
+        # Broadcasts move bytes, here those of a whole number.
+        (tensor.view(torch.int64) if tensor.dtype is torch.uint8 else tensor).fill_(3)
 
     module = Buffers()
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
@@ -126,7 +129,7 @@ def pretend_unlike(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
             tensor += 1
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, src, group: tensor.fill_(value))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src, group: tensor.view(torch.float32).fill_(value))
 
 
 def test_a_buffer_that_validation_has_made_is_overwritten_too(monkeypatch: pytest.MonkeyPatch) -> None:

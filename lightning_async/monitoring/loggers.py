@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-
-from lightning_async.loops.trainer_state import logger_prefix
 
 __all__ = ["ScalarSink", "TensorBoardSink", "WandbSink", "sink_for", "staleness_histogram"]
 
@@ -42,12 +41,13 @@ class WandbSink(ScalarSink):
 
     Args:
         logger: the logger.
+        prefix: what it puts in front of the names of metrics.
     """
 
-    def __init__(self, logger: WandbLogger) -> None:
+    def __init__(self, logger: WandbLogger, prefix: str) -> None:
         super().__init__(logger)
         self._run = logger.experiment
-        self._prefix = logger_prefix(logger)
+        self._prefix = prefix
 
     def configure(self, configuration: dict[str, Any]) -> None:
         """Puts ``async/`` metrics over ``async/version`` and the configuration under ``async`` in the run's config."""
@@ -108,10 +108,15 @@ class TensorBoardSink(ScalarSink):
         self._writer.add_text("async/summary", _table({name: f"{value:.4g}" for name, value in summary.items()}))
 
 
-def sink_for(logger: Logger) -> ScalarSink:
-    """What shows the metrics in ``logger``: scalars, and more where it is known how."""
+def sink_for(logger: Logger, prefix: Callable[[WandbLogger], str]) -> ScalarSink:
+    """What shows the metrics in ``logger``: scalars, and more where it is known how.
+
+    Args:
+        logger: one of the trainer's.
+        prefix: tells what a `WandbLogger` puts in front of the names of metrics, which Lightning keeps private.
+    """
     if isinstance(logger, WandbLogger):
-        return WandbSink(logger)
+        return WandbSink(logger, prefix(logger))
     if isinstance(logger, TensorBoardLogger):
         return TensorBoardSink(logger)
     return ScalarSink(logger)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.holder.holder import Push, Update
+from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import sink_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 
@@ -243,7 +244,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
                 "max_delay or a smaller model."
             )
         self.stats = RunStats(workers=1)
-        sinks = [sink_for(logger) for logger in trainer.loggers]
+        sinks = [sink_for(logger, logger_prefix) for logger in trainer.loggers]
         self._metrics = MetricsLogger(self.stats, sinks) if sinks else None
         if self._metrics is not None:
             self._metrics.configure(self._configuration)

@@ -221,7 +221,8 @@ class AsyncStrategy(SegmentedRanks):
         self._engine = self._make_engine()
         self.by_hand = ByHand(trainer, self.strategy_name, self._version)
         if self.is_global_zero and trainer.loggers:
-            self._metrics = MetricsLogger(self.stats, [sink_for(logger) for logger in trainer.loggers])
+            sinks = [sink_for(logger, trainer_state.logger_prefix) for logger in trainer.loggers]
+            self._metrics = MetricsLogger(self.stats, sinks)
             self._metrics.configure(self.configuration)
 
     def _make_engine(self, predecessor: Engine | None = None) -> Engine:

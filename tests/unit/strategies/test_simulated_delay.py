@@ -279,7 +279,7 @@ def test_the_loggers_get_the_configuration_and_what_the_whole_run_did(
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             time.sleep(0.5)
 
-    monkeypatch.setattr("lightning_async.strategies.simulated_delay.sink_for", Sink)
+    monkeypatch.setattr("lightning_async.strategies.simulated_delay.sink_for", lambda logger, prefix: Sink(logger))
     strategy = SimulatedDelayStrategy(3, "fixed", seed=7)
     trainer = fork_trainer(
         tmp_path, 1, strategy, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=7, limit_val_batches=2

@@ -154,8 +154,8 @@ class AsyncCLI(LightningCLI):
         """
         path = _class_path(self._get(self.config, "trainer.strategy"))
         if path is not None:
-            if complaint := _complaint(path):
-                self.parser.error(f"trainer.strategy: {complaint}")
+            if problem := _problem(path):
+                self.parser.error(f"trainer.strategy: {problem}")
             no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
             named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
             self._get(self.config, "trainer")["strategy"] = named
@@ -173,7 +173,7 @@ def _class_path(strategy: Any) -> str | None:
     return path if "." in path else None
 
 
-def _complaint(path: str) -> str | None:
+def _problem(path: str) -> str | None:
     """Why no strategy can be built of a class without arguments."""
     module, _, name = path.rpartition(".")
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_async.monitoring.replay import free_bound, lock_step_factor
 
-__all__ = ["RunFacts", "conclusions", "slow_ranks", "verdict_line"]
+__all__ = ["RunFacts", "conclusions", "diagnosis_line", "slow_ranks"]
 
 SLOW_FACTOR = 1.5
 _LITTLE_GAIN = 1.15
@@ -152,7 +152,7 @@ def conclusions(facts: RunFacts) -> list[str]:
     return found
 
 
-def verdict_line(facts: RunFacts) -> str:
+def diagnosis_line(facts: RunFacts) -> str:
     """The conclusions in one line."""
     line = "; ".join(conclusions(facts))
     return f"{line[0].upper()}{line[1:]}."

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from lightning_async.holder.holder import Update
 
-__all__ = ["MetricsLogger", "MetricsSink", "RunStats", "quantile"]
+__all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile"]
 
 # Enough for a median within a few percent, whatever the run's length.
 _STEPS_KEPT = 1001
@@ -165,7 +165,7 @@ class RunStats:
         return self.train_seconds + running
 
 
-class MetricsSink(Protocol):
+class MetricsWriter(Protocol):
     """Where metrics go: one logger, and what it can show."""
 
     def configure(self, configuration: dict[str, Any]) -> None:
@@ -183,19 +183,19 @@ class MetricsLogger:
 
     Args:
         stats: the run's statistics.
-        sinks: where the metrics go.
+        writers: where the metrics go.
     """
 
-    def __init__(self, stats: RunStats, sinks: Sequence[MetricsSink]) -> None:
+    def __init__(self, stats: RunStats, writers: Sequence[MetricsWriter]) -> None:
         self._stats = stats
-        self._sinks = sinks
+        self._writers = writers
         self._seen = stats.counts()
         self._since = time.perf_counter()
 
     def configure(self, configuration: dict[str, Any]) -> None:
         """Writes how the run is set up, once, before anything else."""
-        for sink in self._sinks:
-            sink.configure(configuration)
+        for writer in self._writers:
+            writer.configure(configuration)
 
     def restart_clock(self) -> None:
         """Leaves the time since the last logging out of the rates: validation is not training."""
@@ -216,16 +216,16 @@ class MetricsLogger:
         staleness = Counter(stats["staleness"]) - Counter(self._seen["staleness"])
         metrics = self._metrics(stats, staleness, version, now - self._since)
         self._seen, self._since = stats, now
-        for sink in self._sinks:
+        for writer in self._writers:
             # A copy for each: a logger may take something out of its row.
-            sink.log({**metrics, "epoch": epoch}, staleness, step)
+            writer.log({**metrics, "epoch": epoch}, staleness, step)
 
     def finish(self) -> None:
         """Writes the run's final numbers; nothing if there was no update."""
         summary = self._stats.summary()
         if summary:
-            for sink in self._sinks:
-                sink.summarize(summary)
+            for writer in self._writers:
+                writer.summarize(summary)
 
     def _metrics(
         self, stats: dict[str, Any], staleness: Counter[int], version: int, seconds: float

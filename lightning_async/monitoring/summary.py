@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from lightning_async.monitoring.diagnosis import RunFacts, verdict_line
+from lightning_async.monitoring.diagnosis import RunFacts, diagnosis_line
 from lightning_async.monitoring.stats import RunStats, quantile
 
 __all__ = ["print_summary", "summary_table"]
@@ -22,7 +22,7 @@ _DISPENSABLE = ("batches", "share", "waiting", "median step")
 
 
 def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
-    """Prints the run's table and verdict to the console that Lightning's Rich progress bar uses too.
+    """Prints the run's table and diagnosis to the console that Lightning's Rich progress bar uses too.
 
     Args:
         configuration: the strategy's.
@@ -33,17 +33,17 @@ def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
         return
     steps = [stats.step_seconds(rank) for rank in numbers["updates_by_rank"]]
     facts = RunFacts.of(configuration, numbers, steps)
-    get_console().print(summary_table(numbers, verdict_line(facts)))
+    get_console().print(summary_table(numbers, diagnosis_line(facts)))
 
 
-def summary_table(stats: Mapping[str, Any], verdict: str) -> RenderableType:
-    """A row for each rank, one for all, and the verdict.
+def summary_table(stats: Mapping[str, Any], diagnosis: str) -> RenderableType:
+    """A row for each rank, one for all, and the diagnosis.
 
     Args:
         stats: ``RunStats.as_dict()`` of a run with updates.
-        verdict: a line.
+        diagnosis: a line.
     """
-    return Group(_Ranks(stats), Text(verdict))
+    return Group(_Ranks(stats), Text(diagnosis))
 
 
 class _Ranks:

@@ -33,7 +33,7 @@ from lightning_async.loops import fit_loop as loops
 from lightning_async.loops import trainer_state
 from lightning_async.loops.buffer_sync import check_ignored
 from lightning_async.loops.phase import Phase, keep_metrics_local, release_metrics
-from lightning_async.monitoring.loggers import sink_for
+from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 from lightning_async.monitoring.summary import print_summary
 from lightning_async.strategies.by_hand import ByHand
@@ -221,8 +221,8 @@ class AsyncStrategy(SegmentedRanks):
         self._engine = self._make_engine()
         self.by_hand = ByHand(trainer, self.strategy_name, self._version)
         if self.is_global_zero and trainer.loggers:
-            sinks = [sink_for(logger, trainer_state.logger_prefix) for logger in trainer.loggers]
-            self._metrics = MetricsLogger(self.stats, sinks)
+            writers = [writer_for(logger, trainer_state.logger_prefix) for logger in trainer.loggers]
+            self._metrics = MetricsLogger(self.stats, writers)
             self._metrics.configure(self.configuration)
 
     def _make_engine(self, predecessor: Engine | None = None) -> Engine:

@@ -114,7 +114,7 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
     assert record.series[-1].staleness_sum == sum(age * count for age, count in stats["staleness"].items())
 
 
-def test_rank_0_prints_one_table_with_a_verdict(run: Launched) -> None:
+def test_rank_0_prints_one_table_with_a_diagnosis(run: Launched) -> None:
     output = " ".join(run.output.split())
     assert output.count(f"{UPDATES} updates in ") == 1
     assert "he barrier cost" in output

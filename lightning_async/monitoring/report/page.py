@@ -29,9 +29,9 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 1.05rem; margin: 0 0 2px; }
 p, ul { margin: 0; }
 .soft { color: var(--soft); font-size: .9rem; }
-.verdict { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
+.diagnosis { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
   margin: 20px 0; }
-.verdict li { margin: 4px 0; } .verdict ul { padding-left: 20px; }
+.diagnosis li { margin: 4px 0; } .diagnosis ul { padding-left: 20px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
 .tile { flex: 1 1 148px; }
 .tile, .card { background: var(--card); border-radius: 8px; padding: 14px 16px; min-width: 0; }
@@ -87,7 +87,7 @@ def page(record: RunRecord, plots: Sequence[Plot]) -> str:
 <main>
 <header><h1>{heading}</h1>
 <p class="soft">{written} &middot; the run {state}</p></header>
-<section class="verdict" aria-label="verdict"><h2>Verdict</h2><ul>{sentences}</ul></section>
+<section class="diagnosis" aria-label="diagnosis"><h2>Diagnosis</h2><ul>{sentences}</ul></section>
 <section class="tiles" aria-label="totals">{_tiles(stats)}</section>
 <section class="grid" aria-label="figures">{figures}</section>
 <section class="card wide"><h2>Ranks</h2><div class="scroll" tabindex="0">{_ranks(stats)}</div></section>

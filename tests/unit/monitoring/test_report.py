@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 import lightning_async.monitoring.report
-from lightning_async.monitoring.record import RECORD_NAME, Point, RunRecord
+from lightning_async.monitoring.record import RECORD_NAME, RunRecord
 from lightning_async.monitoring.report import report_main, write_report
 from lightning_async.monitoring.report.plots import _speeds, draw
+from lightning_async.monitoring.series import Point
 
 RANKS = 4
 
@@ -21,6 +22,9 @@ RANKS = 4
 def record(**changes: object) -> RunRecord:
     updates = {0: 100, 1: 90, 2: 95, 3: 25}
     values = {
+        "strategy": "S",
+        "ranks": RANKS,
+        "max_epochs": 3,
         "configuration": {
             "strategy": "S",
             "max_staleness": 8,
@@ -149,6 +153,15 @@ def test_the_command_refuses_in_one_line(
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert report_main([str(tmp_path / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_run_that_was_not_asynchronous(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(strategy="DDPStrategy", configuration={}, stats={}, step_seconds=[]).write(tmp_path / RECORD_NAME)
+
+    assert report_main([str(tmp_path)]) == 1
+    assert "DDPStrategy is not asynchronous" in capsys.readouterr().err
 
 
 def test_the_command_prints_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,4 @@
-"""The command line `lightning-async`: LightningCLI with the asynchronous strategies registered, and two commands more.
-
-The outermost room: it imports the package and nothing imports it.
-"""
+"""The parser of `lightning-async`: LightningCLI with the asynchronous strategies registered, and two commands more."""
 
 from __future__ import annotations
 

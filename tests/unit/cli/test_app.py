@@ -346,7 +346,7 @@ def test_a_class_beside_the_config_resolves_in_launched_ranks_too(tmp_path: Path
     # What pip writes for an entry point, without relying on an installation.
     script = tmp_path / "bin" / "lightning-async"
     script.parent.mkdir()
-    script.write_text("from lightning_async.cli.app import main\nmain()\n")
+    script.write_text("from lightning_async.cli import main\nmain()\n")
     program = ["-m", "lightning_async"] if entry == "module" else [str(script)]
     command = [sys.executable, *program, "fit", "--config", RECIPE, *QUICK]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=mine.Sign"]

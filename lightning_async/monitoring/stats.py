@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Protocol
 
 from lightning_async.holder.holder import Update
 
-__all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile"]
+__all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile", "staleness_text"]
 
 # Enough for a median within a few percent, whatever the run's length.
 _STEPS_KEPT = 1001
@@ -269,3 +269,16 @@ def quantile(counts: Counter[int], fraction: float) -> int:
         if seen >= needed:
             return value
     return max(counts)
+
+
+def staleness_text(counts: Mapping[int, int]) -> str:
+    """Mean, 95th percentile and maximum of the staleness, as tables show them.
+
+    Examples:
+        >>> staleness_text({0: 1, 3: 2}), staleness_text({})
+        ('2.0 / 3 / 3', '-')
+    """
+    if not counts:
+        return "-"
+    mean, p95, largest = _staleness(Counter(counts)).values()
+    return f"{mean:.1f} / {p95:.0f} / {largest:.0f}"

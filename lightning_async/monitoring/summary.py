@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_async.monitoring.diagnosis import RunFacts, diagnosis_line
-from lightning_async.monitoring.stats import RunStats, quantile
+from lightning_async.monitoring.stats import RunStats, staleness_text
 
 __all__ = ["print_summary", "summary_table"]
 
@@ -92,15 +91,7 @@ def _columns(stats: Mapping[str, Any]) -> dict[str, list[str]]:
             f"{sum(waited.values()) / (len(own) * seconds):.0%}",
         ],
         "staleness\nmean / p95 / max": [
-            *(_staleness(stats["staleness_by_rank"][rank]) for rank in own),
-            _staleness(stats["staleness"]),
+            *(staleness_text(stats["staleness_by_rank"][rank]) for rank in own),
+            staleness_text(stats["staleness"]),
         ],
     }
-
-
-def _staleness(counts: Mapping[int, int]) -> str:
-    if not counts:
-        return "-"
-    ages = Counter(counts)
-    mean = sum(age * count for age, count in ages.items()) / ages.total()
-    return f"{mean:.1f} / {quantile(ages, 0.95)} / {max(ages)}"

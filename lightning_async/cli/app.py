@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
@@ -44,6 +45,7 @@ _SUMMARIES = {
 class _Commands(ActionSubCommands):
     """Subcommands with one line of help each, where LightningCLI would show the Trainer's docstrings."""
 
+    @override
     def add_subcommand(self, name: str, parser: Any, **kwargs: Any) -> Any:
         kwargs["help"] = _SUMMARIES.get(name, kwargs.get("help"))
         return super().add_subcommand(name, parser, **kwargs)
@@ -58,12 +60,14 @@ class ConciseParser(LightningArgumentParser):
         # Else a misspelt `--trainer.max_epoch` passes for the argument that it abbreviates, which YAML refuses.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> ActionSubCommands:
         """Add subcommands, and keep the action that more of them can be added to."""
         heading = {"title": "commands", "metavar": "COMMAND", "description": f"{_PROGRAM} COMMAND --help says more."}
         self.commands = super().add_subcommands(*args, **{"action": _Commands, **heading, **kwargs})
         return self.commands
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message to stderr and exit with status 2, or raise where the caller asked for that.
 
@@ -109,6 +113,7 @@ class AsyncCLI(LightningCLI):
             run=run,
         )
 
+    @override
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
@@ -121,6 +126,7 @@ class AsyncCLI(LightningCLI):
                 parser = compare_parser() if name == "compare" else ConciseParser(description=_SUMMARIES[name])
                 commands.add_subcommand(name, parser)
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; a command that runs no Trainer is not for this class.
 
@@ -135,6 +141,7 @@ class AsyncCLI(LightningCLI):
         if command in _OTHER_COMMANDS:
             parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
 
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the checkpoint's hyperparameters, outside of all that reports errors.
         try:
@@ -143,6 +150,7 @@ class AsyncCLI(LightningCLI):
             path = self.config[self.config.subcommand].ckpt_path
             self.parser.error(f"{path} cannot be read as a checkpoint: {error}", error)
 
+    @override
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; what they refuse is an error of the configuration.
 

@@ -1,6 +1,6 @@
 """What a run's numbers say in plain words: slow ranks, what the barrier cost, whether another bound would help.
 
-Pure rules over `RunFacts`; used by `summary.py` and the report.
+Pure rules over `RunFacts`.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class RunStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The counters and each rank's median step, 0.0 where it is unknown; JSON can hold it."""
-        # The holder waits for whoever has the lock, so nothing is sorted under it.
+        # The holder waits for this lock, so nothing is sorted under it.
         medians = {rank: median(self.step_seconds(rank) or [0.0]) for rank in self._steps}
         return {**self.counts(), "median_step_seconds_by_rank": medians}
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import override
 
 import lightning_async
 from lightning_async.cli.compare.config import Comparison, Plot, Sweep, Variant
@@ -34,6 +35,7 @@ _RECORDER = "lightning_async.cli.compare.recorder.RunRecorder"
 class _Parser(ArgumentParser):
     """Says what is wrong in one line."""
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if is_debugging():
             super().error(message, ex)

@@ -230,11 +230,11 @@ def _styles(plot: Plot, comparison: Comparison, summaries: Sequence[Summary]) ->
     # The map's last tenth is too light to be seen on white.
     shades = [colormaps["viridis"](0.9 * index / max(1, len(names) - 1)) for index in range(len(names))]
     others = [_label(summary, {plot.against, plot.separate}) for summary in summaries]
-    unlike = list(dict.fromkeys(others))
+    distinct = list(dict.fromkeys(others))
     return [
         {
             "color": shades[names.index(summary.variant.labels[plot.against])],
-            "linestyle": dashes[unlike.index(other) % len(dashes)],
+            "linestyle": dashes[distinct.index(other) % len(dashes)],
         }
         for summary, other in zip(summaries, others, strict=True)
     ]

@@ -1,52 +1,38 @@
-"""What a benchmark found, with its configuration: `benchmarks/results/NAME.json`.
+"""A measurement: what a benchmark found over its runs, with its arguments, the date and the machine.
 
-The variable BENCHMARK_RESULTS names another folder.
+One JSON file for each benchmark, `benchmarks/results/NAME.json`; the variable BENCHMARK_RESULTS names another folder.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from lightning_async.monitoring.machine import machine_facts
+from lightning_async.monitoring.versioned import Format
 
 __all__ = ["RESULTS", "load", "save"]
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+_FORMAT = Format("lightning_async measurement", 1, "a benchmark's measurement", "Run the benchmark anew.")
 
 
 def save(name: str, arguments: dict[str, Any], found: Any) -> None:
     """Writes what was found, with the date and what it was found on."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {
+    path = RESULTS / f"{name}.json"
+    content = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": _processor(),
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "lightning": version("lightning"),
-        },
+        "machine": machine_facts(),
         "arguments": arguments,
         "found": found,
     }
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    _FORMAT.write(path, content, indent=1)
     print(f"written to {path.parent.name}/{path.name}")
 
 
 def load(name: str) -> dict[str, Any] | None:
     """What `save` wrote, or None if that benchmark has not been run."""
     path = RESULTS / f"{name}.json"
-    return dict(json.loads(path.read_text())) if path.exists() else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return _FORMAT.read(path, unnamed=True) if path.exists() else None

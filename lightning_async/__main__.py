@@ -1,6 +1,6 @@
 """Runs the command line as `python -m lightning_async`."""
 
-from lightning_async.cli.app import main
+from lightning_async.cli import main
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.holder.holder import Update
-from lightning_async.monitoring.record import RECORD_NAME, Point, RunRecord, Series
+from lightning_async.monitoring.record import RECORD_NAME
+from lightning_async.monitoring.recording import FitRecorder, MeanLoss, is_fitting, returned_loss
+from lightning_async.monitoring.series import Point
 from lightning_async.monitoring.spans import SpanRecorder, StalenessRecorder
 from lightning_async.monitoring.trace import write_trace
 from lightning_async.strategies.strategy import AsyncStrategy
@@ -65,12 +65,10 @@ class AsyncMonitor(Callback):
         self._strategy: AsyncStrategy | None = None
         self._spans: SpanRecorder | None = None
         self._updates: StalenessRecorder | None = None
-        self._series = Series()
-        self._started_s = 0.0
+        self._recorder = FitRecorder()
+        # Of rank 0's batches since the last point of the series.
+        self._loss = MeanLoss()
         self._written_s = 0.0
-        # Sum of the losses since the last point, where the losses are: reading each would wait for the device.
-        self._loss_sum: Tensor | None = None
-        self._loss_count = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,9 +95,8 @@ class AsyncMonitor(Callback):
         strategy = self._strategy
         if strategy is None:
             return
-        self._series, self._started_s = Series(), time.perf_counter()
-        self._loss_sum, self._loss_count = None, 0
-        self._written_s = self._started_s
+        self._recorder, self._loss = FitRecorder(), MeanLoss()
+        self._written_s = 0.0
         if self.trace is None:
             return
         self._spans = SpanRecorder(self.trace_spans)
@@ -118,21 +115,21 @@ class AsyncMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the time and, on rank 0, where the run stands."""
+        """Notes the time and the loss and, on rank 0, where the run stands."""
         if self._spans is not None:
             self._spans.end_batch(time.monotonic_ns())
-        if self._strategy is None or not trainer.is_global_zero:
+        if self._strategy is None:
             return
-        loss = _loss(outputs)
+        loss = returned_loss(trainer, outputs)
+        self._recorder.add_batch(loss)
+        if not trainer.is_global_zero:
+            return
         if loss is not None:
-            # Lightning has divided it, so that the gradients of an update's batches add up to their mean.
-            loss = loss * trainer.accumulate_grad_batches
-            self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-            self._loss_count += 1
-        wall_s = time.perf_counter() - self._started_s
-        if self._series.due(wall_s):
+            self._loss.add(loss)
+        wall_s = self._recorder.clock.total_s
+        if self._recorder.series.due(wall_s):
             self._note(self._strategy, wall_s)
-        if time.perf_counter() - self._written_s >= _WRITE_EVERY_S:
+        if wall_s - self._written_s >= _WRITE_EVERY_S:
             self._write(trainer, finished=False)
 
     @override
@@ -140,13 +137,27 @@ class AsyncMonitor(Callback):
         """Ends the stretch of training."""
         if self._spans is not None:
             self._spans.interrupt(time.monotonic_ns())
+        if self._strategy is not None and is_fitting(trainer):
+            self._recorder.clock.pause()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds what validation has found."""
+        if self._strategy is not None and is_fitting(trainer):
+            self._recorder.evaluate(trainer, pl_module, epoch_is_over=False)
+            self._recorder.clock.resume()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record, so that a run that is killed later leaves one."""
         if self._spans is not None:
             self._spans.interrupt(time.monotonic_ns())
+        if self._strategy is None:
+            return
+        self._recorder.clock.pause()
+        self._recorder.evaluate(trainer, pl_module, epoch_is_over=True)
         self._write(trainer, finished=False)
+        self._recorder.clock.resume()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,7 +166,7 @@ class AsyncMonitor(Callback):
         if strategy is None:
             return
         if trainer.is_global_zero:
-            self._note(strategy, time.perf_counter() - self._started_s)
+            self._note(strategy, self._recorder.clock.total_s)
         self._write(trainer, finished=True)
         if self.trace is None or self._spans is None:
             return
@@ -190,42 +201,19 @@ class AsyncMonitor(Callback):
 
     def _note(self, strategy: AsyncStrategy, wall_s: float) -> None:
         stats = strategy.stats.counts()
-        loss = None if self._loss_sum is None else float(self._loss_sum) / self._loss_count
-        self._loss_sum, self._loss_count = None, 0
-        self._series.add(
+        total, count = self._loss.take()
+        self._recorder.series.add(
             Point(
                 seconds=round(stats["train_seconds"], 4),
                 wall_seconds=round(wall_s, 4),
                 updates=stats["updates"],
                 staleness_sum=sum(age * count for age, count in stats["staleness"].items()),
-                loss=loss if loss is not None and math.isfinite(loss) else None,
+                loss=total / count if count and math.isfinite(total) else None,
             )
         )
 
     def _write(self, trainer: Trainer, finished: bool) -> None:
-        strategy = self._strategy
-        if strategy is None or self._folder is None or not trainer.is_global_zero:
+        if self._strategy is None or self._folder is None or not trainer.is_global_zero:
             return
-        record = RunRecord.of(
-            strategy.configuration,
-            strategy.stats,
-            self._series,
-            finished=finished,
-            written_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            about={
-                "module": type(trainer.lightning_module).__name__,
-                "epochs": trainer.current_epoch + (not finished),
-                "global_step": trainer.global_step,
-                "batches per rank and epoch": str(trainer.num_training_batches),
-                "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
-                "precision": str(trainer.precision),
-                "loss": "mean of rank 0's batches",
-            },
-        )
-        record.write(self._folder / RECORD_NAME)
-        self._written_s = time.perf_counter()
-
-
-def _loss(outputs: Any) -> Tensor | None:
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return loss.detach().float() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        self._recorder.record(trainer, finished).write(self._folder / RECORD_NAME)
+        self._written_s = self._recorder.clock.total_s

@@ -1,4 +1,4 @@
-"""Callbacks of the recipes: emulate unlike hardware, and measure the way to an accuracy."""
+"""Callbacks of the recipes: emulate ranks of different speed, measure the time to an accuracy."""
 
 import json
 import time
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["EmulatedStepTime", "TimeToAccuracy"]
 
@@ -16,7 +17,7 @@ __all__ = ["EmulatedStepTime", "TimeToAccuracy"]
 class EmulatedStepTime(Callback):
     """Make ranks differ in speed by sleeping in each training batch, between forward and backward.
 
-    A sleeping rank uses no processor, so a machine with few cores behaves like a set of unlike accelerators.
+    A sleeping rank uses no processor, so a machine with few cores behaves like accelerators of different speed.
 
     Args:
         seconds_by_rank: how long each rank sleeps in each of its batches, in seconds, rank 0 first. Ranks
@@ -31,6 +32,7 @@ class EmulatedStepTime(Callback):
             raise ValueError(f"seconds_by_rank must not be negative, got {seconds_by_rank}")
         self.seconds_by_rank = seconds_by_rank
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Sleep for this rank's duration."""
         if trainer.global_rank < len(self.seconds_by_rank):
@@ -67,15 +69,18 @@ class TimeToAccuracy(Callback):
         self._curve: list[tuple[float, float]] = []
         self._results: dict[str, Any] = {}
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and forget an earlier fit."""
         self._batches, self._curve, self._results = 0, [], {}
         self._start_s = time.perf_counter()
 
+    @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Count the batch."""
         self._batches += 1
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a point to the curve.
 
@@ -92,10 +97,12 @@ class TimeToAccuracy(Callback):
             )
         self._curve.append((seconds, trainer.callback_metrics[self.monitor].item()))
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._seconds = time.perf_counter() - self._start_s
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks' batches and write the file."""
         local = torch.tensor(self._batches, device=pl_module.device)
@@ -114,6 +121,7 @@ class TimeToAccuracy(Callback):
         }
         self._write(trainer)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the test metrics to the file if a fit came before."""
         if self._results:

@@ -1,7 +1,4 @@
-"""The command line `lightning-async`: LightningCLI with the asynchronous strategies registered, and two commands more.
-
-The outermost room: it imports the package and nothing imports it.
-"""
+"""The parser of `lightning-async`: LightningCLI with the asynchronous strategies registered, and two commands more."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
@@ -47,6 +45,7 @@ _SUMMARIES = {
 class _Commands(ActionSubCommands):
     """Subcommands with one line of help each, where LightningCLI would show the Trainer's docstrings."""
 
+    @override
     def add_subcommand(self, name: str, parser: Any, **kwargs: Any) -> Any:
         kwargs["help"] = _SUMMARIES.get(name, kwargs.get("help"))
         return super().add_subcommand(name, parser, **kwargs)
@@ -61,12 +60,14 @@ class ConciseParser(LightningArgumentParser):
         # Else a misspelt `--trainer.max_epoch` passes for the argument that it abbreviates, which YAML refuses.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> ActionSubCommands:
         """Add subcommands, and keep the action that more of them can be added to."""
         heading = {"title": "commands", "metavar": "COMMAND", "description": f"{_PROGRAM} COMMAND --help says more."}
         self.commands = super().add_subcommands(*args, **{"action": _Commands, **heading, **kwargs})
         return self.commands
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message to stderr and exit with status 2, or raise where the caller asked for that.
 
@@ -112,6 +113,7 @@ class AsyncCLI(LightningCLI):
             run=run,
         )
 
+    @override
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
@@ -124,6 +126,7 @@ class AsyncCLI(LightningCLI):
                 parser = compare_parser() if name == "compare" else ConciseParser(description=_SUMMARIES[name])
                 commands.add_subcommand(name, parser)
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; a command that runs no Trainer is not for this class.
 
@@ -138,6 +141,7 @@ class AsyncCLI(LightningCLI):
         if command in _OTHER_COMMANDS:
             parser.error(f"`{command}` takes no options before it: {_PROGRAM} {command} [options]")
 
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the checkpoint's hyperparameters, outside of all that reports errors.
         try:
@@ -146,6 +150,7 @@ class AsyncCLI(LightningCLI):
             path = self.config[self.config.subcommand].ckpt_path
             self.parser.error(f"{path} cannot be read as a checkpoint: {error}", error)
 
+    @override
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; what they refuse is an error of the configuration.
 
@@ -154,8 +159,8 @@ class AsyncCLI(LightningCLI):
         """
         path = _class_path(self._get(self.config, "trainer.strategy"))
         if path is not None:
-            if complaint := _complaint(path):
-                self.parser.error(f"trainer.strategy: {complaint}")
+            if problem := _problem(path):
+                self.parser.error(f"trainer.strategy: {problem}")
             no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
             named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
             self._get(self.config, "trainer")["strategy"] = named
@@ -173,7 +178,7 @@ def _class_path(strategy: Any) -> str | None:
     return path if "." in path else None
 
 
-def _complaint(path: str) -> str | None:
+def _problem(path: str) -> str | None:
     """Why no strategy can be built of a class without arguments."""
     module, _, name = path.rpartition(".")
     try:

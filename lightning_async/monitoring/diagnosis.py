@@ -1,6 +1,6 @@
 """What a run's numbers say in plain words: slow ranks, what the barrier cost, whether another bound would help.
 
-Pure rules over `RunFacts`; used by `summary.py` and the report.
+Pure rules over `RunFacts`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_async.monitoring.replay import free_bound, lock_step_factor
 
-__all__ = ["RunFacts", "conclusions", "slow_ranks", "verdict_line"]
+__all__ = ["RunFacts", "conclusions", "diagnosis_line", "slow_ranks"]
 
 SLOW_FACTOR = 1.5
 _LITTLE_GAIN = 1.15
@@ -152,7 +152,7 @@ def conclusions(facts: RunFacts) -> list[str]:
     return found
 
 
-def verdict_line(facts: RunFacts) -> str:
+def diagnosis_line(facts: RunFacts) -> str:
     """The conclusions in one line."""
     line = "; ".join(conclusions(facts))
     return f"{line[0].upper()}{line[1:]}."

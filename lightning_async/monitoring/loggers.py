@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from lightning_async.loops.trainer_state import logger_prefix
-
-__all__ = ["ScalarSink", "TensorBoardSink", "WandbSink", "sink_for", "staleness_histogram"]
+__all__ = ["ScalarWriter", "TensorBoardWriter", "WandbWriter", "staleness_histogram", "writer_for"]
 
 # wandb takes 512 bins at most; more than a screen has room for says nothing.
 _MAX_BINS = 256
 
 
-class ScalarSink:
+class ScalarWriter:
     """Any logger: the metrics, and nothing else.
 
     Args:
@@ -37,17 +36,18 @@ class ScalarSink:
         """Nothing: the metrics are there."""
 
 
-class WandbSink(ScalarSink):
+class WandbWriter(ScalarWriter):
     """Weights & Biases: metrics over the version, staleness as a histogram, configuration and summary of the run.
 
     Args:
         logger: the logger.
+        prefix: what it puts in front of the names of metrics.
     """
 
-    def __init__(self, logger: WandbLogger) -> None:
+    def __init__(self, logger: WandbLogger, prefix: str) -> None:
         super().__init__(logger)
         self._run = logger.experiment
-        self._prefix = logger_prefix(logger)
+        self._prefix = prefix
 
     def configure(self, configuration: dict[str, Any]) -> None:
         """Puts ``async/`` metrics over ``async/version`` and the configuration under ``async`` in the run's config."""
@@ -72,7 +72,7 @@ class WandbSink(ScalarSink):
         self._run.summary.update({f"async_run/{name}": value for name, value in summary.items()})
 
 
-class TensorBoardSink(ScalarSink):
+class TensorBoardWriter(ScalarWriter):
     """TensorBoard: metrics, staleness as a histogram, configuration and summary as text.
 
     Args:
@@ -108,13 +108,18 @@ class TensorBoardSink(ScalarSink):
         self._writer.add_text("async/summary", _table({name: f"{value:.4g}" for name, value in summary.items()}))
 
 
-def sink_for(logger: Logger) -> ScalarSink:
-    """What shows the metrics in ``logger``: scalars, and more where it is known how."""
+def writer_for(logger: Logger, prefix: Callable[[WandbLogger], str]) -> ScalarWriter:
+    """What shows the metrics in ``logger``: scalars, and more where it is known how.
+
+    Args:
+        logger: one of the trainer's.
+        prefix: tells what a `WandbLogger` puts in front of the names of metrics, which Lightning keeps private.
+    """
     if isinstance(logger, WandbLogger):
-        return WandbSink(logger)
+        return WandbWriter(logger, prefix(logger))
     if isinstance(logger, TensorBoardLogger):
-        return TensorBoardSink(logger)
-    return ScalarSink(logger)
+        return TensorBoardWriter(logger)
+    return ScalarWriter(logger)
 
 
 def staleness_histogram(staleness: Counter[int], max_bins: int = _MAX_BINS) -> tuple[np.ndarray, np.ndarray]:

@@ -1,120 +1,73 @@
-"""What a run leaves on disk for its report: one JSON file of bounded size.
+"""What a run leaves on disk, with any strategy: one JSON file of bounded size.
 
-Written by `callbacks.py`, read by the report.
+`AsyncMonitor` and `compare` write it; the report and the tables of `compare` are made of it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_async.monitoring.series import Evaluation, Point
 from lightning_async.monitoring.stats import RunStats
+from lightning_async.monitoring.versioned import Format, RecordError
 
-__all__ = ["RECORD_NAME", "Point", "RecordError", "RunRecord", "Series"]
+__all__ = ["RECORD_NAME", "RecordError", "RunRecord"]
 
 RECORD_NAME = "async_run.json"
-_FORMAT = "lightning_async run"
-_FORMAT_VERSION = 1
-
-
-class RecordError(ValueError):
-    """A file that is no record of a run; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The run at one moment; counts are from its start on.
-
-    Args:
-        seconds: of training, validation not counted.
-        wall_seconds: since the start, validation counted.
-        updates: applied so far.
-        staleness_sum: over these updates.
-        loss: mean training loss of rank 0's batches since the last point; None if it is unknown.
-    """
-
-    seconds: float
-    wall_seconds: float
-    updates: int
-    staleness_sum: int
-    loss: float | None
-
-
-class Series:
-    """Points at even distances of time; when there are too many, every other one is left out from then on.
-
-    Args:
-        limit: the most points.
-        every_s: seconds between two points at first.
-
-    Examples:
-        >>> series = Series(limit=4, every_s=1.0)
-        >>> for second in range(9):
-        ...     if series.due(float(second)):
-        ...         series.add(Point(second, float(second), second, 0, None))
-        >>> [point.updates for point in series.points]
-        [1, 3, 5, 7]
-    """
-
-    def __init__(self, limit: int = 1000, every_s: float = 0.05) -> None:
-        self.points: list[Point] = []
-        self._limit = limit
-        self._every_s = every_s
-        self._last_s = 0.0
-
-    def due(self, wall_seconds: float) -> bool:
-        """Whether the next point is due."""
-        return wall_seconds - self._last_s >= self._every_s
-
-    def add(self, point: Point) -> None:
-        """Keeps a point."""
-        self.points.append(point)
-        self._last_s = point.wall_seconds
-        if len(self.points) > self._limit:
-            self.points = self.points[::2]
-            self._every_s *= 2.0
+_FORMAT = Format("lightning_async run", 2, "a record of a run by lightning_async", "Train the run anew.")
 
 
 @dataclass
 class RunRecord:
-    """A run, as its report needs it.
+    """A run.
 
     Args:
-        configuration: of the strategy.
-        stats: ``RunStats.as_dict()``.
-        step_seconds: for each rank the seconds of its latest steps, at most 1001.
-        series: the run over time.
+        strategy: name of the strategy's class.
+        ranks: their number.
+        max_epochs: as the Trainer has it.
         finished: whether the fit came to its end.
         written_at: time of day, ISO 8601.
+        evaluations: the run at its validations and the ends of its epochs, at most 2000.
+        configuration: of the asynchronous strategy; empty with another one.
+        stats: ``RunStats.as_dict()``; empty if the strategy keeps none.
+        step_seconds: for each rank the seconds of its latest steps, at most 1001; empty without ``stats``.
+        series: the run at even distances of time, at most 1000 points.
         about: what else to say of the run: name -> value.
     """
 
-    configuration: dict[str, Any]
-    stats: dict[str, Any]
-    step_seconds: list[list[float]]
-    series: list[Point]
+    strategy: str
+    ranks: int
+    max_epochs: int | None
     finished: bool
     written_at: str
+    evaluations: Sequence[Evaluation] = ()
+    configuration: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    step_seconds: Sequence[Sequence[float]] = ()
+    series: Sequence[Point] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, configuration: Mapping[str, Any], stats: RunStats, series: Series, **rest: Any) -> RunRecord:
-        """A record of what is known now."""
-        numbers = stats.as_dict()
-        steps = [[round(step, 6) for step in stats.step_seconds(rank)] for rank in numbers["updates_by_rank"]]
-        return cls(dict(configuration), numbers, steps, list(series.points), **rest)
+    def curve(self, metric: str) -> list[tuple[Evaluation, float]]:
+        """The evaluations that have the metric, each with its value."""
+        return [(point, point.metrics[metric]) for point in self.evaluations if metric in point.metrics]
+
+    def last(self, metric: str) -> float | None:
+        """The metric's last value, or None if it was never logged."""
+        curve = self.curve(metric)
+        return curve[-1][1] if curve else None
+
+    def mean_staleness(self) -> float | None:
+        """Mean staleness of the applied updates, or None if the strategy keeps no statistics of it."""
+        counts: dict[int, int] = self.stats.get("staleness", {})
+        return sum(age * count for age, count in counts.items()) / sum(counts.values()) if counts else None
 
     def write(self, path: Path) -> None:
         """Writes the record; a reader sees the old file or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(whole), encoding="utf-8")
-        os.replace(partial, path)
+        lists = {"evaluations": list(map(asdict, self.evaluations)), "series": list(map(asdict, self.series))}
+        _FORMAT.write(path, {**vars(self), **lists})
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
@@ -124,7 +77,7 @@ class RunRecord:
             run_dir: the run's folder, or the record itself.
 
         Raises:
-            RecordError: if there is none, or another kind of file.
+            RecordError: if there is none, or another kind of file, or one of another version.
         """
         if not run_dir.exists():
             raise RecordError(f"{run_dir} does not exist")
@@ -135,33 +88,36 @@ class RunRecord:
             if below:
                 hint = f"did you mean {below[-1].parent}?"
             raise RecordError(f"there is no record of a run at {path}; {hint}")
+        whole = _FORMAT.read(path)
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecordError(f"{path} is not JSON: {error}") from error
-        if not isinstance(whole, dict) or whole.pop("format", None) != _FORMAT:
-            raise RecordError(f"{path} is not a record of a run by lightning_async")
-        if (version := whole.pop("format_version", None)) != _FORMAT_VERSION:
-            raise RecordError(f"{path} has format version {version}; this lightning_async reads {_FORMAT_VERSION}")
-        try:
-            series = [Point(**point) for point in whole.pop("series")]
-            record = cls(**{**whole, "stats": _with_numbers(whole["stats"]), "series": series})
+            record = cls(
+                **{
+                    **whole,
+                    "evaluations": [Evaluation(**evaluation) for evaluation in whole["evaluations"]],
+                    "series": [Point(**point) for point in whole["series"]],
+                    "stats": _with_numbers(whole["stats"]),
+                }
+            )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"{path} is damaged: {error!r}") from error
         return record
 
     def _check(self) -> None:
-        known = RunStats(workers=0).as_dict()
+        if not isinstance(self.configuration, dict):
+            raise ValueError(f"configuration is {self.configuration!r}")
+        if self.configuration:
+            for name in ("max_staleness", "on_stale", "batches"):
+                self.configuration[name]
+        if not (self.stats or self.step_seconds or self.configuration):
+            return
         ranks = set(range(len(self.step_seconds)))
-        for name, value in known.items():
+        for name, value in RunStats(workers=0).as_dict().items():
             found = self.stats[name]
             if isinstance(value, dict) != isinstance(found, dict):
                 raise ValueError(f"stats.{name} is {found!r}")
             if name.endswith("_by_rank") and found.keys() != ranks:
                 raise ValueError(f"stats.{name} is of other ranks than step_seconds")
-        for name in ("max_staleness", "on_stale", "batches"):
-            self.configuration[name]
 
 
 def _with_numbers(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """What another bound would have done: a run's step times played through the barrier's rule.
 
-Pure; uses the very `StalenessBarrier` that the holder uses. Read by `decision.py`.
+Pure; plays with the same `StalenessBarrier` that the holder uses.
 """
 
 from __future__ import annotations

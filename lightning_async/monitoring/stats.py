@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Protocol
 
 from lightning_async.holder.holder import Update
 
-__all__ = ["MetricsLogger", "MetricsSink", "RunStats", "quantile"]
+__all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile", "staleness_text"]
 
 # Enough for a median within a few percent, whatever the run's length.
 _STEPS_KEPT = 1001
@@ -133,7 +133,7 @@ class RunStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The counters and each rank's median step, 0.0 where it is unknown; JSON can hold it."""
-        # The holder waits for whoever has the lock, so nothing is sorted under it.
+        # The holder waits for this lock, so nothing is sorted under it.
         medians = {rank: median(self.step_seconds(rank) or [0.0]) for rank in self._steps}
         return {**self.counts(), "median_step_seconds_by_rank": medians}
 
@@ -165,7 +165,7 @@ class RunStats:
         return self.train_seconds + running
 
 
-class MetricsSink(Protocol):
+class MetricsWriter(Protocol):
     """Where metrics go: one logger, and what it can show."""
 
     def configure(self, configuration: dict[str, Any]) -> None:
@@ -183,19 +183,19 @@ class MetricsLogger:
 
     Args:
         stats: the run's statistics.
-        sinks: where the metrics go.
+        writers: where the metrics go.
     """
 
-    def __init__(self, stats: RunStats, sinks: Sequence[MetricsSink]) -> None:
+    def __init__(self, stats: RunStats, writers: Sequence[MetricsWriter]) -> None:
         self._stats = stats
-        self._sinks = sinks
+        self._writers = writers
         self._seen = stats.counts()
         self._since = time.perf_counter()
 
     def configure(self, configuration: dict[str, Any]) -> None:
         """Writes how the run is set up, once, before anything else."""
-        for sink in self._sinks:
-            sink.configure(configuration)
+        for writer in self._writers:
+            writer.configure(configuration)
 
     def restart_clock(self) -> None:
         """Leaves the time since the last logging out of the rates: validation is not training."""
@@ -216,16 +216,16 @@ class MetricsLogger:
         staleness = Counter(stats["staleness"]) - Counter(self._seen["staleness"])
         metrics = self._metrics(stats, staleness, version, now - self._since)
         self._seen, self._since = stats, now
-        for sink in self._sinks:
+        for writer in self._writers:
             # A copy for each: a logger may take something out of its row.
-            sink.log({**metrics, "epoch": epoch}, staleness, step)
+            writer.log({**metrics, "epoch": epoch}, staleness, step)
 
     def finish(self) -> None:
         """Writes the run's final numbers; nothing if there was no update."""
         summary = self._stats.summary()
         if summary:
-            for sink in self._sinks:
-                sink.summarize(summary)
+            for writer in self._writers:
+                writer.summarize(summary)
 
     def _metrics(
         self, stats: dict[str, Any], staleness: Counter[int], version: int, seconds: float
@@ -269,3 +269,16 @@ def quantile(counts: Counter[int], fraction: float) -> int:
         if seen >= needed:
             return value
     return max(counts)
+
+
+def staleness_text(counts: Mapping[int, int]) -> str:
+    """Mean, 95th percentile and maximum of the staleness, as tables show them.
+
+    Examples:
+        >>> staleness_text({0: 1, 3: 2}), staleness_text({})
+        ('2.0 / 3 / 3', '-')
+    """
+    if not counts:
+        return "-"
+    mean, p95, largest = _staleness(Counter(counts)).values()
+    return f"{mean:.1f} / {p95:.0f} / {largest:.0f}"

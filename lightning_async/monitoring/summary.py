@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from lightning_async.monitoring.diagnosis import RunFacts, verdict_line
-from lightning_async.monitoring.stats import RunStats, quantile
+from lightning_async.monitoring.diagnosis import RunFacts, diagnosis_line
+from lightning_async.monitoring.stats import RunStats, staleness_text
 
 __all__ = ["print_summary", "summary_table"]
 
@@ -22,7 +21,7 @@ _DISPENSABLE = ("batches", "share", "waiting", "median step")
 
 
 def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
-    """Prints the run's table and verdict to the console that Lightning's Rich progress bar uses too.
+    """Prints the run's table and diagnosis to the console that Lightning's Rich progress bar uses too.
 
     Args:
         configuration: the strategy's.
@@ -33,17 +32,17 @@ def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
         return
     steps = [stats.step_seconds(rank) for rank in numbers["updates_by_rank"]]
     facts = RunFacts.of(configuration, numbers, steps)
-    get_console().print(summary_table(numbers, verdict_line(facts)))
+    get_console().print(summary_table(numbers, diagnosis_line(facts)))
 
 
-def summary_table(stats: Mapping[str, Any], verdict: str) -> RenderableType:
-    """A row for each rank, one for all, and the verdict.
+def summary_table(stats: Mapping[str, Any], diagnosis: str) -> RenderableType:
+    """A row for each rank, one for all, and the diagnosis.
 
     Args:
         stats: ``RunStats.as_dict()`` of a run with updates.
-        verdict: a line.
+        diagnosis: a line.
     """
-    return Group(_Ranks(stats), Text(verdict))
+    return Group(_Ranks(stats), Text(diagnosis))
 
 
 class _Ranks:
@@ -92,15 +91,7 @@ def _columns(stats: Mapping[str, Any]) -> dict[str, list[str]]:
             f"{sum(waited.values()) / (len(own) * seconds):.0%}",
         ],
         "staleness\nmean / p95 / max": [
-            *(_staleness(stats["staleness_by_rank"][rank]) for rank in own),
-            _staleness(stats["staleness"]),
+            *(staleness_text(stats["staleness_by_rank"][rank]) for rank in own),
+            staleness_text(stats["staleness"]),
         ],
     }
-
-
-def _staleness(counts: Mapping[int, int]) -> str:
-    if not counts:
-        return "-"
-    ages = Counter(counts)
-    mean = sum(age * count for age, count in ages.items()) / ages.total()
-    return f"{mean:.1f} / {quantile(ages, 0.95)} / {max(ages)}"

@@ -1,7 +1,7 @@
 """A run's timeline as a Chrome trace (JSON), for ui.perfetto.dev or chrome://tracing.
 
 Each rank is a process with two tracks: its training loop, and what the barrier at the holder does with its gradients.
-Its counter shows the staleness of each of its updates. Written by `callbacks.py`; pure but for the file.
+Its counter shows the staleness of each of its updates. Pure but for the file.
 """
 
 from __future__ import annotations

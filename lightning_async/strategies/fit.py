@@ -15,7 +15,8 @@ from lightning_async.loops.buffer_sync import BufferSync, check_averaged, share_
 from lightning_async.loops.installation import InstalledLoops
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.protocols import RunSignals
-from lightning_async.monitoring.loggers import sink_for
+from lightning_async.loops.trainer_state import logger_prefix
+from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.stats import MetricsLogger
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.checkpointing import Checkpointing
@@ -121,4 +122,4 @@ def _share(context: ExchangeContext) -> BufferSync | None:
 
 
 def _metrics_for(loggers: Sequence[Logger], context: ExchangeContext) -> MetricsLogger:
-    return MetricsLogger(context.stats, [sink_for(logger) for logger in loggers])
+    return MetricsLogger(context.stats, [writer_for(logger, logger_prefix) for logger in loggers])

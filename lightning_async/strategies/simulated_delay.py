@@ -23,7 +23,8 @@ from typing_extensions import override
 
 from lightning_async.holder.holder import Push, Update
 from lightning_async.holder.layout import parameters_in
-from lightning_async.monitoring.loggers import sink_for
+from lightning_async.loops.trainer_state import logger_prefix
+from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 
 __all__ = ["Delays", "PastIterates", "SimulatedDelayStrategy"]
@@ -244,8 +245,8 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
                 "max_delay or a smaller model."
             )
         self.stats = RunStats(workers=1)
-        sinks = [sink_for(logger) for logger in trainer.loggers]
-        self._metrics = MetricsLogger(self.stats, sinks) if sinks else None
+        writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
+        self._metrics = MetricsLogger(self.stats, writers) if writers else None
         if self._metrics is not None:
             self._metrics.configure(self._configuration)
         self.stats.start_segment()

@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 
 from lightning_async.cli.app import main
 from lightning_async.cli.compare.recorder import RunRecorder
-from lightning_async.cli.compare.results import Record
+from lightning_async.monitoring.record import RunRecord
 from tests.launch import launch
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -50,21 +50,21 @@ def test_a_record_covers_all_ranks_with_any_strategy(tmp_path: Path, strategy: s
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
-    record = Record.load(tmp_path / "deep" / "record.json")
+    record = RunRecord.read(tmp_path / "deep" / "record.json")
     assert record.finished
     assert (record.ranks, record.max_epochs) == (ranks, 2)
-    assert [point.epoch for point in record.points] == [0.5, 1.0, 1.5, 2.0]
-    assert [point.batches for point in record.points] == [8, 16, 24, 32]
-    assert [point.updates for point in record.points] == [updates * half // 2 for half in (1, 2, 3, 4)]
+    assert [point.epoch for point in record.evaluations] == [0.5, 1.0, 1.5, 2.0]
+    assert [point.batches for point in record.evaluations] == [8, 16, 24, 32]
+    assert [point.updates for point in record.evaluations] == [updates * half // 2 for half in (1, 2, 3, 4)]
     # An epoch has every sample once: the mean of all indices from 0 to 63.
-    losses = [point.train_loss or 0.0 for point in record.points]
+    losses = [point.train_loss or 0.0 for point in record.evaluations]
     assert [sum(losses[:2]) / 2, sum(losses[2:]) / 2] == pytest.approx([31.5, 31.5])
-    assert all("val/loss" in point.metrics for point in record.points)
-    seconds = [point.seconds for point in record.points]
+    assert all("val/loss" in point.metrics for point in record.evaluations)
+    seconds = [point.seconds for point in record.evaluations]
     assert seconds == sorted(seconds) and seconds[0] > 0
     # Four validations of at least one batch were left out.
-    assert record.points[-1].seconds_total - record.points[-1].seconds >= 4 * VALIDATION_S
-    assert (record.mean_staleness is not None) == strategy.startswith("async")
+    assert record.evaluations[-1].wall_seconds - record.evaluations[-1].seconds >= 4 * VALIDATION_S
+    assert (record.mean_staleness() is not None) == strategy.startswith("async")
 
 
 def test_a_run_that_fails_leaves_an_unfinished_record(tmp_path: Path) -> None:
@@ -82,12 +82,12 @@ def test_a_run_that_fails_leaves_an_unfinished_record(tmp_path: Path) -> None:
 
     run = launch(script, tmp_path)
 
-    record = Record.load(tmp_path / "record.json")
+    record = RunRecord.read(tmp_path / "record.json")
     assert run.returncode == 1
     assert not record.finished
-    assert [point.epoch for point in record.points] == [1.0]
+    assert [point.epoch for point in record.evaluations] == [1.0]
     # The loss as the training step returned it, not divided by the number of accumulated batches.
-    assert record.points[0].train_loss == pytest.approx(0.69, abs=0.2)
+    assert record.evaluations[0].train_loss == pytest.approx(0.69, abs=0.2)
 
 
 def test_a_comparison_trains_reports_and_goes_on(
@@ -123,4 +123,4 @@ def test_a_comparison_trains_reports_and_goes_on(
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "out" / "runs" / "async" / "seed-0" / "record.json").read_text())
     assert record["strategy"] == "AsyncAMSGradStrategy"
-    assert record["points"][-1]["updates"] == 8
+    assert record["evaluations"][-1]["updates"] == 8

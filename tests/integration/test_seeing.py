@@ -111,10 +111,15 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
     assert record.series[-1].updates == UPDATES
     assert [point.updates for point in record.series] == sorted(point.updates for point in record.series)
     assert any(point.loss is not None and 0.0 < point.loss < 2.0 for point in record.series)
+    assert [evaluation.epoch for evaluation in record.evaluations] == [1.0, 2.0]
+    assert [evaluation.batches for evaluation in record.evaluations] == [UPDATES // 2, UPDATES]
+    assert [evaluation.updates for evaluation in record.evaluations] == [UPDATES // 2, UPDATES]
+    assert all(evaluation.train_loss is not None for evaluation in record.evaluations)
+    assert all("val/loss" in evaluation.metrics for evaluation in record.evaluations)
     assert record.series[-1].staleness_sum == sum(age * count for age, count in stats["staleness"].items())
 
 
-def test_rank_0_prints_one_table_with_a_verdict(run: Launched) -> None:
+def test_rank_0_prints_one_table_with_a_diagnosis(run: Launched) -> None:
     output = " ".join(run.output.split())
     assert output.count(f"{UPDATES} updates in ") == 1
     assert "he barrier cost" in output

@@ -54,3 +54,14 @@ def test_every_public_name_is_there_and_no_other() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (importlib.resources.files(lightning_async) / "py.typed").is_file()
+
+
+def test_what_the_core_imports_of_monitoring_loads_no_lightning() -> None:
+    code = (
+        "import sys, lightning_async.monitoring, lightning_async.monitoring.diagnosis\n"
+        "assert not set(sys.modules) & {'lightning', 'wandb', 'matplotlib', 'rich'}"
+    )
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr

@@ -1,7 +1,6 @@
 """`lightning-async compare`: one recipe in several variants, with a table and plots.
 
-Rooms, from the top: `command.py`, `plots.py`, `tables.py`, `results.py`, `epoch_plan.py`, `config.py`; `runner.py` and
-`recorder.py` (which runs inside the training) stand by themselves.
+Its callback `recorder.RunRecorder` runs inside the trainings; nothing but the command line imports the rest.
 """
 
 from lightning_async.cli.compare.command import compare_main, compare_parser

@@ -1,10 +1,8 @@
-"""`lightning-async compare`: reads the configuration, has the runs done, writes the results. The top room."""
+"""`lightning-async compare`: reads the configuration, has the runs done, writes the results."""
 
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,19 +10,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import override
 
 import lightning_async
 from lightning_async.cli.compare.config import Comparison, Plot, Sweep, Variant
 from lightning_async.cli.compare.plan import PlannedRun, argument_list, digest, plan_runs
 from lightning_async.cli.compare.plots import check_matplotlib, draw
-from lightning_async.cli.compare.results import Record, Result, summarize
+from lightning_async.cli.compare.results import Result, summarize
 from lightning_async.cli.compare.runner import Job, Outcome, is_finished, only_one_at_a_time, run_jobs
 from lightning_async.cli.compare.tables import console_table, csv_table, markdown_table
 from lightning_async.cli.errors import is_debugging, one_line
+from lightning_async.monitoring.machine import machine_facts
+from lightning_async.monitoring.record import RecordError, RunRecord
 
 __all__ = ["compare_main", "compare_parser", "fit_command", "read_comparison"]
 
@@ -35,6 +35,7 @@ _RECORDER = "lightning_async.cli.compare.recorder.RunRecorder"
 class _Parser(ArgumentParser):
     """Says what is wrong in one line."""
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if is_debugging():
             super().error(message, ex)
@@ -141,6 +142,8 @@ def compare_main(args: Sequence[str] | None = None) -> int:
             return 0
         check_matplotlib()
         with only_one_at_a_time(out):
+            if not config.fresh:
+                _check_records(jobs)
             if config.draw_only:
                 outcomes = [Outcome(job, None if is_finished(job) else "it has not been run") for job in jobs]
             else:
@@ -184,6 +187,15 @@ def _jobs(comparison: Comparison, planned: Sequence[PlannedRun], out: Path) -> l
     ]
 
 
+def _check_records(jobs: Sequence[Job]) -> None:
+    """Refuse finished runs that cannot be read, before anything is run."""
+    try:
+        for job in filter(is_finished, jobs):
+            RunRecord.read(job.record)
+    except RecordError as error:
+        raise ValueError(f"{error} `--fresh` does that for all of them.") from error
+
+
 def _forget(jobs: Sequence[Job]) -> None:
     for job in jobs:
         job.record.unlink(missing_ok=True)
@@ -216,9 +228,9 @@ class _Display:
         self._tasks[job.name] = self._progress.add_task(job.name, total=None, state="starts")
 
     def progressed(self, job: Job, record: Mapping[str, Any]) -> None:
-        points, epochs = record.get("points"), record.get("max_epochs")
-        if points:
-            done = points[-1]["epoch"]
+        evaluations, epochs = record.get("evaluations"), record.get("max_epochs")
+        if evaluations:
+            done = evaluations[-1]["epoch"]
             of = f" of {epochs}" if epochs and epochs > 0 else ""
             self._progress.update(
                 self._tasks[job.name], completed=done, total=epochs if of else None, state=f"epoch {done:.3g}{of}"
@@ -234,7 +246,7 @@ class _Display:
     def _sentence(self, outcome: Outcome) -> str:
         if outcome.failure:
             return f"✗ {outcome.job.name}: {outcome.failure}"
-        metric = Record.load(outcome.job.record).last(self._metric)
+        metric = RunRecord.read(outcome.job.record).last(self._metric)
         value = f", {self._metric} {metric:.4f}" if metric is not None else ""
         return f"✓ {outcome.job.name}: " + (f"{outcome.seconds:.0f} s" if outcome.seconds else "was finished") + value
 
@@ -243,7 +255,7 @@ def _write_results(
     comparison: Comparison, planned: Sequence[PlannedRun], outcomes: Sequence[Outcome], out: Path, console: Console
 ) -> None:
     results = [
-        Result(run.variant, run.seed, None if outcome.failure else Record.load(outcome.job.record), outcome.failure)
+        Result(run.variant, run.seed, None if outcome.failure else RunRecord.read(outcome.job.record), outcome.failure)
         for run, outcome in zip(planned, outcomes, strict=True)
     ]
     summaries = summarize(results, comparison.metric, comparison.metric_mode, comparison.loss, comparison.target)
@@ -258,7 +270,8 @@ def _write_results(
 
 def _document(comparison: Comparison, planned: Sequence[PlannedRun], table: str, pictures: Sequence[Path]) -> str:
     seeds = ", ".join(map(str, comparison.seeds))
-    machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
+    facts = machine_facts()
+    machine = f"{facts['cores']} CPUs, {facts['processor']}, torch {facts['torch']}"
     first_seed = [run for run in planned if run.seed == comparison.seeds[0]]
     commands = [
         shlex.join(["lightning-async", "fit", "--config", comparison.recipe, *argument_list(run.arguments)])

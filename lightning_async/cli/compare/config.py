@@ -1,4 +1,4 @@
-"""What a comparison is, as its YAML file says it. The lowest room of `compare`: it imports none of the others."""
+"""What a comparison is, as its YAML file says it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a comparison to the runs that it consists of: names, arguments, digests. Pure; above `config.py`."""
+"""From a comparison to the runs that it consists of: names, arguments, digests. Pure."""
 
 from __future__ import annotations
 

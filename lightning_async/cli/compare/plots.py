@@ -1,4 +1,4 @@
-"""The pictures of a comparison. The only room that needs matplotlib; above `results.py`."""
+"""The pictures of a comparison. The only module of `compare` that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_async.cli.compare.config import Comparison, Plot
 from lightning_async.cli.compare.plan import joined
-from lightning_async.cli.compare.results import Point, Summary
+from lightning_async.cli.compare.results import Summary
 from lightning_async.cli.compare.tables import ratio
+from lightning_async.monitoring.series import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ _MARKERS = "osD^vPX*"
 _COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#000000")
 
 _Style = dict[str, Any]
-_Reading = Callable[[Point], float | None]
+_Reading = Callable[[Evaluation], float | None]
 
 
 def check_matplotlib() -> None:
@@ -120,7 +121,7 @@ def _draw_curve(axes: Axes, summary: Summary, x: _Reading, y: _Reading, style: _
     runs = [
         [
             (x_value, y_value)
-            for point in record.points
+            for point in record.evaluations
             if (x_value := x(point)) is not None and (y_value := y(point)) is not None
         ]
         for record in summary.records.values()
@@ -229,11 +230,11 @@ def _styles(plot: Plot, comparison: Comparison, summaries: Sequence[Summary]) ->
     # The map's last tenth is too light to be seen on white.
     shades = [colormaps["viridis"](0.9 * index / max(1, len(names) - 1)) for index in range(len(names))]
     others = [_label(summary, {plot.against, plot.separate}) for summary in summaries]
-    unlike = list(dict.fromkeys(others))
+    distinct = list(dict.fromkeys(others))
     return [
         {
             "color": shades[names.index(summary.variant.labels[plot.against])],
-            "linestyle": dashes[unlike.index(other) % len(dashes)],
+            "linestyle": dashes[distinct.index(other) % len(dashes)],
         }
         for summary, other in zip(summaries, others, strict=True)
     ]
@@ -254,7 +255,7 @@ def _scale_loss(row: Sequence[Axes], summaries: Sequence[Summary], y: _Reading) 
         value
         for s in summaries
         for record in s.records.values()
-        for point in record.points
+        for point in record.evaluations
         if (value := y(point)) is not None
     ]
     # Losses that fall by orders of magnitude are told apart on a logarithmic axis only.

@@ -1,75 +1,19 @@
-"""What the runs recorded, summed up over the seeds. Pure but for `Record.load`; above `epoch_plan.py`."""
+"""What the runs recorded, summed up over the seeds. Pure."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_async.cli.compare.plan import PlannedVariant
+from lightning_async.monitoring.record import RunRecord
 
-__all__ = ["Estimate", "Point", "Record", "Result", "Summary", "estimate", "seconds_to", "summarize"]
+__all__ = ["Estimate", "Result", "Summary", "estimate", "seconds_to", "summarize"]
 
 Mode = Literal["max", "min"]
-
-
-@dataclass(frozen=True)
-class Point:
-    """The state of a run at a validation or the end of an epoch; see `RunRecorder` for the fields."""
-
-    epoch: float
-    updates: int
-    batches: int
-    seconds: float
-    seconds_total: float
-    train_loss: float | None
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `RunRecorder` wrote; see there for the fields."""
-
-    finished: bool
-    strategy: str
-    ranks: int
-    max_epochs: int | None
-    points: Sequence[Point]
-    stats: Mapping[str, Any] | None = None
-
-    @classmethod
-    def load(cls, path: Path) -> Record:
-        """Read a file.
-
-        Args:
-            path: what `RunRecorder` wrote.
-
-        Raises:
-            OSError: if there is none.
-        """
-        content = json.loads(path.read_text())
-        return cls(**{**content, "points": [Point(**point) for point in content["points"]]})
-
-    def curve(self, metric: str) -> list[tuple[Point, float]]:
-        """The points that have the metric, each with its value."""
-        return [(point, point.metrics[metric]) for point in self.points if metric in point.metrics]
-
-    def last(self, metric: str) -> float | None:
-        """The metric's last value, or `None` if it was never logged."""
-        curve = self.curve(metric)
-        return curve[-1][1] if curve else None
-
-    @property
-    def mean_staleness(self) -> float | None:
-        """Mean staleness of the applied updates, or `None` if the strategy keeps no statistics of it."""
-        counts: Mapping[str, int] = (self.stats or {}).get("staleness", {})
-        if not counts:
-            return None
-        return sum(int(staleness) * count for staleness, count in counts.items()) / sum(counts.values())
 
 
 @dataclass(frozen=True)
@@ -85,7 +29,7 @@ class Result:
 
     variant: PlannedVariant
     seed: int
-    record: Record | None = None
+    record: RunRecord | None = None
     failure: str | None = None
 
 
@@ -125,7 +69,7 @@ class Summary:
     """
 
     variant: PlannedVariant
-    records: Mapping[int, Record]
+    records: Mapping[int, RunRecord]
     failures: Mapping[int, str]
     metric: Estimate | None
     best_metric: Estimate | None
@@ -166,7 +110,7 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     return Estimate(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def seconds_to(record: Record, metric: str, target: float, mode: Mode) -> float | None:
+def seconds_to(record: RunRecord, metric: str, target: float, mode: Mode) -> float | None:
     """When a run reached a value.
 
     Args:
@@ -179,9 +123,9 @@ def seconds_to(record: Record, metric: str, target: float, mode: Mode) -> float 
         Seconds of training, without validation, up to the first validation with the value or a better one;
         `None` if there was none.
     """
-    for point, value in record.curve(metric):
+    for evaluation, value in record.curve(metric):
         if value >= target if mode == "max" else value <= target:
-            return point.seconds
+            return evaluation.seconds
     return None
 
 
@@ -206,8 +150,10 @@ def summarize(results: Sequence[Result], metric: str, mode: Mode, loss: str, tar
 
 def _summary(group: Sequence[Result], metric: str, mode: Mode, loss: str, target: float | None) -> Summary:
     best = max if mode == "max" else min
-    records = {result.seed: result.record for result in group if result.record is not None and result.record.points}
-    ends = [(record, record.points[-1]) for record in records.values()]
+    records = {
+        result.seed: result.record for result in group if result.record is not None and result.record.evaluations
+    }
+    ends = [(record, record.evaluations[-1]) for record in records.values()]
     curves = [[value for _, value in record.curve(metric)] for record in records.values()]
     return Summary(
         variant=group[0].variant,
@@ -223,7 +169,7 @@ def _summary(group: Sequence[Result], metric: str, mode: Mode, loss: str, target
         updates=estimate(end.updates for _, end in ends),
         batches_per_second=estimate(end.batches / end.seconds for _, end in ends),
         epoch_seconds=estimate(end.seconds / end.epoch for _, end in ends),
-        staleness=estimate(record.mean_staleness for record in records.values()),
+        staleness=estimate(record.mean_staleness() for record in records.values()),
         target_seconds=None
         if target is None
         else estimate(seconds_to(record, metric, target, mode) for record in records.values()),

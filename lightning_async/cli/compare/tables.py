@@ -1,4 +1,4 @@
-"""The table of a comparison, as Markdown and CSV. Pure; above `results.py`."""
+"""The table of a comparison, as Markdown and CSV. Pure."""
 
 from __future__ import annotations
 

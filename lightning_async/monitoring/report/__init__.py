@@ -1,4 +1,7 @@
-"""``lightning-async report``: a run's record as one self-contained HTML page."""
+"""``lightning-async report``: the record of a run as one self-contained HTML page.
+
+Drawing needs matplotlib, which is loaded when a report is written.
+"""
 
 from lightning_async.monitoring.report.command import report_main, write_report
 

@@ -29,10 +29,12 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         RecordError: if there is no record, or another kind of file.
-        ReportError: if matplotlib is not installed.
+        ReportError: if the run was not asynchronous, or matplotlib is not installed.
     """
     run_dir = Path(run_dir)
     record = RunRecord.read(run_dir)
+    if not record.configuration:
+        raise ReportError(f"a report shows what asynchrony did, and {record.strategy} is not asynchronous")
     try:
         from lightning_async.monitoring.report import plots
     except ModuleNotFoundError as error:

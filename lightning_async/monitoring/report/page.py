@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lightning_async.monitoring.diagnosis import RunFacts, conclusions
 from lightning_async.monitoring.record import RunRecord
-from lightning_async.monitoring.stats import quantile
+from lightning_async.monitoring.stats import staleness_text
 
 if TYPE_CHECKING:
     from lightning_async.monitoring.report.plots import Plot
+    from lightning_async.monitoring.series import Evaluation
 
 __all__ = ["page"]
+
+# A longer table is not read; a wider one neither.
+_MOST_ROWS, _MOST_METRICS = 16, 8
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #f6f7f9; --card: #ffffff; --ink: #1d2430; --soft: #5b6675; --faint: #cfd6df;
@@ -29,9 +32,9 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 1.05rem; margin: 0 0 2px; }
 p, ul { margin: 0; }
 .soft { color: var(--soft); font-size: .9rem; }
-.verdict { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
+.diagnosis { background: var(--card); border-left: 5px solid var(--one); border-radius: 8px; padding: 16px 20px;
   margin: 20px 0; }
-.verdict li { margin: 4px 0; } .verdict ul { padding-left: 20px; }
+.diagnosis li { margin: 4px 0; } .diagnosis ul { padding-left: 20px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
 .tile { flex: 1 1 148px; }
 .tile, .card { background: var(--card); border-radius: 8px; padding: 14px 16px; min-width: 0; }
@@ -87,11 +90,11 @@ def page(record: RunRecord, plots: Sequence[Plot]) -> str:
 <main>
 <header><h1>{heading}</h1>
 <p class="soft">{written} &middot; the run {state}</p></header>
-<section class="verdict" aria-label="verdict"><h2>Verdict</h2><ul>{sentences}</ul></section>
+<section class="diagnosis" aria-label="diagnosis"><h2>Diagnosis</h2><ul>{sentences}</ul></section>
 <section class="tiles" aria-label="totals">{_tiles(stats)}</section>
 <section class="grid" aria-label="figures">{figures}</section>
 <section class="card wide"><h2>Ranks</h2><div class="scroll" tabindex="0">{_ranks(stats)}</div></section>
-<section class="halves">
+{_evaluated(record.evaluations)}<section class="halves">
 <div class="card"><h2>Configuration</h2>{_pairs(record.configuration)}</div>
 <div class="card"><h2>Run</h2>{_pairs(record.about)}</div>
 </section>
@@ -110,7 +113,7 @@ def _tiles(stats: Mapping[str, Any]) -> str:
         (f"{updates / seconds:,.1f}", "updates a second"),
         (f"{seconds:,.1f} s", "of training"),
         (f"{min(waited, 1.0):.0%}", "of worker time waiting"),
-        (_ages(stats["staleness"]), "staleness mean / p95 / max"),
+        (staleness_text(stats["staleness"]), "staleness mean / p95 / max"),
     ]
     if stats["dropped"]:
         tiles.append((f"{stats['dropped']:,}", "gradients dropped"))
@@ -132,10 +135,39 @@ def _ranks(stats: Mapping[str, Any]) -> str:
             f"{1000 * stats['median_step_seconds_by_rank'][rank]:.1f} ms",
             f"{stats['wait_seconds_by_rank'][rank] / seconds:.0%}",
             f"{stats['parked_seconds_by_rank'][rank] / seconds:.1%}",
-            _ages(stats["staleness_by_rank"][rank]),
+            staleness_text(stats["staleness_by_rank"][rank]),
         )
         for rank, own in stats["updates_by_rank"].items()
     ]
+    return _table(head, rows)
+
+
+def _evaluated(evaluations: Sequence[Evaluation]) -> str:
+    """The card with the run at its evaluations; at even distances where there are many, the last one always."""
+    if not evaluations:
+        return ""
+    every = -(-len(evaluations) // _MOST_ROWS)
+    shown = evaluations[::-1][::every][::-1]
+    metrics = list(dict.fromkeys(name for evaluation in shown for name in sorted(evaluation.metrics)))[:_MOST_METRICS]
+    rows = [
+        (
+            f"{evaluation.epoch:.4g}",
+            f"{evaluation.updates:,}",
+            f"{evaluation.seconds:,.1f} s",
+            _four_digits(evaluation.train_loss),
+            *(_four_digits(evaluation.metrics.get(name)) for name in metrics),
+        )
+        for evaluation in shown
+    ]
+    table = _table(("epoch", "updates", "of training", "train loss", *metrics), rows)
+    return f'<section class="card wide"><h2>Evaluations</h2><div class="scroll" tabindex="0">{table}</div></section>\n'
+
+
+def _four_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -155,11 +187,3 @@ def _words(name: str) -> str:
 
 def _cells(values: Iterable[str], tag: str) -> str:
     return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
-
-
-def _ages(counts: Mapping[int, int]) -> str:
-    if not counts:
-        return "-"
-    ages = Counter(counts)
-    mean = sum(age * count for age, count in ages.items()) / ages.total()
-    return f"{mean:.1f} / {quantile(ages, 0.95)} / {max(ages)}"

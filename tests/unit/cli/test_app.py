@@ -88,7 +88,7 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "said"),
     [
         (["fit", "--config", RECIPE, "--trainer.bogus=1"], "trainer.bogus"),
         # No abbreviation of an argument passes for it.
@@ -107,19 +107,19 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
 
     message = capsys.readouterr().err
     assert exit_info.value.code == 2
-    assert complaint in message
+    assert said in message
     assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "said"),
     [
         (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy='nosuch'"),
         (["fit", "--config", RECIPE, "--trainer.devices=0"], "devices='0'"),
@@ -131,7 +131,7 @@ def test_a_wrong_argument_is_one_line_and_status_2(
     ],
 )
 def test_what_lightning_refuses_is_one_line_and_status_2(
-    arguments: list[str], complaint: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
 
@@ -142,7 +142,7 @@ def test_what_lightning_refuses_is_one_line_and_status_2(
     assert exit_info.value.code == 2
     assert len(errors) == 1
     assert errors[0].startswith("error: ")
-    assert complaint in errors[0]
+    assert said in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_class_beside_the_config_resolves_in_launched_ranks_too(tmp_path: Path
     # What pip writes for an entry point, without relying on an installation.
     script = tmp_path / "bin" / "lightning-async"
     script.parent.mkdir()
-    script.write_text("from lightning_async.cli.app import main\nmain()\n")
+    script.write_text("from lightning_async.cli import main\nmain()\n")
     program = ["-m", "lightning_async"] if entry == "module" else [str(script)]
     command = [sys.executable, *program, "fit", "--config", RECIPE, *QUICK]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=mine.Sign"]

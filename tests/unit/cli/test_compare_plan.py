@@ -116,7 +116,7 @@ def test_a_digest_changes_with_anything_that_goes_into_a_run(
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "said"),
     [
         ({}, "nothing to compare"),
         ({"grid": {"a": []}}, "no variants"),
@@ -135,8 +135,8 @@ def test_a_digest_changes_with_anything_that_goes_into_a_run(
         ({"grid": {"a": Sweep("x", [1])}, "plots": [Plot("final", "a", "a")]}, "separate pictures"),
     ],
 )
-def test_what_cannot_be_run_or_drawn_is_refused(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(complaint)):
+def test_what_cannot_be_run_or_drawn_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
         plan_variants(comparison(**fields))
 
 

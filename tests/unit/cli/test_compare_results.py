@@ -15,27 +15,29 @@ from rich.console import Console
 from lightning_async.cli.compare.config import Arguments, Comparison, Plot, Sweep, Variant
 from lightning_async.cli.compare.plan import PlannedVariant, plan_runs
 from lightning_async.cli.compare.plots import draw, mean_curve
-from lightning_async.cli.compare.results import Point, Record, Result, Summary, estimate, seconds_to, summarize
+from lightning_async.cli.compare.results import Result, Summary, estimate, seconds_to, summarize
 from lightning_async.cli.compare.tables import console_table, csv_table, markdown_table
+from lightning_async.monitoring.record import RunRecord
+from lightning_async.monitoring.series import Evaluation
 
 finite = st.floats(-1e3, 1e3)
 
 
-def record(accuracies: list[float], epoch_seconds: float = 2.0, **fields: Any) -> Record:
+def record(accuracies: list[float], epoch_seconds: float = 2.0, **fields: Any) -> RunRecord:
     """A run with a validation after each epoch; ten batches an epoch."""
-    points = [
-        Point(
+    evaluations = [
+        Evaluation(
             epoch=float(epoch),
             updates=10 * epoch,
             batches=10 * epoch,
             seconds=epoch_seconds * epoch,
-            seconds_total=(epoch_seconds + 1) * epoch,
+            wall_seconds=(epoch_seconds + 1) * epoch,
             train_loss=1.0 / epoch,
             metrics={"val/acc": accuracy, "val/loss": 2.0 / epoch},
         )
         for epoch, accuracy in enumerate(accuracies, start=1)
     ]
-    return Record(True, "DDPStrategy", 2, len(accuracies), points, **fields)
+    return RunRecord("DDPStrategy", 2, len(accuracies), True, "2026-01-01T00:00:00+00:00", evaluations, **fields)
 
 
 def summaries(results: list[Result], target: float | None = 0.9) -> list[Summary]:
@@ -98,7 +100,7 @@ def compared() -> Comparison:
 @pytest.fixture
 def results(compared: Comparison) -> list[Result]:
     variants = {run.variant.name: run.variant for run in plan_runs(compared)}
-    stats = {"staleness": {"0": 1, "3": 2}}
+    stats = {"staleness": {0: 1, 3: 2}}
     return [
         Result(variants["fast"], 1, record([0.5, 0.95], 1.0, stats=stats)),
         Result(variants["slow"], 1, record([0.5, 0.95], 4.0)),
@@ -176,9 +178,9 @@ def test_plots_are_drawn_for_each_part_and_leave_out_what_has_no_result(tmp_path
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
 
 
-def test_a_variant_without_any_point_counts_as_failed() -> None:
+def test_a_variant_without_any_evaluation_counts_as_failed() -> None:
     variant = PlannedVariant("a", {"variant": "a"}, {})
-    empty = Record(True, "S", 1, 0, [])
+    empty = record([])
 
     summary = summaries([Result(variant, 1, empty)])[0]
 

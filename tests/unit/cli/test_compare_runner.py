@@ -23,9 +23,9 @@ import json, sys
 from pathlib import Path
 record, count = Path(sys.argv[1]), Path(sys.argv[2])
 count.write_text(count.read_text() + "x" if count.exists() else "x")
-record.write_text(json.dumps({"finished": False, "points": []}))
+record.write_text(json.dumps({"finished": False, "evaluations": []}))
 EXTRA
-record.write_text(json.dumps({"finished": True, "points": []}))
+record.write_text(json.dumps({"finished": True, "evaluations": []}))
 """
 
 

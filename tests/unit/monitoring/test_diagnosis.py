@@ -1,4 +1,4 @@
-"""The verdict follows from the numbers, and the replay behind it from the holder's own rule."""
+"""The diagnosis follows from the numbers, and the replay behind it from the holder's own rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_async.monitoring.diagnosis import RunFacts, conclusions, slow_ranks, verdict_line
+from lightning_async.monitoring.diagnosis import RunFacts, conclusions, diagnosis_line, slow_ranks
 from lightning_async.monitoring.replay import free_bound, lock_step_factor, replay
 
 FAST, SLOW = [0.002] * 20, [0.0082] * 20
@@ -90,12 +90,12 @@ def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
         ({"updates": 0}, "no update was applied"),
     ],
 )
-def test_the_verdict_says(changes: dict[str, object], said: str) -> None:
+def test_the_diagnosis_says(changes: dict[str, object], said: str) -> None:
     assert said in "; ".join(conclusions(replace(FACTS, **changes)))  # type: ignore[arg-type]
 
 
-def test_the_verdict_names_slow_rank_barrier_and_gain_in_one_line() -> None:
-    line = verdict_line(replace(FACTS, max_staleness=6, parked_seconds=[0.2] * 4))
+def test_the_diagnosis_names_slow_rank_barrier_and_gain_in_one_line() -> None:
+    line = diagnosis_line(replace(FACTS, max_staleness=6, parked_seconds=[0.2] * 4))
 
     assert line == (
         f"Rank 3 takes 4.1x the median step of the others; the barrier cost 2% of worker time; a bound of "

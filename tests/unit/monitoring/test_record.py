@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_async.holder.holder import Push, Update
-from lightning_async.monitoring.record import RECORD_NAME, Point, RecordError, RunRecord, Series
+from lightning_async.monitoring.record import RECORD_NAME, RecordError, RunRecord
+from lightning_async.monitoring.series import Evaluation, Evaluations, Point, Series
 from lightning_async.monitoring.stats import RunStats
 
 
@@ -17,10 +23,23 @@ def record() -> RunRecord:
     for worker, staleness in [(0, 0), (1, 12), (1, 3), (0, 1)]:
         push = Push(worker, 0, version_read=0, gradients=[], groups=[], waited_s=0.0)
         stats.record(Update(push, version=1, staleness=staleness, applied=True, parked_s=0.0))
-    series = Series()
-    series.add(Point(1.0, 1.5, 4, 16, 0.25))
-    configuration = {"ranks": 2, "max_staleness": None, "on_stale": "wait", "batches": "shared"}
-    return RunRecord.of(configuration, stats, series, finished=True, written_at="2026-01-01T00:00:00+00:00")
+    return RunRecord(
+        strategy="AsyncStrategy",
+        ranks=2,
+        max_epochs=3,
+        finished=True,
+        written_at="2026-01-01T00:00:00+00:00",
+        evaluations=[Evaluation(1.0, 4, 4, 1.0, 1.5, 0.25, {"val/acc": 0.5})],
+        configuration={"ranks": 2, "max_staleness": None, "on_stale": "wait", "batches": "shared"},
+        stats=stats.as_dict(),
+        step_seconds=[stats.step_seconds(0), stats.step_seconds(1)],
+        series=[Point(1.0, 1.5, 4, 16, 0.25)],
+        about={"module": "Net"},
+    )
+
+
+def record_of_ddp() -> RunRecord:
+    return RunRecord("DDPStrategy", 2, None, False, "2026-01-01T00:00:00+00:00", evaluations=record().evaluations)
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -33,6 +52,52 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
         1: {12: 1, 3: 1},
     }
     assert [path.name for path in (tmp_path / "run").iterdir()] == [RECORD_NAME]
+
+
+def test_a_record_of_a_strategy_without_statistics_comes_back_too(tmp_path: Path) -> None:
+    record_of_ddp().write(tmp_path / "record.json")
+
+    read = RunRecord.read(tmp_path / "record.json")
+
+    assert read == replace(record_of_ddp(), step_seconds=[], series=[])
+    assert read.mean_staleness() is None
+
+
+def test_a_curve_has_the_evaluations_that_logged_the_metric() -> None:
+    late = Evaluation(2.0, 8, 8, 2.0, 3.0, None, {"val/acc": 0.7})
+    without = Evaluation(1.5, 6, 6, 1.5, 2.0, None, {"val/loss": 0.1})
+    run = replace(record(), evaluations=[*record().evaluations, without, late])
+
+    assert [(point.epoch, value) for point, value in run.curve("val/acc")] == [(1.0, 0.5), (2.0, 0.7)]
+    assert (run.last("val/acc"), run.last("val/loss"), run.last("val/f1")) == (0.7, 0.1, None)
+    assert run.mean_staleness() == 4.0
+
+
+def evaluation(batches: int, **changes: Any) -> Evaluation:
+    return replace(Evaluation(batches / 10, batches, batches, 1.0 * batches, 2.0 * batches, None, {}), **changes)
+
+
+@given(count=st.integers(0, 300), half=st.integers(1, 10))
+def test_evaluations_are_bounded_and_keep_the_first_and_the_latest(count: int, half: int) -> None:
+    evaluations = Evaluations(limit=2 * half)
+    for batches in range(1, count + 1):
+        evaluations.add(evaluation(batches))
+        assert evaluations.kept[0].batches == 1 and evaluations.kept[-1].batches == batches
+    kept = [one.batches for one in evaluations.kept]
+
+    assert len(kept) <= 2 * half
+    assert count > 2 * half or kept == list(range(1, count + 1))
+    distances = {late - early for early, late in itertools.pairwise(kept[:-1])}
+    assert len(distances) <= 1 and (count == 0 or len(kept) >= min(count, half))
+
+
+def test_a_validation_and_the_end_of_an_epoch_without_a_batch_between_are_one_evaluation() -> None:
+    evaluations = Evaluations()
+    evaluations.add(evaluation(5, train_loss=0.5, metrics={"val/acc": 0.9, "lr": 1.0}))
+    evaluations.add(evaluation(5, epoch=1.0, train_loss=None, metrics={"lr": 0.1}))
+
+    (kept,) = evaluations.kept
+    assert (kept.epoch, kept.train_loss, kept.metrics) == (1.0, 0.5, {"val/acc": 0.9, "lr": 0.1})
 
 
 def test_a_long_run_has_no_more_points_than_a_short_one() -> None:
@@ -53,8 +118,12 @@ def test_a_long_run_has_no_more_points_than_a_short_one() -> None:
         ("not json", "is not JSON"),
         ("[1]", "is not a record of a run"),
         ('{"format": "another"}', "is not a record of a run"),
-        (json.dumps({"format": "lightning_async run", "format_version": 99}), "format version 99"),
-        (json.dumps({"format": "lightning_async run", "format_version": 1}), "is damaged"),
+        ('{"finished": true, "points": [], "strategy": "DDPStrategy"}', "format version 2. Train the run anew"),
+        (
+            json.dumps({"format": "lightning_async run", "format_version": 1}),
+            "format version 1;.*reads 2. Train the run",
+        ),
+        (json.dumps({"format": "lightning_async run", "format_version": 2}), "is damaged"),
     ],
 )
 def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: Path) -> None:
@@ -74,7 +143,10 @@ def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: 
         {"stats": {**record().stats, "updates_by_rank": {0: 4}}},
         {"step_seconds": [[]]},
         {"step_seconds": None},
-        {"configuration": {}},
+        {"configuration": {"ranks": 2}},
+        {"strategy_of": "a later version"},
+        {"evaluations": [{"epoch": 1.0}]},
+        {"evaluations": None},
         {"configuration": None},
         {"series": [{"seconds": 1}]},
     ],

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 import lightning_async.monitoring.report
-from lightning_async.monitoring.record import RECORD_NAME, Point, RunRecord
+from lightning_async.monitoring.record import RECORD_NAME, RunRecord
 from lightning_async.monitoring.report import report_main, write_report
 from lightning_async.monitoring.report.plots import _speeds, draw
+from lightning_async.monitoring.series import Evaluation, Point
 
 RANKS = 4
 
@@ -21,6 +22,9 @@ RANKS = 4
 def record(**changes: object) -> RunRecord:
     updates = {0: 100, 1: 90, 2: 95, 3: 25}
     values = {
+        "strategy": "S",
+        "ranks": RANKS,
+        "max_epochs": 3,
         "configuration": {
             "strategy": "S",
             "max_staleness": 8,
@@ -44,6 +48,10 @@ def record(**changes: object) -> RunRecord:
         },
         "step_seconds": [[0.01] * 20] * 3 + [[0.041] * 20],
         "series": [Point(0.1 * i, 0.12 * i, 31 * i, 90 * i, 1.0 / i) for i in range(1, 11)],
+        "evaluations": [
+            Evaluation(1.0, 150, 150, 0.5, 0.6, 0.7, {"val/acc": 0.5}),
+            Evaluation(2.0, 310, 310, 1.0, 1.2, None, {"val/acc": 0.75, "<b>": 1e-6}),
+        ],
         "finished": True,
         "written_at": "2026-01-01T00:00:00+00:00",
         "about": {"module": "<script>alert(1)</script>"},
@@ -101,6 +109,19 @@ def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
     assert "<b>3.7 / 8 / 8</b>" in text
     assert "&lt;script&gt;alert(1)" in text
     assert "<td>worker timeout (s)</td><td>60.0</td>" in text
+    assert "<th>train loss</th><th>val/acc</th><th>&lt;b&gt;</th>" in text
+    assert "<td>1</td><td>150</td><td>0.5 s</td><td>0.7</td><td>0.5</td><td>-</td>" in text
+    assert "<td>2</td><td>310</td><td>1.0 s</td><td>-</td><td>0.75</td><td>1e-06</td>" in text
+
+
+def test_a_long_run_shows_evaluations_at_even_distances_and_the_last(tmp_path: Path) -> None:
+    evaluations = [Evaluation(float(epoch), epoch, epoch, 1.0, 1.0, None, {}) for epoch in range(1, 101)]
+    record(evaluations=evaluations).write(tmp_path / RECORD_NAME)
+
+    card = write_report(tmp_path).read_text().partition("<h2>Evaluations</h2>")[2].partition("</table>")[0]
+
+    epochs = [int(epoch) for epoch in re.findall(r"<tr><td>(\d+)</td>", card)]
+    assert epochs == list(range(2, 101, 7))
 
 
 def test_the_figures_take_their_colours_from_the_page() -> None:
@@ -149,6 +170,15 @@ def test_the_command_refuses_in_one_line(
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert report_main([str(tmp_path / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_run_that_was_not_asynchronous(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(strategy="DDPStrategy", configuration={}, stats={}, step_seconds=[]).write(tmp_path / RECORD_NAME)
+
+    assert report_main([str(tmp_path)]) == 1
+    assert "DDPStrategy is not asynchronous" in capsys.readouterr().err
 
 
 def test_the_command_prints_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ class Clock:
         monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
-class Sink:
+class Writer:
     """Keeps what it is given."""
 
     def __init__(self) -> None:
@@ -88,8 +88,8 @@ class Sink:
 
 
 def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, sink, stats = Clock(monkeypatch), Sink(), RunStats(workers=2)
-    metrics = MetricsLogger(stats, [sink])
+    clock, writer, stats = Clock(monkeypatch), Writer(), RunStats(workers=2)
+    metrics = MetricsLogger(stats, [writer])
     for staleness in [0] * 19 + [10]:
         stats.record(update(0, staleness, waited_s=0.05))
     clock.now += 2.0
@@ -101,7 +101,7 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
     clock.now += 1.0
     metrics.log(version=22, step=11, epoch=1)
 
-    (first_step, first), (second_step, second) = sink.logged
+    (first_step, first), (second_step, second) = writer.logged
     assert (first_step, second_step) == (10, 11)
     assert first == {
         "epoch": 0,
@@ -127,16 +127,16 @@ def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.Mo
     assert second["async/dropped"] == 1.0
     assert second["async/share_rank_0"] == second["async/share_rank_1"] == 0.5
     assert second["async/updates_per_second_rank_1"] == 1.0
-    assert sink.staleness == [{0: 19, 10: 1}, {4: 1, 2: 1}]
+    assert writer.staleness == [{0: 19, 10: 1}, {4: 1, 2: 1}]
 
 
 def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, sink, stats = Clock(monkeypatch), Sink(), RunStats(workers=1)
-    metrics = MetricsLogger(stats, [sink])
+    clock, writer, stats = Clock(monkeypatch), Writer(), RunStats(workers=1)
+    metrics = MetricsLogger(stats, [writer])
 
     metrics.log(version=0, step=0, epoch=0)
     metrics.finish()
-    assert sink.summaries == []
+    assert writer.summaries == []
     clock.now += 100.0  # a validation
     metrics.restart_clock()
     stats.record(update(0, 0))
@@ -144,14 +144,14 @@ def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.Monkey
     metrics.log(version=1, step=1, epoch=0)
     metrics.log(version=1, step=2, epoch=0)
 
-    assert [step for step, _ in sink.logged] == [1]
-    assert sink.logged[0][1]["async/updates_per_second"] == 2.0
+    assert [step for step, _ in writer.logged] == [1]
+    assert writer.logged[0][1]["async/updates_per_second"] == 2.0
 
 
 def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stats = Clock(monkeypatch), RunStats(workers=1)
-    sinks = [Sink(), Sink()]
-    metrics = MetricsLogger(stats, sinks)
+    writers = [Writer(), Writer()]
+    metrics = MetricsLogger(stats, writers)
     metrics.configure({"ranks": 1})
     stats.record(update(0, 0))
     clock.now += 1.0
@@ -159,9 +159,9 @@ def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics.log(version=1, step=1, epoch=0)
     metrics.finish()
 
-    assert vars(sinks[0]) == vars(sinks[1])
-    assert sinks[0].configured == [{"ranks": 1}]
-    assert sinks[0].logged and sinks[0].summaries
+    assert vars(writers[0]) == vars(writers[1])
+    assert writers[0].configured == [{"ranks": 1}]
+    assert writers[0].logged and writers[0].summaries
 
 
 def test_a_step_is_timed_without_its_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

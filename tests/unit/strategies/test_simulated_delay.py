@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, SimulatedDelayStrategy
 from lightning_async.cli.app import AsyncCLI
-from lightning_async.monitoring.loggers import ScalarSink
+from lightning_async.monitoring.loggers import ScalarWriter
 from lightning_async.strategies import simulated_delay
 from lightning_async.strategies.simulated_delay import Delays
 from tests.models import TinyClassifier, fork_trainer, indexed_data
@@ -265,7 +265,7 @@ def test_the_loggers_get_the_configuration_and_what_the_whole_run_did(
 ) -> None:
     told: dict[str, Any] = {"versions": []}
 
-    class Sink(ScalarSink):
+    class Writer(ScalarWriter):
         def configure(self, configuration: dict[str, Any]) -> None:
             told["configuration"] = configuration
 
@@ -279,7 +279,7 @@ def test_the_loggers_get_the_configuration_and_what_the_whole_run_did(
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             time.sleep(0.5)
 
-    monkeypatch.setattr("lightning_async.strategies.simulated_delay.sink_for", Sink)
+    monkeypatch.setattr("lightning_async.strategies.simulated_delay.writer_for", lambda logger, prefix: Writer(logger))
     strategy = SimulatedDelayStrategy(3, "fixed", seed=7)
     trainer = fork_trainer(
         tmp_path, 1, strategy, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=7, limit_val_batches=2

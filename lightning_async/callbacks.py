@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.holder.holder import Update
+from lightning_async.holder.types import Update
 from lightning_async.monitoring.record import RECORD_NAME, Point, RunRecord, Series
 from lightning_async.monitoring.spans import SpanRecorder, StalenessRecorder
 from lightning_async.monitoring.trace import write_trace

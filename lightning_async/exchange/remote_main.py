@@ -23,8 +23,8 @@ import torch
 
 from lightning_async.exchange.service import HolderService, HolderSpec
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.holder.holder import Update
 from lightning_async.holder.rebuild import assemble
+from lightning_async.holder.types import Update
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener

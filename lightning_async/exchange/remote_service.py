@@ -27,13 +27,13 @@ from torch import Tensor
 
 from lightning_async.exchange.service import HolderSpec, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.holder.holder import Push, Snapshot, Update
 from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
+from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Address
 from lightning_async.transport.connection import ControlConnection
 
 __all__ = ["HolderProcess", "HolderProcessError"]
@@ -46,8 +46,6 @@ _END_TIMEOUT_S = 5.0
 _ANSWER_LASTS_S = 0.05
 # Between a failure and its end, so that it can still tell its workers.
 _GRACE_S = 1.0
-# How long the heartbeat's news may trail the loss of the control connection.
-_NEWS_TIMEOUT_S = 3.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Its own main module is none that a user's script could be run by.
@@ -291,8 +289,7 @@ class HolderProcess:
     def _raise_failure(self) -> None:
         """Raises what is known of the run's end."""
         assert self._latch is not None
-        if self._latch.wait(_NEWS_TIMEOUT_S) is None:
-            self._latch.trip(RunFailure(0, self._describe_end() or "its holder process no longer answers"))
+        self._latch.explain_loss(lambda: RunFailure(0, self._describe_end() or "its holder process no longer answers"))
         self._latch.check()
 
     def _give_up(self) -> None:

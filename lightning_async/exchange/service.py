@@ -15,14 +15,15 @@ from torch import Tensor
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import Server
-from lightning_async.holder.holder import Snapshot, Update
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import StalenessBarrier, resolve_max_staleness
+from lightning_async.holder.types import Snapshot, Update
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.listener import Address, Listener
+from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport.base import Channel
 
 __all__ = ["HolderService", "HolderSpec", "Origins", "Service", "UpdateObserver", "parameters_of"]

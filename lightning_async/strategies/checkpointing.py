@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.holder import Snapshot
 from lightning_async.holder.tally import STEPS
+from lightning_async.holder.types import Snapshot
 from lightning_async.loops import fit_loop as loops
 from lightning_async.loops.phase import Phase
 from lightning_async.strategies.by_hand import ByHand

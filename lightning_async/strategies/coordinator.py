@@ -125,6 +125,7 @@ class SegmentedRanks(CheckpointedRanks):
         resumed, self._resumed = self._resumed, None
         place = None if resumed is None else resumed.within(self._trainer.current_epoch, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
+        self.worker.begin_epoch()
         if self._engine.service is not None:
             self._engine.service.begin_epoch(range(tickets), self.block, applied)
             self._dealt = (self.block, False)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring.loggers import sink_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 
@@ -345,7 +345,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         trainer = self._module.trainer
         version = trainer.global_step + 1 if self._iterates is None else self._iterates.version + 1
         read = version - 1 - self._delay
-        push = Push(worker=0, optimizer=0, version_read=read, gradients=(), groups=(), tickets=self._batches)
+        # Nobody hands out tickets here; what counts is how many batches there were.
+        tickets = (range(self._batches),)
+        push = Push(worker=0, optimizer=0, version_read=read, gradients=(), groups=(), tickets=tickets)
         self._batches = 0
         self.stats.record(Update(push, version, staleness=self._delay, applied=True, parked_s=0.0))
         if self._iterates is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.transport.message import HEADER_BYTES, Message, decode, decode_header, encode
+from lightning_async.transport.codec import HEADER_BYTES, decode, decode_header, encode
+from lightning_async.transport.message import Message
 
 __all__ = ["FakeChannel", "fake_pair"]
 

@@ -18,8 +18,9 @@ from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import CONTROL
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import CONTROL, Listener
+from lightning_async.runtime.listener import Listener
 
 RANKS = 3
 

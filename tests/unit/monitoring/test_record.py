@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring.record import RECORD_NAME, Point, RecordError, RunRecord, Series
 from lightning_async.monitoring.stats import RunStats
 

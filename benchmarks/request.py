@@ -19,8 +19,9 @@ import torch
 from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES, optimizer_of
 from benchmarks.record import save
+from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.exchange.service import HolderService, HolderSpec
+from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.session import Session
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.monitoring.stats import RunStats

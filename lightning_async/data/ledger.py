@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lightning_async.data.ranges import UNBOUNDED, RangeSet, TicketQueue
 
-__all__ = ["Ledger"]
+__all__ = ["Batches", "Ledger"]
+
+Batches: TypeAlias = Literal["shared", "sharded"]
 
 
 class Ledger:
@@ -36,7 +38,7 @@ class Ledger:
         [[0], [1], [2], []]
     """
 
-    def __init__(self, workers: int, batches: Literal["shared", "sharded"] = "shared") -> None:
+    def __init__(self, workers: int, batches: Batches = "shared") -> None:
         self._lock = threading.Lock()
         self._workers = workers
         self._batches = batches

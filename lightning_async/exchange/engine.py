@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
-from lightning_async.exchange.service import HolderService, HolderSpec, Origins, Service, UpdateObserver, parameters_of
+from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.hyperparams import HyperparamLayout

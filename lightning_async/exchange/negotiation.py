@@ -6,12 +6,13 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed import Store, TCPStore
 
 from lightning_async.exchange.nccl_negotiation import NcclNegotiator, accept_nccl
+from lightning_async.exchange.options import Transport, WireDtype
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
@@ -27,7 +28,7 @@ from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 __all__ = ["ChannelNegotiator", "WireNames", "dial"]
 
 # What gradients, and what parameters, are rounded to on a network.
-WireNames: TypeAlias = tuple[str, str]
+WireNames: TypeAlias = tuple[WireDtype, WireDtype]
 
 _UNROUNDED: WireNames = ("fp32", "fp32")
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +53,7 @@ class ChannelNegotiator:
     def __init__(
         self,
         host: str,
-        transport: Literal["auto", "shm", "gloo", "nccl"],
+        transport: Transport,
         numel: int,
         dtype: torch.dtype,
         wire: WireNames = _UNROUNDED,

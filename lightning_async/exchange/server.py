@@ -7,10 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.negotiation import ChannelNegotiator, WireNames
+from lightning_async.exchange.options import Transport
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
 from lightning_async.exchange.state_transfer import send_state
@@ -61,7 +61,7 @@ class Server:
         groups: Sequence[HyperparamLayout],
         latch: FailureLatch,
         listener: Listener | None = None,
-        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
+        transport: Transport = "auto",
         on_refused: Callable[[], None] = lambda: None,
         wire: WireNames = ("fp32", "fp32"),
         placement: HolderPlacement | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.holder.hyperparams import HyperparamLayout
 
-__all__ = ["FlatLayout", "describe_model", "exchanged", "exchanged_parameters"]
+__all__ = ["FlatLayout", "all_parameters", "describe_model", "exchanged", "exchanged_parameters"]
 
 
 def exchanged(parameter: Tensor) -> bool:
@@ -29,9 +29,14 @@ def exchanged(parameter: Tensor) -> bool:
     return parameter.is_floating_point()
 
 
+def all_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """An optimizer's parameters, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def exchanged_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """An optimizer's parameters that travel, in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"] if exchanged(parameter)]
+    return [parameter for parameter in all_parameters(optimizer) if exchanged(parameter)]
 
 
 class FlatLayout:

@@ -32,7 +32,7 @@ class HolderStream(Protocol):
         """
 
 
-class CudaHolderStream:
+class CudaHolderStream(HolderStream):
     """A CUDA stream as a `HolderStream`.
 
     Args:
@@ -45,8 +45,8 @@ class CudaHolderStream:
         self._stream = cuda.Stream(device)
 
     @contextlib.contextmanager
+    @override
     def entered(self) -> Iterator[None]:
-        """See `HolderStream.entered`."""
         caller = torch.cuda.current_stream(self._device)
         if caller == self._stream:
             yield

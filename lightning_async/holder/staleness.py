@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 __all__ = [
     "Decision",
+    "MaxStaleness",
+    "OnStale",
     "StalenessBarrier",
     "admissible",
     "feasible",
@@ -27,6 +29,10 @@ __all__ = [
 ]
 
 AUTO_STALENESS_PER_RANK = 4
+
+# The `max_staleness` and `on_stale` of a run, as its user gives them.
+MaxStaleness: TypeAlias = int | Literal["auto"] | None
+OnStale: TypeAlias = Literal["wait", "drop"]
 
 # Whoever holds parameters; the holder names it by rank and slot.
 Reader: TypeAlias = Hashable
@@ -126,7 +132,7 @@ def is_stale(version_read: int, version: int, max_staleness: int | None) -> bool
     return max_staleness is not None and version - version_read > max_staleness
 
 
-def resolve_max_staleness(value: int | Literal["auto"] | None, world_size: int) -> int | None:
+def resolve_max_staleness(value: MaxStaleness, world_size: int) -> int | None:
     """Turns the ``max_staleness`` argument into a bound.
 
     Args:
@@ -207,10 +213,10 @@ class StalenessBarrier:
         (1, <Decision.APPLY: 'apply'>)
     """
 
-    def __init__(self, max_staleness: int | None, on_stale: Literal["wait", "drop"] = "wait", version: int = 0) -> None:
+    def __init__(self, max_staleness: int | None, on_stale: OnStale = "wait", version: int = 0) -> None:
         _check_bound(max_staleness)
         _check_version(version)
-        if on_stale not in ("wait", "drop"):
+        if on_stale not in get_args(OnStale):
             raise ValueError(f"on_stale must be 'wait' or 'drop', not {on_stale!r}.")
         self.max_staleness = max_staleness
         self.on_stale = on_stale

@@ -16,9 +16,10 @@ from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.optimizer_state import OptimizerStateError, OptimizerStates, StateByPlace, state_by_place
+from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update

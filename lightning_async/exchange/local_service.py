@@ -11,11 +11,12 @@ from typing_extensions import override
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.placement import HolderPlacement
-from lightning_async.holder.staleness import StalenessBarrier, resolve_max_staleness
+from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address

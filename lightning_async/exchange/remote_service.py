@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.runtime.alarms import Alarm

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.layout import exchanged_parameters
-from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.types import Snapshot, Update
 from lightning_async.runtime.handshake import Address
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.runtime.handshake import STATE, Address, handshake
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError, fit_text

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.holder import Holder
-from lightning_async.holder.optimizer_state import StateByPlace
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.devices import DeviceFacts

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, convert_to_amsgrad_state, holder_optimizer
+from lightning_async.holder.held_state import StateByPlace, same_state
 from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
 from lightning_async.holder.layout import all_parameters
-from lightning_async.holder.optimizer_state import StateByPlace, same_state
 from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
 
 __all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]

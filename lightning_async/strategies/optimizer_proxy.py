@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_async.exchange.engine import Engine
+from lightning_async.holder.held_state import HeldState, StateElsewhere
 from lightning_async.holder.layout import exchanged, exchanged_parameters
-from lightning_async.holder.optimizer_state import HeldState, StateElsewhere
 from lightning_async.holder.types import Snapshot
 
 __all__ = [

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(frontdoor, "HANDSHAKE_TIMEOUT_S", 0.5)
     host = Host(getattr(request, "param", "auto"))
     yield host
     host.close()

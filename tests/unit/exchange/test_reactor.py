@@ -14,10 +14,10 @@ from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.codec import encode

@@ -13,10 +13,10 @@ from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.session import Session, SessionError
 from lightning_async.exchange.worker import RequestRefusedError, Worker
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.holder.types import Push, Update
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport import message as wire

@@ -13,7 +13,7 @@ import torch
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.state_transfer import describe_state, fetch_state, rebuild_state, send_state
-from lightning_async.holder.optimizer_state import same_state
+from lightning_async.holder.held_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import STATE, HandshakeError, handshake

@@ -20,11 +20,11 @@ from lightning_async.exchange.nccl_negotiation import NcclNegotiator, Turns
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import HolderPlacement
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import PeerInfo
 from lightning_async.runtime.heartbeat import Heartbeats

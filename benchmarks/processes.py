@@ -17,8 +17,9 @@ from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.holder.amsgrad import AMSGrad
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
+from lightning_async.runtime.handshake import HEARTBEAT, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import HEARTBEAT, Address, Listener, handshake
+from lightning_async.runtime.listener import Listener
 
 __all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
 

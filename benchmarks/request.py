@@ -19,15 +19,16 @@ import torch
 from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES, optimizer_of
 from benchmarks.record import save
+from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.exchange.service import HolderService, HolderSpec
+from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.session import Session
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import pack_bitmap
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Draw, Parameters, Pull, Push, Tickets
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment
 
 _TICKETS = 10**9
@@ -54,25 +55,24 @@ class Exchange:
         self._worker, self._holder = map(ControlConnection, socket.socketpair())
         channel = SharedMemoryChannel(self._holder, segment.buffers)
         self._session = Session(1, channel, service.holder, service.ledger, layout, [hyperparams])
-        self._push = Message(
-            Kind.PUSH,
+        self._tickets, self._version = range(0), 0
+        self._push = Push(
             worker=1,
-            ticket=1,
-            tickets=1,
+            wants_tickets=True,
             samples=1,
             dtype=layout.dtype,
             payload_bytes=layout.segment_bytes(0),
-            groups=HyperparamReader(optimizer, hyperparams).packed(),
+            hyperparams=HyperparamReader(optimizer, hyperparams).packed(),
             present=pack_bitmap([True] * len(SHAPES[size])),
         )
-        for kind in (Kind.DRAW, Kind.PULL):
-            self._worker.send(Message(kind, worker=1))
+        for request in (Draw(worker=1), Pull(worker=1)):
+            self._worker.send(request)
             self.serve()
-            self._version = self._worker.receive().version
+            self.take()
 
     def ask(self) -> None:
         """Sends a push."""
-        self._worker.send(self._push._replace(version=self._version))
+        self._worker.send(self._push._replace(version=self._version, tickets=(self._tickets,)))
 
     def serve(self) -> None:
         """Does what rank 0 does when there is something to read."""
@@ -82,7 +82,11 @@ class Exchange:
 
     def take(self) -> None:
         """Takes the answer."""
-        self._version = self._worker.receive().version
+        answer = self._worker.receive()
+        if isinstance(answer, Parameters):
+            self._version = answer.version
+        if isinstance(answer, (Parameters, Tickets)) and answer.tickets:
+            self._tickets = answer.tickets
 
 
 def main() -> None:

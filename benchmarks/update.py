@@ -15,10 +15,11 @@ from torch import nn
 
 from benchmarks.processes import SHAPES, Shapes
 from lightning_async.holder.amsgrad import AMSGrad
-from lightning_async.holder.holder import Holder, Push
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
+from lightning_async.holder.types import Push
 from lightning_async.runtime.failure import FailureLatch
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_async.holder.holder import Update
+from lightning_async.holder.types import Update
 from lightning_async.monitoring.record import RECORD_NAME
 from lightning_async.monitoring.recording import FitRecorder, MeanLoss, is_fitting, returned_loss
 from lightning_async.monitoring.series import Point

@@ -7,13 +7,14 @@ ticket and which are applied; a rank's `ticket_feed.py` turns the tickets that i
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
 
 from lightning_async.data.ranges import UNBOUNDED, RangeSet, TicketQueue
 
-__all__ = ["Ledger"]
+__all__ = ["Batches", "Ledger"]
+
+Batches: TypeAlias = Literal["shared", "sharded"]
 
 
 class Ledger:
@@ -37,7 +38,7 @@ class Ledger:
         [[0], [1], [2], []]
     """
 
-    def __init__(self, workers: int, batches: Literal["shared", "sharded"] = "shared") -> None:
+    def __init__(self, workers: int, batches: Batches = "shared") -> None:
         self._lock = threading.Lock()
         self._workers = workers
         self._batches = batches
@@ -46,7 +47,7 @@ class Ledger:
         self._queues = [TicketQueue([])]
         self._allowance = [0]
         self._closed = False
-        self._leased: dict[int, deque[int]] = {worker: deque() for worker in range(workers)}
+        self._leased: dict[int, set[int]] = {worker: set() for worker in range(workers)}
         self._without_batch: set[int] = set()
         self._over: set[int] = set()
         self._applied = RangeSet()
@@ -114,41 +115,43 @@ class Ledger:
             drawn = self._queues[index].take(allowance)
             if drawn:
                 self._allowance[index] -= len(drawn)
-                self._leased[worker].extend(drawn)
+                self._leased[worker].update(drawn)
                 self._without_batch.discard(worker)
             return drawn
 
-    def complete(self, worker: int, tickets: int) -> tuple[int, ...]:
-        """Marks the oldest ``tickets`` leases of ``worker`` as applied and returns them.
+    def complete(self, worker: int, tickets: Sequence[range]) -> tuple[int, ...]:
+        """Marks tickets that ``worker`` was handed as applied; returns them one by one.
 
         Raises:
-            ValueError: if the worker holds fewer leases than it says it has computed.
+            ValueError: if it does not hold one of them; then nothing is marked.
         """
         with self._lock:
-            leased = self._leased[worker]
-            if tickets > len(leased):
-                raise ValueError(f"worker {worker} reports {tickets} batches but was handed {len(leased)}")
-            done = tuple([leased.popleft() for _ in range(tickets)])
-            for ticket in done:
-                self._applied.add(ticket, ticket + 1)
+            done = self._held(worker, tickets, "reports")
+            self._leased[worker].difference_update(done)
+            for of_range in tickets:
+                self._applied.add(of_range.start, of_range.stop)
             return done
 
-    def release(self, worker: int, tickets: int, stream_over: bool) -> None:
-        """Takes back the newest ``tickets`` leases of ``worker``, which it has no batches for.
+    def check(self, worker: int, tickets: Sequence[range]) -> None:
+        """Raises what `complete` would raise, for a push that is looked at before its gradient is applied."""
+        with self._lock:
+            self._held(worker, tickets, "reports")
+
+    def release(self, worker: int, tickets: Sequence[range], stream_over: bool) -> None:
+        """Takes back tickets that ``worker`` was handed and has no batches for.
 
         Args:
             worker: the worker.
-            tickets: how many.
+            tickets: which ones.
             stream_over: the worker's own stream has ended: it gets nothing more in this epoch.
 
         Raises:
-            ValueError: if the worker holds fewer leases than it gives back.
+            ValueError: if it does not hold one of them; then nothing is taken back.
         """
         with self._lock:
-            leased = self._leased[worker]
-            if tickets > len(leased):
-                raise ValueError(f"worker {worker} gives back {tickets} batches but was handed {len(leased)}")
-            self._put_back(leased.pop() for _ in range(tickets))
+            released = self._held(worker, tickets, "gives back")
+            self._leased[worker].difference_update(released)
+            self._put_back(released)
             if stream_over:
                 self._over.add(worker)
                 self._without_batch.discard(worker)
@@ -177,6 +180,21 @@ class Ledger:
         """The tickets of this epoch that are applied, as ``(start, stop)`` in rising order."""
         with self._lock:
             return self._applied.pairs()
+
+    def _held(self, worker: int, tickets: Sequence[range], verb: str) -> tuple[int, ...]:
+        """The tickets one by one, if ``worker`` holds each of them and names it once."""
+        leased = self._leased[worker]
+        count = sum(map(len, tickets))
+        if count > len(leased):
+            # Before they are made one by one: a range may be of any length.
+            raise ValueError(f"worker {worker} {verb} {count} batches but holds {len(leased)}")
+        each = tuple([ticket for of_range in tickets for ticket in of_range])
+        if not leased.issuperset(each):
+            foreign = next(ticket for ticket in each if ticket not in leased)
+            raise ValueError(f"worker {worker} {verb} batch {foreign}, which it does not hold")
+        if len(set(each)) < count:
+            raise ValueError(f"worker {worker} {verb} a batch twice")
+        return each
 
     def _deal(self, block: int, shares: int) -> None:
         self._block = block

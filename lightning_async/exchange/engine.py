@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
-from lightning_async.exchange.service import HolderService, HolderSpec, Origins, Service, UpdateObserver, parameters_of
+from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.holder import Snapshot, Update
+from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.optimizer_state import OptimizerStateError, OptimizerStates, StateByPlace, state_by_place
+from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
+from lightning_async.holder.types import Snapshot, Update
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.runtime.listener import Address, HandshakeError, Listener
+from lightning_async.runtime.handshake import Address, HandshakeError
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.devices import RankDevices
 from lightning_async.transport.staged import on_device
@@ -31,9 +34,6 @@ from lightning_async.transport.staged import on_device
 __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
-
-# How long the heartbeat's news (who failed, and why) may trail a lost connection.
-_NEWS_TIMEOUT_S = 3.0
 
 
 class Engine:
@@ -130,7 +130,8 @@ class Engine:
                 for slot in range(slots)
             ]
         own = [on_device(channel, devices.own) for channel in channels]
-        self.worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1)
+        tickets = None if predecessor is None else predecessor.worker.tickets
+        self.worker: Worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1, tickets=tickets)
         self.worker.version = version
         self.states = OptimizerStates(optimizers, self._read_state, lambda: self.worker.version)
 
@@ -239,9 +240,8 @@ class Engine:
         except HandshakeError as error:
             raise OptimizerStateError(str(error)) from error
         except ChannelClosedError as error:
-            failure = self._latch.wait(_NEWS_TIMEOUT_S) or RunFailure(0, f"lost by rank {self._rank}: {error}")
-            self._latch.trip(failure)
-            raise WorkerFailedError(failure) from error
+            reason = f"lost by rank {self._rank}: {error}"
+            raise WorkerFailedError(self._latch.explain_loss(lambda: RunFailure(0, reason))) from error
 
     def _observe(self, update: Update, tickets: tuple[int, ...]) -> None:
         self._stats.record(update)

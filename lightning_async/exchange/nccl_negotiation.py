@@ -11,17 +11,17 @@ import json
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import Store, TCPStore
 
-from lightning_async.runtime.listener import Address, HandshakeError, PeerInfo
+from lightning_async.runtime.handshake import Address, HandshakeError, PeerInfo
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, nccl_obstacle
-from lightning_async.transport.fields import fit_text
-from lightning_async.transport.message import Kind, Message, WireError
+from lightning_async.transport.fields import WireError, fit_text
+from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.nccl import (
     CONNECT_TIMEOUT_S,
     HOLDER_SIDE,
@@ -34,6 +34,8 @@ from lightning_async.transport.nccl import (
 __all__ = ["NcclNegotiator", "accept_nccl"]
 
 log = logging.getLogger(__name__)
+
+_M = TypeVar("_M", Ack, Welcome)
 
 
 class Turns:
@@ -128,11 +130,11 @@ class NcclNegotiator:
                 pair = f"nccl-{peer.rank}-{peer.slot}-{peer.incarnation}"
                 port, store = self._store()
                 offer = {"nccl": {"pair": pair, "store_port": port}}
-                connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(offer)))
+                connection.send(Welcome(peer.rank, json.dumps(offer)))
                 connection.settimeout(None)
                 self._turns.take(peer.rank, peer.slot)
                 taken = True
-                connection.send(Message(Kind.ACK, worker=peer.rank))
+                connection.send(Ack(peer.rank))
                 channel, obstacle = self._connect(peer, connection, store, pair)
                 if channel is not None:
                     return channel
@@ -180,19 +182,19 @@ class NcclNegotiator:
                 self._executor = None
         try:
             if failed:
-                connection.send(Message(Kind.REFUSE, worker=rank, text=fit_text(problem)))
+                connection.send(Refuse(rank, fit_text(problem)))
             decision = theirs.wait()
-            if not failed and decision.kind is Kind.ACK:
-                connection.send(Message(Kind.ACK, worker=rank))
+            if not failed and isinstance(decision, Ack):
+                connection.send(Ack(rank))
                 buffers = Buffers.allocate(self._numel, self._dtype, self._device)
                 return NcclChannel(connection, buffers, executor, HOLDER_SIDE, peer.overlaps), None
             if not failed:
-                connection.send(Message(Kind.REFUSE, worker=rank, text=decision.text))
+                connection.send(Refuse(rank, _reason_of(decision)))
         except BaseException:
             executor.abort()
             raise
         executor.abort()
-        return None, problem or decision.text
+        return None, problem or _reason_of(decision)
 
 
 def accept_nccl(
@@ -240,27 +242,26 @@ def _connect_worker(
     device: torch.device,
     overlaps: bool = False,
 ) -> Channel | dict[str, Any]:
-    _expect(connection.receive(), Kind.ACK)
+    _expect(connection.receive(), Ack)
     executor, theirs = None, _PeerDecision(connection)
     try:
         store = TCPStore(address.host, nccl["store_port"], is_master=False, wait_for_workers=False)
         executor = NcclExecutor(nccl_communicator(store, nccl["pair"], WORKER_SIDE, device), "nccl")
         executor.connect(CONNECT_TIMEOUT_S, theirs.is_against)
     except (ChannelClosedError, RuntimeError) as error:
-        connection.send(Message(Kind.REFUSE, worker=worker, text=fit_text(str(error))))
+        connection.send(Refuse(worker, fit_text(str(error))))
     else:
-        connection.send(Message(Kind.ACK, worker=worker))
+        connection.send(Ack(worker))
     try:
         decision = theirs.wait()
-        if decision.kind is not Kind.REFUSE:
-            _expect(decision, Kind.ACK)
+        if not isinstance(decision, Refuse):
+            _expect(decision, Ack)
             assert executor is not None
             return NcclChannel(connection, buffers(), executor, WORKER_SIDE, overlaps)
         if executor is not None:
             executor.abort()
-        welcome = connection.receive()
-        _expect(welcome, Kind.WELCOME)
-        remaining: dict[str, Any] = json.loads(welcome.text)
+        welcome = _expect(connection.receive(), Welcome)
+        remaining: dict[str, Any] = json.loads(welcome.offer)
         return remaining
     except BaseException:
         if executor is not None:
@@ -283,7 +284,7 @@ class _PeerDecision:
             except (ChannelClosedError, WireError):
                 # `wait` runs into the same.
                 return True
-        return self._message is not None and self._message.kind is not Kind.ACK
+        return self._message is not None and not isinstance(self._message, Ack)
 
     def wait(self) -> Message:
         """The message."""
@@ -292,6 +293,11 @@ class _PeerDecision:
         return self._message
 
 
-def _expect(message: Message, kind: Kind) -> None:
-    if message.kind is not kind:
-        raise HandshakeError(f"rank 0 answers the handshake with {message.kind.name}: {message.text}")
+def _expect(message: Message, expected: type[_M]) -> _M:
+    if not isinstance(message, expected):
+        raise HandshakeError(f"rank 0 answers the handshake with {kind_of(message).name}: {_reason_of(message)}")
+    return message
+
+
+def _reason_of(message: Message) -> str:
+    return message.reason if isinstance(message, (Refuse, Abort)) else ""

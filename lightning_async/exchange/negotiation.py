@@ -6,31 +6,31 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed import Store, TCPStore
 
 from lightning_async.exchange.nccl_negotiation import NcclNegotiator, accept_nccl
+from lightning_async.exchange.options import Transport, WireDtype
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
-from lightning_async.runtime.listener import CONTROL, Address, HandshakeError, PeerInfo, handshake
+from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
+from lightning_async.transport.fields import fit_text
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 
 __all__ = ["ChannelNegotiator", "WireNames", "dial"]
 
 # What gradients, and what parameters, are rounded to on a network.
-WireNames: TypeAlias = tuple[str, str]
+WireNames: TypeAlias = tuple[WireDtype, WireDtype]
 
 _UNROUNDED: WireNames = ("fp32", "fp32")
-# What a worker adds to its last message over TCP.
-_MOVES = "shortcut"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class ChannelNegotiator:
     def __init__(
         self,
         host: str,
-        transport: Literal["auto", "shm", "gloo", "nccl"],
+        transport: Transport,
         numel: int,
         dtype: torch.dtype,
         wire: WireNames = _UNROUNDED,
@@ -107,17 +107,18 @@ class ChannelNegotiator:
                 "store_port": self._store_port(segment),
                 "wire": wire,
             }
-            connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(offer)))
+            connection.send(Welcome(peer.rank, json.dumps(offer)))
             connection.settimeout(None)
             if segment is not None:
                 answer = connection.receive()
-                if answer.kind is Kind.ACK:
-                    if shortcut is not None and answer.text == _MOVES:
+                if isinstance(answer, Ack):
+                    if shortcut is not None and answer.takes_shortcut:
                         connection.move_to(shortcut.take())
                     return SharedMemoryChannel(connection, segment.buffers)
-                self._complain(f"rank {peer.rank} could not map shared memory: {answer.text}")
+                reason = answer.reason if isinstance(answer, Refuse) else f"it answers with {kind_of(answer).name}"
+                self._complain(f"rank {peer.rank} could not map shared memory: {reason}")
                 fallback = offer | {"segment": None, "store_port": self._store_port(None)}
-                connection.send(Message(Kind.WELCOME, worker=peer.rank, text=json.dumps(fallback)))
+                connection.send(Welcome(peer.rank, json.dumps(fallback)))
         finally:
             if segment is not None:
                 segment.release()
@@ -203,17 +204,24 @@ def dial(
         try:
             buffers = SharedSegment.attach(offer["segment"], numel, dtype)
         except OSError as error:
-            connection.send(Message(Kind.REFUSE, worker=worker, text=str(error)))
-            offer = json.loads(connection.receive().text)
+            connection.send(Refuse(worker, fit_text(str(error))))
+            offer = json.loads(_expect_welcome(connection.receive()).offer)
         else:
             shortcut = find_shortcut(offer["shortcut"]) if offer["shortcut"] else None
-            connection.send(Message(Kind.ACK, worker=worker, text="" if shortcut is None else _MOVES))
+            connection.send(Ack(worker, takes_shortcut=shortcut is not None))
             if shortcut is not None:
                 connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
     return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
+
+
+def _expect_welcome(message: Message) -> Welcome:
+    if not isinstance(message, Welcome):
+        reason = message.reason if isinstance(message, (Refuse, Abort)) else ""
+        raise HandshakeError(f"rank 0 answers the handshake with {kind_of(message).name}: {reason}")
+    return message
 
 
 def _make_shortcut() -> Shortcut | None:

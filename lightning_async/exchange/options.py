@@ -6,27 +6,29 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-__all__ = ["ExchangeOptions", "WireDtype"]
+from lightning_async.data.ledger import Batches
+from lightning_async.holder.staleness import MaxStaleness, OnStale
+from lightning_async.transport.devices import HolderDevice
 
+__all__ = [
+    "Batches",
+    "ExchangeOptions",
+    "HolderDevice",
+    "HolderPlace",
+    "MaxStaleness",
+    "OnStale",
+    "Transport",
+    "WireDtype",
+]
+
+Transport: TypeAlias = Literal["auto", "shm", "gloo", "nccl"]
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+HolderPlace: TypeAlias = Literal["thread", "process"]
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeOptions:
-    """How gradients are exchanged.
-
-    Args:
-        max_staleness: the bound τ in updates; "auto" is 4 per rank, None no bound.
-        on_stale: "wait" holds pushes back so that none exceeds the bound, "drop" discards those that do.
-        batches: "shared" hands batches to whoever asks, "sharded" gives every rank an equal share.
-        transport: how payloads travel.
-        worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
-        overlap: whether a rank computes its next batch while its push and pull are under way.
-        wire_dtype: what gradients are rounded to on their way across a network.
-        parameter_wire_dtype: what parameters are rounded to on their way across a network.
-        holder_device: where parameters and optimizer states live: "cpu" is rank 0's host, "cuda" its GPU, "auto" its
-            GPU if every other rank is reached by NCCL.
-        holder: whether holder and updates are in rank 0's process, "thread", or in one of their own on its host.
+    """How gradients are exchanged; `AsyncStrategy` says what each choice does.
 
     Raises:
         ValueError: if a value has no meaning; the message says which have.
@@ -37,16 +39,16 @@ class ExchangeOptions:
         ValueError: max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not -1.
     """
 
-    max_staleness: int | Literal["auto"] | None = "auto"
-    on_stale: Literal["wait", "drop"] = "wait"
-    batches: Literal["shared", "sharded"] = "shared"
-    transport: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    max_staleness: MaxStaleness = "auto"
+    on_stale: OnStale = "wait"
+    batches: Batches = "shared"
+    transport: Transport = "auto"
     worker_timeout_s: float = 60.0
     overlap: bool = False
     wire_dtype: WireDtype = "fp32"
     parameter_wire_dtype: WireDtype = "fp32"
-    holder_device: Literal["auto", "cpu", "cuda"] = "auto"
-    holder: Literal["thread", "process"] = "thread"
+    holder_device: HolderDevice = "auto"
+    holder: HolderPlace = "thread"
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -56,11 +58,11 @@ class ExchangeOptions:
                 f'max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not {bound!r}.'
             )
         choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-            ("on_stale", self.on_stale, ("wait", "drop")),
-            ("batches", self.batches, ("shared", "sharded")),
-            ("transport", self.transport, ("auto", "shm", "gloo", "nccl")),
-            ("holder_device", self.holder_device, ("auto", "cpu", "cuda")),
-            ("holder", self.holder, ("thread", "process")),
+            ("on_stale", self.on_stale, get_args(OnStale)),
+            ("batches", self.batches, get_args(Batches)),
+            ("transport", self.transport, get_args(Transport)),
+            ("holder_device", self.holder_device, get_args(HolderDevice)),
+            ("holder", self.holder, get_args(HolderPlace)),
             ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
             ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
             ("overlap", self.overlap, (False, True)),

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from lightning_async.exchange.session import Session
 from lightning_async.holder.holder import Holder
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import WireError
+from lightning_async.transport.fields import WireError
+from lightning_async.transport.message import kind_of
 
 __all__ = ["Reactor"]
 
@@ -139,7 +140,9 @@ class Reactor:
         try:
             for message in client.connection.receive_available():
                 if client.held_back is not None:
-                    raise WireError(f"worker {client.session.worker} sends {message.kind.name} before it was answered")
+                    raise WireError(
+                        f"worker {client.session.worker} sends {kind_of(message).name} before it was answered"
+                    )
                 request = client.session.serve(message)
                 self._advance(client, request)
         except Exception as error:

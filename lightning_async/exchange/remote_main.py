@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from lightning_async.exchange.service import HolderService, HolderSpec
+from lightning_async.exchange.local_service import HolderService
+from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.holder.holder import Update
 from lightning_async.holder.rebuild import assemble
+from lightning_async.holder.types import Update
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
@@ -145,23 +146,23 @@ class RpcServer:
         )
 
     def load_parameters(self, shared_payload: str) -> None:
-        """See `Service.load_parameters`."""
+        """Takes over the parameters in a shared payload."""
         self.service.load_parameters(unpack(shared_payload))
 
     def load_states(self, shared_payload: str) -> None:
-        """See `Service.load_states`."""
+        """Takes over the optimizer states in a shared payload."""
         self.service.load_states(unpack(shared_payload))
 
     def optimizer_state(self, index: int) -> str:
-        """See `Service.optimizer_state`; returns the address of a shared_payload, as `snapshot` does."""
+        """One optimizer's state, as the address of a shared payload, which lasts until `forget`."""
         return self._keep(self.service.optimizer_state(index))
 
     def take_adapted(self) -> str:
-        """See `Service.take_adapted`; returns the address of a shared_payload, as `snapshot` does."""
+        """What steps have changed in the param groups, as the address of a shared payload."""
         return self._keep(self.service.take_adapted())
 
     def snapshot(self) -> str:
-        """See `Service.snapshot`; returns the address of a shared_payload, which lasts until `forget`."""
+        """A snapshot, as the address of a shared payload, which lasts until `forget`."""
         return self._keep(self.service.snapshot())
 
     def _keep(self, value: Any) -> str:
@@ -176,7 +177,7 @@ class RpcServer:
             self._shared_payload = None
 
     def restore(self, version: int, shared_payload: str) -> bool:
-        """See `Service.restore`."""
+        """Loads the optimizer states in a shared payload, and the version."""
         return self.service.restore(version, unpack(shared_payload))
 
     @property

@@ -24,16 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_async.exchange.service import HolderSpec, UpdateObserver
+from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.holder.holder import Push, Snapshot, Update
-from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
+from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Address
 from lightning_async.transport.connection import ControlConnection
 
 __all__ = ["HolderProcess", "HolderProcessError"]
@@ -46,8 +47,6 @@ _END_TIMEOUT_S = 5.0
 _ANSWER_LASTS_S = 0.05
 # Between a failure and its end, so that it can still tell its workers.
 _GRACE_S = 1.0
-# How long the heartbeat's news may trail the loss of the control connection.
-_NEWS_TIMEOUT_S = 3.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Its own main module is none that a user's script could be run by.
@@ -63,7 +62,7 @@ class HolderProcessError(RuntimeError):
     """The holder's process could not be started."""
 
 
-class HolderProcess:
+class HolderProcess(Service):
     """Holder, ledger and server in a process of their own; a `Service`, once it was told what to hold.
 
     The process begins to import when this is made, and ends with `end` or with this process, however that ends. That it
@@ -144,74 +143,76 @@ class HolderProcess:
             self._call("serve", shared_payload.address)
         return self
 
+    @override
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
-        """See `Service.begin_epoch`."""
         self._unfinished_until = 0.0
         self._call("begin_epoch", tickets, block, tuple(applied))
 
+    @override
     def regroup(self, block: int, equal_shares: bool) -> None:
-        """See `Service.regroup`."""
         self._call("regroup", block, equal_shares)
 
+    @override
     def open(self, tickets: int) -> None:
-        """See `Service.open`."""
         self._call("open", tickets)
 
+    @override
     def progress(self) -> tuple[int, int]:
-        """See `Service.progress`."""
         self._unfinished_until = 0.0
         applied, left = self._call("progress")
         return applied, left
 
+    @override
     def unfinished(self) -> int:
-        """See `Service.unfinished`; asked by progress bars for every batch, so the answer may be a little old."""
+        # Asked by progress bars for every batch, so the answer may be a little old.
         now = time.monotonic()
         if now >= self._unfinished_until:
             self._unfinished = int(self._call("unfinished"))
             self._unfinished_until = now + _ANSWER_LASTS_S
         return self._unfinished
 
+    @override
     def settle(self) -> None:
-        """See `Service.settle`."""
         self._call("settle")
 
+    @override
     def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
-        """See `Service.load_parameters`."""
         with SharedPayload([[parameter.detach() for parameter in owned] for owned in parameters]) as shared_payload:
             self._call("load_parameters", shared_payload.address)
 
+    @override
     def load_states(self, states: Sequence[StateByPlace | None]) -> None:
-        """See `Service.load_states`."""
         if any(state is not None for state in states):
             with SharedPayload([None if state is None else dict(state) for state in states]) as shared_payload:
                 self._call("load_states", shared_payload.address)
 
+    @override
     def optimizer_state(self, index: int) -> StateByPlace:
-        """See `Service.optimizer_state`."""
         state: StateByPlace = self._take("optimizer_state", index)
         return state
 
+    @override
     def take_adapted(self) -> list[list[dict[str, Any]]]:
-        """See `Service.take_adapted`."""
         adapted: list[list[dict[str, Any]]] = self._take("take_adapted")
         return adapted
 
+    @override
     def snapshot(self) -> Snapshot:
-        """See `Service.snapshot`."""
         snapshot: Snapshot = self._take("snapshot")
         return snapshot
 
+    @override
     def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
-        """See `Service.restore`."""
         with SharedPayload(list(optimizer_states)) as shared_payload:
             return bool(self._call("restore", version, shared_payload.address))
 
+    @override
     def set_counts(self, counts: Sequence[int]) -> None:
-        """See `Service.set_counts`."""
         self._call("set_counts", tuple(counts))
 
+    @override
     def close(self) -> None:
-        """See `Service.close`; the process stays, for a successor of what it spec."""
+        # The process stays, for a successor of what it spec.
         if self._latch is not None and self._latch.failure is None:
             try:
                 self._call("close")
@@ -291,8 +292,7 @@ class HolderProcess:
     def _raise_failure(self) -> None:
         """Raises what is known of the run's end."""
         assert self._latch is not None
-        if self._latch.wait(_NEWS_TIMEOUT_S) is None:
-            self._latch.trip(RunFailure(0, self._describe_end() or "its holder process no longer answers"))
+        self._latch.explain_loss(lambda: RunFailure(0, self._describe_end() or "its holder process no longer answers"))
         self._latch.check()
 
     def _give_up(self) -> None:

@@ -7,10 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.negotiation import ChannelNegotiator, WireNames
+from lightning_async.exchange.options import Transport
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
 from lightning_async.exchange.state_transfer import send_state
@@ -19,20 +19,19 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
-from lightning_async.runtime.listener import HandshakeError, Listener, PeerInfo
+from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.fields import WireError
 from lightning_async.transport.inprocess import in_process_pair
-from lightning_async.transport.message import WireError
 from lightning_async.transport.shm import SharedMemoryChannel
 
 __all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
-# How long the heartbeat's news (an exit status, an error that the worker reported) may trail a lost channel.
-_NEWS_TIMEOUT_S = 3.0
 _WAKE_TIMEOUT_S = 1.0
 
 
@@ -62,7 +61,7 @@ class Server:
         groups: Sequence[HyperparamLayout],
         latch: FailureLatch,
         listener: Listener | None = None,
-        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
+        transport: Transport = "auto",
         on_refused: Callable[[], None] = lambda: None,
         wire: WireNames = ("fp32", "fp32"),
         placement: HolderPlacement | None = None,
@@ -259,8 +258,8 @@ class Server:
         elif isinstance(error, HandshakeError):
             self._latch.trip(RunFailure(worker, str(error)))
         elif isinstance(error, (WireError, ChannelClosedError)):
-            if not self._closing and self._latch.wait(_NEWS_TIMEOUT_S) is None:
-                self._latch.trip(RunFailure(worker, str(error)))
+            if not self._closing:
+                self._latch.explain_loss(lambda: RunFailure(worker, str(error)))
         else:
             # Whatever goes wrong here must end the run: the worker waits for an answer. First of all, since there may
             # be no memory to log it.

@@ -1,23 +1,23 @@
-"""A session: what the holder's side does for one worker, message by message.
-
-The code is the same.
-"""
+"""A session: what the holder's side does for one worker, message by message."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from torch import Tensor
 
 from lightning_async.data.ledger import Ledger
-from lightning_async.holder.holder import Holder, Push
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.types import Push
 from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.transport import message as wire
 from lightning_async.transport.base import Channel
 from lightning_async.transport.fields import (
+    WireError,
     fit_text,
     pack_bitmap,
     pack_counts,
@@ -25,11 +25,9 @@ from lightning_async.transport.fields import (
     unpack_counts,
     unpack_hyperparams,
 )
-from lightning_async.transport.message import Kind, Message, WireError
+from lightning_async.transport.message import Abort, Message, Outcome, kind_of
 
-__all__ = ["APPLIED", "DROPPED", "Session", "SessionError"]
-
-APPLIED, DROPPED = 1, 2
+__all__ = ["Session", "SessionError"]
 
 
 class SessionError(WireError):
@@ -105,45 +103,45 @@ class Session:
         if message.worker != self.worker:
             self._refuse(f"its message claims to come from worker {message.worker}")
         try:
-            if message.kind is Kind.PUSH:
+            if isinstance(message, wire.Push):
                 yield from self._push(message)
-            elif message.kind is Kind.PULL:
-                self._count(message)
+            elif isinstance(message, wire.Pull):
+                self._count(message.counts)
                 yield from self._pull(counted=bool(message.counts))
             else:
                 self._answer(message)
         except WorkerFailedError as error:
             failure = error.failure
-            self._channel.send(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+            self._channel.send(Abort(failure.rank, fit_text(failure.reason)))
             raise
 
     def _answer(self, message: Message) -> None:
-        kind = message.kind
-        if kind is Kind.DRAW:
-            tickets = self._ledger.draw(self.worker)
-            self._channel.send(Message(Kind.TICKETS, worker=self.worker, ticket=tickets.start, tickets=len(tickets)))
-        elif kind is Kind.READ:
-            self._count(message)
-            self._send_parameters(self._holder.read(self._parameters), counted=bool(message.counts))
-        elif kind is Kind.SKIP:
-            self._count(message)
-            self._complete(message.tickets)
-            self._acknowledge()
-        elif kind is Kind.RELEASE:
-            self._release(message)
-            self._acknowledge()
-        elif kind is Kind.LEAVE:
-            self._holder.leave(self.worker, self.slot)
-            self._acknowledge()
-        elif kind is Kind.CLOSE:
-            self._ledger.close()
-            self._acknowledge()
-        elif kind is Kind.GOODBYE:
-            self.finished = True
-        else:
-            self._refuse(f"a worker may not send {kind.name}")
+        """Answers what the barrier never holds back."""
+        match message:
+            case wire.Draw():
+                self._channel.send(wire.Tickets(self.worker, self._ledger.draw(self.worker)))
+            case wire.Read(counts=counts):
+                self._count(counts)
+                self._send_parameters(self._holder.read(self._parameters), counted=bool(counts))
+            case wire.Skip(tickets=tickets, counts=counts):
+                self._count(counts)
+                self._refuse_value_error(lambda: self._ledger.complete(self.worker, tickets))
+                self._acknowledge()
+            case wire.Release(tickets=tickets, stream_over=stream_over):
+                self._refuse_value_error(lambda: self._ledger.release(self.worker, tickets, stream_over))
+                self._acknowledge()
+            case wire.Leave():
+                self._holder.leave(self.worker, self.slot)
+                self._acknowledge()
+            case wire.Close():
+                self._ledger.close()
+                self._acknowledge()
+            case wire.Goodbye():
+                self.finished = True
+            case _:
+                self._refuse(f"a worker may not send {kind_of(message).name}")
 
-    def _push(self, message: Message) -> Iterator[None]:
+    def _push(self, message: wire.Push) -> Iterator[None]:
         gradients = self._check_push(message)
         self._channel.receive_payload(self._segments[message.optimizer])
         push = Push(
@@ -167,16 +165,16 @@ class Session:
                     update = self._holder.try_push(push, time.monotonic() - arrived)
         except ValueError as error:
             self._refuse(str(error))
-        outcome = APPLIED if update.applied else DROPPED
+        outcome = Outcome.APPLIED if update.applied else Outcome.DROPPED
         # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none, it
         # has nothing to wait at the barrier for.
-        tickets = self._ledger.draw(self.worker) if message.ticket else range(0)
-        if message.ticket and not tickets:
+        tickets = self._ledger.draw(self.worker) if message.wants_tickets else range(0)
+        if message.wants_tickets and not tickets:
             self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
         else:
             yield from self._pull(outcome, tickets, counted=bool(message.counts))
 
-    def _check_push(self, message: Message) -> list[Tensor | None]:
+    def _check_push(self, message: wire.Push) -> list[Tensor | None]:
         index = message.optimizer
         if index >= len(self._groups):
             self._refuse(f"it pushes for optimizer {index} of {len(self._groups)}")
@@ -185,15 +183,15 @@ class Session:
         expected = self._layout.segment_bytes(index)
         if message.payload_bytes != expected:
             self._refuse(f"it pushes {message.payload_bytes} bytes for optimizer {index}, which has {expected}")
-        if message.tickets > self._ledger.leased(self.worker):
-            self._refuse(f"it reports {message.tickets} batches and was handed {self._ledger.leased(self.worker)}")
+        # Before the gradient is applied; it is then that they are marked.
+        self._refuse_value_error(lambda: self._ledger.check(self.worker, message.tickets))
         views = self._views[index]
         try:
             # They seldom change from one push to the next, and then there is nothing to check.
-            if message.groups != self._hyperparams[index][0]:
+            if message.hyperparams != self._hyperparams[index][0]:
                 self._hyperparams[index] = (
-                    message.groups,
-                    unpack_hyperparams(message.groups, self._groups[index].count),
+                    message.hyperparams,
+                    unpack_hyperparams(message.hyperparams, self._groups[index].count),
                 )
             if message.present == self._all_present[index]:
                 return views
@@ -202,7 +200,9 @@ class Session:
             self._refuse(str(error))
         return [view if there else None for view, there in zip(views, present, strict=True)]
 
-    def _pull(self, outcome: int = 0, tickets: range = range(0), counted: bool = False) -> Iterator[None]:
+    def _pull(
+        self, outcome: Outcome = Outcome.NOT_PUSHED, tickets: range = range(0), counted: bool = False
+    ) -> Iterator[None]:
         try:
             while (version := self._holder.try_pull(self.worker, self._parameters, self.slot)) is None:
                 yield
@@ -210,41 +210,37 @@ class Session:
             self._refuse(str(error))
         self._send_parameters(version, outcome, tickets, counted)
 
-    def _count(self, message: Message) -> None:
-        if message.counts:
-            self._holder.count(unpack_counts(message.counts))
+    def _count(self, counts: bytes) -> None:
+        if counts:
+            self._holder.count(unpack_counts(counts))
 
-    def _complete(self, tickets: int) -> None:
+    def _refuse_value_error(self, act: Callable[[], object]) -> None:
         try:
-            self._ledger.complete(self.worker, tickets)
-        except ValueError as error:
-            self._refuse(str(error))
-
-    def _release(self, message: Message) -> None:
-        try:
-            self._ledger.release(self.worker, message.tickets, stream_over=bool(message.outcome))
+            act()
         except ValueError as error:
             self._refuse(str(error))
 
     def _send_parameters(
-        self, version: int, outcome: int = 0, tickets: range = range(0), counted: bool = False
+        self,
+        version: int,
+        outcome: Outcome = Outcome.NOT_PUSHED,
+        tickets: range = range(0),
+        counted: bool = False,
     ) -> None:
-        message = Message(
-            Kind.PARAMETERS,
-            worker=self.worker,
-            version=version,
-            ticket=tickets.start,
-            tickets=len(tickets),
-            outcome=outcome,
-            dtype=self._parameters.dtype,
-            payload_bytes=self._parameters.nbytes,
-            counts=pack_counts(self._holder.counts) if counted else b"",
+        message = wire.Parameters(
+            self.worker,
+            version,
+            outcome,
+            tickets,
+            self._parameters.dtype,
+            self._parameters.nbytes,
+            pack_counts(self._holder.counts) if counted else b"",
         )
         self._channel.send(message, self._parameters)
 
     def _acknowledge(self) -> None:
-        self._channel.send(Message(Kind.ACK, worker=self.worker))
+        self._channel.send(wire.Ack(self.worker))
 
     def _refuse(self, reason: str) -> NoReturn:
-        self._channel.send(Message(Kind.REFUSE, worker=self.worker, text=fit_text(reason)))
+        self._channel.send(wire.Refuse(self.worker, fit_text(reason)))
         raise SessionError(f"worker {self.worker} refused: {reason}")

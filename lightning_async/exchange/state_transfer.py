@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.holder.optimizer_state import StateByPlace
-from lightning_async.runtime.listener import STATE, Address, handshake
+from lightning_async.holder.held_state import StateByPlace
+from lightning_async.runtime.handshake import STATE, Address, handshake
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.fields import fit_text
-from lightning_async.transport.message import Kind, Message, WireError
+from lightning_async.transport.fields import WireError, fit_text
+from lightning_async.transport.message import Refuse, Welcome
 
 __all__ = ["describe_state", "fetch_state", "rebuild_state", "send_state"]
 
@@ -106,10 +106,10 @@ def send_state(connection: ControlConnection, read: Callable[[], StateByPlace]) 
         text = json.dumps(describe_state(dict(read()), tensors)).encode()
     except (TypeError, IndexError) as error:
         reason = f"the optimizer's state has {error} in it, which cannot be sent to another rank; read it on rank 0"
-        connection.send(Message(Kind.REFUSE, text=fit_text(reason)))
+        connection.send(Refuse(reason=fit_text(reason)))
     else:
         connection.settimeout(_PIECE_TIMEOUT_S)
-        connection.send(Message(Kind.WELCOME, text=str(len(text))))
+        connection.send(Welcome(offer=str(len(text))))
         connection.send_bytes(memoryview(text))
         for tensor in tensors:
             connection.send_bytes(_bytes_of(tensor.contiguous()))

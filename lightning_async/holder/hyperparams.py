@@ -126,7 +126,7 @@ class HyperparamReader:
         self._packed = b""
 
     def packed(self) -> bytes:
-        """The present values as `wire.Message.groups` takes them.
+        """The present values as `Push.hyperparams` of `transport/message.py` takes them.
 
         Raises:
             ValueError: if a param group was added or taken away.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.holder.hyperparams import HyperparamLayout
 
-__all__ = ["FlatLayout", "describe_model", "exchanged", "exchanged_parameters", "parameters_in"]
+__all__ = ["FlatLayout", "all_parameters", "describe_model", "exchanged", "exchanged_parameters"]
 
 
 def exchanged(parameter: Tensor) -> bool:
@@ -29,14 +29,14 @@ def exchanged(parameter: Tensor) -> bool:
     return parameter.is_floating_point()
 
 
-def parameters_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, group by group."""
+def all_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """An optimizer's parameters, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def exchanged_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """An optimizer's parameters that travel, in the order of its groups."""
-    return [parameter for parameter in parameters_in(optimizer) if exchanged(parameter)]
+    return [parameter for parameter in all_parameters(optimizer) if exchanged(parameter)]
 
 
 class FlatLayout:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.holder.holder import Holder, Push, Snapshot, Update
-from lightning_async.holder.optimizer_state import StateByPlace
+from lightning_async.holder.held_state import StateByPlace
+from lightning_async.holder.holder import Holder
+from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.devices import DeviceFacts
 from lightning_async.transport.staged import on_device
@@ -31,7 +32,7 @@ class HolderStream(Protocol):
         """
 
 
-class CudaHolderStream:
+class CudaHolderStream(HolderStream):
     """A CUDA stream as a `HolderStream`.
 
     Args:
@@ -44,8 +45,8 @@ class CudaHolderStream:
         self._stream = cuda.Stream(device)
 
     @contextlib.contextmanager
+    @override
     def entered(self) -> Iterator[None]:
-        """See `HolderStream.entered`."""
         caller = torch.cuda.current_stream(self._device)
         if caller == self._stream:
             yield

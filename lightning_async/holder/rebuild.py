@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError, check_optimizer
+from lightning_async.holder.held_state import HeldState
 from lightning_async.holder.hyperparams import make_plain
 from lightning_async.holder.layout import exchanged
-from lightning_async.holder.optimizer_state import HeldState
 
 __all__ = ["assemble", "check_steppable", "dismantle", "is_amsgrad", "rebuild", "step_without_hooks"]
 

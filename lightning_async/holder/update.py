@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, convert_to_amsgrad_state, holder_optimizer
+from lightning_async.holder.held_state import StateByPlace, same_state
 from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
-from lightning_async.holder.optimizer_state import StateByPlace, same_state
+from lightning_async.holder.layout import all_parameters
 from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
 
 __all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
@@ -144,7 +145,7 @@ class StepUpdate:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = all_parameters(optimizer)
         self._make_step = step_without_hooks(optimizer)
 
     def forget(self) -> None:

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_async.holder.layout import parameters_in
+from lightning_async.holder.layout import all_parameters
 from lightning_async.loops.tensor_sync import average, broadcast_tensors, take_unlike_from_rank_0
 
 __all__ = ["BufferSync", "check_averaged", "check_ignored", "counted_as_ddp", "ignored_names", "share_module"]
@@ -196,7 +196,7 @@ def check_ignored(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     Raises:
         ValueError: if an optimizer has such a parameter; the message names it.
     """
-    owned = {id(parameter) for optimizer in optimizers for parameter in parameters_in(optimizer)}
+    owned = {id(parameter) for optimizer in optimizers for parameter in all_parameters(optimizer)}
     ignored = ignored_names(module)
     both = [name for name, parameter in module.named_parameters() if name in ignored and id(parameter) in owned]
     if both:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_async.data.epoch_plan import EpochPlan, log_position, tickets_until
-from lightning_async.holder.layout import parameters_in
+from lightning_async.holder.layout import all_parameters
 from lightning_async.loops.checkpoint_interval import save_passed
 from lightning_async.loops.counters import rewrite_as_ddp
 from lightning_async.loops.epoch_size import epoch_size
@@ -374,7 +374,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
             return
         if not self._coordinator.batches.has_unreported_batches:
             return
-        if all(parameter.grad is None for parameter in parameters_in(trainer.optimizers[0])):
+        if all(parameter.grad is None for parameter in all_parameters(trainer.optimizers[0])):
             # No batch gave a loss; a gradient scaler would complain.
             return
         zero = torch.zeros(())

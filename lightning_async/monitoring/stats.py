@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Protocol
 
-from lightning_async.holder.holder import Update
+from lightning_async.holder.types import Update
 
 __all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile", "staleness_text"]
 
@@ -78,7 +78,7 @@ class RunStats:
         worker, now = update.push.worker, update.at_ns / 1e9
         with self._lock:
             self._time_step(worker, now, update)
-            self.batches_by_rank[worker] += update.push.tickets
+            self.batches_by_rank[worker] += update.push.batches
             self.wait_seconds_by_rank[worker] += update.push.waited_s
             self.parked_seconds_by_rank[worker] += update.parked_s
             if update.applied:

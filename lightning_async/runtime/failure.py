@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Address space only: nothing of it is ever touched. Enough to describe an error, to send it, and for the interpreter
 # and Lightning to print a traceback.
 _RESERVE_BYTES = 32 * 2**20
+# How long the heartbeat's news (who failed, and why) may trail a lost connection.
+_NEWS_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,18 @@ class FailureLatch:
         """Waits up to ``timeout_s`` seconds for a failure; returns it, or None."""
         self._tripped.wait(timeout_s)
         return self._failure
+
+    def explain_loss(self, otherwise: Callable[[], RunFailure]) -> RunFailure:
+        """The failure behind a lost connection; afterwards the run has failed.
+
+        Args:
+            otherwise: the failure if the heartbeat reports none within a moment.
+        """
+        failure = self.wait(_NEWS_TIMEOUT_S)
+        if failure is None:
+            failure = otherwise()
+            self.trip(failure)
+        return self._failure or failure
 
     def check(self) -> None:
         """Raises if the run has failed.

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
 from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.fields import fit_text
-from lightning_async.transport.message import Kind, Message, WireError, encode
+from lightning_async.transport.fields import WireError, fit_text
+from lightning_async.transport.message import Abort, Beat, Goodbye, Message, kind_of
 
 __all__ = ["Heartbeats"]
 
@@ -70,9 +71,9 @@ class Heartbeats:
         self._timeout_s = timeout_s
         self._beat_s = min(2.0, timeout_s / 4)
         # Made while there is memory.
-        self._beat = encode(Message(Kind.BEAT, worker=rank))
-        self._goodbye = encode(Message(Kind.GOODBYE, worker=rank))
-        self._last_words = encode(Message(Kind.ABORT, worker=rank, text="out of memory"))
+        self._beat = encode(Beat(rank))
+        self._goodbye = encode(Goodbye(rank))
+        self._last_words = encode(Abort(rank, "out of memory"))
         self._describe_end = describe_end
         self._lock = threading.Lock()
         self._peers: dict[int, _Peer] = {}
@@ -131,7 +132,7 @@ class Heartbeats:
 
     def _tell(self, peer: _Peer, failure: RunFailure) -> None:
         try:
-            words = encode(Message(Kind.ABORT, worker=failure.rank, text=fit_text(failure.reason)))
+            words = encode(Abort(failure.rank, fit_text(failure.reason)))
         except (MemoryError, WireError):
             words = self._last_words
         with peer.sending:
@@ -189,7 +190,7 @@ class Heartbeats:
         beat = self._beat
         if self._collectives is not None:
             if waiting := self._collectives.look():
-                beat = encode(Message(Kind.BEAT, worker=self._rank, text=fit_text(waiting)))
+                beat = encode(Beat(self._rank, fit_text(waiting)))
             if (stuck := self._collectives.failure()) is not None:
                 self._latch.trip(stuck)
         failure = self._latch.failure
@@ -212,18 +213,18 @@ class Heartbeats:
             self._lose(peer, f"its heartbeat does not follow the protocol: {error}")
 
     def _handle(self, peer: _Peer, message: Message) -> None:
-        if message.kind is Kind.GOODBYE:
+        if isinstance(message, Goodbye):
             self._forget(peer)
-        elif message.kind is Kind.ABORT:
+        elif isinstance(message, Abort):
             if message.worker == peer.rank:
                 # Its end of the connection is about to vanish, which is then no news.
                 self._forget(peer)
-            self._latch.trip(RunFailure(message.worker, message.text, announced=self._rank != 0))
-        elif message.kind is Kind.BEAT:
+            self._latch.trip(RunFailure(message.worker, message.reason, announced=self._rank != 0))
+        elif isinstance(message, Beat):
             if self._collectives is not None:
-                self._collectives.hear(peer.rank, message.text)
+                self._collectives.hear(peer.rank, message.waits_in)
         else:
-            raise WireError(f"unexpected {message.kind.name} on a heartbeat")
+            raise WireError(f"unexpected {kind_of(message).name} on a heartbeat")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         self._forget(peer)

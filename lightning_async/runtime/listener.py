@@ -1,8 +1,4 @@
-"""Rank 0's listener: one listening socket; lets the run's own ranks in and refuses everyone else by name.
-
-A connection begins with HELLO: a rank, the run's token, and whether it is a heartbeat (watched by `heartbeat.py`), a
-control channel (served by `server.py`) or asks for an optimizer's state (`state_transfer.py`).
-"""
+"""Rank 0's listener: one listening socket; lets the run's own ranks in and refuses everyone else by name."""
 
 from __future__ import annotations
 
@@ -15,74 +11,33 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from lightning_async.runtime.failure import describe_error
+from lightning_async.runtime.handshake import (
+    CONTROL,
+    HANDSHAKE_TIMEOUT_S,
+    HEARTBEAT,
+    STATE,
+    Address,
+    HandshakeError,
+    PeerInfo,
+)
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.transport.connection import ControlConnection, connect
-from lightning_async.transport.fields import fit_text
-from lightning_async.transport.message import Kind, Message, WireError
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.fields import WireError, fit_text
+from lightning_async.transport.message import Hello, Message, Refuse, Welcome, kind_of
 
-__all__ = ["CONTROL", "HEARTBEAT", "STATE", "Address", "HandshakeError", "Listener", "PeerInfo", "handshake"]
+__all__ = ["Listener"]
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT, CONTROL, STATE = "heartbeat", "control", "state"
-_HANDSHAKE_TIMEOUT_S = 10.0
-_CONNECT_TIMEOUT_S = 30.0
-# Before rank 0 welcomes a control channel it reserves the worker's buffers, a second or so for each GB, and may have to
-# wait for a name server. That it is gone is noticed at once, and that it is stopped by the heartbeat.
-_WELCOME_TIMEOUT_S = 600.0
 # Between two tries to take a connection, when there is no descriptor for it.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # Less than a rank waits for the answer to its HELLO.
 _LONGEST_TROUBLES_S = 5.0
 _SHORT_HEARING_S = 0.5
 _REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
-
-
-class HandshakeError(RuntimeError):
-    """A connection was refused; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the workers find rank 0, and the secret that proves they belong to this run."""
-
-    host: str
-    port: int
-    token: str
-
-    def as_json(self) -> str:
-        """For the broadcast to the workers."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Address:
-        """Inverse of `as_json`."""
-        return cls(**json.loads(text))
-
-
-@dataclass(frozen=True, slots=True)
-class PeerInfo:
-    """Who stands at the listener: a rank of this run, how often it has come, and what it says of itself."""
-
-    rank: int
-    incarnation: int
-    claims: dict[str, Any]
-
-    @property
-    def slot(self) -> int:
-        """Which of the rank's slots a control channel is for; -1 if what it says is no number."""
-        slot = self.claims.get("slot", 0)
-        return slot if type(slot) is int else -1
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the rank computes while its answer is under way."""
-        return self.claims.get("overlaps") is True
 
 
 class _Troubles:
@@ -214,7 +169,7 @@ class Listener:
 
     def _welcome(self, connection: ControlConnection) -> None:
         try:
-            connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+            connection.settimeout(HANDSHAKE_TIMEOUT_S)
             peer, role = self._identify(connection.receive())
             if role == HEARTBEAT:
                 self._take_heartbeat(peer, connection)
@@ -239,7 +194,7 @@ class Listener:
             if peer.incarnation <= self._incarnations.get(rank, -1):
                 raise HandshakeError(f"rank {rank} was here and has left")
             self._incarnations[rank] = peer.incarnation
-        connection.send(Message(Kind.WELCOME, worker=rank))
+        connection.send(Welcome(rank))
         self._heartbeats.add(rank, connection)
 
     def _refuse(self, connection: ControlConnection, reason: str, hears_first: bool = False) -> None:
@@ -261,16 +216,16 @@ class Listener:
 
     def _turn_away(self, connection: ControlConnection, reason: str) -> None:
         try:
-            connection.send(Message(Kind.REFUSE, text=reason))
+            connection.send(Refuse(reason=reason))
         except ChannelClosedError as error:
             log.debug("could not tell it: %s", error)
         connection.close()
 
     def _identify(self, hello: Message) -> tuple[PeerInfo, str]:
-        if hello.kind is not Kind.HELLO:
-            raise HandshakeError(f"it begins with {hello.kind.name} instead of HELLO")
+        if not isinstance(hello, Hello):
+            raise HandshakeError(f"it begins with {kind_of(hello).name} instead of HELLO")
         try:
-            claims = json.loads(hello.text)
+            claims = json.loads(hello.claims)
             token, role = str(claims["token"]).encode(), str(claims["role"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
@@ -280,36 +235,3 @@ class Listener:
         if role not in (HEARTBEAT, CONTROL, STATE) or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
         return PeerInfo(hello.worker, hello.incarnation, claims), role
-
-
-def handshake(
-    address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
-) -> tuple[ControlConnection, str]:
-    """Connects to rank 0's listener and says who is there.
-
-    Args:
-        address: from `Listener.address`.
-        rank: this rank.
-        role: `HEARTBEAT`, `CONTROL` or `STATE`.
-        incarnation: how many workers of this rank came before.
-        claims: what else rank 0 should know, JSON values.
-
-    Returns:
-        The connection and the text of the welcome.
-
-    Raises:
-        HandshakeError: if rank 0 refuses, with its reason.
-        ChannelClosedError: if rank 0 cannot be reached.
-    """
-    connection = connect(address.host, address.port, _CONNECT_TIMEOUT_S)
-    connection.settimeout(_HANDSHAKE_TIMEOUT_S)
-    text = json.dumps({"token": address.token, "role": role, **claims})
-    connection.send(Message(Kind.HELLO, worker=rank, incarnation=incarnation, text=text))
-    if role != HEARTBEAT:
-        connection.settimeout(_WELCOME_TIMEOUT_S)
-    reply = connection.receive()
-    if reply.kind is not Kind.WELCOME:
-        connection.close()
-        raise HandshakeError(f"rank 0 refused rank {rank}: {reply.text}")
-    connection.settimeout(None)
-    return connection, reply.text

@@ -23,13 +23,12 @@ from lightning_async.runtime.failure import (
     end_process,
     say,
 )
+from lightning_async.runtime.handshake import HEARTBEAT, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import HEARTBEAT, Address, Listener, handshake
+from lightning_async.runtime.listener import Listener
 
 __all__ = ["Membership", "guard_shutdown"]
 
-# How long the heartbeat's news may trail an error that a lost peer causes in a collective.
-_NEWS_TIMEOUT_S = 3.0
 # Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
 # at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
 _SURVIVOR_DELAY_S = 2.0
@@ -149,7 +148,7 @@ class Membership:
             self.latch.trip(error.failure)
         failure = self.latch.failure
         if failure is None and _may_be_lost_peer(error):
-            failure = self.latch.wait(_NEWS_TIMEOUT_S)
+            failure = self.latch.explain_loss(lambda: RunFailure(self.rank, describe_error(error), announced=True))
         if failure is None or failure.rank == self.rank:
             failure = RunFailure(self.rank, describe_error(error), announced=True)
             self.latch.trip(failure)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_async.data.rhythm import Rhythm, Seen, usual_group
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.layout import parameters_in
+from lightning_async.holder.layout import all_parameters
 from lightning_async.holder.tally import BATCHES, STEPS, Tally
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.step_counter import StepCounter, batches_that_stepped
@@ -230,7 +230,9 @@ class ByHand:
         # Alone, the parameters stay as they are, and the gradient stays good for the next step, as under DDP. One that
         # user code has left out a step for, where it steps in each batch, was not meant to be applied.
         if batches and accumulates and self._trainer.world_size > 1:
-            gradients = [p.grad for each in self._trainer.optimizers for p in parameters_in(each) if p.grad is not None]
+            gradients = [
+                p.grad for each in self._trainer.optimizers for p in all_parameters(each) if p.grad is not None
+            ]
             if any(bool(gradient.count_nonzero()) for gradient in gradients):
                 pushed, lost = (batches, 0) if self._push_leftover(gradients) else (0, batches)
         if self._trainer.world_size > 1:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.holder.holder import Snapshot
+from lightning_async.holder.types import Snapshot
 from lightning_async.loops.phase import Phase
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock

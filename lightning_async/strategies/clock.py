@@ -7,8 +7,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_async.holder.holder import Snapshot
 from lightning_async.holder.tally import STEPS
+from lightning_async.holder.types import Snapshot
 from lightning_async.loops.protocols import Clock
 from lightning_async.strategies.by_hand import ByHand
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.layout import parameters_in
+from lightning_async.holder.layout import all_parameters
 from lightning_async.loops import protocols, trainer_state
 from lightning_async.loops.buffer_sync import BufferSync, ignored_names
 from lightning_async.loops.metric_sync import MetricSync
@@ -130,6 +130,7 @@ class Coordinator(protocols.Coordinator):
         agree_on_order(self._collectives.gather_objects(order))
         place = self._checkpointing.begin_epoch(self._trainer.current_epoch, order, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
+        self._exchange.worker.begin_epoch()
         service = self._exchange.engine.service
         if service is not None:
             service.begin_epoch(range(tickets), self._clock.block, applied)
@@ -220,7 +221,7 @@ class Coordinator(protocols.Coordinator):
     def _parameters_of_no_optimizer(self) -> list[Tensor]:
         """What the holder does not have: frozen layers, and what user code moves, such as a momentum encoder."""
         module = self._trainer.lightning_module
-        owned = {id(parameter) for optimizer in self._trainer.optimizers for parameter in parameters_in(optimizer)}
+        owned = {id(parameter) for optimizer in self._trainer.optimizers for parameter in all_parameters(optimizer)}
         ignored = ignored_names(module)
         named = module.named_parameters()
         return [parameter for name, parameter in named if id(parameter) not in owned and name not in ignored]

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_async.exchange.engine import Engine
-from lightning_async.holder.holder import Snapshot
-from lightning_async.holder.layout import exchanged, exchanged_parameters, parameters_in
-from lightning_async.holder.optimizer_state import HeldState, StateElsewhere
+from lightning_async.holder.held_state import HeldState, StateElsewhere
+from lightning_async.holder.layout import all_parameters, exchanged, exchanged_parameters
+from lightning_async.holder.types import Snapshot
 
 __all__ = [
     "agree_on_optimizers",
@@ -185,7 +185,7 @@ def bare_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def held_state(optimizer: Optimizer, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A checkpointed state dict as the holder's optimizer takes it, which lacks the parameters that do not travel."""
-    parameters = parameters_in(optimizer)
+    parameters = all_parameters(optimizer)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if all(map(exchanged, parameters)) or len(numbers) != len(parameters):
         # What does not fit is left for torch to refuse.

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_async.holder.holder import Push, Update
-from lightning_async.holder.layout import parameters_in
+from lightning_async.holder.layout import all_parameters
+from lightning_async.holder.types import Push, Update
 from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
@@ -233,7 +233,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         trainer = self._module.trainer
-        parameters = [parameter for optimizer in self.optimizers for parameter in parameters_in(optimizer)]
+        parameters = [parameter for optimizer in self.optimizers for parameter in all_parameters(optimizer)]
         copy_bytes = sum(parameter.nbytes for parameter in parameters)
         needed, available = (self.max_delay + 1) * copy_bytes, _memory_bytes(self.root_device)
         sizes = (
@@ -347,7 +347,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         trainer = self._module.trainer
         version = trainer.global_step + 1 if self._iterates is None else self._iterates.version + 1
         read = version - 1 - self._delay
-        push = Push(worker=0, optimizer=0, version_read=read, gradients=(), groups=(), tickets=self._batches)
+        # Nobody hands out tickets here; what counts is how many batches there were.
+        tickets = (range(self._batches),)
+        push = Push(worker=0, optimizer=0, version_read=read, gradients=(), groups=(), tickets=tickets)
         self._batches = 0
         self.stats.record(Update(push, version, staleness=self._delay, applied=True, parked_s=0.0))
         if self._iterates is not None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_async.holder.layout import exchanged, parameters_in
+from lightning_async.holder.layout import all_parameters, exchanged
 
 __all__ = ["check_module", "check_parameters", "describe_gradient", "refuse_finders", "refuse_sync_batchnorm"]
 
@@ -100,7 +100,7 @@ def check_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimiz
         ValueError: if there is one; the message names it, and says what to do.
     """
     for optimizer in optimizers:
-        for parameter in parameters_in(optimizer):
+        for parameter in all_parameters(optimizer):
             if parameter.requires_grad and not exchanged(parameter):
                 raise ValueError(
                     f"{_name_of(module, parameter)} is trained and of {parameter.dtype}, and gradients are "

@@ -1,4 +1,4 @@
-"""The control connection: messages of `message.py` over one socket, TCP or Unix. Idle waiting happens here.
+"""The control connection: messages over one socket, TCP or Unix. Idle waiting happens here.
 
 A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
 not; so whoever waits without a payload under way waits here.
@@ -12,7 +12,8 @@ import socket
 import time
 
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.transport.message import HEADER_BYTES, Message, assemble, decode_header, encode, read_message
+from lightning_async.transport.codec import HEADER_BYTES, assemble, decode_header, encode, read_message
+from lightning_async.transport.message import Message
 
 __all__ = ["ControlConnection", "connect"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["DeviceFacts", "RankDevices", "describe_device", "nccl_obstacle", "place_holder"]
+__all__ = ["DeviceFacts", "HolderDevice", "RankDevices", "describe_device", "nccl_obstacle", "place_holder"]
 
+HolderDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
 # What a rank says of its GPU, as JSON values; None for a rank that computes on something else.
 DeviceFacts = Mapping[str, Any] | None
 
@@ -83,9 +84,7 @@ def nccl_obstacle(holder: DeviceFacts, worker: object) -> str | None:
     return None
 
 
-def place_holder(
-    choice: Literal["auto", "cpu", "cuda"], transport: str, facts: Sequence[DeviceFacts]
-) -> Literal["cpu", "cuda"]:
+def place_holder(choice: HolderDevice, transport: str, facts: Sequence[DeviceFacts]) -> Literal["cpu", "cuda"]:
     """Whether the holder lives on rank 0's GPU or on its host; every rank comes to the same answer.
 
     Args:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
-from lightning_async.transport.message import HEADER_BYTES, Message, decode, decode_header, encode
+from lightning_async.transport.codec import HEADER_BYTES, decode, decode_header, encode
+from lightning_async.transport.message import Message
 
 __all__ = ["FakeChannel", "fake_pair"]
 
@@ -37,16 +39,17 @@ class FakeChannel(Channel):
         """Makes ``peer`` the other end."""
         self._peer = peer
 
+    @override
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """See `Channel.send`; the payload is copied, as a network would."""
+        # The payload is copied, as a network would.
         if self._closed.is_set() or self._peer is None or self._peer._closed.is_set():
             raise ChannelClosedError("connection closed")
         if self._fault is not None:
             self._fault(message)
         self._peer._inbox.put((encode(message), None if payload is None else payload.clone()))
 
+    @override
     def receive(self) -> Message:
-        """See `Channel.receive`."""
         item = self._inbox.get()
         if item is None:
             self._inbox.put(None)
@@ -55,15 +58,15 @@ class FakeChannel(Channel):
         header = decode_header(data[:HEADER_BYTES])
         return decode(data[:HEADER_BYTES], data[HEADER_BYTES : HEADER_BYTES + header.trailer_bytes])
 
+    @override
     def receive_payload(self, out: Tensor) -> None:
-        """See `Channel.receive_payload`."""
         if self._payload is None:
             raise ChannelClosedError("the last message announced no payload")
         out.copy_(self._payload)
         self._payload = None
 
+    @override
     def close(self) -> None:
-        """See `Channel.close`."""
         self._closed.set()
         self._inbox.put(None)
         if self._peer is not None:

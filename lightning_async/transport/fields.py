@@ -1,4 +1,4 @@
-"""The fields of a message that vary in size: the hyperparameters of the param groups, the presence bitmap, a text."""
+"""The fields of a message that vary in size: tickets, hyperparameters, the presence bitmap, counts, a text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ __all__ = [
     "MAX_COUNTS",
     "MAX_HYPERPARAMS",
     "MAX_PRESENT_BYTES",
+    "MAX_RANGES",
     "MAX_TEXT_BYTES",
+    "RANGE_BYTES",
     "Bytes",
     "WireError",
     "fit_text",
     "pack_bitmap",
     "pack_counts",
     "pack_hyperparams",
+    "pack_ranges",
     "unpack_bitmap",
     "unpack_counts",
     "unpack_hyperparams",
+    "unpack_ranges",
 ]
 
 MAX_HYPERPARAMS = 1 << 15
@@ -31,6 +35,13 @@ MAX_TEXT_BYTES = 16 << 10
 HYPERPARAM_BYTES = 8
 MAX_COUNTS = 1 << 8
 COUNT_BYTES = 8
+# Batches of one update that do not follow each other make a range each.
+MAX_RANGES = 1 << 16
+RANGE_BYTES = 16
+
+_RANGE = struct.Struct("<QQ")
+# More than any run draws; the length of every range up to it is a size that Python can tell.
+_MAX_TICKET = 1 << 62
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -158,6 +169,52 @@ def unpack_counts(data: Bytes) -> tuple[int, ...]:
         The numbers.
     """
     return struct.unpack(f"<{len(data) // COUNT_BYTES}Q", data)
+
+
+def pack_ranges(ranges: Sequence[range]) -> bytes:
+    """Packs ranges of tickets, none of them empty.
+
+    Args:
+        ranges: the ranges.
+
+    Returns:
+        Sixteen bytes for each.
+
+    Raises:
+        WireError: if one is empty, leaves numbers out, or has a number that is negative or too large.
+
+    Examples:
+        >>> unpack_ranges(pack_ranges([range(3, 5), range(9, 10)]))
+        (range(3, 5), range(9, 10))
+    """
+    packed = []
+    for tickets in ranges:
+        start, stop = tickets.start, tickets.stop
+        if not 0 <= start < stop <= _MAX_TICKET or tickets.step != 1:
+            raise WireError(f"Tickets must be a range of numbers that follow each other, and not {tickets}.")
+        packed.append(_RANGE.pack(start, stop))
+    # Most updates have one range.
+    return packed[0] if len(packed) == 1 else b"".join(packed)
+
+
+def unpack_ranges(data: Bytes) -> tuple[range, ...]:
+    """Unpacks what `pack_ranges` packed.
+
+    Args:
+        data: the packed ranges, a whole number of them.
+
+    Returns:
+        The ranges.
+
+    Raises:
+        WireError: if one is empty or has a number that is too large.
+    """
+    ranges = []
+    for start, stop in _RANGE.iter_unpack(data):
+        if not start < stop <= _MAX_TICKET:
+            raise WireError(f"Tickets must be a range that is not empty, and not {range(start, stop)}.")
+        ranges.append(range(start, stop))
+    return tuple(ranges)
 
 
 def fit_text(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -84,8 +85,8 @@ class GlooChannel(Channel):
         except RuntimeError as error:
             raise ChannelClosedError(f"the Gloo pair {name} could not be connected: {error}") from error
 
+    @override
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """See `Channel.send`."""
         self._control.send(message)
         if payload is None:
             return
@@ -95,12 +96,12 @@ class GlooChannel(Channel):
             payload = _rounded(payload, self._outgoing[: payload.numel()])
         self._pass(self._group().send, payload)
 
+    @override
     def receive(self) -> Message:
-        """See `Channel.receive`."""
         return self._control.receive()
 
+    @override
     def receive_payload(self, out: Tensor) -> None:
-        """See `Channel.receive_payload`."""
         if self._late_reader and self._side == WORKER_SIDE:
             say_ready(self._control)
         arriving = out if self._incoming is None else self._incoming[: out.numel()]
@@ -108,8 +109,8 @@ class GlooChannel(Channel):
         if arriving is not out:
             out.copy_(arriving)
 
+    @override
     def close(self) -> None:
-        """See `Channel.close`."""
         self._control.shutdown()
         self._control.close()
         self._pair = None

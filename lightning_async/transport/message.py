@@ -1,75 +1,46 @@
-"""The message format of the control connection.
+"""What worker and holder say to each other: one small class for each kind of message.
 
-A message is a header of fixed size followed by a trailer: hyperparameters of the param groups, the presence bitmap,
-counts, and a text. Every field is a number, a bitmap or text with a bound of its own; nothing received is ever
-unpickled or evaluated (`fields.py`). A payload of tensor data travels elsewhere, and its size here is a claim: whoever
-posts a receive for it compares it with the session's own size first.
+`codec.py` turns messages into bytes and back. A payload of tensor data travels elsewhere, behind its message, and its
+size here is a claim: the receiver compares it with the session's own size before it takes the payload.
+
+The classes are tuples, which are made in a fraction of the time that frozen dataclasses take, and there are two for
+each update. So messages of two kinds with the same values compare equal: ask for the type.
 """
 
 from __future__ import annotations
 
 import enum
-import struct
-from collections.abc import Callable
-from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
-from lightning_async.transport.fields import (
-    COUNT_BYTES,
-    HYPERPARAM_BYTES,
-    MAX_COUNTS,
-    MAX_HYPERPARAMS,
-    MAX_PRESENT_BYTES,
-    MAX_TEXT_BYTES,
-    Bytes,
-    WireError,
-)
-
 __all__ = [
-    "HEADER_BYTES",
-    "MAX_TRAILER_BYTES",
-    "PROTOCOL_VERSION",
-    "Header",
+    "Abort",
+    "Ack",
+    "Beat",
+    "Close",
+    "Draw",
+    "Goodbye",
+    "Hello",
     "Kind",
+    "Leave",
     "Message",
-    "ProtocolVersionError",
-    "WireError",
-    "assemble",
-    "decode",
-    "decode_header",
-    "encode",
-    "read_message",
+    "Outcome",
+    "Parameters",
+    "Pull",
+    "Push",
+    "Read",
+    "Refuse",
+    "Release",
+    "Skip",
+    "Tickets",
+    "Welcome",
+    "kind_of",
 ]
-
-PROTOCOL_VERSION = 3
-
-_MAGIC = b"LASY"
-# magic, protocol, kind, dtype, hyperparameters, outcome, worker, incarnation, optimizer, tickets, version, ticket,
-# samples, payload bytes, waited_s, bitmap bytes, text bytes, counts. The first six bytes and the size of 128 stay the
-# same in every protocol version, so that each side can read the other's first header and name the mismatch.
-_HEADER = struct.Struct("<4sHBBHHIIIIQQQQdIIH50x")
-
-HEADER_BYTES = _HEADER.size
-MAX_TRAILER_BYTES = MAX_HYPERPARAMS * HYPERPARAM_BYTES + MAX_PRESENT_BYTES + MAX_COUNTS * COUNT_BYTES + MAX_TEXT_BYTES
-
-_CODE_OF_DTYPE: dict[torch.dtype | None, int] = {
-    None: 0,
-    torch.float32: 1,
-    torch.float64: 2,
-    torch.float16: 3,
-    torch.bfloat16: 4,
-}
-_DTYPE_OF_CODE = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
-
-
-class ProtocolVersionError(WireError):
-    """The peer speaks another version of the protocol."""
 
 
 class Kind(enum.IntEnum):
-    """What a message says. The numbers are the protocol; they are never given a new meaning."""
+    """The kinds of messages. The numbers are the protocol; they are never given a new meaning."""
 
     HELLO = 1
     WELCOME = 2
@@ -90,279 +61,264 @@ class Kind(enum.IntEnum):
     RELEASE = 17
 
 
-_KIND_OF_CODE = {int(kind): kind for kind in Kind}
+class Outcome(enum.IntEnum):
+    """What became of the push that parameters are the answer to."""
+
+    NOT_PUSHED = 0
+    APPLIED = 1
+    DROPPED = 2
 
 
-class Message(NamedTuple):
-    """One message; which fields matter depends on its kind.
+class Hello(NamedTuple):
+    """The first message of a connection: who connects.
 
-    A tuple, which is made in a fraction of the time that a frozen dataclass takes, and there are two for each update.
-
-    Attributes:
-        kind: what it says.
-        worker: rank of the worker that it comes from or goes to.
-        incarnation: how many times that worker has been replaced.
-        optimizer: index of the optimizer.
-        version: PUSH: the version read; PARAMETERS: the version sent.
-        ticket: TICKETS, PARAMETERS: the first ticket handed out. PUSH: 1 if the answer is to bring the next tickets.
-        tickets: DRAW, TICKETS, PARAMETERS: how many; PUSH, SKIP: how many have been computed;
-            RELEASE: how many are given back.
-        samples: samples in the batches of these tickets.
-        waited_s: PUSH: seconds that the worker's last round trip took.
-        outcome: PARAMETERS: what became of the push, a small code. RELEASE: 1 if the worker's stream has ended.
-        dtype: element type of the payload; None without one.
-        payload_bytes: size of the payload on the data channel.
-        groups: the worker's present hyperparameters, of all param groups: what `pack_hyperparams` made of them.
-        present: bitmap with one bit per parameter of the optimizer, least significant bit first.
-        text: HELLO: JSON; REFUSE, ABORT: the reason; BEAT: the collective that the rank waits in for too long, if any.
-        counts: PUSH, PULL, READ, SKIP: what the worker has counted since its last report (see `tally.py`): what
-            `pack_counts` made of it; PARAMETERS: the sums over all workers, if the request had any.
+    Args:
+        worker: the rank.
+        incarnation: how many workers of this rank came before.
+        claims: what else it says of itself, as JSON.
     """
 
-    kind: Kind
-    worker: int = 0
+    worker: int
     incarnation: int = 0
-    optimizer: int = 0
-    version: int = 0
-    ticket: int = 0
-    tickets: int = 0
-    samples: int = 0
-    waited_s: float = 0.0
-    outcome: int = 0
-    dtype: torch.dtype | None = None
-    payload_bytes: int = 0
-    groups: bytes = b""
-    present: bytes = b""
-    text: str = ""
+    claims: str = ""
+
+
+class Welcome(NamedTuple):
+    """The connection is taken.
+
+    Args:
+        worker: the rank that is welcome.
+        offer: what rank 0 offers to it, as JSON.
+    """
+
+    worker: int = 0
+    offer: str = ""
+
+
+class Refuse(NamedTuple):
+    """A connection, an offer or a request is refused.
+
+    Args:
+        worker: the rank that it comes from or goes to.
+        reason: why.
+    """
+
+    worker: int = 0
+    reason: str = ""
+
+
+class Draw(NamedTuple):
+    """Asks for the next tickets; answered with `Tickets`."""
+
+    worker: int
+
+
+class Tickets(NamedTuple):
+    """Hands out tickets.
+
+    Args:
+        worker: the rank that may compute them.
+        tickets: empty if the rank's segment is over.
+    """
+
+    worker: int
+    tickets: range = range(0)
+
+
+class Pull(NamedTuple):
+    """Asks for parameters to compute a gradient at; answered with `Parameters` once the barrier lets the worker read.
+
+    Args:
+        worker: the rank that asks.
+        counts: what it has counted since its last report (see `tally.py`), as `pack_counts` packs it.
+    """
+
+    worker: int
     counts: bytes = b""
 
 
-class Header(NamedTuple):
-    """A checked header: a message's own fields, and the sizes of what follows it."""
+class Parameters(NamedTuple):
+    """Announces the holder's parameters; answers `Pull`, `Push` and `Read`.
 
-    kind: Kind
-    dtype: torch.dtype | None
-    hyperparam_count: int
-    outcome: int
+    Args:
+        worker: the rank that they go to.
+        version: of the parameters.
+        outcome: what became of the push.
+        tickets: the tickets that the push has asked for; empty if there are none, or if it has not asked.
+        dtype: element type of the payload.
+        payload_bytes: size of the payload.
+        counts: the sums over all workers, if the request had counts.
+    """
+
     worker: int
-    incarnation: int
-    optimizer: int
-    tickets: int
-    version: int
-    ticket: int
-    samples: int
-    payload_bytes: int
-    waited_s: float
-    present_bytes: int
-    text_bytes: int
-    count_count: int
-
-    @property
-    def trailer_bytes(self) -> int:
-        """Bytes to receive after the header; never more than `MAX_TRAILER_BYTES`."""
-        return (
-            self.hyperparam_count * HYPERPARAM_BYTES
-            + self.present_bytes
-            + self.count_count * COUNT_BYTES
-            + self.text_bytes
-        )
+    version: int = 0
+    outcome: Outcome = Outcome.NOT_PUSHED
+    tickets: range = range(0)
+    dtype: torch.dtype | None = None
+    payload_bytes: int = 0
+    counts: bytes = b""
 
 
-def encode(message: Message) -> bytes:
-    """Turns a message into its header and trailer.
+class Push(NamedTuple):
+    """Announces a gradient; answered with `Parameters`.
 
     Args:
-        message: what to send.
-
-    Returns:
-        `HEADER_BYTES` and whatever the trailer takes.
-
-    Raises:
-        WireError: if a field is out of its range or of another type.
-
-    Examples:
-        >>> message = Message(Kind.PUSH, worker=3, version=17, present=bytes([5]))
-        >>> data = encode(message)
-        >>> decode(data[:HEADER_BYTES], data[HEADER_BYTES:]) == message
-        True
+        worker: the rank that has computed it.
+        optimizer: index of the optimizer that owns the parameters.
+        version: the version that the gradient was computed at.
+        tickets: the tickets of the batches that it covers.
+        samples: number of samples in them.
+        waited_s: seconds that the worker's last round trip took.
+        wants_tickets: whether the answer is to bring the next tickets.
+        dtype: element type of the payload.
+        payload_bytes: size of the payload.
+        hyperparams: the present hyperparameters of all param groups, as `pack_hyperparams` packs them.
+        present: bitmap with one bit per parameter of the optimizer, least significant bit first.
+        counts: what the worker has counted since its last report (see `tally.py`), as `pack_counts` packs it.
     """
-    present, groups, counts = message.present, message.groups, message.counts
-    try:
-        text = message.text.encode()
-        hyperparam_count, rest = divmod(len(groups), HYPERPARAM_BYTES)
-        if rest:
-            raise WireError(f"{len(groups)} bytes are no whole number of hyperparameters.")
-        count_count, rest = divmod(len(counts), COUNT_BYTES)
-        if rest:
-            raise WireError(f"{len(counts)} bytes are no whole number of counts.")
-        _check_sizes(hyperparam_count, len(present), len(text), count_count)
-        _check_seconds(message.waited_s)
-        header = _HEADER.pack(
-            _MAGIC,
-            PROTOCOL_VERSION,
-            _KIND_OF_CODE[message.kind],
-            _CODE_OF_DTYPE[message.dtype],
-            hyperparam_count,
-            message.outcome,
-            message.worker,
-            message.incarnation,
-            message.optimizer,
-            message.tickets,
-            message.version,
-            message.ticket,
-            message.samples,
-            message.payload_bytes,
-            message.waited_s,
-            len(present),
-            len(text),
-            count_count,
-        )
-        return header + groups + present + counts + text
-    except (struct.error, OverflowError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise WireError(f"{_name(message)} cannot be encoded: {error!r}.") from error
+
+    worker: int
+    optimizer: int = 0
+    version: int = 0
+    tickets: tuple[range, ...] = ()
+    samples: int = 0
+    waited_s: float = 0.0
+    wants_tickets: bool = False
+    dtype: torch.dtype | None = None
+    payload_bytes: int = 0
+    hyperparams: bytes = b""
+    present: bytes = b""
+    counts: bytes = b""
 
 
-def decode_header(header: Bytes) -> Header:
-    """Checks and reads a header.
+class Skip(NamedTuple):
+    """Reports batches that gave no gradient; acknowledged.
 
     Args:
-        header: exactly `HEADER_BYTES` bytes.
-
-    Returns:
-        Its fields; `Header.trailer_bytes` says how much to receive next.
-
-    Raises:
-        ProtocolVersionError: if the peer speaks another version.
-        WireError: if the bytes are no header, or a number in them is out of its range.
+        worker: the rank that has computed them.
+        tickets: their tickets.
+        counts: what the worker has counted since its last report (see `tally.py`), as `pack_counts` packs it.
     """
-    if len(header) != HEADER_BYTES:
-        raise WireError(f"A header has {HEADER_BYTES} bytes, and {len(header)} arrived.")
-    magic, protocol, kind_code, dtype_code, *numbers = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        raise WireError(f"Expected a lightning_async message, which starts with {_MAGIC!r}, not with {magic!r}.")
-    if protocol != PROTOCOL_VERSION:
-        raise ProtocolVersionError(
-            f"The peer speaks protocol version {protocol}, this side version {PROTOCOL_VERSION}. "
-            "Install the same version of lightning_async on every host."
-        )
-    kind = _KIND_OF_CODE.get(kind_code)
-    if kind is None:
-        raise WireError(f"There is no kind of message with the number {kind_code}.")
-    if dtype_code not in _DTYPE_OF_CODE:
-        raise WireError(f"There is no payload type with the number {dtype_code}.")
-    fields = Header(kind, _DTYPE_OF_CODE[dtype_code], *numbers)
-    _check_sizes(fields.hyperparam_count, fields.present_bytes, fields.text_bytes, fields.count_count)
-    _check_seconds(fields.waited_s)
-    return fields
+
+    worker: int
+    tickets: tuple[range, ...] = ()
+    counts: bytes = b""
 
 
-def decode(header: Bytes, trailer: Bytes) -> Message:
-    """Turns a header and its trailer back into a message.
+class Release(NamedTuple):
+    """Gives back tickets that there are no batches for; acknowledged.
 
     Args:
-        header: exactly `HEADER_BYTES` bytes.
-        trailer: exactly as many bytes as the header announces.
-
-    Returns:
-        The message.
-
-    Raises:
-        WireError: if the bytes are no message of this protocol.
+        worker: the rank that held them.
+        tickets: the tickets.
+        stream_over: whether the rank's own stream has ended, so that it draws nothing more in this epoch.
     """
-    return assemble(decode_header(header), trailer)
+
+    worker: int
+    tickets: tuple[range, ...] = ()
+    stream_over: bool = False
 
 
-def read_message(receive_exactly: Callable[[int], Bytes]) -> Message:
-    """Receives one message.
+class Leave(NamedTuple):
+    """Gives back parameters that nothing will be pushed for; acknowledged."""
+
+    worker: int
+
+
+class Close(NamedTuple):
+    """Ends the segment for every rank; acknowledged."""
+
+    worker: int
+
+
+class Read(NamedTuple):
+    """Asks for parameters past the barrier, for the synchronous phase; answered with `Parameters`.
 
     Args:
-        receive_exactly: returns the next n bytes of the stream. It is asked for `HEADER_BYTES` and then, if
-            the message has a trailer, for at most `MAX_TRAILER_BYTES`. Its own errors pass through.
-
-    Returns:
-        The message.
-
-    Raises:
-        WireError: if the bytes are no message of this protocol.
-
-    Examples:
-        >>> import io
-        >>> stream = io.BytesIO(encode(Message(Kind.BEAT, worker=1)) + encode(Message(Kind.ABORT, text="no")))
-        >>> read_message(stream.read).kind.name, read_message(stream.read).text
-        ('BEAT', 'no')
+        worker: the rank that asks.
+        counts: what it has counted since its last report (see `tally.py`), as `pack_counts` packs it.
     """
-    header = decode_header(receive_exactly(HEADER_BYTES))
-    trailer_bytes = header.trailer_bytes
-    return assemble(header, receive_exactly(trailer_bytes) if trailer_bytes else b"")
+
+    worker: int
+    counts: bytes = b""
 
 
-def assemble(header: Header, trailer: Bytes) -> Message:
-    """Turns a header that `decode_header` has read, and its trailer, into a message.
+class Ack(NamedTuple):
+    """It is done, or the offer is taken.
 
     Args:
-        header: the header.
-        trailer: exactly as many bytes as the header announces.
-
-    Returns:
-        The message.
-
-    Raises:
-        WireError: if the trailer does not fit.
+        worker: the rank that it comes from or goes to.
+        takes_shortcut: whether the worker goes on over the Unix socket that it was offered.
     """
-    if len(trailer) != header.trailer_bytes:
-        raise WireError(
-            f"{header.kind.name} announced a trailer of {header.trailer_bytes} bytes, and {len(trailer)} arrived."
-        )
-    groups, present, counts, text = b"", b"", b"", ""
-    if trailer:
-        groups_end = header.hyperparam_count * HYPERPARAM_BYTES
-        present_end = groups_end + header.present_bytes
-        groups = bytes(trailer[:groups_end])
-        present = bytes(trailer[groups_end:present_end])
-        counts_end = present_end + header.count_count * COUNT_BYTES
-        counts = bytes(trailer[present_end:counts_end])
-        try:
-            text = str(trailer[counts_end:], "utf-8")
-        except UnicodeDecodeError as error:
-            raise WireError(f"The text of {header.kind.name} is not UTF-8: {error}.") from error
-    # Positional, in the order of the class: keywords take longer.
-    return Message(
-        header.kind,
-        header.worker,
-        header.incarnation,
-        header.optimizer,
-        header.version,
-        header.ticket,
-        header.tickets,
-        header.samples,
-        header.waited_s,
-        header.outcome,
-        header.dtype,
-        header.payload_bytes,
-        groups,
-        present,
-        text,
-        counts,
+
+    worker: int = 0
+    takes_shortcut: bool = False
+
+
+class Beat(NamedTuple):
+    """A sign of life.
+
+    Args:
+        worker: the rank that gives it.
+        waits_in: the collective that the rank waits in for too long, if any (see `collective_watch.py`).
+    """
+
+    worker: int
+    waits_in: str = ""
+
+
+class Abort(NamedTuple):
+    """The run has failed.
+
+    Args:
+        worker: the rank at fault.
+        reason: what happened to it.
+    """
+
+    worker: int
+    reason: str = ""
+
+
+class Goodbye(NamedTuple):
+    """The connection ends in order; not answered."""
+
+    worker: int
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Refuse
+    | Draw
+    | Tickets
+    | Pull
+    | Parameters
+    | Push
+    | Skip
+    | Release
+    | Leave
+    | Close
+    | Read
+    | Ack
+    | Beat
+    | Abort
+    | Goodbye
+)
+
+_KINDS: dict[type, Kind] = {
+    kind: Kind[kind.__name__.upper()]
+    for kind in (
+        *(Hello, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
+        *(Release, Leave, Close, Read, Ack, Beat, Abort, Goodbye),
     )
+}
 
 
-def _check_sizes(hyperparam_count: int, present_bytes: int, text_bytes: int, count_count: int) -> None:
-    if hyperparam_count > MAX_HYPERPARAMS:
-        raise WireError(
-            f"{hyperparam_count} hyperparameters are more than the {MAX_HYPERPARAMS} that a message may have."
-        )
-    if present_bytes > MAX_PRESENT_BYTES:
-        raise WireError(f"A bitmap of {present_bytes} bytes is longer than the {MAX_PRESENT_BYTES} allowed.")
-    if text_bytes > MAX_TEXT_BYTES:
-        raise WireError(f"A text of {text_bytes} bytes is longer than the {MAX_TEXT_BYTES} allowed.")
-    if count_count > MAX_COUNTS:
-        raise WireError(f"{count_count} counts are more than the {MAX_COUNTS} that a message may have.")
+def kind_of(message: Message | type[Message]) -> Kind:
+    """The kind of a message, or of a class of messages.
 
-
-def _check_seconds(waited_s: float) -> None:
-    if not (isfinite(waited_s) and waited_s >= 0.0):
-        raise WireError(f"A time must be finite and not negative, and waited_s is {waited_s}.")
-
-
-def _name(message: Message) -> str:
-    return getattr(message.kind, "name", repr(message.kind))
+    Examples:
+        >>> kind_of(Draw(worker=3)).name, kind_of(Draw).name
+        ('DRAW', 'DRAW')
+    """
+    return _KINDS[message if isinstance(message, type) else type(message)]

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
+from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -75,7 +76,7 @@ class Communicator(Protocol):
         """Ends everything that is queued or waits; the communicator cannot be used again. Idempotent."""
 
 
-class NcclCommunicator:
+class NcclCommunicator(Communicator):
     """`Communicator` over torch's ``ProcessGroupNCCL``, built directly, without ``init_process_group``.
 
     Args:
@@ -95,12 +96,12 @@ class NcclCommunicator:
         self._lock = threading.Lock()
         self._aborted = False
 
+    @override
     def mark(self) -> Any:
-        """See `Communicator.mark`."""
         return torch.cuda.current_stream(self._device).record_event()
 
+    @override
     def connect(self) -> None:
-        """See `Communicator.connect`."""
         # Which device and stream are current is a matter of the thread, and this one is the communicator's own.
         torch.cuda.set_device(self._device)
         cuda: Any = torch.cuda
@@ -124,26 +125,26 @@ class NcclCommunicator:
             post([greeting if sender == self._side else torch.empty_like(greeting)], 1 - self._side, 0).wait()
         self.synchronize()
 
+    @override
     def send(self, tensor: Tensor, after: Any) -> None:
-        """See `Communicator.send`."""
         self._stream.wait_event(after)
         self._group.send([tensor], 1 - self._side, 0).wait()
 
+    @override
     def recv(self, tensor: Tensor, after: Any) -> None:
-        """See `Communicator.recv`."""
         self._stream.wait_event(after)
         self._group.recv([tensor], 1 - self._side, 0).wait()
 
+    @override
     def synchronize(self) -> None:
-        """See `Communicator.synchronize`."""
         # The group's `wait` has only made this stream wait. A blocking event lets the thread sleep instead of spin.
         cuda: Any = torch.cuda
         done = cuda.Event(blocking=True)
         done.record(self._stream)
         done.synchronize()
 
+    @override
     def abort(self) -> None:
-        """See `Communicator.abort`."""
         with self._lock:
             if self._aborted:
                 return
@@ -284,8 +285,8 @@ class NcclChannel(Channel):
         self._side = side
         self._late_reader = late_reader
 
+    @override
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """See `Channel.send`."""
         self._control.send(message)
         if payload is None:
             return
@@ -293,18 +294,18 @@ class NcclChannel(Channel):
             wait_until_ready(self._control)
         self._executor.send(payload, self._control.peer_has_left)
 
+    @override
     def receive(self) -> Message:
-        """See `Channel.receive`."""
         return self._control.receive()
 
+    @override
     def receive_payload(self, out: Tensor) -> None:
-        """See `Channel.receive_payload`."""
         if self._late_reader and self._side == WORKER_SIDE:
             say_ready(self._control)
         self._executor.receive(out, self._control.peer_has_left)
 
+    @override
     def close(self) -> None:
-        """See `Channel.close`."""
         self._control.shutdown()
         self._executor.abort()
         self._control.close()

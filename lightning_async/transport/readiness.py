@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import Kind, Message, WireError
+from lightning_async.transport.fields import WireError
+from lightning_async.transport.message import Ack, kind_of
 
 __all__ = ["say_ready", "wait_until_ready"]
 
@@ -14,7 +15,7 @@ def say_ready(control: ControlConnection) -> None:
     Raises:
         ChannelClosedError: if the sender is gone.
     """
-    control.send(Message(Kind.ACK))
+    control.send(Ack())
 
 
 def wait_until_ready(control: ControlConnection) -> None:
@@ -25,5 +26,5 @@ def wait_until_ready(control: ControlConnection) -> None:
         WireError: if it says something else.
     """
     answer = control.receive()
-    if answer.kind is not Kind.ACK:
-        raise WireError(f"it sends {answer.kind.name} where it is to take a payload")
+    if not isinstance(answer, Ack):
+        raise WireError(f"it sends {kind_of(answer).name} where it is to take a payload")

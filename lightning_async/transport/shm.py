@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
@@ -97,19 +98,22 @@ class SharedMemoryChannel(Channel):
         super().__init__(buffers)
         self._control = control
 
+    @override
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """See `Channel.send`."""
         self._control.send(message)
 
+    @override
     def receive(self) -> Message:
-        """See `Channel.receive`; only workers wait here, the holder's side is served by the reactor."""
+        # Only workers wait here, the holder's side is served by the reactor.
         return self._control.receive(spin_s=_SPIN_S)
 
+    @override
     def receive_payload(self, out: Tensor) -> None:
-        """See `Channel.receive_payload`: it is there already."""
+        # It is there already.
+        return
 
+    @override
     def close(self) -> None:
-        """See `Channel.close`."""
         self._control.shutdown()
         self._control.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["CudaSideStream", "ImmediateStream", "SideStream", "side_stream"]
 
@@ -33,15 +34,17 @@ class SideStream(ABC):
 class ImmediateStream(SideStream):
     """For devices without streams of their own: every copy has been made when `copy` returns."""
 
+    @override
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `SideStream.copy`."""
         target.copy_(source)
 
+    @override
     def join(self) -> None:
-        """See `SideStream.join`."""
+        return
 
+    @override
     def synchronize(self) -> None:
-        """See `SideStream.synchronize`."""
+        return
 
 
 class CudaSideStream(SideStream):
@@ -58,18 +61,18 @@ class CudaSideStream(SideStream):
         # A thread that waits for it sleeps; otherwise CUDA may let it spin, and rank 0 needs its cores.
         self._done = cuda.Event(blocking=True)
 
+    @override
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `SideStream.copy`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
+    @override
     def join(self) -> None:
-        """See `SideStream.join`."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    @override
     def synchronize(self) -> None:
-        """See `SideStream.synchronize`."""
         self._done.record(self._stream)
         self._done.synchronize()
 

@@ -9,6 +9,7 @@ import threading
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.message import Message
@@ -39,8 +40,8 @@ class StagedChannel(Channel):
         self._lock = threading.Lock()
         self._pinned = [tensor for tensor in (host.gradient, host.parameters) if pin(tensor)]
 
+    @override
     def send(self, message: Message, payload: Tensor | None = None) -> None:
-        """See `Channel.send`."""
         staged = None
         if payload is not None:
             staged = self._staging(payload)
@@ -49,19 +50,20 @@ class StagedChannel(Channel):
         self._stream.synchronize()
         self._inner.send(message, staged)
 
+    @override
     def receive(self) -> Message:
-        """See `Channel.receive`."""
         return self._inner.receive()
 
+    @override
     def receive_payload(self, out: Tensor) -> None:
-        """See `Channel.receive_payload`; what its thread queues on the device from here on finds it there."""
+        # What its thread queues on the device from here on finds it there.
         staged = self._staging(out)
         self._inner.receive_payload(staged)
         self._stream.copy(out, staged)
         self._stream.join()
 
+    @override
     def close(self) -> None:
-        """See `Channel.close`."""
         self._inner.close()
         with self._lock:
             pinned, self._pinned = self._pinned, []

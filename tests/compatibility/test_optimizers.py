@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
-from lightning_async.holder.optimizer_state import same_state
+from lightning_async.holder.held_state import same_state
 from tests.compatibility.runs import RANKS, History, Reporting, train
 from tests.elsewhere import ScheduleFreeSGD
 from tests.launch import launch, report

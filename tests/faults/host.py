@@ -12,14 +12,15 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import CONTROL
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import CONTROL, Listener
+from lightning_async.runtime.listener import Listener
 
 RANKS = 3
 

@@ -18,7 +18,7 @@ import pytest
 from lightning_async.exchange.negotiation import dial
 from lightning_async.holder.layout import describe_model
 from lightning_async.runtime import listener as frontdoor
-from lightning_async.runtime.listener import CONTROL, HEARTBEAT, HandshakeError, handshake
+from lightning_async.runtime.handshake import CONTROL, HEARTBEAT, HandshakeError, handshake
 from tests.faults.host import Host
 
 pytestmark = pytest.mark.timeout(60)

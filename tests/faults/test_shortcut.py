@@ -13,7 +13,7 @@ from lightning_async.exchange.negotiation import dial
 from lightning_async.transport import unix_socket as shortcut
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Beat, Draw, Tickets
 from lightning_async.transport.shm import SharedMemoryChannel
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 from tests.faults.host import Host
@@ -44,8 +44,8 @@ def test_a_worker_in_shared_memory_talks_over_a_unix_socket_that_leaves_no_way_i
 
     assert family_of(channel) == socket.AF_UNIX
     # Once it has an answer, rank 0's side is through the listener, too.
-    channel.send(Message(Kind.DRAW, worker=1))
-    assert channel.receive().kind is Kind.TICKETS
+    channel.send(Draw(worker=1))
+    assert isinstance(channel.receive(), Tickets)
     assert [find_shortcut(name) for name in names] == [None]
     channel.close()
 
@@ -68,8 +68,8 @@ def test_a_worker_that_cannot_reach_it_stays_with_tcp(host: Host, monkeypatch: p
     channel = dial(host.listener.address, 1, host.layout, host.groups)
 
     assert family_of(channel) == socket.AF_INET
-    channel.send(Message(Kind.DRAW, worker=1))
-    assert channel.receive().kind is Kind.TICKETS
+    channel.send(Draw(worker=1))
+    assert isinstance(channel.receive(), Tickets)
     channel.close()
 
 
@@ -113,7 +113,7 @@ def test_a_connection_goes_on_over_another_socket() -> None:
     connection.move_to(new)
     other.move_to(other_new)
 
-    sender = threading.Thread(target=lambda: other.send(Message(Kind.BEAT, worker=2)))
+    sender = threading.Thread(target=lambda: other.send(Beat(worker=2)))
     sender.start()
 
     assert connection.receive().worker == 2

@@ -25,12 +25,26 @@ from lightning_async.exchange.worker import RequestRefusedError, Worker
 from lightning_async.holder.layout import describe_model
 from lightning_async.runtime import listener as frontdoor
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.runtime.handshake import CONTROL, HEARTBEAT, Address, HandshakeError, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import CONTROL, HEARTBEAT, Address, HandshakeError, Listener, handshake
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport.base import Channel, ChannelClosedError
+from lightning_async.transport.codec import HEADER_BYTES, encode
 from lightning_async.transport.connection import ControlConnection, connect
 from lightning_async.transport.fields import pack_bitmap, pack_hyperparams
-from lightning_async.transport.message import HEADER_BYTES, Kind, Message, encode
+from lightning_async.transport.message import (
+    Draw,
+    Goodbye,
+    Hello,
+    Message,
+    Parameters,
+    Pull,
+    Push,
+    Refuse,
+    Release,
+    Skip,
+    Tickets,
+)
 from lightning_async.transport.shm import SharedSegment
 from tests.faults.host import RANKS, Host, model
 from tests.faults.injector import pid_of
@@ -42,7 +56,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(frontdoor, "HANDSHAKE_TIMEOUT_S", 0.5)
     host = Host(getattr(request, "param", "auto"))
     yield host
     host.close()
@@ -64,7 +78,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
 
 def hello(claims: Any, worker: int = 1) -> bytes:
     text = claims if isinstance(claims, str) else json.dumps(claims)
-    return encode(Message(Kind.HELLO, worker=worker, text=text))
+    return encode(Hello(worker=worker, claims=text))
 
 
 def other_version() -> bytes:
@@ -79,7 +93,7 @@ STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
     "half a header": (lambda host: hello({})[: HEADER_BYTES // 2], "timed out"),
     "half a trailer": (lambda host: hello(host.hello())[:-5], "timed out"),
     "another protocol version": (lambda host: other_version(), "protocol version 99"),
-    "another kind": (lambda host: encode(Message(Kind.PUSH, worker=1)), "PUSH instead of HELLO"),
+    "another kind": (lambda host: encode(Push(worker=1)), "PUSH instead of HELLO"),
     "no JSON": (lambda host: hello("no JSON"), "cannot be read"),
     "no object": (lambda host: hello([1, 2]), "cannot be read"),
     "no token": (lambda host: hello({"role": CONTROL}), "cannot be read"),
@@ -113,8 +127,8 @@ def test_a_stranger_is_refused_with_the_reason(host: Host, stranger: str, caplog
         port = sock.getsockname()[1]
         reply = reply_to(sock)
 
-    assert reply.kind is Kind.REFUSE
-    assert reason in reply.text
+    assert isinstance(reply, Refuse)
+    assert reason in reply.reason
     assert f"refused a connection from 127.0.0.1:{port}" in caplog.text
     assert reason in caplog.text
     assert host.stats.rejected == 1
@@ -182,7 +196,7 @@ def has_gone(host: Host, rank: int) -> bool:
 def test_a_rank_that_has_left_comes_back_as_its_next_incarnation_only(host: Host) -> None:
     def come(incarnation: int) -> None:
         channel = dial(host.listener.address, 1, host.layout, host.groups, incarnation)
-        channel.send(Message(Kind.GOODBYE, worker=1))
+        channel.send(Goodbye(worker=1))
         assert has_gone(host, 1)
         channel.close()
 
@@ -279,19 +293,19 @@ def test_nobody_answers_at_a_closed_door(host: Host) -> None:
 # --- a rank of the run that does not keep to the protocol ----------------------------------------------------------
 
 
-def push(host: Host, **changes: Any) -> Message:
+def push(host: Host, **changes: Any) -> Push:
     """A push that fits the session, but for ``changes``."""
     fields: dict[str, Any] = {
         "worker": 1,
         "version": 0,
-        "tickets": 1,
+        "tickets": (range(1),),
         "samples": 4,
         "dtype": torch.float32,
         "payload_bytes": host.layout.numel * 4,
-        "groups": pack_hyperparams(host.hyperparams),
+        "hyperparams": pack_hyperparams(host.hyperparams),
         "present": pack_bitmap([True, True]),
     }
-    return Message(Kind.PUSH, **(fields | changes))
+    return Push(**(fields | changes))
 
 
 WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
@@ -303,21 +317,26 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
     "short bitmap": (lambda host: push(host, present=b""), "A bitmap of 2 flags has 1 bytes, and 0 arrived"),
     "bitmap past the end": (lambda host: push(host, present=b"\x07"), "bits set past the last"),
     "more hyperparameters": (
-        lambda host: push(host, groups=push(host).groups * 2),
+        lambda host: push(host, hyperparams=push(host).hyperparams * 2),
         "It sends 16 hyperparameters, the holder has 8",
     ),
-    "no hyperparameters": (lambda host: push(host, groups=b""), "It sends 0 hyperparameters, the holder has 8"),
+    "no hyperparameters": (lambda host: push(host, hyperparams=b""), "It sends 0 hyperparameters, the holder has 8"),
     "hyperparameters that are not finite": (
-        lambda host: push(host, groups=b"\0" * 56 + struct.pack("<d", math.nan)),
+        lambda host: push(host, hyperparams=b"\0" * 56 + struct.pack("<d", math.nan)),
         "Hyperparameters must be finite",
     ),
-    "more tickets": (lambda host: push(host, tickets=2), "it reports 2 batches and was handed 1"),
+    "more tickets": (lambda host: push(host, tickets=(range(2),)), "worker 1 reports 2 batches but holds 1"),
+    "another's ticket": (lambda host: push(host, tickets=(range(1, 2),)), "reports batch 1, which it does not hold"),
     "another's name": (lambda host: push(host, worker=2), "claims to come from worker 2"),
     "a version that it does not hold": (lambda host: push(host, version=5), "a gradient of version 5 but holds 0"),
-    "pull while it holds": (lambda host: Message(Kind.PULL, worker=1), "still holds version 0"),
-    "skip too many": (lambda host: Message(Kind.SKIP, worker=1, tickets=2), "reports 2 batches but was handed 1"),
-    "an answer": (lambda host: Message(Kind.PARAMETERS, worker=1), "a worker may not send PARAMETERS"),
-    "a second hello": (lambda host: Message(Kind.HELLO, worker=1), "a worker may not send HELLO"),
+    "pull while it holds": (lambda host: Pull(worker=1), "still holds version 0"),
+    "skip too many": (lambda host: Skip(worker=1, tickets=(range(2),)), "reports 2 batches but holds 1"),
+    "give back another's": (
+        lambda host: Release(worker=1, tickets=(range(5, 6),)),
+        "gives back batch 5, which it does not hold",
+    ),
+    "an answer": (lambda host: Parameters(worker=1), "a worker may not send PARAMETERS"),
+    "a second hello": (lambda host: Hello(worker=1), "a worker may not send HELLO"),
 }
 
 
@@ -332,12 +351,12 @@ def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: H
     channel.send(request(host), payload)
     reply = channel.receive()
 
-    assert reply.kind is Kind.REFUSE
-    assert reason in reply.text
+    assert isinstance(reply, Refuse)
+    assert reason in reply.reason
     failure = host.latch.wait(5.0)
     assert failure is not None
     assert failure.rank == 1
-    assert f"worker 1 refused: {reply.text}" == failure.reason
+    assert f"worker 1 refused: {reply.reason}" == failure.reason
     assert host.stats.rejected == 1
     # Nothing of it was applied.
     assert host.holder.version == 0
@@ -384,10 +403,10 @@ def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) 
 def reading_worker(host: Host) -> Channel:
     """The channel of a worker that has drawn one ticket and holds version 0."""
     channel = dial(host.listener.address, 1, host.layout, host.groups)
-    channel.send(Message(Kind.DRAW, worker=1))
-    assert channel.receive().kind is Kind.TICKETS
-    channel.send(Message(Kind.PULL, worker=1))
-    assert channel.receive().kind is Kind.PARAMETERS
+    channel.send(Draw(worker=1))
+    assert isinstance(channel.receive(), Tickets)
+    channel.send(Pull(worker=1))
+    assert isinstance(channel.receive(), Parameters)
     out: Tensor = host.layout.buffer()
     channel.receive_payload(out)
     return channel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,10 +29,21 @@ class Op:
 
 
 def operations(workers: int) -> st.SearchStrategy[list[Op]]:
-    names = ["draw"] * 6 + ["complete"] * 3 + ["open", "close", "requeue"]
+    names = ["draw"] * 6 + ["complete"] * 3 + ["release", "foreign", "open", "close", "requeue"]
     return st.lists(
         st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), min_size=10, max_size=60
     )
+
+
+def ranges(tickets: list[int]) -> list[range]:
+    """As a worker names them: one range after the other, neighbours in one."""
+    named: list[range] = []
+    for ticket in tickets:
+        if named and named[-1].stop == ticket:
+            named[-1] = range(named[-1].start, ticket + 1)
+        else:
+            named.append(range(ticket, ticket + 1))
+    return named
 
 
 class Model:
@@ -40,29 +51,41 @@ class Model:
 
     def __init__(self, tickets: range) -> None:
         self.free = set(tickets)
-        self.leased: dict[int, deque[int]] = {}
+        self.leased: dict[int, list[int]] = {}
         self.applied: list[int] = list(range(tickets.start))
 
     def draw(self, ledger: Ledger, worker: int) -> range:
         drawn = ledger.draw(worker)
         assert self.free.issuperset(drawn), "handed out a ticket that is out, applied or foreign"
         self.free.difference_update(drawn)
-        self.leased.setdefault(worker, deque()).extend(drawn)
+        self.leased.setdefault(worker, []).extend(drawn)
         return drawn
 
-    def complete(self, ledger: Ledger, worker: int, count: int) -> None:
-        mine = self.leased.setdefault(worker, deque())
-        if count > len(mine):
-            with pytest.raises(ValueError, match=f"reports {count} batches but was handed {len(mine)}"):
-                ledger.complete(worker, count)
-            return
-        oldest = [mine.popleft() for _ in range(count)]
-        assert list(ledger.complete(worker, count)) == oldest
-        self.applied += oldest
+    def complete(self, ledger: Ledger, worker: int, tickets: list[int]) -> None:
+        ledger.check(worker, ranges(tickets))
+        assert list(ledger.complete(worker, ranges(tickets))) == tickets
+        self.take(worker, tickets)
+        self.applied += tickets
+
+    def release(self, ledger: Ledger, worker: int, tickets: list[int]) -> None:
+        ledger.release(worker, ranges(tickets), stream_over=False)
+        self.take(worker, tickets)
+        self.free.update(tickets)
+
+    def take(self, worker: int, tickets: list[int]) -> None:
+        self.leased[worker] = [ticket for ticket in self.leased.get(worker, []) if ticket not in tickets]
+
+    def refuse(self, ledger: Ledger, worker: int, tickets: list[int]) -> None:
+        """Neither reports nor gives back a ticket that it does not hold, or one twice."""
+        before = ledger.progress(), ledger.leased(worker)
+        for act in (ledger.complete, ledger.check, functools.partial(ledger.release, stream_over=False)):
+            with pytest.raises(ValueError, match=rf"worker {worker} (reports|gives back) .*batch"):
+                act(worker, ranges(tickets))
+        assert (ledger.progress(), ledger.leased(worker)) == before
 
     def requeue(self, ledger: Ledger, worker: int) -> None:
-        mine = self.leased.get(worker, deque())
-        self.leased[worker] = deque()
+        mine = self.leased.get(worker, [])
+        self.leased[worker] = []
         assert ledger.requeue(worker) == len(mine)
         self.free.update(mine)
 
@@ -92,8 +115,16 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
             assert len(drawn) <= block
             if mode == "sharded":
                 assert {ticket // block % workers for ticket in drawn} <= {op.worker}
-        elif op.name == "complete":
-            model.complete(ledger, op.worker, op.count)
+        elif op.name in ("complete", "release"):
+            # Any of those that it holds, in any order.
+            held = data.draw(st.permutations(sorted(model.leased.get(op.worker, []))))[: op.count]
+            (model.complete if op.name == "complete" else model.release)(ledger, op.worker, held)
+        elif op.name == "foreign":
+            mine = model.leased.get(op.worker, [])
+            others = sorted({*range(tickets.stop + 2)} - {*mine})
+            foreign = data.draw(st.sampled_from([*others, *mine]))
+            twice = [foreign] if foreign in mine else []
+            model.refuse(ledger, op.worker, [*mine[: op.count], foreign, *twice])
         elif op.name == "requeue":
             model.requeue(ledger, op.worker)
         elif op.name == "open":
@@ -109,7 +140,7 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
     while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
         continue
     for worker, leased in model.leased.items():
-        model.complete(ledger, worker, len(leased))
+        model.complete(ledger, worker, leased)
     assert sorted(model.applied) == list(range(tickets.stop))
     assert ledger.progress() == (tickets.stop, 0)
 
@@ -137,7 +168,7 @@ def test_every_ticket_is_applied_once_relative_to_the_checkpoint_that_a_run_goes
             if op.name == "draw":
                 model.draw(ledger, op.worker)
             elif op.name == "complete":
-                model.complete(ledger, op.worker, op.count)
+                model.complete(ledger, op.worker, model.leased.get(op.worker, [])[: op.count])
             elif op.name == "open":
                 ledger.open(op.count)
             if data.draw(st.booleans()):
@@ -148,7 +179,7 @@ def test_every_ticket_is_applied_once_relative_to_the_checkpoint_that_a_run_goes
             while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
                 continue
             for worker, leased in model.leased.items():
-                model.complete(ledger, worker, len(leased))
+                model.complete(ledger, worker, leased)
             assert sorted(model.applied) == list(range(total))
 
 
@@ -158,24 +189,24 @@ def test_what_a_worker_gives_back_is_for_others_and_its_kept_first_batch_too() -
     ledger.open(4)
     assert [list(ledger.draw(worker)) for worker in (0, 0)] == [[0, 1], []]
 
-    ledger.release(0, 1, stream_over=True)
-    ledger.release(1, 0, stream_over=False)
+    ledger.release(0, [range(1, 2)], stream_over=True)
+    ledger.release(1, [], stream_over=False)
 
     assert list(ledger.draw(0)) == []
     assert [list(ledger.draw(1)) for _ in range(3)] == [[1], [2, 3], []]
-    with pytest.raises(ValueError, match="gives back 4 batches but was handed 3"):
-        ledger.release(1, 4, stream_over=True)
+    with pytest.raises(ValueError, match="gives back 4 batches but holds 3"):
+        ledger.release(1, [range(4)], stream_over=True)
 
 
 def test_an_epoch_is_over_when_every_stream_is() -> None:
     ledger = Ledger(2, "shared")
     ledger.begin_epoch(range(UNBOUNDED))
     ledger.open(UNBOUNDED)
-    ledger.complete(0, len(ledger.draw(0)))
+    ledger.complete(0, [ledger.draw(0)])
 
-    ledger.release(0, 0, stream_over=True)
+    ledger.release(0, [], stream_over=True)
     assert ledger.progress()[1] > 0
-    ledger.release(1, len(ledger.draw(1)), stream_over=True)
+    ledger.release(1, [ledger.draw(1)], stream_over=True)
 
     assert ledger.progress() == (1, 0)
 
@@ -252,3 +283,26 @@ def test_what_is_reclaimed_is_handed_out_first() -> None:
     assert ledger.leased(1) == 0
 
     assert [list(ledger.draw(0)) for _ in range(5)] == [[1], [2], [4], [5], []]
+
+
+def test_a_range_that_is_longer_than_what_a_worker_holds_is_refused_without_looking_at_each() -> None:
+    ledger = Ledger(1)
+    ledger.begin_epoch(range(3))
+    ledger.open(3)
+    ledger.draw(0)
+
+    with pytest.raises(ValueError, match=f"reports {2**60} batches but holds 1"):
+        ledger.complete(0, [range(2**60)])
+
+
+def test_a_worker_reports_the_batches_that_it_names_and_not_the_oldest() -> None:
+    ledger = Ledger(1)
+    ledger.begin_epoch(range(3))
+    ledger.open(3)
+    for _ in range(3):
+        ledger.draw(0)
+
+    assert ledger.complete(0, [range(2, 3), range(1)]) == (2, 0)
+
+    assert ledger.applied() == [(0, 1), (2, 3)]
+    assert ledger.leased(0) == 1

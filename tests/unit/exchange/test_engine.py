@@ -162,3 +162,48 @@ def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
     heartbeats.close()
     assert snapshot is not None
     assert torch.equal(snapshot.parameters, before)
+
+
+def test_a_successor_reports_the_tickets_that_its_predecessor_has_drawn() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = AMSGrad([parameter], lr=0.1)
+    first = make_engine(optimizer)
+    assert first.service is not None
+    first.service.begin_epoch(range(4))
+    first.service.open(4)
+    # The loader has two batches on their way when the segment ends.
+    assert [list(first.worker.draw()) for _ in range(2)] == [[0], [1]]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    first.close()
+
+    second = make_engine(optimizer, first.worker.version, predecessor=first)
+    second.worker.begin_batch(1)
+    parameter.grad = torch.ones(3)
+    second.worker.step(0)
+    second.worker.release(1, stream_over=False)
+
+    assert second.local_service is not None
+    assert second.local_service.ledger.applied() == [(0, 1)]
+    # The answer to the push has brought another one.
+    assert second.local_service.ledger.leased(0) == 1
+    second.worker.finish_segment()
+    assert second.local_service.unfinished() == 3
+    second.close()
+
+
+def test_an_epoch_that_is_left_early_leaves_no_ticket_for_the_next_one_to_report() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    engine = make_engine(AMSGrad([parameter], lr=0.1))
+    assert engine.service is not None
+    engine.service.begin_epoch(range(4))
+    engine.service.open(4)
+    for _ in range(2):
+        engine.worker.draw()
+    engine.worker.finish_segment()
+
+    engine.worker.begin_epoch()
+    train(engine, [parameter], steps=4)
+
+    assert engine.local_service is not None
+    assert engine.local_service.ledger.applied() == [(0, 4)]
+    engine.close()

@@ -14,15 +14,16 @@ from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.reactor import Reactor
 from lightning_async.exchange.session import Session, SessionError
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.transport.base import Buffers, ChannelClosedError
+from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.fields import pack_bitmap
-from lightning_async.transport.message import Kind, Message, WireError, encode
+from lightning_async.transport.fields import WireError, pack_bitmap
+from lightning_async.transport.message import Abort, Beat, Goodbye, Parameters, Pull, Push, Read, Refuse
 from lightning_async.transport.shm import SharedMemoryChannel
 
 pytestmark = pytest.mark.timeout(30)
@@ -65,20 +66,25 @@ class Office:
                 Session(worker, channel, self.holder, ledger, layout, [HyperparamLayout(self.optimizer)]), theirs
             )
 
-    def push(self, worker: int, version: int) -> Message:
-        return Message(
-            Kind.PUSH,
+    def push(self, worker: int, version: int) -> Push:
+        return Push(
             worker=worker,
             version=version,
             dtype=torch.float32,
             payload_bytes=16,
-            groups=HyperparamReader(self.optimizer, HyperparamLayout(self.optimizer)).packed(),
+            hyperparams=HyperparamReader(self.optimizer, HyperparamLayout(self.optimizer)).packed(),
             present=pack_bitmap([True]),
         )
 
     def pull(self, worker: int) -> int:
-        self.ends[worker].send(Message(Kind.PULL, worker=worker))
-        return self.ends[worker].receive().version
+        self.ends[worker].send(Pull(worker=worker))
+        return self.version(worker)
+
+    def version(self, worker: int) -> int:
+        """Of the parameters that a worker is answered with."""
+        answer = self.ends[worker].receive()
+        assert isinstance(answer, Parameters)
+        return answer.version
 
     def close(self) -> None:
         self.reactor.close(0.2)
@@ -112,16 +118,16 @@ def wait_for(condition: Any) -> None:
 def test_a_held_back_push_waits_while_others_are_served_and_goes_on_after_them(negotiator: Office) -> None:
     assert (negotiator.pull(0), negotiator.pull(1)) == (0, 0)
     negotiator.ends[0].send(negotiator.push(0, version=0))
-    assert negotiator.ends[0].receive().version == 1
+    assert negotiator.version(0) == 1
     # Worker 1's gradient of version 0 would be two updates stale.
     negotiator.ends[0].send(negotiator.push(0, version=1))
-    negotiator.ends[2].send(Message(Kind.READ, worker=2))
-    assert negotiator.ends[2].receive().version == 1
+    negotiator.ends[2].send(Read(worker=2))
+    assert negotiator.version(2) == 1
     assert not has_answer(negotiator.sockets[0])
 
     negotiator.ends[1].send(negotiator.push(1, version=0))
 
-    assert negotiator.ends[0].receive().version == 3
+    assert negotiator.version(0) == 3
     assert negotiator.staleness == [0, 1, 1]
 
 
@@ -129,57 +135,57 @@ def test_a_held_back_push_waits_while_others_are_served_and_goes_on_after_them(n
 def test_a_change_in_another_thread_wakes_who_was_held_back(negotiator: Office) -> None:
     out = torch.empty(4)
     assert negotiator.holder.try_pull(0, out) == 0
-    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
+    negotiator.ends[1].send(Pull(worker=1))
     assert not has_answer(negotiator.sockets[1])
 
     negotiator.holder.leave(0)
 
-    assert negotiator.ends[1].receive().version == 0
+    assert negotiator.version(1) == 0
 
 
 @pytest.mark.parametrize("negotiator", [(2, None)], indirect=True)
 def test_half_a_message_keeps_nobody_else_waiting(negotiator: Office) -> None:
-    data = encode(Message(Kind.PULL, worker=0))
+    data = encode(Pull(worker=0))
     negotiator.sockets[0].sendall(data[:50])
 
     assert negotiator.pull(1) == 0
 
     negotiator.sockets[0].sendall(data[50:])
-    assert negotiator.ends[0].receive().kind is Kind.PARAMETERS
+    assert isinstance(negotiator.ends[0].receive(), Parameters)
 
 
 @pytest.mark.parametrize("negotiator", [(2, 0)], indirect=True)
 def test_a_failure_is_told_to_who_was_held_back(negotiator: Office) -> None:
     assert negotiator.pull(0) == 0
-    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
+    negotiator.ends[1].send(Pull(worker=1))
     assert not has_answer(negotiator.sockets[1])
 
     negotiator.latch.trip(RunFailure(0, "it ran out of memory"))
 
     reply = negotiator.ends[1].receive()
-    assert (reply.kind, reply.text) == (Kind.ABORT, "it ran out of memory")
+    assert reply == Abort(worker=0, reason="it ran out of memory")
     wait_for(lambda: isinstance(negotiator.ended.get(1), WorkerFailedError))
 
 
 @pytest.mark.parametrize("negotiator", [(3, 0)], indirect=True)
 def test_every_way_to_end_a_session_ends_that_one_alone(negotiator: Office) -> None:
-    negotiator.ends[0].send(Message(Kind.GOODBYE, worker=0))
+    negotiator.ends[0].send(Goodbye(worker=0))
     negotiator.sockets[1].sendall(b"x" * 128)
     wait_for(lambda: len(negotiator.ended) == 2)
     assert negotiator.ended[0] is None
     assert isinstance(negotiator.ended[1], WireError)
 
     assert negotiator.pull(2) == 0
-    negotiator.ends[2].send(Message(Kind.BEAT, worker=2))
-    assert negotiator.ends[2].receive().kind is Kind.REFUSE
+    negotiator.ends[2].send(Beat(worker=2))
+    assert isinstance(negotiator.ends[2].receive(), Refuse)
     wait_for(lambda: isinstance(negotiator.ended.get(2), SessionError))
 
 
 @pytest.mark.parametrize("negotiator", [(2, 0)], indirect=True)
 def test_a_worker_that_does_not_wait_for_its_answer_is_refused(negotiator: Office) -> None:
     assert negotiator.pull(0) == 0
-    negotiator.ends[1].send(Message(Kind.PULL, worker=1))
-    negotiator.ends[1].send(Message(Kind.READ, worker=1))
+    negotiator.ends[1].send(Pull(worker=1))
+    negotiator.ends[1].send(Read(worker=1))
 
     wait_for(lambda: isinstance(negotiator.ended.get(1), WireError))
 
@@ -210,7 +216,7 @@ def test_a_reactor_that_fails_says_so(negotiator: Office, monkeypatch: pytest.Mo
         raise MemoryError
 
     monkeypatch.setattr(negotiator.reactor, "_resume", out_of_memory)
-    negotiator.ends[0].send(Message(Kind.PULL, worker=0))
+    negotiator.ends[0].send(Pull(worker=0))
     deadline = time.monotonic() + 5.0
     while not negotiator.failed and time.monotonic() < deadline:
         time.sleep(0.01)

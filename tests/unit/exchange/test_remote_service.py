@@ -21,7 +21,7 @@ from lightning_async import AMSGrad
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess, HolderProcessError
-from lightning_async.holder.holder import Update
+from lightning_async.holder.types import Update
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.heartbeat import Heartbeats
@@ -298,12 +298,12 @@ def test_another_ranks_failure_reaches_it_and_wakes_who_is_held_back() -> None:
 def test_a_request_that_does_not_fit_ends_the_run_by_name() -> None:
     with running(amsgrad) as run:
         run.engines[1].worker.version = 7
-        run.engines[1].worker._slot.version = 7
+        run.engines[1].worker._turns.slot.version = 7
         run.service.begin_epoch(range(9))
         run.service.open(9)
         run.engines[1].worker.draw()
         run.engines[1].worker.pull()
-        run.engines[1].worker._slot.version = 7
+        run.engines[1].worker._turns.slot.version = 7
         for parameter in run.parameters[1]:
             parameter.grad = torch.ones_like(parameter)
         with pytest.raises(Exception, match="pushes a gradient of version 7 but holds 0"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,18 +11,37 @@ from torch import Tensor
 
 from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
-from lightning_async.exchange.session import APPLIED, DROPPED, Session, SessionError
+from lightning_async.exchange.session import Session, SessionError
 from lightning_async.exchange.worker import RequestRefusedError, Worker
-from lightning_async.holder.holder import Holder, Push, Update
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
+from lightning_async.holder.types import Push, Update
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.transport import message as wire
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.fake import Fault, fake_pair
 from lightning_async.transport.fields import pack_bitmap
 from lightning_async.transport.inprocess import in_process_pair
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import (
+    Abort,
+    Ack,
+    Close,
+    Draw,
+    Goodbye,
+    Leave,
+    Message,
+    Outcome,
+    Parameters,
+    Pull,
+    Read,
+    Refuse,
+    Release,
+    Skip,
+    Tickets,
+    kind_of,
+)
 
 pytestmark = pytest.mark.timeout(30)
 RANK = 1
@@ -64,21 +83,21 @@ class Desk:
     def observe(self, update: Update) -> None:
         self.applied += self.ledger.complete(update.push.worker, update.push.tickets)
 
-    def ask(self, message: Message, payload: Tensor | None = None) -> Message:
+    def ask(self, message: Message, payload: Tensor | None = None) -> Any:
         """Sends a request and returns the answer."""
         self.channel.send(message, payload)
         return self.channel.receive()
 
-    def push(self, **changes: Any) -> Message:
+    def push(self, **changes: Any) -> wire.Push:
         """A push for optimizer 0 that fits, but for ``changes``."""
         fields: dict[str, Any] = {
             "worker": RANK,
             "dtype": torch.float32,
             "payload_bytes": 8,
-            "groups": HyperparamReader(self.optimizers[0], HyperparamLayout(self.optimizers[0])).packed(),
+            "hyperparams": HyperparamReader(self.optimizers[0], HyperparamLayout(self.optimizers[0])).packed(),
             "present": pack_bitmap([True]),
         }
-        return Message(Kind.PUSH, **(fields | changes))
+        return wire.Push(**(fields | changes))
 
     def payload(self) -> Tensor:
         out = self.layout.buffer()
@@ -92,45 +111,37 @@ class Desk:
         return self.error
 
 
-def ask(kind: Kind, **fields: Any) -> Message:
-    return Message(kind, worker=RANK, **fields)
-
-
 def test_draw_hands_out_tickets_until_there_are_none() -> None:
     desk = Desk(tickets=3)
 
-    replies = [desk.ask(ask(Kind.DRAW)) for _ in range(4)]
+    replies = [desk.ask(Draw(RANK)) for _ in range(4)]
 
-    assert [(reply.kind, reply.ticket, reply.tickets) for reply in replies] == [
-        (Kind.TICKETS, 0, 1),
-        (Kind.TICKETS, 1, 1),
-        # One is kept for the other worker.
-        (Kind.TICKETS, 0, 0),
-        (Kind.TICKETS, 0, 0),
-    ]
+    assert [type(reply) for reply in replies] == [Tickets] * 4
+    # One is kept for the other worker.
+    assert [list(reply.tickets) for reply in replies] == [[0], [1], [], []]
 
 
-@pytest.mark.parametrize("kind", [Kind.PULL, Kind.READ])
-def test_pull_and_read_answer_with_parameters_and_their_version(kind: Kind) -> None:
+@pytest.mark.parametrize("request_of", [Pull, Read])
+def test_pull_and_read_answer_with_parameters_and_their_version(request_of: type[Pull] | type[Read]) -> None:
     desk = Desk(barrier=StalenessBarrier(None, version=7))
 
-    reply = desk.ask(ask(kind))
+    reply = desk.ask(request_of(RANK))
 
-    assert (reply.kind, reply.version, reply.payload_bytes, reply.dtype) == (Kind.PARAMETERS, 7, 16, torch.float32)
+    assert reply == Parameters(RANK, version=7, payload_bytes=16, dtype=torch.float32)
     assert desk.payload().equal(torch.ones(4))
-    assert desk.barrier.outstanding == ({(RANK, 0): 7} if kind is Kind.PULL else {})
+    assert desk.barrier.outstanding == ({(RANK, 0): 7} if request_of is Pull else {})
 
 
 def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_tickets() -> None:
     desk = Desk(tickets=4)
-    desk.ask(ask(Kind.DRAW))
-    desk.ask(ask(Kind.PULL))
+    desk.ask(Draw(RANK))
+    desk.ask(Pull(RANK))
     desk.payload()
 
-    reply = desk.ask(desk.push(tickets=1, ticket=1), torch.ones(2))
+    reply = desk.ask(desk.push(tickets=(range(1),), wants_tickets=True), torch.ones(2))
 
-    assert (reply.kind, reply.outcome, reply.version) == (Kind.PARAMETERS, APPLIED, 1)
-    assert (reply.ticket, reply.tickets) == (1, 1)
+    assert (type(reply), reply.outcome, reply.version) == (Parameters, Outcome.APPLIED, 1)
+    assert reply.tickets == range(1, 2)
     torch.testing.assert_close(desk.payload(), torch.tensor([0.9, 0.9, 1.0, 1.0]))
     assert desk.applied == [0]
     assert desk.barrier.outstanding == {(RANK, 0): 1}
@@ -138,20 +149,20 @@ def test_a_push_is_applied_and_answered_with_fresh_parameters_and_the_next_ticke
 
 def test_a_push_that_asks_for_tickets_when_there_are_none_leaves_the_barrier() -> None:
     desk = Desk(tickets=1)
-    desk.ask(ask(Kind.DRAW))
-    desk.ask(ask(Kind.PULL))
+    desk.ask(Draw(RANK))
+    desk.ask(Pull(RANK))
     desk.payload()
 
-    reply = desk.ask(desk.push(tickets=1, ticket=1), torch.ones(2))
+    reply = desk.ask(desk.push(tickets=(range(1),), wants_tickets=True), torch.ones(2))
 
-    assert (reply.tickets, reply.version) == (0, 1)
+    assert (len(reply.tickets), reply.version) == (0, 1)
     desk.payload()
     assert desk.barrier.outstanding == {}
 
 
 def test_a_push_goes_to_its_own_optimizer() -> None:
     desk = Desk()
-    desk.ask(ask(Kind.PULL))
+    desk.ask(Pull(RANK))
     desk.payload()
 
     desk.ask(desk.push(optimizer=1), torch.ones(2))
@@ -161,24 +172,24 @@ def test_a_push_goes_to_its_own_optimizer() -> None:
 
 def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
     desk = Desk(barrier=StalenessBarrier(0, "drop"))
-    desk.ask(ask(Kind.PULL))
+    desk.ask(Pull(RANK))
     desk.payload()
     out = desk.layout.buffer()
     desk.holder.try_pull(0, out)
-    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], (), tickets=0))
+    desk.holder.try_push(Push(0, 0, 0, [torch.ones(2)], ()))
 
     reply = desk.ask(desk.push(), torch.ones(2))
 
-    assert (reply.outcome, reply.version) == (DROPPED, 1)
+    assert (reply.outcome, reply.version) == (Outcome.DROPPED, 1)
     torch.testing.assert_close(desk.payload(), torch.tensor([0.9, 0.9, 1.0, 1.0]))
 
 
 def test_skip_reports_batches_that_gave_no_gradient() -> None:
     desk = Desk(tickets=3)
-    desk.ask(ask(Kind.DRAW))
-    desk.ask(ask(Kind.DRAW))
+    desk.ask(Draw(RANK))
+    desk.ask(Draw(RANK))
 
-    assert desk.ask(ask(Kind.SKIP, tickets=2)).kind is Kind.ACK
+    assert isinstance(desk.ask(Skip(RANK, (range(2),))), Ack)
 
     assert desk.ledger.progress() == (2, 1)
     assert desk.ledger.leased(RANK) == 0
@@ -186,58 +197,63 @@ def test_skip_reports_batches_that_gave_no_gradient() -> None:
 
 def test_leave_close_and_goodbye() -> None:
     desk = Desk(tickets=3)
-    desk.ask(ask(Kind.PULL))
+    desk.ask(Pull(RANK))
     desk.payload()
 
-    assert desk.ask(ask(Kind.LEAVE)).kind is Kind.ACK
+    assert isinstance(desk.ask(Leave(RANK)), Ack)
     assert desk.barrier.outstanding == {}
-    assert desk.ask(ask(Kind.CLOSE)).kind is Kind.ACK
-    assert desk.ask(ask(Kind.DRAW)).tickets == 0
-    desk.channel.send(ask(Kind.GOODBYE))
+    assert isinstance(desk.ask(Close(RANK)), Ack)
+    assert not desk.ask(Draw(RANK)).tickets
+    desk.channel.send(Goodbye(RANK))
     assert desk.ended() is None
 
 
 def test_what_a_worker_gives_back_is_handed_to_others() -> None:
     desk = Desk(tickets=2)
-    assert desk.ask(ask(Kind.DRAW)).tickets == 1
+    assert len(desk.ask(Draw(RANK)).tickets) == 1
 
-    assert desk.ask(ask(Kind.RELEASE, tickets=1, outcome=1)).kind is Kind.ACK
+    assert isinstance(desk.ask(Release(RANK, (range(1),), stream_over=True)), Ack)
 
-    assert desk.ask(ask(Kind.DRAW)).tickets == 0
+    assert not desk.ask(Draw(RANK)).tickets
     assert [list(desk.ledger.draw(0)) for _ in range(3)] == [[0], [1], []]
-    reply = desk.ask(ask(Kind.RELEASE, tickets=1))
-    assert (reply.kind, reply.text) == (Kind.REFUSE, "worker 1 gives back 1 batches but was handed 0")
+    reply = desk.ask(Release(RANK, (range(1),)))
+    assert reply == Refuse(RANK, "worker 1 gives back 1 batches but holds 0")
 
 
-ANSWERS = (
-    Kind.HELLO,
-    Kind.WELCOME,
-    Kind.REFUSE,
-    Kind.TICKETS,
-    Kind.PARAMETERS,
-    Kind.ACK,
-    Kind.BEAT,
-    Kind.ABORT,
-)
+REQUESTS = (Draw, Pull, Read, Skip, Release, Leave, Close)
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_every_kind_is_either_served_or_refused_by_name(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", get_args(Message))
+def test_every_kind_is_either_served_or_refused_by_name(kind: Any) -> None:
     desk = Desk()
 
-    if kind is Kind.GOODBYE:
-        desk.channel.send(ask(kind))
+    if kind is Goodbye:
+        desk.channel.send(kind(RANK))
         assert desk.ended() is None
         return
-    reply = desk.ask(desk.push() if kind is Kind.PUSH else ask(kind), torch.ones(2) if kind is Kind.PUSH else None)
+    reply = desk.ask(desk.push() if kind is wire.Push else kind(RANK), torch.ones(2) if kind is wire.Push else None)
 
     # A push from a worker that holds no parameters is refused too.
-    assert (reply.kind is Kind.REFUSE) is (kind in ANSWERS or kind is Kind.PUSH)
-    if reply.kind is Kind.REFUSE:
+    assert isinstance(reply, Refuse) is (kind not in REQUESTS)
+    if isinstance(reply, Refuse):
         error = desk.ended()
         assert isinstance(error, SessionError)
-        assert str(error) == f"worker 1 refused: {reply.text}"
-        assert kind is Kind.PUSH or reply.text == f"a worker may not send {kind.name}"
+        assert str(error) == f"worker 1 refused: {reply.reason}"
+        assert kind is wire.Push or reply.reason == f"a worker may not send {kind_of(kind).name}"
+
+
+def test_a_push_that_names_tickets_of_others_is_refused_before_its_gradient_is_applied() -> None:
+    desk = Desk(tickets=4)
+    desk.ask(Draw(RANK))
+    desk.ask(Pull(RANK))
+    desk.payload()
+    theirs = desk.ledger.draw(0)
+
+    reply = desk.ask(desk.push(tickets=(theirs,)))
+
+    assert reply == Refuse(RANK, f"worker 1 reports batch {theirs[0]}, which it does not hold")
+    assert isinstance(desk.ended(), SessionError)
+    assert (desk.holder.version, desk.applied) == (0, [])
 
 
 def test_a_run_that_has_failed_is_told_to_whoever_waits() -> None:
@@ -246,9 +262,9 @@ def test_a_run_that_has_failed_is_told_to_whoever_waits() -> None:
     desk.holder.try_pull(0, out)
     threading.Timer(0.1, desk.latch.trip, (RunFailure(0, "it ran out of memory"),)).start()
 
-    reply = desk.ask(ask(Kind.PULL))
+    reply = desk.ask(Pull(RANK))
 
-    assert (reply.kind, reply.worker, reply.text) == (Kind.ABORT, 0, "it ran out of memory")
+    assert reply == Abort(worker=0, reason="it ran out of memory")
     assert isinstance(desk.ended(), WorkerFailedError)
 
 
@@ -256,10 +272,10 @@ def test_a_reason_of_any_length_fits() -> None:
     desk = Desk()
     desk.latch.trip(RunFailure(0, "\N{SNOWMAN}" * 100_000))
 
-    reply = desk.ask(ask(Kind.PULL))
+    reply = desk.ask(Pull(RANK))
 
-    assert reply.kind is Kind.ABORT
-    assert reply.text.startswith("\N{SNOWMAN}" * 1000)
+    assert isinstance(reply, Abort)
+    assert reply.reason.startswith("\N{SNOWMAN}" * 1000)
 
 
 def test_a_refusal_of_any_length_fits() -> None:
@@ -268,7 +284,9 @@ def test_a_refusal_of_any_length_fits() -> None:
     with pytest.raises(SessionError):
         desk.session._refuse("x" * 1_000_000)
 
-    assert desk.channel.receive().text.startswith("x" * 1000)
+    reply = desk.channel.receive()
+    assert isinstance(reply, Refuse)
+    assert reply.reason.startswith("x" * 1000)
 
 
 # --- the worker's side, and what a lost connection leaves behind -----------------------------------------------------
@@ -291,9 +309,9 @@ def work(desk: Desk, batches: int = 2) -> None:
     worker.close()
 
 
-def messages_of_an_epoch() -> list[Kind]:
-    sent: list[Kind] = []
-    desk = Desk(tickets=4, fault=lambda message: sent.append(message.kind))
+def messages_of_an_epoch() -> list[type[Message]]:
+    sent: list[type[Message]] = []
+    desk = Desk(tickets=4, fault=lambda message: sent.append(type(message)))
     work(desk)
     assert desk.ended() is None
     assert desk.applied == [0, 1]
@@ -306,7 +324,7 @@ def messages_of_an_epoch() -> list[Kind]:
 def test_an_epoch_uses_every_request() -> None:
     kinds = messages_of_an_epoch()
 
-    assert set(kinds) == {Kind.DRAW, Kind.PULL, Kind.PUSH, Kind.CLOSE, Kind.SKIP, Kind.LEAVE, Kind.READ, Kind.GOODBYE}
+    assert set(kinds) == {Draw, Pull, wire.Push, Close, Skip, Leave, Read, Goodbye}
     assert len(kinds) == 13
 
 
@@ -347,7 +365,7 @@ def test_a_refusal_reaches_the_worker_as_an_error_with_the_reason() -> None:
     worker = Worker(RANK, desk.channel, desk.layout, desk.optimizers, desk.latch)
     worker.draw()
     worker.begin_batch(samples=4)
-    worker._slot.version = 5
+    worker._turns.slot.version = 5
     desk.parameters[0].grad = torch.ones(2)
 
     with pytest.raises(RequestRefusedError, match=r"refused rank 1: .* version 5 but holds 0"):

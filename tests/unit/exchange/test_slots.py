@@ -12,14 +12,16 @@ from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.session import Session
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.holder import Holder, Push, Update
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
+from lightning_async.holder.types import Push, Update
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.transport import message as wire
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.fake import fake_pair
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Message
 
 pytestmark = pytest.mark.timeout(30)
 OTHER = 1
@@ -68,7 +70,7 @@ class Desk:
         return version
 
     def other_pushes(self, version: int) -> None:
-        assert self.holder.try_push(Push(OTHER, 0, version, [torch.ones(2)], (), tickets=0)) is not None
+        assert self.holder.try_push(Push(OTHER, 0, version, [torch.ones(2)], ())) is not None
 
     def batch(self) -> list[int]:
         tickets = list(self.worker.draw())
@@ -118,7 +120,7 @@ def test_a_batch_without_a_gradient_is_reported_after_the_push_of_an_older_one(i
     desk.other_reads()
     # Somebody else's update: from now on the other rank's version is the oldest.
     desk.holder.try_pull(2, torch.empty(2))
-    desk.holder.try_push(Push(2, 0, 0, [torch.ones(2)], (), tickets=0))
+    desk.holder.try_push(Push(2, 0, 0, [torch.ones(2)], ()))
     desk.batch()
     desk.worker.step(0)
     second = desk.batch()
@@ -138,7 +140,7 @@ def test_the_next_batch_begins_while_a_payload_is_on_its_way() -> None:
     taken = threading.Event()
 
     def slow_network(message: Message) -> None:
-        if message.kind is Kind.PUSH:
+        if isinstance(message, wire.Push):
             assert taken.wait(20.0)
 
     desk = Desk(fault=slow_network)
@@ -157,7 +159,7 @@ def test_the_next_batch_begins_while_a_payload_is_on_its_way() -> None:
 
 def test_a_lost_connection_that_is_found_in_the_background_names_the_culprit() -> None:
     def lost(message: Message) -> None:
-        if message.kind is Kind.PUSH:
+        if isinstance(message, wire.Push):
             desk.latch.trip(RunFailure(OTHER, "its process was killed by SIGKILL"))
             raise ChannelClosedError("connection closed")
 

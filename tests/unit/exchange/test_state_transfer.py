@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,13 +13,15 @@ import torch
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.state_transfer import describe_state, fetch_state, rebuild_state, send_state
-from lightning_async.holder.optimizer_state import same_state
+from lightning_async.holder.held_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import STATE, HandshakeError, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import STATE, HandshakeError, Listener, handshake
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import WireError
+from lightning_async.transport.fields import WireError
+from lightning_async.transport.message import Welcome
 
 EVERYTHING = {
     0: {
@@ -129,7 +131,7 @@ def test_a_large_state_is_sent_while_it_is_received() -> None:
     sending.start()
     connection = ControlConnection(mine)
     connection.settimeout(30.0)
-    size = int(connection.receive().text)
+    size = int(cast(Welcome, connection.receive()).offer)
     text = bytearray(size)
     connection.receive_bytes(memoryview(text))
     data = bytearray(4 << 20)

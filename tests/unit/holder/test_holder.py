@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad
-from lightning_async.holder.holder import Holder, Push, Update
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.staleness import StalenessBarrier
+from lightning_async.holder.types import Push, Update
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 
 pytestmark = pytest.mark.timeout(30)

@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_async import AMSGrad
 from lightning_async.exchange.engine import Engine
-from lightning_async.holder.optimizer_state import OptimizerStateError, OptimizerStates, same_state
+from lightning_async.holder.held_state import OptimizerStateError, same_state
+from lightning_async.holder.optimizer_state import OptimizerStates
 from tests.unit.exchange.test_engine import make_engine, train
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.types import Push, Update
 from lightning_async.loops.progress_bar import BarMetrics
 from lightning_async.monitoring import stats as monitor
 from lightning_async.monitoring.stats import RunStats

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring.record import RECORD_NAME, RecordError, RunRecord
 from lightning_async.monitoring.series import Evaluation, Evaluations, Point, Series
 from lightning_async.monitoring.stats import RunStats

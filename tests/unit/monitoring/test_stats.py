@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_async.holder.holder import Push, Update
+from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring import stats as monitor
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 
@@ -18,7 +18,7 @@ from lightning_async.monitoring.stats import MetricsLogger, RunStats
 def update(
     worker: int, staleness: int, *, applied: bool = True, waited_s: float = 0.0, parked_s: float = 0.0
 ) -> Update:
-    push = Push(worker, 0, version_read=0, gradients=[], groups=[], tickets=2, samples=8, waited_s=waited_s)
+    push = Push(worker, 0, version_read=0, gradients=[], groups=[], tickets=(range(2),), samples=8, waited_s=waited_s)
     # By the test's clock, where it has one.
     now_ns = round(monitor.time.perf_counter() * 1e9)
     return Update(push, version=0, staleness=staleness, applied=applied, parked_s=parked_s, at_ns=now_ns)

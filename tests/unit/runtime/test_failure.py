@@ -188,3 +188,18 @@ def test_an_error_without_a_text_has_a_name() -> None:
     assert describe_error(KeyError()) == "KeyError"
     assert describe_error(MemoryError()) == "MemoryError: out of memory"
     assert describe_error(Unprintable()) == "Unprintable, whose text could not be made: ValueError"
+
+
+def test_a_lost_connection_is_explained_by_what_the_heartbeat_reports_a_moment_later() -> None:
+    latch = FailureLatch()
+    threading.Timer(0.05, latch.trip, (KILLED,)).start()
+
+    assert latch.explain_loss(lambda: RunFailure(0, "connection closed")) == KILLED
+
+
+def test_without_a_report_a_lost_connection_is_blamed_on_the_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_async.runtime.failure._NEWS_TIMEOUT_S", 0.01)
+    latch, lost = FailureLatch(), RunFailure(0, "connection closed")
+
+    assert latch.explain_loss(lambda: lost) == lost
+    assert latch.failure == lost

@@ -15,8 +15,9 @@ from lightning_async.runtime import heartbeat as heartbeat
 from lightning_async.runtime.failure import FailureLatch, RunFailure
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import Kind, Message, encode
+from lightning_async.transport.message import Abort, Beat, Goodbye, Message, Push
 
 pytestmark = pytest.mark.timeout(30)
 # Long enough that nothing in these tests times out by itself.
@@ -182,7 +183,7 @@ def test_the_end_of_the_rank_that_reported_its_failure_is_no_news(peers: Peers) 
     lines, latch = peers.process(0, describe_end=lambda rank: described.append(rank))
     peer = silent_peer(peers, lines)
 
-    peer.send(Message(Kind.ABORT, worker=2, text="ValueError: no"))
+    peer.send(Abort(worker=2, reason="ValueError: no"))
     peer.close()
 
     assert latch.wait(5.0) == RunFailure(2, "ValueError: no")
@@ -194,7 +195,7 @@ def test_the_end_of_the_rank_that_reported_its_failure_is_no_news(peers: Peers) 
     ("data", "reason"),
     [
         (b"\0" * 128, "Expected a lightning_async message"),
-        (encode(Message(Kind.PUSH)), "unexpected PUSH on a heartbeat"),
+        (encode(Push(worker=2)), "unexpected PUSH on a heartbeat"),
     ],
 )
 def test_what_is_no_lifeline_is_named(peers: Peers, data: bytes, reason: str) -> None:
@@ -213,7 +214,7 @@ def test_what_is_no_lifeline_is_named(peers: Peers, data: bytes, reason: str) ->
 def test_messages_may_arrive_in_pieces(peers: Peers) -> None:
     lines, latch = peers.process(0)
     peer = silent_peer(peers, lines)
-    data = encode(Message(Kind.BEAT, worker=2)) + encode(Message(Kind.ABORT, worker=2, text="ValueError: no"))
+    data = encode(Beat(worker=2)) + encode(Abort(worker=2, reason="ValueError: no"))
 
     for start in range(0, len(data), 50):
         peer._socket.sendall(data[start : start + 50])
@@ -236,7 +237,7 @@ def test_a_peer_that_does_not_read_holds_nobody_up(peers: Peers) -> None:
 def next_news(peer: ControlConnection) -> Message:
     """What comes that is no beat."""
     peer.settimeout(5.0)
-    while (message := peer.receive()).kind is Kind.BEAT:
+    while isinstance(message := peer.receive(), Beat):
         continue
     return message
 
@@ -251,7 +252,7 @@ def test_who_has_no_memory_to_say_more_says_so_much(peers: Peers, monkeypatch: p
     monkeypatch.setattr(heartbeat, "encode", out_of_memory)
     latch.trip(RunFailure(1, "ValueError: a long story", announced=True))
 
-    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="out of memory")
+    assert next_news(peer) == Abort(worker=1, reason="out of memory")
 
 
 def test_a_peer_that_could_not_be_told_is_told_with_the_next_sign_of_life(
@@ -271,7 +272,7 @@ def test_a_peer_that_could_not_be_told_is_told_with_the_next_sign_of_life(
     monkeypatch.setattr(Heartbeats, "_tell", fail_once)
     latch.trip(RunFailure(1, "ValueError: no", announced=True))
 
-    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="ValueError: no")
+    assert next_news(peer) == Abort(worker=1, reason="ValueError: no")
 
 
 def test_a_part_that_has_failed_does_not_leave_with_a_goodbye_alone(
@@ -284,7 +285,7 @@ def test_a_part_that_has_failed_does_not_leave_with_a_goodbye_alone(
 
     lines.close()
 
-    assert next_news(peer) == Message(Kind.ABORT, worker=1, text="ValueError: no")
+    assert next_news(peer) == Abort(worker=1, reason="ValueError: no")
 
 
 def test_there_is_no_sign_of_life_after_a_failure(peers: Peers) -> None:
@@ -292,7 +293,7 @@ def test_there_is_no_sign_of_life_after_a_failure(peers: Peers) -> None:
     lines, latch = peers.process(1, timeout_s=2.0)
     peer = silent_peer(peers, lines, rank=0)
     latch.trip(RunFailure(1, "ValueError: no", announced=True))
-    assert next_news(peer).kind is Kind.ABORT
+    assert isinstance(next_news(peer), Abort)
 
     peer.settimeout(1.2)
     with pytest.raises(ChannelClosedError, match="timed out"):
@@ -310,11 +311,11 @@ def test_who_can_watch_over_nobody_any_more_has_failed(
         raise MemoryError
 
     monkeypatch.setattr(lines, "_read", out_of_memory)
-    peer.send(Message(Kind.BEAT, worker=2))
+    peer.send(Beat(worker=2))
 
     reason = "MemoryError: out of memory (while it watched over the other ranks)"
     assert latch.wait(5.0) == RunFailure(rank, reason, announced=rank != 0)
-    assert next_news(peer) == Message(Kind.ABORT, worker=rank, text=reason)
+    assert next_news(peer) == Abort(worker=rank, reason=reason)
 
 
 def test_closing_twice_is_closing(peers: Peers) -> None:
@@ -325,8 +326,5 @@ def test_closing_twice_is_closing(peers: Peers) -> None:
     lines.close()
 
     peer.settimeout(5.0)
-    kinds = [peer.receive().kind]
-    while kinds[-1] is Kind.BEAT:
-        kinds.append(peer.receive().kind)
-    assert kinds[-1] is Kind.GOODBYE
+    assert isinstance(next_news(peer), Goodbye)
     assert latch.failure is None

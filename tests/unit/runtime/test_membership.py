@@ -110,7 +110,7 @@ def test_a_lost_peer_is_explained_by_news_that_come_later(error: Exception) -> N
 
 
 def test_without_news_a_lost_peer_is_this_ranks_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "_NEWS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_async.runtime.failure._NEWS_TIMEOUT_S", 0.1)
     mine, error = member(0), RuntimeError("Connection closed by peer")
 
     assert leave(mine, error) is error

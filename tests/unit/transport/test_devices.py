@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.holder.holder import Holder, Push
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import DeviceHolder, HolderPlacement
-from lightning_async.holder.staleness import StalenessBarrier
+from lightning_async.holder.types import Push
 from lightning_async.holder.update import FusedUpdate
 from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
 from lightning_async.transport.devices import describe_device, nccl_obstacle, place_holder

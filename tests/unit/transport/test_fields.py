@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_async.transport.codec import encode
 from lightning_async.transport.fields import (
     MAX_PRESENT_BYTES,
     MAX_TEXT_BYTES,
@@ -19,7 +20,7 @@ from lightning_async.transport.fields import (
     unpack_bitmap,
     unpack_hyperparams,
 )
-from lightning_async.transport.message import Kind, Message, encode
+from lightning_async.transport.message import Abort
 
 
 @given(text=st.text())
@@ -31,7 +32,7 @@ def test_fit_text_keeps_what_can_be_sent(text: str) -> None:
 def test_fit_text_makes_any_text_one_that_can_be_sent(text: str) -> None:
     fitted = fit_text(text)
 
-    encode(Message(Kind.ABORT, text=fitted))
+    encode(Abort(worker=1, reason=fitted))
     assert len(fitted.encode()) >= min(len(text), MAX_TEXT_BYTES - 1)
 
 

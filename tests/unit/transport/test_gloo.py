@@ -18,7 +18,7 @@ from lightning_async.transport import gloo
 from lightning_async.transport.base import Buffers, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Parameters, Push
 
 pytestmark = pytest.mark.timeout(60)
 NUMEL = 1000
@@ -48,10 +48,10 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[GlooChannel, GlooChan
 
 
 def pass_on(sender: GlooChannel, receiver: GlooChannel, payload: Tensor, out: Tensor) -> None:
-    kind = Kind.PUSH if sender.buffers.gradient is payload else Kind.PARAMETERS
-    thread = threading.Thread(target=sender.send, args=(Message(kind), payload))
+    message = Push(worker=1) if sender.buffers.gradient is payload else Parameters(worker=1)
+    thread = threading.Thread(target=sender.send, args=(message, payload))
     thread.start()
-    assert receiver.receive().kind is kind
+    assert type(receiver.receive()) is type(message)
     receiver.receive_payload(out)
     thread.join(30)
 
@@ -88,7 +88,7 @@ def test_a_gradient_too_large_for_fp16_arrives_as_its_largest_number(pair: Any) 
     worker.buffers.gradient[0] = -1e6
 
     part = worker.buffers.gradient[:10]
-    thread = threading.Thread(target=worker.send, args=(Message(Kind.PUSH), part))
+    thread = threading.Thread(target=worker.send, args=(Push(worker=1), part))
     thread.start()
     holder.receive()
     holder.receive_payload(holder.buffers.gradient[:10])
@@ -105,11 +105,11 @@ def test_parameters_wait_for_a_worker_that_computes_longer_than_a_payload_may_ta
     worker, holder = pair
     monkeypatch.setattr(gloo, "_PAYLOAD_BASE_S", 1.0)
     holder.buffers.parameters.fill_(3.0)
-    thread = threading.Thread(target=holder.send, args=(Message(Kind.PARAMETERS), holder.buffers.parameters))
+    thread = threading.Thread(target=holder.send, args=(Parameters(worker=1), holder.buffers.parameters))
     thread.start()
     time.sleep(1.5)
 
-    assert worker.receive().kind is Kind.PARAMETERS
+    assert isinstance(worker.receive(), Parameters)
     worker.receive_payload(worker.buffers.parameters)
     thread.join(30)
 
@@ -123,7 +123,7 @@ def test_a_worker_that_ends_before_it_takes_its_parameters_is_noticed_at_once(pa
     started = time.monotonic()
 
     with pytest.raises(ChannelClosedError):
-        holder.send(Message(Kind.PARAMETERS), holder.buffers.parameters)
+        holder.send(Parameters(worker=1), holder.buffers.parameters)
 
     assert time.monotonic() - started < gloo._PAYLOAD_BASE_S / 2
 
@@ -135,7 +135,7 @@ def test_a_pair_that_is_known_to_be_gone_is_a_closed_channel_too(pair: Any, send
     worker._pair = None
     # Until Gloo's own thread has seen the end of the connection, there is a pair to be waited for.
     time.sleep(0.3)
-    send = partial(holder.send, Message(Kind.PARAMETERS), holder.buffers.parameters)
+    send = partial(holder.send, Parameters(worker=1), holder.buffers.parameters)
     receive = partial(holder.receive_payload, holder.buffers.gradient)
 
     with pytest.raises(ChannelClosedError, match="the payload did not pass"):

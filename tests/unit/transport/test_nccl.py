@@ -16,24 +16,24 @@ from torch import Tensor
 from lightning_async import AMSGrad
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange import nccl_negotiation as nccl_office
-from lightning_async.exchange import server
 from lightning_async.exchange.nccl_negotiation import NcclNegotiator, Turns
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import HolderPlacement
-from lightning_async.holder.staleness import StalenessBarrier
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import PeerInfo
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Listener, PeerInfo
+from lightning_async.runtime.listener import Listener
 from lightning_async.transport import nccl
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import RankDevices
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Goodbye, Pull
 from lightning_async.transport.nccl import NcclChannel, NcclExecutor
 from lightning_async.transport.shm import SharedMemoryChannel
 from tests.fake_nccl import Fabric
@@ -41,7 +41,7 @@ from tests.fake_nccl import Fabric
 pytestmark = pytest.mark.timeout(60)
 NUMEL = 6
 CPU = torch.device("cpu")
-PING = Message(Kind.PULL, worker=1)
+PING = Pull(worker=1)
 
 
 def gpu(number: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def test_a_payload_is_posted_only_behind_its_message(pair: Pair, fabric: Fabric)
     pair.holder.receive_payload(pair.holder.buffers.gradient)
     thread.join(10)
 
-    assert (message.kind, errors) == (Kind.PULL, [])
+    assert (message, errors) == (PING, [])
     assert before == [("pair", 1, "send")]
     assert fabric.posted == [("pair", 1, "send"), ("pair", 0, "recv")]
 
@@ -322,7 +322,7 @@ class Run:
         for rank, channel in self.channels.items():
             # Those that have trained are closed already.
             with contextlib.suppress(ChannelClosedError, OSError):
-                channel.send(Message(Kind.GOODBYE, worker=rank))
+                channel.send(Goodbye(worker=rank))
             channel.close()
         self.server.close()
         self.listener.close()
@@ -331,7 +331,7 @@ class Run:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, fabric: Fabric) -> Iterator[Callable[..., Run]]:
     monkeypatch.setattr(nccl_office, "nccl_communicator", fabric.communicator)
-    monkeypatch.setattr(server, "_NEWS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_async.runtime.failure._NEWS_TIMEOUT_S", 0.1)
     runs: list[Run] = []
 
     def start(*arguments: Any) -> Run:

@@ -10,7 +10,7 @@ import torch
 
 from lightning_async.exchange import negotiation as channels
 from lightning_async.exchange.negotiation import ChannelNegotiator
-from lightning_async.runtime.listener import HandshakeError, PeerInfo
+from lightning_async.runtime.handshake import HandshakeError, PeerInfo
 from lightning_async.transport.shm import SharedSegment, host_identity
 
 

@@ -14,13 +14,13 @@ from lightning_async.transport import pinning, staged
 from lightning_async.transport.base import Buffers
 from lightning_async.transport.fake import FakeChannel, fake_pair
 from lightning_async.transport.inprocess import in_process_pair
-from lightning_async.transport.message import Kind, Message
+from lightning_async.transport.message import Message, Pull
 from lightning_async.transport.side_stream import SideStream
 from lightning_async.transport.staged import StagedChannel, on_device
 
 NUMEL = 6
 CPU = torch.device("cpu")
-PING = Message(Kind.PULL, worker=1)
+PING = Pull(worker=1)
 
 
 class LateStream(SideStream):
@@ -125,7 +125,7 @@ def test_rank_0s_own_worker_is_served_in_its_thread_through_staging() -> None:
     served = []
 
     def serve() -> None:
-        served.append((theirs.receive().kind, threading.current_thread()))
+        served.append((theirs.receive(), threading.current_thread()))
         theirs.buffers.parameters.copy_(theirs.buffers.gradient + 1)
         theirs.send(PING, theirs.buffers.parameters)
 
@@ -136,7 +136,7 @@ def test_rank_0s_own_worker_is_served_in_its_thread_through_staging() -> None:
     worker.receive_payload(worker.buffers.parameters)
 
     assert worker.buffers.parameters.tolist() == [2.0] * NUMEL
-    assert served == [(Kind.PULL, threading.current_thread())]
+    assert served == [(PING, threading.current_thread())]
 
 
 def test_a_payload_that_is_not_a_part_of_a_buffer_is_refused() -> None:

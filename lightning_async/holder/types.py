@@ -1,0 +1,88 @@
+"""What goes into the holder and what comes out of it: a push, what became of it, and a snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Push", "Snapshot", "Update"]
+
+
+class Push(NamedTuple):
+    """A gradient and what is needed to apply it.
+
+    Args:
+        worker: the worker that computed it.
+        optimizer: index of the optimizer that owns the parameters.
+        version_read: version of the parameters that it was computed at.
+        gradients: one tensor per parameter of the optimizer, None where the parameter took no part.
+        groups: the worker's current hyperparameters, of all param groups, in the order of `HyperparamLayout`.
+        tickets: the batches that the gradient covers.
+        samples: number of samples in them.
+        waited_s: seconds that the worker's previous push and pull took.
+        slot: which of the worker's slots it came by; each holds parameters of its own version (see `slot.py`).
+        counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
+            nothing but updates is counted.
+    """
+
+    worker: int
+    optimizer: int
+    version_read: int
+    gradients: Sequence[Tensor | None]
+    groups: Sequence[float]
+    tickets: tuple[range, ...] = ()
+    samples: int = 0
+    waited_s: float = 0.0
+    slot: int = 0
+    counts: Sequence[int] = ()
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that the gradient covers."""
+        return sum(map(len, self.tickets))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What became of a push.
+
+    Args:
+        push: the push.
+        version: the holder's version after it.
+        staleness: updates applied between the read and this push, k - r.
+        applied: False if it was dropped as too stale.
+        parked_s: seconds that the barrier held it back.
+        at_ns: when, by the monotonic clock; now by default.
+    """
+
+    push: Push
+    version: int
+    staleness: int
+    applied: bool
+    parked_s: float
+    at_ns: int = field(default_factory=time.monotonic_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Parameters and optimizer states of one version, and the tickets that it was made of; owns its memory.
+
+    Args:
+        version: the version.
+        parameters: the flat buffer.
+        optimizer_states: each optimizer's state dict.
+        adapted: for each optimizer and param group the values that its own steps have changed.
+        applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
+        counts: what all workers have counted.
+    """
+
+    version: int
+    parameters: Tensor
+    optimizer_states: list[dict[str, Any]]
+    adapted: list[list[dict[str, Any]]]
+    applied: tuple[tuple[int, int], ...] = ()
+    counts: tuple[int, ...] = ()

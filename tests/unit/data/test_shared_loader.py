@@ -17,6 +17,7 @@ from lightning_async.data import ticket_feed
 from lightning_async.data.ledger import Ledger
 from lightning_async.data.shared_loader import share_loader, shared_behind
 from lightning_async.data.ticket_feed import LoaderError
+from lightning_async.exchange.drawn_tickets import DrawnTickets
 
 pytestmark = [
     pytest.mark.timeout(100),
@@ -46,6 +47,7 @@ class Rank:
         self.shared = share_loader(loader, ranks, number, SEED)
         self.feed = self.shared.feed
         self.iterator: Iterator[Any] | None = None
+        self.tickets = DrawnTickets()
         self.seen: list[int] = []
         self.most_leased = 0
         self.left_out = 0
@@ -53,19 +55,25 @@ class Rank:
     def begin_epoch(self, epoch: int, limit: int | None = None) -> str:
         self.iterator = None
         self.seen.clear()
+        self.tickets.begin_epoch()
         batches: Any = self.visible.batch_sampler
         batches.sampler.set_epoch(epoch)
         return self.shared.begin_epoch(epoch, limit)
 
     def open(self) -> None:
-        self.feed.open(lambda: self.ledger.draw(self.number), self.release, self.leave_out)
+        self.feed.open(self.draw, self.release, self.leave_out)
+
+    def draw(self) -> range:
+        self.tickets.add(self.ledger.draw(self.number))
+        return self.tickets.hand_on() or range(0)
 
     def release(self, tickets: int, over: bool) -> None:
-        self.ledger.release(self.number, tickets, over)
+        self.ledger.release(self.number, self.tickets.give_back(tickets), over)
 
     def leave_out(self, tickets: int) -> None:
         self.left_out += tickets
-        self.ledger.complete(self.number, tickets)
+        self.tickets.leave_out(tickets)
+        self.ledger.complete(self.number, self.tickets.report())
 
     def step(self) -> bool:
         """Computes one batch; False if there is none."""
@@ -80,9 +88,14 @@ class Rank:
                 self.feed.end_pass()
                 continue
             self.most_leased = max(self.most_leased, self.ledger.leased(self.number))
+            computed = [range(ticket, ticket + 1) for ticket in [*self.feed._loaded][:1]]
             assert self.feed.deliver() == len(batch)
             self.seen += batch.tolist()
-            self.ledger.complete(self.number, 1)
+            self.tickets.begin_batch()
+            reported = self.tickets.report()
+            # A worker reports the very batch that its loader has delivered.
+            assert [*reported] == computed
+            self.ledger.complete(self.number, reported)
             return True
         return False
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_async.data.ledger import Ledger
 from lightning_async.data.ranges import UNBOUNDED
 from lightning_async.data.streams import OwnStream, count_samples
+from lightning_async.exchange.drawn_tickets import DrawnTickets
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -27,17 +28,23 @@ class Rank:
         self.source = iter(range(length))
         self.stream = OwnStream(lambda: next(self.source))
         self.taken: list[int] = []
-        self.drawn: range | None = None
+        self.tickets = DrawnTickets()
         self.unreported = 0
         self.done = True
 
     def open(self) -> None:
-        self.stream.open(self.draw, lambda count, over: self.ledger.release(self.number, count, over))
+        self.stream.open(self.draw, self.release)
         self.done = False
 
     def draw(self) -> range:
-        drawn, self.drawn = self.drawn, None
-        return self.ledger.draw(self.number) if drawn is None else drawn
+        handed = self.tickets.hand_on()
+        if handed is None:
+            self.tickets.add(self.ledger.draw(self.number))
+            handed = self.tickets.hand_on()
+        return handed or range(0)
+
+    def release(self, tickets: int, over: bool) -> None:
+        self.ledger.release(self.number, self.tickets.give_back(tickets), over)
 
     def step(self) -> bool:
         """One batch; at the end of the segment, what is left of an update."""
@@ -45,24 +52,24 @@ class Rank:
             return False
         if self.stream.has_next():
             self.taken.append(self.stream.take())
+            self.tickets.begin_batch()
             self.unreported += 1
             if self.unreported == self.block:
                 self.push()
             return True
         if self.unreported:
             self.push()
-        if self.drawn:
-            self.ledger.release(self.number, len(self.drawn), False)
-            self.drawn = None
+        self.ledger.release(self.number, self.tickets.give_back_waiting(), False)
+        self.tickets.finish_segment()
         self.done = True
         return False
 
     def push(self) -> None:
-        self.ledger.complete(self.number, self.unreported)
+        self.ledger.complete(self.number, self.tickets.report())
         self.unreported = 0
         # The next permits come with the answer, unless there are some.
-        if not self.drawn:
-            self.drawn = self.ledger.draw(self.number)
+        if not self.tickets.waiting:
+            self.tickets.add_answer(self.ledger.draw(self.number))
 
 
 @settings(deadline=None)

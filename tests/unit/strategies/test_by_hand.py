@@ -189,7 +189,7 @@ def test_what_is_left_of_an_epoch_is_dealt_anew() -> None:
     ledger.regroup(1, equal_shares=True)
     ledger.open(12)
     alone = [ticket for _ in range(3) for ticket in ledger.draw(1)]
-    ledger.complete(1, 3)
+    ledger.complete(1, [range(ticket, ticket + 1) for ticket in alone])
 
     ledger.regroup(4, equal_shares=False)
     ledger.open(9)

@@ -279,7 +279,8 @@ class Run:
         self.initial = torch.nn.Parameter(torch.ones(NUMEL))
         self.layout = FlatLayout([[self.initial]])
         self.latch = FailureLatch()
-        self.listener = Listener("127.0.0.1", workers, Heartbeats(0, self.latch, 60.0))
+        self.heartbeats = Heartbeats(0, self.latch, 60.0)
+        self.listener = Listener("127.0.0.1", workers, self.heartbeats)
         template = AMSGrad([self.initial], lr=0.1)
         self.hyperparams = [HyperparamLayout(template)]
         self.holder = Holder(self.layout, torch.ones(NUMEL), [template], StalenessBarrier(None), self.latch)
@@ -326,6 +327,7 @@ class Run:
             channel.close()
         self.server.close()
         self.listener.close()
+        self.heartbeats.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,16 @@ from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
 from lightning_async.exchange.engine import Engine
-from lightning_async.exchange.options import ExchangeOptions, WireDtype
+from lightning_async.exchange.options import (
+    Batches,
+    ExchangeOptions,
+    HolderDevice,
+    HolderPlace,
+    MaxStaleness,
+    OnStale,
+    Transport,
+    WireDtype,
+)
 from lightning_async.exchange.service import UpdateObserver
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
@@ -46,7 +55,7 @@ from lightning_async.strategies.module_wrapper import ModuleWrapper, call_direct
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.signals import Signals
-from lightning_async.strategies.supervisor import RunSupervisor
+from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
 from lightning_async.strategies.validation import refuse_finders, refuse_sync_batchnorm
 
 __all__ = ["AsyncStrategy"]
@@ -100,17 +109,17 @@ class AsyncStrategy(PhasedCollectives):
 
     def __init__(
         self,
-        max_staleness: int | Literal["auto"] | None = "auto",
-        on_stale: Literal["wait", "drop"] = "wait",
-        batches: Literal["shared", "sharded"] = "shared",
-        transport: Literal["auto", "shm", "gloo", "nccl"] = "auto",
+        max_staleness: MaxStaleness = "auto",
+        on_stale: OnStale = "wait",
+        batches: Batches = "shared",
+        transport: Transport = "auto",
         worker_timeout: float = 60.0,
         overlap: bool = False,
         wire_dtype: WireDtype = "fp32",
         parameter_wire_dtype: WireDtype = "fp32",
         summary: bool = True,
-        holder_device: Literal["auto", "cpu", "cuda"] = "auto",
-        holder: Literal["thread", "process"] = "thread",
+        holder_device: HolderDevice = "auto",
+        holder: HolderPlace = "thread",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -118,7 +127,7 @@ class AsyncStrategy(PhasedCollectives):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
             accelerator=accelerator,

@@ -7,6 +7,7 @@ session of its own, and starts its ranks itself, by a fork strategy or with a re
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -20,16 +21,18 @@ import torch
 
 from tests.cuda import forget_cuda
 
-__all__ = ["Launched", "launch", "report", "session_processes"]
+__all__ = ["ENVIRONMENT", "Launched", "gone", "launch", "report", "run_as_script", "session_processes"]
+
+# For interpreters that are started anew.
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
 class Launched:
-    """What a launched script left: its exit code, what it printed, how long it took, and what its ranks reported."""
+    """What a launched script left: its exit code, what it printed, and what its ranks reported."""
 
     returncode: int
     output: str
-    seconds: float
     folder: Path
 
     def report(self, rank: int) -> dict[str, Any]:
@@ -44,6 +47,16 @@ class Launched:
 def report(folder: Path, rank: int, **values: Any) -> None:
     """Called by a rank to hand values to the test."""
     torch.save(values, folder / f"rank{rank}.pt")
+
+
+def run_as_script(path: Path, *arguments: str) -> None:
+    """Runs a file in this process as ``python path arguments`` would; to be called by a launched script.
+
+    Lightning starts the other ranks from there, as interpreters; rank 0 saves the import of everything.
+    """
+    os.environ |= ENVIRONMENT
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def launch(
@@ -63,15 +76,14 @@ def launch(
     log = folder / "output.txt"
     sys.stdout.flush()
     sys.stderr.flush()
-    started = time.monotonic()
+    deadline = time.monotonic() + timeout_s
     pid = os.fork()
     if pid == 0:
         _run_child(script, folder, log)
     try:
         if meanwhile is not None:
             meanwhile(pid)
-        returncode = _wait(pid, started + timeout_s)
-        seconds = time.monotonic() - started
+        returncode = _wait(pid, deadline)
         # Ranks that end a moment after their parent are not left over yet.
         left = _wait_until_gone(pid, 3.0)
     finally:
@@ -79,7 +91,7 @@ def launch(
     output = log.read_text(errors="replace") if log.exists() else ""
     assert returncode is not None, f"still running after {timeout_s} s\n{output}"
     assert not left, f"processes left over: {left}\n{output}"
-    return Launched(returncode, output, seconds, folder)
+    return Launched(returncode, output, folder)
 
 
 def gone(pid: int, timeout_s: float) -> bool:

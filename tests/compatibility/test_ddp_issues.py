@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tests.compatibility.runs import RANKS, Reporting, train
 from tests.compatibility.test_data import Hand, Noting, Stream, both, by_rank, fit, indices_in
 from tests.faults.injector import Fault
-from tests.faults.test_ranks_end_together import POPEN, explanations, start_script
+from tests.faults.runs import POPEN, explanations, start_script
 from tests.faults.train import Run
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, indexed_data, loader

@@ -31,7 +31,7 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong. When it does, the time is written to the file ``struck``.
+    """One thing that goes wrong.
 
     Args:
         rank: where.
@@ -53,7 +53,6 @@ class Fault:
     def strike(self) -> None:
         """Makes it happen, in the calling process."""
         time.sleep(self.after_s)
-        Path("struck").write_text(str(time.monotonic()))
         if self.kind == "raise":
             raise InjectedError(f"injected into {self.place}")
         if self.kind == "exit":

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from tests.faults.injector import Fault, pid_of
-from tests.faults.test_ranks_end_together import (
-    END_S,
+from tests.faults.runs import (
     FORK,
     POPEN,
     WORKER_TIMEOUT_S,
     assert_ended_well,
     explanations,
-    seconds_to_end,
     start,
     start_script,
 )
@@ -32,7 +30,7 @@ APART = FORK | {"holder": "process"}
 
 def holder_process_of(session: int) -> int:
     """The process id of the one process of a run that holds."""
-    found = [pid for pid in session_processes(session) if b"holder_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = [pid for pid in session_processes(session) if b"remote_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(found) == 1
     return found[0]
 
@@ -54,7 +52,6 @@ def test_a_failing_rank_is_named_and_ends_everyone(tmp_path: Path, fault: Fault,
 
     assert_ended_well(run)
     assert explanations(run.output) == [f"rank {fault.rank} failed: {reason}"]
-    assert seconds_to_end(tmp_path) < END_S
 
 
 def test_when_rank_0_is_killed_everybody_ends(tmp_path: Path) -> None:
@@ -62,7 +59,6 @@ def test_when_rank_0_is_killed_everybody_ends(tmp_path: Path) -> None:
 
     assert_ended_well(run)
     assert explanations(run.output)[-1] == "rank 0 failed: its process was killed by SIGKILL"
-    assert seconds_to_end(tmp_path) < END_S
 
 
 def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path) -> None:
@@ -70,7 +66,6 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path) -> None:
 
     assert_ended_well(run)
     assert explanations(run.output) == ["rank 2 failed: its process was killed by SIGKILL"]
-    assert seconds_to_end(tmp_path) < END_S
 
 
 @pytest.mark.parametrize("transport", ["auto", "gloo"])
@@ -88,7 +83,6 @@ def test_the_end_of_the_holders_process_is_rank_0s_failure(
     def strike(session: int) -> None:
         pid_of(tmp_path, 2)
         time.sleep(0.2)
-        (tmp_path / "struck").write_text(str(time.monotonic()))
         os.kill(holder_process_of(session), number)
 
     strategy = APART | {"transport": transport, "worker_timeout": WORKER_TIMEOUT_S}
@@ -96,7 +90,6 @@ def test_the_end_of_the_holders_process_is_rank_0s_failure(
 
     assert_ended_well(run)
     assert set(explanations(run.output)) == {f"rank 0 failed: {reason}"}
-    assert seconds_to_end(tmp_path) < END_S + WORKER_TIMEOUT_S
 
 
 @pytest.mark.parametrize("place", ["training_step", "validation_step"])
@@ -106,7 +99,6 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> Non
     assert_ended_well(run)
     assert run.output.count("KeyboardInterrupt") == 1
     assert "Traceback" not in run.output
-    assert seconds_to_end(tmp_path) < END_S
 
 
 def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
@@ -117,7 +109,6 @@ def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.output.count("KeyboardInterrupt") == 1
     assert "Traceback" not in run.output
-    assert seconds_to_end(tmp_path) < 2 * END_S
 
 
 def test_after_sigterm_to_every_process_the_run_ends_in_order(tmp_path: Path) -> None:
@@ -126,7 +117,6 @@ def test_after_sigterm_to_every_process_the_run_ends_in_order(tmp_path: Path) ->
     assert run.returncode == 0, run.output
     assert not explanations(run.output)
     assert "Traceback" not in run.output
-    assert seconds_to_end(tmp_path) < END_S
 
 
 def test_an_error_of_rank_0s_own_is_not_buried(tmp_path: Path) -> None:
@@ -136,14 +126,12 @@ def test_an_error_of_rank_0s_own_is_not_buried(tmp_path: Path) -> None:
     assert_ended_well(run)
     assert run.output.rstrip().endswith("InjectedError: injected into training_step")
     assert run.output.count("Traceback") == 1
-    assert seconds_to_end(tmp_path) < END_S
 
 
 def test_a_script_trains_and_a_killed_rank_of_it_is_named(tmp_path: Path) -> None:
     strategy: dict[str, Any] = POPEN | {"holder": "process"}
-    run = start_script(Run((Fault(2, 10, "kill"),), strategy=strategy), tmp_path)
+    run = start_script(Run((Fault(1, 10, "kill"),), ranks=2, strategy=strategy), tmp_path)
 
     assert_ended_well(run)
     assert run.returncode == 1
-    assert set(explanations(run.output)) == {"rank 2 failed: its process was killed by SIGKILL"}
-    assert seconds_to_end(tmp_path) < END_S
+    assert set(explanations(run.output)) == {"rank 1 failed: its process was killed by SIGKILL"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faults.injector import Fault
-from tests.faults.test_ranks_end_together import END_S, FORK, assert_ended_well, explanations, seconds_to_end, start
+from tests.faults.runs import FORK, assert_ended_well, explanations, start
 from tests.faults.train import Run
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,7 +33,6 @@ def test_a_rank_without_memory_is_named_and_ends_everyone(tmp_path: Path, exchan
 
     assert_ended_well(run)
     assert explanations(run.output)[-1].startswith(f"rank {rank} failed: MemoryError")
-    assert seconds_to_end(tmp_path) < WORKER_TIMEOUT_S + END_S
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -49,4 +48,3 @@ def test_a_failing_rank_is_named_where_no_thread_can_be_started(
     assert_ended_well(run)
     reason = "InjectedError: injected" if kind == "raise" else "its process was killed by SIGKILL"
     assert explanations(run.output)[-1].startswith(f"rank {rank} failed: {reason}")
-    assert seconds_to_end(tmp_path) < WORKER_TIMEOUT_S + END_S

@@ -144,15 +144,13 @@ def test_a_stranger_that_hangs_up_is_refused(host: Host, caplog: pytest.LogCaptu
     assert host.serves(rank=1)
 
 
-def test_silent_strangers_keep_nobody_out(host: Host) -> None:
+def test_silent_strangers_keep_nobody_out(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of them is given up while the test lasts: one after the other they would keep the worker out.
+    monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 120.0)
     strangers = [host.knock() for _ in range(40)]
 
-    started = time.monotonic()
-    served = host.serves(rank=2)
-
-    assert served
-    # One after the other they would hold the listener for half a second each.
-    assert time.monotonic() - started < 10.0
+    assert host.serves(rank=2)
+    assert host.stats.rejected == 0
     for stranger in strangers:
         stranger.close()
 
@@ -391,11 +389,10 @@ def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) 
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
 
-    started = time.monotonic()
+    # Neither the heartbeat nor a payload gives up while the test lasts.
     with pytest.raises((WorkerFailedError, RequestRefusedError), match="9 hyperparameters, the holder has 8"):
         worker.step(0)
 
-    assert time.monotonic() - started < 5.0
     worker.close()
     heartbeats.close()
 

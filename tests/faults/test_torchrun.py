@@ -15,7 +15,7 @@ from lightning_async.runtime import elastic
 from lightning_async.runtime.elastic import forget_failure, record_failure
 from lightning_async.runtime.failure import RunFailure
 from tests.faults.injector import Fault
-from tests.faults.test_ranks_end_together import POPEN, SCRIPT_TIMEOUT_S
+from tests.faults.runs import POPEN, SCRIPT_TIMEOUT_S
 from tests.faults.train import Run, exec_script
 from tests.launch import launch
 

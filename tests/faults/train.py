@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.injector import Fault, FaultInjector
+from tests.launch import ENVIRONMENT, run_as_script
 
-__all__ = ["Run", "exec_script", "train"]
-
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["Run", "as_rank_0_of_a_script", "exec_script", "train"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ def train(run: Run, folder: Path, callbacks: Sequence[Any] = ()) -> None:
     trainer.fit(module, loader(), loader(samples=24))
 
 
+def as_rank_0_of_a_script(run: Run) -> None:
+    """Trains in this process as a script's rank 0 does; Lightning starts the others, which run this module."""
+    run_as_script(Path(__file__), run.as_json())
+
+
 def exec_script(run: Run, *runner: str) -> None:
     """Becomes a Python interpreter that runs this module, by way of ``runner`` if given.
 
@@ -78,9 +82,8 @@ def exec_script(run: Run, *runner: str) -> None:
         run: what it trains.
         runner: arguments for the interpreter that lead to the module, such as torchrun's.
     """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *runner, "-m", "tests.faults.train", run.as_json()]
-    os.execve(sys.executable, arguments, environment)
+    os.execve(sys.executable, arguments, os.environ | ENVIRONMENT)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from recipes.models import LeNet5
 from tests.launch import launch, report
 from tests.models import fork_trainer
 
-SEEDS = (0, 1, 2)
 EPOCHS = 16
 UPDATES = EPOCHS * 79
 
@@ -42,18 +41,22 @@ def train_and_test(folder: Path, seed: int, devices: int) -> float:
     return float(result["test/acc"])
 
 
-@pytest.mark.timeout(240)
-def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path) -> None:
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize(
+    "seeds", [(0,), pytest.param((0, 1, 2), marks=pytest.mark.soak)], ids=lambda seeds: f"{len(seeds)} seeds"
+)
+def test_lenet5_on_four_ranks_is_as_accurate_as_on_one_device(tmp_path: Path, seeds: list[int]) -> None:
     def script(folder: Path) -> None:
         # First those whose ranks are forked: a process that has run a backward must not be forked any more.
-        asynchronous = [train_and_test(folder, seed, devices=4) for seed in SEEDS]
-        alone = [train_and_test(folder, seed, devices=1) for seed in SEEDS]
+        asynchronous = [train_and_test(folder, seed, devices=4) for seed in seeds]
+        alone = [train_and_test(folder, seed, devices=1) for seed in seeds]
         report(folder, 0, asynchronous=asynchronous, alone=alone)
 
-    run = launch(script, tmp_path, timeout_s=220.0)
+    run = launch(script, tmp_path, timeout_s=340.0)
 
     assert run.returncode == 0, run.output
     asynchronous, alone = (torch.tensor(run.report(0)[name]) for name in ("asynchronous", "alone"))
     assert alone.mean() > 0.97
-    assert asynchronous.mean() > alone.mean() - 0.01
+    # The mean of several seeds is as precise as the difference of one per cent that it is asked about; one is not.
+    assert asynchronous.mean() > alone.mean() - (0.01 if len(seeds) > 1 else 0.02)
     assert asynchronous.min() > alone.mean() - 0.02

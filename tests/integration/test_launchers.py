@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import yaml
 
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.cli.app import AsyncCLI, main
-from tests.launch import Launched, launch, report
+from tests.launch import ENVIRONMENT, Launched, launch, report, run_as_script
 from tests.models import TinyClassifier, fork_trainer, loader
 
-ROOT = Path(__file__).parents[2]
 BATCHES = 24
 
 PREAMBLE = """
-import sys
+import multiprocessing
 from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
@@ -50,6 +48,8 @@ if trainer.is_global_zero:
 
 ONE_PROCESS_RUNS_THIS = """
 if __name__ == "__main__":
+    # The server of forks imports once for both of its ranks.
+    multiprocessing.set_forkserver_preload(["lightning_async.strategies.amsgrad", "tests.models"])
     for name, strategy in (
         ("spawn", "async_amsgrad_spawn"),
         ("forkserver", AsyncAMSGradStrategy(max_staleness=5, start_method="forkserver")),
@@ -63,16 +63,17 @@ if __name__ == "__main__":
 """
 
 
-def run_script(folder: Path, text: str, *command: str) -> Launched:
+def run_script(folder: Path, text: str) -> Launched:
+    """Runs a script file; its first process is forked, the others are started as a user's would be."""
+    (folder / "train.py").write_text(PREAMBLE + text)
+    return launch(lambda folder: run_as_script(folder / "train.py"), folder, timeout_s=100.0)
+
+
+def run_command(folder: Path, text: str, *runner: str) -> Launched:
     """Runs a script file as a user would."""
     (folder / "train.py").write_text(PREAMBLE + text)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def script(folder: Path) -> None:
-        done = subprocess.run([sys.executable, *command, "train.py"], env=environment)
-        sys.exit(done.returncode)
-
-    return launch(script, folder, timeout_s=100.0)
+    command = [sys.executable, *runner, "train.py"]
+    return launch(lambda folder: os.execve(command[0], command, os.environ | ENVIRONMENT), folder, timeout_s=100.0)
 
 
 def free_port() -> int:
@@ -85,7 +86,7 @@ def free_port() -> int:
 def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, launcher: str) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
 
-    run = run_script(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
+    run = run_command(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
 
     assert run.returncode == 0, run.output
     first, second = run.reports()

@@ -6,7 +6,6 @@ import atexit
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import weakref
@@ -20,12 +19,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_async import AsyncAMSGradStrategy, AsyncMonitor
 from tests.every_rank import run_on_every_rank
-from tests.launch import launch, report
+from tests.launch import launch, report, run_as_script
 from tests.models import TinyClassifier, fork_trainer, loader
 
 pytestmark = pytest.mark.timeout(300)
 
-FITS = 10
+# What a fit keeps is there once more after each; `make soak` goes on for longer.
+many = pytest.mark.parametrize("fits", [6, pytest.param(20, marks=pytest.mark.soak)])
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -71,7 +71,7 @@ def resources(watched: list[weakref.ref[Any]]) -> dict[str, Any]:
     }
 
 
-def fit_many_times(folder: Path, ranks: int, fits: int = FITS, **options: Any) -> None:
+def fit_many_times(folder: Path, ranks: int, fits: int, **options: Any) -> None:
     """Reports what this process has after the second of the fits, and after the last."""
     watched: list[weakref.ref[Any]] = []
     seen = []
@@ -94,22 +94,23 @@ def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "shared memory": {},
     "gloo, two slots": {"transport": "gloo", "overlap": True},
-    # Each fit has an interpreter to start.
-    "a process of its own": {"holder": "process", "fits": 6},
+    "a process of its own": {"holder": "process"},
 }
 
 
-def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path) -> None:
-    run = launch(lambda folder: fit_many_times(folder, 1), tmp_path, timeout_s=120.0)
+@many
+def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path, fits: int) -> None:
+    run = launch(lambda folder: fit_many_times(folder, 1, fits), tmp_path, timeout_s=240.0)
 
     assert run.returncode == 0, run.output
     assert_flat(**run.report(0))
 
 
+@many
 @pytest.mark.parametrize("options", OPTIONS)
-def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str) -> None:
+def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str, fits: int) -> None:
     run = launch(
-        lambda folder: run_on_every_rank(2, lambda: fit_many_times(folder, 2, **OPTIONS[options])),
+        lambda folder: run_on_every_rank(2, lambda: fit_many_times(folder, 2, fits, **OPTIONS[options])),
         tmp_path,
         timeout_s=240.0,
     )
@@ -119,30 +120,29 @@ def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str) ->
         assert_flat(**rank)
 
 
-def test_the_process_that_starts_ranks_keeps_nothing(tmp_path: Path) -> None:
-    run = launch(lambda folder: fit_many_times(folder, 2, start_method="fork"), tmp_path, timeout_s=240.0)
+@many
+def test_the_process_that_starts_ranks_keeps_nothing(tmp_path: Path, fits: int) -> None:
+    run = launch(lambda folder: fit_many_times(folder, 2, fits, start_method="fork"), tmp_path, timeout_s=240.0)
 
     assert run.returncode == 0, run.output
     assert_flat(**run.report(0))
 
 
 SCRIPT = """
+import sys
 from pathlib import Path
 from tests.integration.test_many_fits import fit_many_times
 
-fit_many_times(Path.cwd(), 2)
+fit_many_times(Path.cwd(), 2, int(sys.argv[1]))
 """
 
 
-def test_ranks_of_a_script_keep_nothing(tmp_path: Path) -> None:
+@many
+def test_ranks_of_a_script_keep_nothing(tmp_path: Path, fits: int) -> None:
     """The first of its trainers starts the ranks, and watches over them."""
     (tmp_path / "train.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
-    def script(folder: Path) -> None:
-        sys.exit(subprocess.run([sys.executable, "train.py"], env=environment).returncode)
-
-    run = launch(script, tmp_path, timeout_s=240.0)
+    run = launch(lambda folder: run_as_script(folder / "train.py", str(fits)), tmp_path, timeout_s=240.0)
 
     assert run.returncode == 0, run.output
     for rank in run.reports():

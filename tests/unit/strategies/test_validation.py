@@ -84,4 +84,3 @@ def test_a_fit_with_such_a_part_is_refused(tmp_path: Path) -> None:
 
     assert run.returncode != 0
     assert "async_amsgrad cannot train this module: net.0 is a SyncBatchNorm" in run.output
-    assert run.seconds < 20

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from lightning_async.data.ledger import Batches
-from lightning_async.holder.staleness import MaxStaleness, OnStale
+from lightning_async.holder.policies import OnStale
+from lightning_async.holder.staleness import MaxStaleness
 from lightning_async.transport.devices import HolderDevice
 
 __all__ = [

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Hashable, Mapping
-from typing import TypeAlias, get_args
+from collections.abc import Mapping
 
-from lightning_async.holder.staleness import OnStale, admissible, check_bound, is_stale
+from lightning_async.holder.policies import POLICIES, Decision, OnStale, Reader
 
-__all__ = ["Decision", "Reader", "StalenessBarrier"]
-
-# A worker that holds parameters; the holder names it by rank and slot.
-Reader: TypeAlias = Hashable
-
-
-class Decision(enum.Enum):
-    """What becomes of a worker's push if it is decided now."""
-
-    APPLY = "apply"
-    WAIT = "wait"
-    DROP = "drop"
+__all__ = ["StalenessBarrier"]
 
 
 class StalenessBarrier:
     r"""Who holds parameters of which version, and who waits to read; bookkeeping without threads.
 
-    Owns the version counter, the outstanding workers and the queue of readers. It never waits: the holder
-    calls it under its own lock, parks whoever is told to wait, and asks again after every `apply`,
-    `discard` and `leave`.
-
-    With ``on_stale="wait"`` the outstanding set is feasible at the present version at all times: `read`
-    requires it of the set with the reader, `apply` of the set without the applied update one version later,
-    and leaving only moves the others up. Two things follow.
-
-    - No applied update is staler than the bound: feasibility at :math:`k` includes
-      :math:`k \le r_i + \tau` for every member.
-    - No deadlock: the oldest reader may always be applied. Without it the rest is :math:`r_1, r_2, \dots`
-      at version :math:`k + 1`, which needs :math:`(k + 1) + (i - 1) \le r_i + \tau`: that is the
-      invariant. A push waits only for workers that read before it, and those wait for fewer still.
-
-    A reader waits only while :math:`\tau + 1` workers are outstanding, whichever reader it is; so serving
-    readers in the order of their asking costs nothing and starves nobody.
-
-    With ``on_stale="drop"`` nobody waits: a push with :math:`k - r > \tau` is discarded.
+    Owns the version counter, the outstanding workers and the queue of readers. It never waits: the holder calls it
+    under its own lock, parks those that are told to wait, and asks again after every `apply`, `discard` and `leave`.
+    What it answers is the policy's decision (`policies.py`).
 
     Args:
         max_staleness: the bound :math:`\tau` in updates; None bounds nothing.
@@ -69,18 +41,16 @@ class StalenessBarrier:
     """
 
     def __init__(self, max_staleness: int | None, on_stale: OnStale = "wait", version: int = 0) -> None:
-        check_bound(max_staleness)
         _check_version(version)
-        if on_stale not in get_args(OnStale):
-            raise ValueError(f"on_stale must be 'wait' or 'drop', not {on_stale!r}.")
+        if on_stale not in POLICIES:
+            raise ValueError(f"on_stale must be one of {', '.join(map(repr, POLICIES))}, not {on_stale!r}.")
+        self._policy = POLICIES[on_stale](max_staleness)
         self.max_staleness = max_staleness
         self.on_stale = on_stale
         self._version = version
         self._reads: dict[Reader, int] = {}
         # A dict, as the ordered set that the standard library lacks.
         self._readers: dict[Reader, None] = {}
-        # The only case in which anybody ever waits.
-        self._waits_for = max_staleness if on_stale == "wait" else None
 
     @property
     def version(self) -> int:
@@ -128,15 +98,9 @@ class StalenessBarrier:
             worker: who would read.
 
         Returns:
-            False for a worker that is outstanding. Otherwise True where nobody waits (``"drop"`` or no
-            bound); else whether it is the first in the queue and the set with it stays feasible.
+            False for a worker that is outstanding; for others what the policy says.
         """
-        if worker in self._reads:
-            return False
-        if self._waits_for is None:
-            return True
-        # `readable`, given the invariant: the newcomer's is the latest deadline, and it comes last.
-        return len(self._reads) <= self._waits_for and next(iter(self._readers), None) == worker
+        return worker not in self._reads and self._policy.may_read(worker, self._reads, self._readers)
 
     def read(self, worker: Reader) -> int:
         """Makes a worker outstanding at the present version and takes it out of the queue.
@@ -162,19 +126,11 @@ class StalenessBarrier:
         Args:
             worker: whose push it is.
 
-        Returns:
-            `Decision.WAIT` only with ``on_stale="wait"``, `Decision.DROP` only with ``on_stale="drop"``.
-
         Raises:
             ValueError: if the worker is not outstanding.
         """
-        read = self._version_read(worker)
-        if self.on_stale == "drop":
-            return Decision.DROP if is_stale(read, self._version, self.max_staleness) else Decision.APPLY
-        if self._waits_for is None:
-            return Decision.APPLY
-        rest = [other_read for other, other_read in self._reads.items() if other != worker]
-        return Decision.APPLY if admissible(rest, self._version, self._waits_for) else Decision.WAIT
+        self._version_read(worker)
+        return self._policy.decide(worker, self._reads, self._version)
 
     def apply(self, worker: Reader) -> int:
         """Counts a worker's update; it is outstanding no more.

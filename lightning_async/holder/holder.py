@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.holder.barrier import Decision, StalenessBarrier
+from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.layout import FlatLayout, exchanged
+from lightning_async.holder.policies import Decision
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.holder.update import HeldOptimizer

@@ -1,4 +1,4 @@
-r"""The staleness bound: pure rules, which `barrier.py` applies.
+r"""The staleness bound: pure rules, which `policies.py` applies.
 
 A worker that was given the parameters of version :math:`r` and has not been answered since is
 *outstanding*. Its update must be applied while the holder's version :math:`k` is at most
@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 
 __all__ = [
     "MaxStaleness",
-    "OnStale",
     "admissible",
     "check_bound",
     "feasible",
@@ -25,9 +24,8 @@ __all__ = [
 
 AUTO_STALENESS_PER_RANK = 4
 
-# The `max_staleness` and `on_stale` of a run, as its user gives them.
+# The `max_staleness` of a run, as its user gives it.
 MaxStaleness: TypeAlias = int | Literal["auto"] | None
-OnStale: TypeAlias = Literal["wait", "drop"]
 
 
 def feasible(reads: Iterable[int], version: int, max_staleness: int | None) -> bool:

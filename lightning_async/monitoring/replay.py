@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_async.holder.barrier import Decision, StalenessBarrier
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.policies import Decision
 
 __all__ = ["Replay", "free_bound", "lock_step_factor", "replay"]
 

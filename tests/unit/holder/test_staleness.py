@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_async.holder.barrier import Decision, StalenessBarrier
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.policies import Decision
 from lightning_async.holder.staleness import admissible, feasible, is_stale, readable, resolve_max_staleness
 
 # ---------------------------------------------------------------------------------------------- the rules

@@ -23,7 +23,7 @@ class Ledger:
     An epoch is cut into segments (training between two validations). A segment hands out a number of tickets and is
     over when they are gone, or when someone closes it; tickets that were not handed out stay for the next segment.
 
-    With ``batches="shared"`` whoever asks gets the next ticket. With ``"sharded"`` ticket ``t`` belongs to worker
+    With ``batches="shared"`` a worker that asks gets the next ticket. With ``"sharded"`` ticket ``t`` belongs to worker
     ``(t // block) mod N``, so every worker gets an equal share.
 
     Args:

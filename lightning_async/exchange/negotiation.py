@@ -150,7 +150,7 @@ class ChannelNegotiator:
         log.warning("lightning_async: %s; it will use Gloo, which is slower", problem)
 
     def _store_port(self, segment: SharedSegment | None) -> int:
-        # The store, with its thread and port, exists only if somebody needs it.
+        # The store, with its thread and port, exists only if a channel needs it.
         if segment is not None:
             return 0
         with self._lock:

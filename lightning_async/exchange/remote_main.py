@@ -95,7 +95,7 @@ class UpdateBuffer:
                 self._send(("updates", 0, notes))
 
     def keep_telling(self) -> None:
-        """Tells every now and then, for as long as there is somebody to tell."""
+        """Tells every now and then, for as long as rank 0 is there."""
         try:
             while True:
                 self._any.wait()
@@ -224,7 +224,7 @@ def main(control: int, heartbeat: int, rank_0: int) -> None:
 def _end_with_parent() -> None:
     """Has the kernel kill this process when the thread that started it ends, even if it is stopped then.
 
-    The end of the connection would not do: whoever rank 0 has forked has its end of it too.
+    The end of the connection would not do: a process that rank 0 has forked has its end of it too.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

@@ -217,7 +217,7 @@ class HolderProcess(Service):
             try:
                 self._call("close")
             except WorkerFailedError as error:
-                # Whoever was to be waited for is gone.
+                # The process that was to be waited for is gone.
                 log.debug("not closed in order: %s", error)
 
     def end(self) -> None:
@@ -297,7 +297,7 @@ class HolderProcess(Service):
 
     def _give_up(self) -> None:
         self._wake()
-        # Whoever still waits for an answer of it, which may be stopped, is woken by the end of the connection.
+        # It may be stopped; what still waits for its answer is woken by the end of the connection.
         self._killing.set(_GRACE_S)
 
     def _wake(self) -> None:
@@ -315,7 +315,7 @@ class HolderProcess(Service):
                 elif (answers := self._waiting.get(number)) is not None:
                     answers.put((kind, value))
         except Exception as error:
-            # An observer's; whoever watches must not be left to believe that nothing has happened.
+            # An observer's; its user must not be left to believe that nothing has happened.
             log.error("the news of an update could not be told", exc_info=error)
             if self._latch is not None:
                 self._latch.trip(RunFailure(0, f"an observer of the updates failed: {error!r}"))

@@ -1,4 +1,4 @@
-"""Rank 0's server: gives each worker its session, its channel, and somebody who serves it."""
+"""Rank 0's server: gives each worker its session, its channel, and a thread that serves it."""
 
 from __future__ import annotations
 

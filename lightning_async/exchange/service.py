@@ -48,7 +48,7 @@ class HolderSpec:
 
 
 class Service(Protocol):
-    """What rank 0 asks of whoever holds, while no worker computes unless it is said otherwise."""
+    """What rank 0 asks of the holder's side, while no worker computes unless it is said otherwise."""
 
     @property
     def address(self) -> Address | None:

@@ -24,7 +24,7 @@ class OptimizerStateError(RuntimeError):
 class HeldState(defaultdict[Any, Any]):
     """What stands in ``optimizer.state`` during a fit: a dict of the holder's state, which is fetched on first use.
 
-    It is fetched anew when ``stamp`` has moved. Nothing here talks to another rank before somebody looks.
+    It is fetched anew when ``stamp`` has moved. Nothing here talks to another rank before user code looks.
 
     Args:
         fetch: returns the state, by parameter.
@@ -46,7 +46,7 @@ class HeldState(defaultdict[Any, Any]):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it holds values that somebody may have changed."""
+        """Whether it holds values that user code may have changed."""
         return self._fetched_at is not None
 
     def expire(self) -> None:
@@ -134,7 +134,7 @@ class StateElsewhere(HeldState):
     """What stands in ``optimizer.state`` where the state is not, and cannot be fetched any more.
 
     Args:
-        reason: what whoever looks at it is told.
+        reason: what the error says when user code looks at it.
     """
 
     def __init__(self, reason: str) -> None:

@@ -105,7 +105,7 @@ class Holder:
     def try_pull(self, worker: int, out: Tensor, slot: int = 0) -> int | None:
         """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
 
-        Whoever is held back keeps its place in the queue of readers.
+        A worker that is held back keeps its place in the queue of readers.
 
         Raises:
             ValueError: if the worker holds parameters already.
@@ -266,7 +266,7 @@ class Holder:
 
 
 def _wake(holder: Holder | None) -> None:
-    """Lets whoever waits at ``holder`` see that the run has failed."""
+    """Lets the threads that wait at ``holder`` see that the run has failed."""
     if holder is not None:
         with holder._lock:
             holder._tell()

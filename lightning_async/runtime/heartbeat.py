@@ -198,7 +198,7 @@ class Heartbeats:
             if failure is None:
                 self._send(peer, beat)
             else:
-                # This rank's part is over. Whoever has not heard so must not believe that it goes on.
+                # This rank's part is over. A peer that has not heard so must not believe that it goes on.
                 self._tell(peer, failure)
 
     def _read(self, peer: _Peer) -> None:

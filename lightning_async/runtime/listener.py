@@ -126,7 +126,7 @@ class Listener:
                     return
                 sock, _ = self._socket.accept()
             except (BlockingIOError, ConnectionError):
-                # Whoever it was has gone again.
+                # The peer has gone again.
                 continue
             except (OSError, MemoryError) as error:
                 self._closing.wait(troubles.add(error))
@@ -144,7 +144,7 @@ class Listener:
             sock.close()
             return
         try:
-            # A thread each: somebody who connects and says nothing must not keep the others out.
+            # A thread each: a peer that connects and says nothing must not keep the others out.
             threading.Thread(target=self._welcome, args=(connection,), name="peer", daemon=True).start()
         except RuntimeError as error:
             log.debug("no thread for a peer: %s", error)

@@ -29,7 +29,7 @@ from lightning_async.runtime.listener import Listener
 
 __all__ = ["Membership", "guard_shutdown"]
 
-# Whoever watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
+# What watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
 # at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
 _SURVIVOR_DELAY_S = 2.0
 _GRACE_S = 5.0

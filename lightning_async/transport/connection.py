@@ -1,7 +1,7 @@
 """The control connection: messages over one socket, TCP or Unix. Idle waiting happens here.
 
 A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
-not; so whoever waits without a payload under way waits here.
+not; so a thread that waits without a payload under way waits here.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ControlConnection:
             try:
                 self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             except BlockingIOError:  # noqa: PERF203  # it is what "not yet" looks like
-                # Whoever else has something to do on this core goes first.
+                # Other threads that have something to do on this core go first.
                 os.sched_yield()
             except OSError:
                 # The receive that follows finds the same, and says so.

@@ -3,8 +3,8 @@
 NCCL has no tags and no any-source, a communicator must not be used by two threads, both sides must issue matching
 operations in the same order, and a side whose peer has died waits for ever unless the communicator is aborted. So each
 communicator has one thread that issues everything (`NcclExecutor`), both sides post a payload only behind its message,
-whoever waits has a deadline and watches the control connection, and after any error the communicator is aborted and not
-used again.
+a thread that waits has a deadline and watches the control connection, and after any error the communicator is aborted
+and not used again.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ CONNECT_TIMEOUT_S = 60.0
 # A payload is posted by both sides within a round trip of its message, so its deadline is that of a slow network.
 _PAYLOAD_BASE_S = 10.0
 _SLOWEST_BYTES_PER_S = 10e6
-# How often whoever waits for a payload looks whether its peer is still there.
+# How often a thread that waits for a payload looks whether its peer is still there.
 _LOOK_S = 0.1
-# HolderSpec by whoever has changed the environment for a moment.
+# Held by the thread that has changed the environment for a moment.
 _ENVIRONMENT = threading.Lock()
 
 

@@ -28,7 +28,7 @@ class Ledger:
 
     Args:
         workers: number of workers N.
-        batches: the hand-out rule.
+        batches: the dispatch rule.
 
     Examples:
         >>> ledger = Ledger(workers=2, batches="shared")

@@ -1,7 +1,7 @@
 """How many batches user code takes for an optimizer step, as far as it has shown.
 
 Under manual optimization the steps are user code's affair: it may step in each batch, accumulate over four
-(``(batch_idx + 1) % 4 == 0``) or step two optimizers in each. The hand-out of batches must know, so that batches that
+(``(batch_idx + 1) % 4 == 0``) or step two optimizers in each. The dispatch of batches must know, so that batches that
 make one update go to one rank.
 """
 

@@ -41,10 +41,10 @@ class ParameterViews:
     """Ties a module's parameters to the buffer that the holder fills, and its gradients to the one that it reads.
 
     A parameter becomes a view of the buffer: fresh values install in it with the message that announces them, which
-    comes only at a step boundary. Autograd is told of each landing, so that a graph kept across one fails loudly
+    comes only at a step boundary. Autograd is told of each installation, so that a graph kept across one fails loudly
     instead of giving a wrong gradient. Each has a storage of its own, of its own size, in the buffer's memory: what
     saves a tensor with its storage (torch.save, pickle) saves the parameter and not the buffer. What cannot be a view
-    (another dtype, another memory format) or is no longer one (``module.to(...)``) is found at each landing, and
+    (another dtype, another memory format) or is no longer one (``module.to(...)``) is found at each installation, and
     copied.
 
     A gradient moves into the buffer once, when autograd has completed it: then ``.grad`` is a view of the buffer, on

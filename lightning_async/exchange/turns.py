@@ -167,11 +167,11 @@ class OverlappedTurns(Turns):
         self._turn = 0
         self._tickets = tickets
         self._observation = observation
-        # A landing of the module's own, so that the slot that is not computed with can be filled meanwhile.
+        # A buffer of the module's own, so that the slot that is not computed with can be filled meanwhile.
         buffers = self.slots[0].channel.buffers
         self._module_buffer = torch.empty_like(buffers.parameters)
-        landing = Buffers(buffers.gradient, self._module_buffer)
-        self._views = ParameterViews(owned, layout, landing, moves_gradients=False)
+        own = Buffers(buffers.gradient, self._module_buffer)
+        self._views = ParameterViews(owned, layout, own, moves_gradients=False)
         # It sends one push after the other, and is there from the beginning: where memory is short no thread starts.
         self._exchanges = Errands("exchange")
         self._exchanges.start()

@@ -1,4 +1,4 @@
-"""The worker: a rank's side of the exchange: draws tickets, pushes gradients, lands fresh parameters."""
+"""The worker: a rank's side of the exchange: draws tickets, pushes gradients, installs fresh parameters."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Worker:
         self._turns.pull()
 
     def step(self, index: int) -> bool:
-        """Pushes the gradients of one optimizer and lands the parameters that come back.
+        """Pushes the gradients of one optimizer and installs the parameters that come back.
 
         Args:
             index: the optimizer.

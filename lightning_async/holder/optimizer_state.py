@@ -106,7 +106,7 @@ class OptimizerStates:
         return changed
 
     def show(self, index: int, state: StateByPlace) -> Any:
-        """A context in which an optimizer shows ``state``, unless user code has looked at the state where ranks meet."""
+        """A context in which an optimizer shows ``state``, unless user code has looked at it where the ranks meet."""
         optimizer, shown = self._optimizers[index], self._shown[index]
         if shown is None or (not self._in_segment and (vars(optimizer)["state"] is not shown or shown.is_loaded)):
             return _nothing()

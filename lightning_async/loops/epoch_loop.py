@@ -185,7 +185,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
-        """Runs no collective; a SIGTERM closes the hand-out and is agreed on at the next stop."""
+        """Runs no collective; a SIGTERM stops the dispatch and is agreed on at the next stop."""
 
     @override
     def _num_ready_batches_reached(self) -> bool:

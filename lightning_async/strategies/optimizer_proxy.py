@@ -43,7 +43,7 @@ def make_proxy(optimizer: Optimizer, push: Callable[[Optimizer], None], keeps_ch
 
     Args:
         optimizer: the module's optimizer.
-        push: pushes its gradients and lands fresh parameters.
+        push: pushes its gradients and installs fresh parameters.
         keeps_changes: whether what a hook does to the parameters is done to the holder's.
     """
     if isinstance(vars(optimizer).get("state"), StateElsewhere):

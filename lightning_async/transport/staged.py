@@ -46,7 +46,7 @@ class StagedChannel(Channel):
         if payload is not None:
             staged = self._staging(payload)
             self._stream.copy(staged, payload)
-        # Also without a payload: the peer may answer by writing where the last landing still reads from.
+        # Also without a payload: the peer may answer by writing where the last installation still reads from.
         self._stream.synchronize()
         self._inner.send(message, staged)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -11,7 +10,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure
 
-__all__ = ["LaunchedStrategy", "Launcher", "Ranks", "RunGuard"]
+__all__ = ["LaunchedStrategy", "Ranks", "RunGuard"]
 
 _T = TypeVar("_T")
 
@@ -69,15 +68,3 @@ class LaunchedStrategy(Ranks, Protocol):
     """
 
     stats: RunStats
-
-
-class Launcher(Protocol):
-    """A launcher, as far as the end and the start of ranks are concerned."""
-
-    exit_process: Callable[[int], None] | None
-
-    def describe_start(self, num_nodes: int) -> str:
-        """What starts the ranks, for a rank that waits for the others."""
-
-    def describe_end(self, local_rank: int) -> str | None:
-        """How the process of ``local_rank`` ended, or None if it still runs or was not started from here."""

@@ -36,7 +36,7 @@ class SamplerProxy:
         (True, 1, [[0, 1]], [[0, 1, 2], [3, 4, 5]])
     """
 
-    __slots__ = ("_face_iterate", "_face_length", "_face_real", "_face_shown")
+    __slots__ = ("_proxy_iterate", "_proxy_length", "_proxy_real", "_proxy_shown")
 
     def __init__(
         self,
@@ -45,37 +45,37 @@ class SamplerProxy:
         iterate: Callable[[], Iterator[Any]],
         shown: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
-        object.__setattr__(self, "_face_real", real)
-        object.__setattr__(self, "_face_length", length)
-        object.__setattr__(self, "_face_iterate", iterate)
-        object.__setattr__(self, "_face_shown", shown or {})
+        object.__setattr__(self, "_proxy_real", real)
+        object.__setattr__(self, "_proxy_length", length)
+        object.__setattr__(self, "_proxy_iterate", iterate)
+        object.__setattr__(self, "_proxy_shown", shown or {})
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":
             # It passes for one of the sampler's class.
-            return type(object.__getattribute__(self, "_face_real"))
+            return type(object.__getattribute__(self, "_proxy_real"))
         return object.__getattribute__(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        shown = self._face_shown.get(name)
-        return getattr(self._face_real, name) if shown is None else shown()
+        shown = self._proxy_shown.get(name)
+        return getattr(self._proxy_real, name) if shown is None else shown()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._face_real, name, value)
+        setattr(self._proxy_real, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._face_real, name)
+        delattr(self._proxy_real, name)
 
     def __len__(self) -> int:
-        length: int = self._face_length()
+        length: int = self._proxy_length()
         return length
 
     def __iter__(self) -> Iterator[Any]:
-        iterator: Iterator[Any] = self._face_iterate()
+        iterator: Iterator[Any] = self._proxy_iterate()
         return iterator
 
     def __repr__(self) -> str:
-        return repr(self._face_real)
+        return repr(self._proxy_real)
 
     def __copy__(self) -> SamplerProxy:
         return self
@@ -135,14 +135,14 @@ def order_behind(current: Any, before: Any) -> Any:
         ValueError: if no order that all ranks walk can be made of it.
     """
     if isinstance(current, SamplerProxy) or type(current) is SamplerProxy:
-        return current._face_real
+        return current._proxy_real
     if current is before:
         return before
     sampler = getattr(current, "sampler", None)
     if type(sampler) is SamplerProxy:
         # A batch sampler over the sampler that the loader shows.
         order = copy.copy(current)
-        order.sampler = sampler._face_real
+        order.sampler = sampler._proxy_real
         return order
     raise ValueError(
         f"its sampler was replaced by a {type(current).__name__} that is made for this rank alone. Set the attributes "

@@ -1,4 +1,4 @@
-"""The private parts of Lightning and torch that this package touches are still what it takes them for.
+"""What the package reads, writes and calls of Lightning, torch and torchmetrics still behaves as it takes it to.
 
 A failure here says which file relies on what has changed; look there before anything else.
 """
@@ -8,12 +8,8 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import hashlib
-import importlib
 import inspect
 import pickle
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,299 +20,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
-import lightning_async
-from lightning_async.loops import counters, fetcher, optimization, results, trainer_state
-from lightning_async.loops import epoch_loop as epochs
+from lightning_async.loops import counters, fetcher, results, trainer_state
 from lightning_async.loops import fit_loop as loops
-from lightning_async.strategies import amsgrad as amsgrad_strategy
-from lightning_async.strategies import collectives, launchers, strategy
-
-PACKAGE = Path(lightning_async.__file__).parent
-WATCHED = ("lightning", "torch", "torchmetrics")
-
-
-def fail(file: str, what: str) -> None:
-    pytest.fail(f"lightning_async/{file} relies on {what}; see what it does there and adapt it", pytrace=False)
-
-
-def resolve(path: str, file: str) -> Any:
-    """The object at a dotted path: a module, then attributes."""
-    parts = path.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:count]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[count:]:
-            if not hasattr(found, name):
-                fail(file, f"{path}, and there is no {name}")
-            found = inspect.getattr_static(found, name) if isinstance(found, type) else getattr(found, name)
-        return found
-    return fail(file, f"{path}, which cannot be imported")
-
-
-# --- what is imported ------------------------------------------------------------------------------------------------
-
-
-def private_imports() -> Iterator[tuple[str, str]]:
-    """Every ``from lightning... import _name`` of the package: file, dotted path."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in WATCHED:
-                for name in node.names:
-                    dotted = f"{node.module}.{name.name}"
-                    if any(part.startswith("_") for part in dotted.split(".")):
-                        yield str(path.relative_to(PACKAGE)), dotted
-
-
-@pytest.mark.parametrize(("file", "path"), list(private_imports()))
-def test_a_private_name_can_still_be_imported(file: str, path: str) -> None:
-    resolve(path, file)
-
-
-def test_the_imports_are_found() -> None:
-    assert {
-        "loops/epoch_loop.py",
-        "loops/fit_loop.py",
-        "loops/results.py",
-        "strategies/launchers.py",
-    } <= {file for file, _ in private_imports()}
-
-
-# --- what is overridden ----------------------------------------------------------------------------------------------
+from tests.canary.lookup import fail, resolve
 
 EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
-FIT_LOOP = "lightning.pytorch.loops.fit_loop._FitLoop"
-FETCHER = "lightning.pytorch.loops.fetchers._DataFetcher"
-SCRIPT = "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher"
-MULTI = "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
-DDP = "lightning.pytorch.strategies.ddp.DDPStrategy"
-AUTOMATIC = "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization"
-AVERAGING = "lightning.pytorch.callbacks.weight_averaging.WeightAveraging"
-
-# What is overridden or called, and its parameters.
-SIGNATURES = {
-    "loops/fetcher.py": {
-        f"{FETCHER}.setup": "self, combined_loader",
-        f"{FETCHER}.reset": "self",
-        f"{FETCHER}.teardown": "self",
-        f"{FETCHER}.__iter__": "self",
-        f"{FETCHER}.__next__": "self",
-        "lightning.pytorch.utilities.combined_loader._MinSize.__init__": "self, iterables, limits",
-    },
-    "loops/epoch_loop.py": {
-        f"{EPOCH_LOOP}.on_run_start": "self, data_fetcher",
-        f"{EPOCH_LOOP}.state_dict": "self, destination, prefix",
-        f"{EPOCH_LOOP}.reset": "self",
-        f"{EPOCH_LOOP}.advance": "self, data_fetcher",
-        f"{EPOCH_LOOP}.on_advance_end": "self, data_fetcher",
-        f"{EPOCH_LOOP}.update_lr_schedulers": "self, interval, update_plateau_schedulers",
-        f"{EPOCH_LOOP}._update_learning_rates": "self, interval, update_plateau_schedulers",
-        f"{EPOCH_LOOP}._broadcast_sigterm_tensor": "self",
-        f"{EPOCH_LOOP}._num_ready_batches_reached": "self",
-        f"{EPOCH_LOOP}._should_check_val_fx": "self, data_fetcher",
-        f"{EPOCH_LOOP}._should_check_val_epoch": "self",
-        f"{EPOCH_LOOP}._save_loggers_on_train_batch_end": "self",
-        "lightning.pytorch.trainer.call._call_lightning_module_hook": "trainer, hook_name, *args, pl_module, **kwargs",
-    },
-    "loops/fit_loop.py": {
-        f"{FIT_LOOP}.setup_data": "self",
-        f"{FIT_LOOP}.on_advance_end": "self",
-        f"{FIT_LOOP}.on_save_checkpoint": "self",
-        f"{FIT_LOOP}._load_combined_loader_states": "self",
-        "lightning.pytorch.loops.utilities._select_data_fetcher": "trainer, stage",
-        "lightning.pytorch.trainer.connectors.data_connector._request_dataloader": "data_source",
-        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": (
-            "self, signum, _"
-        ),
-        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._slurm_sigusr_handler_fn": (
-            "self, signum, _"
-        ),
-    },
-    "loops/optimization.py": {
-        f"{AUTOMATIC}._training_step": "self, kwargs",
-        f"{AUTOMATIC}._optimizer_step": "self, batch_idx, train_step_and_backward_closure",
-        "lightning.pytorch.trainer.call._call_strategy_hook": "trainer, hook_name, *args, **kwargs",
-    },
-    "loops/step_counter.py": {
-        "lightning.pytorch.loops.optimization.manual._ManualOptimization._on_before_step": "self",
-        "lightning.pytorch.loops.optimization.manual._ManualOptimization._on_after_step": "self",
-    },
-    "module_wrapper.py": {
-        "lightning.pytorch.strategies.strategy._ForwardRedirection.__call__": (
-            "self, wrapper_module, original_module, method_name, *args, **kwargs"
-        ),
-    },
-    "loops/weight_averaging.py": {
-        f"{AVERAGING}.on_train_batch_end": "self, trainer, pl_module, outputs, batch, batch_idx",
-        f"{AVERAGING}.should_update": "self, step_idx, epoch_idx",
-    },
-    "loops/progress_bar.py": {
-        "lightning.pytorch.callbacks.TQDMProgressBar.on_train_batch_end": (
-            "self, trainer, pl_module, outputs, batch, batch_idx"
-        ),
-        "lightning.pytorch.callbacks.RichProgressBar.on_train_batch_end": (
-            "self, trainer, pl_module, outputs, batch, batch_idx"
-        ),
-        "lightning.pytorch.callbacks.ProgressBar.get_metrics": "self, trainer, pl_module",
-    },
-    "loops/results.py": {
-        "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric.__init__": (
-            "self, metadata, is_tensor"
-        ),
-        "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection.valid_items": "self",
-    },
-    "strategies/launchers.py": {
-        f"{SCRIPT}.__init__": "self, cluster_environment, num_processes, num_nodes",
-        f"{SCRIPT}.launch": "self, function, *args, trainer, **kwargs",
-        f"{SCRIPT}._call_children_scripts": "self",
-        f"{SCRIPT}.kill": "self, signum",
-        f"{MULTI}.__init__": "self, strategy, start_method",
-        f"{MULTI}.launch": "self, function, *args, trainer, **kwargs",
-        f"{MULTI}._wrapping_function": (
-            "self, process_idx, trainer, function, args, kwargs, return_queue, global_states"
-        ),
-        f"{MULTI}._recover_results_in_main_process": "self, worker_output, trainer",
-        f"{MULTI}.get_extra_results": "self, trainer",
-        f"{MULTI}.update_main_process_results": "self, trainer, extra",
-        f"{MULTI}.kill": "self, signum",
-        "lightning.pytorch.strategies.launchers.multiprocessing._GlobalStateSnapshot.capture": "cls",
-        "lightning.fabric.utilities.distributed._set_num_threads_if_needed": "num_processes",
-        "lightning.fabric.strategies.launchers.multiprocessing._check_bad_cuda_fork": "",
-        "lightning.fabric.strategies.launchers.multiprocessing._check_missing_main_guard": "",
-        "torch.multiprocessing.spawn.start_processes": "fn, args, nprocs, join, daemon, start_method",
-    },
-    "collectives.py": {
-        f"{DDP}.barrier": "self, *args, **kwargs",
-        f"{DDP}.broadcast": "self, obj, src",
-        f"{DDP}.reduce": "self, tensor, group, reduce_op",
-        f"{DDP}.reduce_boolean_decision": "self, decision, all",
-        f"{DDP}.all_gather": "self, tensor, group, sync_grads",
-    },
-    "strategy.py": {
-        f"{DDP}._configure_launcher": "self",
-        f"{DDP}.configure_ddp": "self",
-        f"{DDP}.setup": "self, trainer",
-        f"{DDP}.setup_environment": "self",
-        f"{DDP}.setup_optimizers": "self, trainer",
-        f"{DDP}.set_world_ranks": "self",
-        f"{DDP}._get_process_group_backend": "self",
-        f"{DDP}.connect": "self, model",
-        f"{DDP}.process_dataloader": "self, dataloader",
-        f"{DDP}.pre_backward": "self, closure_loss",
-        f"{DDP}.backward": "self, closure_loss, optimizer, *args, **kwargs",
-        f"{DDP}.optimizer_step": "self, optimizer, closure, model, **kwargs",
-        f"{DDP}.lightning_module_state_dict": "self",
-        f"{DDP}.optimizer_state": "self, optimizer",
-        f"{DDP}.save_checkpoint": "self, checkpoint, filepath, storage_options",
-        f"{DDP}.load_optimizer_state_dict": "self, checkpoint",
-        f"{DDP}.on_exception": "self, exception",
-        f"{DDP}.teardown": "self",
-        f"{DDP}.register_strategies": "cls, strategy_registry",
-    },
-    "amsgrad.py": {
-        "torch.optim.adam.Adam._init_group": (
-            "self, group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps"
-        ),
-    },
-}
-
-
-def parameters_of(function: Any) -> str:
-    function = getattr(function, "__func__", function)
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    parameters = inspect.signature(function).parameters.values()
-    return ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in parameters)
-
-
-@pytest.mark.parametrize(
-    ("file", "path", "parameters"),
-    [(file, path, parameters) for file, paths in SIGNATURES.items() for path, parameters in paths.items()],
-)
-def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: str, parameters: str) -> None:
-    found = parameters_of(resolve(path, file))
-
-    if found != parameters:
-        fail(file, f"{path}({parameters}), which is now ({found})")
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        fetcher.TicketFetcher,
-        epochs.AsyncEpochLoop,
-        loops.AsyncFitLoop,
-        optimization.AsyncAutomaticOptimization,
-        launchers.ScriptLauncher,
-        launchers.ProcessLauncher,
-        collectives.PhasedCollectives,
-        strategy.AsyncStrategy,
-        amsgrad_strategy.AsyncAMSGradStrategy,
-    ],
-)
-def test_every_override_overrides_something(kind: type) -> None:
-    source = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(source, ast.ClassDef)
-    for method in source.body:
-        if isinstance(method, ast.FunctionDef) and any(
-            isinstance(mark, ast.Name) and mark.id == "override" for mark in method.decorator_list
-        ):
-            bases = [base for base in kind.__mro__[1:] if method.name in vars(base)]
-            if not bases:
-                fail(
-                    f"{kind.__module__.partition('.')[2].replace('.', '/')}.py",
-                    f"{kind.__name__}.{method.name} being an override",
-                )
-
-
-@pytest.mark.parametrize("name", ["global_step", "batch_idx", "done"])
-def test_the_epoch_loops_counters_are_properties(name: str) -> None:
-    if not isinstance(resolve(f"{EPOCH_LOOP}.{name}", "loops/epoch_loop.py"), property):
-        fail("loops/epoch_loop.py", f"{EPOCH_LOOP}.{name} being a property")
-
-
-# What this package does in its own way instead. When Lightning changes it, there may be something to take over.
-REPLACED = {
-    ("strategies/launchers.py", f"{MULTI}.launch"): "21465cc91554",
-    ("strategies/launchers.py", f"{SCRIPT}.launch"): "c11da3d0bdf3",
-    ("loops/epoch_loop.py", f"{EPOCH_LOOP}._should_check_val_fx"): "dde13ed45d1b",
-    ("loops/epoch_loop.py", f"{EPOCH_LOOP}.on_advance_end"): "089c2705013f",
-    ("loops/epoch_loop.py", f"{EPOCH_LOOP}.advance"): "34b71467397b",
-    ("loops/optimization.py", f"{AUTOMATIC}._training_step"): "4965798b456b",
-    ("loops/weight_averaging.py", f"{AVERAGING}.on_train_batch_end"): "06a61d0a079d",
-    (
-        "loops/fit_loop.py",
-        "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn",
-    ): "f8d590061334",
-}
-
-
-def digest(function: Any) -> str:
-    """Of the code alone: neither comments nor docstrings nor layout count, nor which Python reads it."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    assert isinstance(body, ast.FunctionDef)
-    if ast.get_docstring(body) is not None:
-        body.body = body.body[1:]
-    return hashlib.sha256(outline(body).encode()).hexdigest()[:12]
-
-
-def outline(node: Any) -> str:
-    """A syntax tree without its empty fields, which are not the same in every Python."""
-    if isinstance(node, ast.AST):
-        fields = [f"{name}={outline(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return f"{type(node).__name__}({', '.join(fields)})"
-    return f"[{', '.join(map(outline, node))}]" if isinstance(node, list) else repr(node)
-
-
-@pytest.mark.parametrize(("file", "path"), REPLACED)
-def test_what_is_done_in_another_way_here_has_not_changed_there(file: str, path: str) -> None:
-    found = digest(resolve(path, file))
-
-    if found != REPLACED[file, path]:
-        fail(file, f"the body of {path}, whose digest is now {found}")
-
-
-# --- what is read and written ----------------------------------------------------------------------------------------
 
 TRAINER_ATTRIBUTES = {
     "loops/epoch_loop.py": [
@@ -359,7 +67,12 @@ TRAINER_ATTRIBUTES = {
         "fit_loop.epoch_loop.automatic_optimization.output_result_cls.from_training_step_output",
     ],
     "loops/trainer_state.py": ["_signal_connector.received_sigterm", "checkpoint_callbacks"],
-    "ranks.py": ["strategy._layer_sync", "strategy._launcher", "strategy._start_method", "strategy.num_processes"],
+    "strategies/supervisor.py": [
+        "strategy._layer_sync",
+        "strategy._launcher",
+        "strategy._start_method",
+        "strategy.num_processes",
+    ],
 }
 
 
@@ -478,7 +191,10 @@ def test_a_strategy_calls_the_steps_of_a_wrapped_module_by_one_object() -> None:
     from lightning.pytorch.strategies import Strategy
 
     if "self._forward_redirection(self.model, self.lightning_module" not in inspect.getsource(Strategy.training_step):
-        fail("module_wrapper.py", "Strategy.training_step calling _forward_redirection(model, lightning_module, ...)")
+        fail(
+            "strategies/module_wrapper.py",
+            "Strategy.training_step calling _forward_redirection(model, lightning_module, ...)",
+        )
 
 
 def test_going_on_in_mid_epoch_is_warned_of_in_the_same_words() -> None:
@@ -492,14 +208,14 @@ def test_a_stop_iteration_may_be_temporary() -> None:
     kind: Any = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     source = " ".join(inspect.getsource(kind._try_put_index).split())
     if "index = self._next_index() except StopIteration: return" not in source:
-        fail("sampler.py", "DataLoader workers' _try_put_index taking StopIteration for 'nothing to put now'")
+        fail("data/ticket_feed.py", "DataLoader workers' _try_put_index taking StopIteration for 'nothing to put now'")
 
 
 def test_a_loaders_batch_sampler_can_be_replaced() -> None:
     loader: DataLoader[Any] = DataLoader([1, 2, 3], batch_size=2)
     object.__setattr__(loader, "batch_sampler", [[2], [1]])
     if [batch.tolist() for batch in loader] != [[3], [2]]:
-        fail("faces.py", "a DataLoader that reads its attribute batch_sampler when it is iterated")
+        fail("data/loader_proxy.py", "a DataLoader that reads its attribute batch_sampler when it is iterated")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
@@ -508,17 +224,17 @@ def test_a_loader_gets_its_iterator_by_one_method_and_workers_are_driven_by_the_
     made: list[Any] = []
     vars(loader)["_get_iterator"] = lambda: made.append(DataLoader._get_iterator(loader)) or made[-1]
     if [batch.tolist() for batch in loader] != [[1, 2], [3]] or not made:
-        fail("shared_loader.py", "DataLoader.__iter__ asking self._get_iterator() for its iterator")
+        fail("data/shared_loader.py", "DataLoader.__iter__ asking self._get_iterator() for its iterator")
     if not arguments:
         return
     (iterator,) = made
     for name in ("_try_put_index", "_shutdown_workers", "_persistent_workers"):
         if not hasattr(iterator, name):
-            fail("shared_loader.py", f"the iterator over loader workers having {name}")
+            fail("data/shared_loader.py", f"the iterator over loader workers having {name}")
     if list(inspect.signature(iterator._reset).parameters) != ["loader", "first_iter"]:
-        fail("shared_loader.py", "the iterator over loader workers having _reset(loader, first_iter)")
+        fail("data/shared_loader.py", "the iterator over loader workers having _reset(loader, first_iter)")
     if arguments.get("persistent_workers") and loader._iterator is not iterator:
-        fail("shared_loader.py", "a loader with persistent workers keeping its iterator in _iterator")
+        fail("data/shared_loader.py", "a loader with persistent workers keeping its iterator in _iterator")
     iterator._shutdown_workers()
 
 
@@ -526,7 +242,7 @@ def test_loaders_have_the_attributes_that_are_read() -> None:
     loader = vars(DataLoader([1, 2, 3], batch_size=2))
     for name in ("batch_sampler", "sampler", "_iterator", "in_order", "num_workers", "prefetch_factor"):
         if name not in loader:
-            fail("shared_loader.py", f"a DataLoader that keeps {name} among its attributes")
+            fail("data/shared_loader.py", f"a DataLoader that keeps {name} among its attributes")
 
 
 def test_lightnings_sampler_of_samplers_keeps_what_it_has_drawn_in_its_data_set() -> None:
@@ -535,7 +251,7 @@ def test_lightnings_sampler_of_samplers_keeps_what_it_has_drawn_in_its_data_set(
     sampler: Any = DistributedSamplerWrapper([5, 6, 7], num_replicas=1, rank=0, shuffle=False)
     drawing = iter(sampler)
     if next(drawing) != 5 or sampler.dataset._sampler_list != [5, 6, 7]:
-        fail("faces.py", "DistributedSamplerWrapper keeping the drawn list in its dataset")
+        fail("data/loader_proxy.py", "DistributedSamplerWrapper keeping the drawn list in its dataset")
 
 
 def test_a_copy_of_a_combined_loader_takes_other_loaders() -> None:
@@ -562,25 +278,25 @@ def test_schedulers_know_a_wrapped_step_by_the_same_marks() -> None:
     source = inspect.getsource(torch.optim.lr_scheduler.LRScheduler)
     for mark in ("_wrapped_by_lr_sched", "_opt_called"):
         if mark not in source:
-            fail("proxies.py", f"torch's schedulers looking for {mark}")
+            fail("strategies/optimizer_proxy.py", f"torch's schedulers looking for {mark}")
 
 
 def test_an_optimizer_says_that_it_unscales_by_the_same_mark() -> None:
     from lightning.fabric.plugins.precision import amp
 
     if "_step_supports_amp_scaling" not in inspect.getsource(amp):
-        fail("proxies.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
+        fail("strategies/optimizer_proxy.py", "Lightning's mixed precision looking for _step_supports_amp_scaling")
 
 
 def test_torchmetrics_synchronise_by_one_method() -> None:
     from torchmetrics import Metric, SumMetric
 
     if "self.sync_context(" not in inspect.getsource(Metric._wrap_compute):
-        fail("phases.py", "Metric.compute in Metric.sync_context")
+        fail("loops/phase.py", "Metric.compute in Metric.sync_context")
     if "self.sync(" not in inspect.getsource(Metric.sync_context):
-        fail("phases.py", "Metric.sync_context calling Metric.sync")
+        fail("loops/phase.py", "Metric.sync_context calling Metric.sync")
     if not hasattr(SumMetric(), "_computed"):
-        fail("phases.py", "Metric._computed")
+        fail("loops/phase.py", "Metric._computed")
 
 
 def _raise(index: int) -> None:
@@ -630,27 +346,27 @@ def test_torchs_dispatcher_and_groups_can_be_guarded_in_the_same_way() -> None:
     names = torch._C._dispatch_get_all_op_names()
     for operator in ("c10d::allreduce_", "c10d::barrier", "c10d::send"):
         if operator not in names:
-            fail("collective_guard.py", f"torch's dispatcher having the operator {operator}")
+            fail("loops/collective_guard.py", f"torch's dispatcher having the operator {operator}")
     schema = str(torch.ops.c10d.allreduce_.default._schema)
     if "c10d.ProcessGroup process_group" not in schema:
-        fail("collective_guard.py", "c10d's operators taking their group as c10d.ProcessGroup")
+        fail("loops/collective_guard.py", "c10d's operators taking their group as c10d.ProcessGroup")
     paths = [
         *("torch.library.Library._destroy", "torch._C._dispatch_keyset_full_after", "torch._C.DispatchKey"),
         *("torch.distributed.ProcessGroup.unbox", "torch.distributed.distributed_c10d._new_group_with_tag"),
     ]
     for path in paths:
-        resolve(path, "collective_guard.py")
+        resolve(path, "loops/collective_guard.py")
     from torch.distributed import distributed_c10d
 
     if "_new_group_with_tag(" not in inspect.getsource(distributed_c10d.new_group):
-        fail("collective_guard.py", "torch.distributed.new_group calling _new_group_with_tag")
+        fail("loops/collective_guard.py", "torch.distributed.new_group calling _new_group_with_tag")
 
 
 def test_ddp_reads_what_to_ignore_from_the_same_attribute() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     if "module._ddp_params_and_buffers_to_ignore" not in inspect.getsource(DistributedDataParallel.__init__):
-        fail("buffer_sync.py", "DistributedDataParallel reading _ddp_params_and_buffers_to_ignore of its module")
+        fail("loops/buffer_sync.py", "DistributedDataParallel reading _ddp_params_and_buffers_to_ignore of its module")
 
 
 def test_lightning_counts_a_batch_as_started_once_its_hooks_let_it_be() -> None:

@@ -57,6 +57,8 @@ TRAINER_ATTRIBUTES = {
         "fit_loop._combined_loader",
         "fit_loop._combined_loader_states_to_load",
         "fit_loop._data_fetcher",
+    ],
+    "loops/installation.py": [
         "fit_loop.epoch_loop.automatic_optimization",
         "_signal_connector._sigterm_notifier_fn",
         "_signal_connector._slurm_sigusr_handler_fn",

@@ -99,7 +99,7 @@ class OnGpu(Oddly):
 
     def on_train_end(self) -> None:
         strategy: Any = self.trainer.strategy
-        channel, service = strategy.worker._slots[0].channel, strategy.engine.local_service
+        channel, service = strategy.worker._turns.slots[0].channel, strategy.engine.local_service
         holder = getattr(service, "holder", None)
         report(
             Path.cwd(),

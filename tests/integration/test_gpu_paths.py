@@ -118,7 +118,7 @@ def test_a_run_over_the_ways_of_gpus_is_replayed_bit_for_bit(tmp_path: Path, way
             def on_train_end(self) -> None:
                 strategy: Any = self.trainer.strategy
                 parameters = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-                channel, service = strategy.worker._slots[0].channel, strategy.engine.local_service
+                channel, service = strategy.worker._turns.slots[0].channel, strategy.engine.local_service
                 kinds = type(channel).__name__, type(getattr(service, "holder", None)).__name__
                 report(Path.cwd(), self.global_rank, parameters=parameters, kinds=kinds)
                 if self.global_rank == 0:

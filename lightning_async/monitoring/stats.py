@@ -25,6 +25,7 @@ class RunStats:
 
     Attributes:
         updates: updates applied, over all optimizers.
+        version: the version that the last of them made.
         staleness: staleness -> number of applied updates.
         staleness_by_rank: the same for each rank.
         updates_by_rank: rank -> updates applied.
@@ -33,13 +34,14 @@ class RunStats:
         parked_seconds_by_rank: rank -> the part of it in which the barrier held its gradient back.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
-        evicted: ranks that were taken out of the run.
+        evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
     def __init__(self, workers: int) -> None:
         self._lock = threading.Lock()
         self.updates = 0
+        self.version = 0
         self.staleness: Counter[int] = Counter()
         self.staleness_by_rank: dict[int, Counter[int]] = {rank: Counter() for rank in range(workers)}
         self.updates_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
@@ -83,6 +85,7 @@ class RunStats:
             self.parked_seconds_by_rank[worker] += update.parked_s
             if update.applied:
                 self.updates += 1
+                self.version = update.version
                 self.updates_by_rank[worker] += 1
                 self.staleness[update.staleness] += 1
                 self.staleness_by_rank[worker][update.staleness] += 1
@@ -205,11 +208,14 @@ class MetricsLogger:
         """Writes the metrics at ``step``; nothing if no update came in since.
 
         Args:
-            version: the version that they are at.
+            version: the version that this rank has read.
             step: the x-axis.
             epoch: goes into the row, as into every row that Lightning writes: loggers rely on it.
         """
         now, stats = time.perf_counter(), self._stats.counts()
+        # The holder may be ahead of what this rank has read: its updates are counted here, and the last is in no other
+        # row.
+        version = max(version, self._stats.version)
         updates = stats["updates"] - self._seen["updates"]
         if updates == 0:
             return

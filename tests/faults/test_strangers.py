@@ -146,7 +146,7 @@ def test_a_stranger_that_hangs_up_is_refused(host: Host, caplog: pytest.LogCaptu
 
 def test_silent_strangers_keep_nobody_out(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     # None of them is given up while the test lasts: one after the other they would keep the worker out.
-    monkeypatch.setattr(frontdoor, "_HANDSHAKE_TIMEOUT_S", 120.0)
+    monkeypatch.setattr(frontdoor, "HANDSHAKE_TIMEOUT_S", 120.0)
     strangers = [host.knock() for _ in range(40)]
 
     assert host.serves(rank=2)

@@ -212,3 +212,29 @@ def test_the_summary_is_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert summary["wait_fraction"] == pytest.approx(2.0 / 8.0)
     assert (summary["updates_rank_0"], summary["share_rank_1"]) == (3.0, 0.25)
     assert summary["wait_fraction_rank_0"] == pytest.approx(1.5 / 4.0)
+
+
+def test_the_last_row_has_the_last_version_though_its_rank_had_not_read_it() -> None:
+    stats = RunStats(workers=2)
+    rows: list[dict[str, float]] = []
+
+    class Writer:
+        def configure(self, configuration: dict[str, Any]) -> None:
+            """Nothing."""
+
+        def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
+            rows.append(metrics)
+
+        def summarize(self, summary: dict[str, float]) -> None:
+            """Nothing."""
+
+    metrics = MetricsLogger(stats, [Writer()])
+    for version in (1, 2):
+        push = Push(worker=version - 1, optimizer=0, version_read=0, gradients=(), groups=())
+        stats.record(Update(push, version, staleness=version - 1, applied=True, parked_s=0.0))
+
+    # Rank 0 logs between the other rank's update and its own next look; no update comes after it.
+    metrics.log(version=1, step=1, epoch=0)
+    metrics.log(version=2, step=1, epoch=0)
+
+    assert [row["async/version"] for row in rows] == [2.0]

@@ -46,7 +46,7 @@ PARTS: dict[str, tuple[type, str]] = {
     "gather gradients": (ParameterViews, "gather"),
     "holder: update": (Holder, "try_push"),
     "holder: copy parameters": (Holder, "try_pull"),
-    "land parameters": (ParameterViews, "land"),
+    "install parameters": (ParameterViews, "install"),
 }
 
 

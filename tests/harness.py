@@ -107,7 +107,12 @@ class Exchange:
     """
 
     def __init__(
-        self, *shapes: Sequence[Any], workers: int = 2, tickets: int = 0, barrier: StalenessBarrier | None = None
+        self,
+        *shapes: Sequence[Any],
+        workers: int = 2,
+        tickets: int = 0,
+        barrier: StalenessBarrier | None = None,
+        initial: Tensor | None = None,
     ) -> None:
         self.parameters = [[torch.nn.Parameter(torch.ones(shape)) for shape in own] for own in shapes]
         self.optimizers = [AMSGrad(own, lr=0.1) for own in self.parameters]
@@ -122,9 +127,8 @@ class Exchange:
         self.updates: list[Update] = []
         self.applied: list[int] = []
         self.covered: dict[int, list[tuple[int, ...]]] = {worker: [] for worker in range(workers)}
-        self.holder = Holder(
-            self.layout, torch.ones(self.layout.numel), self.optimizers, self.barrier, self.latch, self._observe
-        )
+        initial = torch.ones(self.layout.numel) if initial is None else initial
+        self.holder = Holder(self.layout, initial, self.optimizers, self.barrier, self.latch, self._observe)
 
     def _observe(self, update: Update) -> None:
         self.updates.append(update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from lightning_async.data import ticket_feed
 from lightning_async.data.ledger import Ledger
 from lightning_async.data.shared_loader import share_loader, shared_behind
 from lightning_async.data.ticket_feed import LoaderError
-from lightning_async.exchange.drawn_tickets import DrawnTickets
+from tests.harness import LoaderRank
 
 pytestmark = [
     pytest.mark.timeout(100),
@@ -30,6 +31,13 @@ DATA = TensorDataset(torch.arange(42))
 SEED = 3
 
 
+@pytest.fixture(autouse=True)
+def no_loader_outlives_its_test() -> Iterator[None]:
+    """Dropped loaders end here: their workers would hold up the test in which the garbage is collected."""
+    yield
+    gc.collect()
+
+
 def one_order(data: Any = DATA, ranks: int = 1, rank: int = 0, shuffle: bool = True) -> DistributedSampler[Any]:
     """The sampler that Lightning gives a train loader: one order for all ranks."""
     return DistributedSampler(data, ranks, rank, shuffle=shuffle, seed=SEED)
@@ -39,68 +47,11 @@ def make(kind: type[DataLoader[Any]] = DataLoader, data: Any = DATA, **arguments
     return kind(data, **({"batch_size": 4, "sampler": one_order(data)} | arguments))
 
 
-class Rank:
-    """A rank's training loop, as far as its loader is concerned."""
-
-    def __init__(self, ledger: Ledger, number: int, loader: DataLoader[Any], ranks: int) -> None:
-        self.ledger, self.number, self.visible = ledger, number, loader
-        self.shared = share_loader(loader, ranks, number, SEED)
-        self.feed = self.shared.feed
-        self.iterator: Iterator[Any] | None = None
-        self.tickets = DrawnTickets()
-        self.seen: list[int] = []
-        self.most_leased = 0
-        self.left_out = 0
-
-    def begin_epoch(self, epoch: int, limit: int | None = None) -> str:
-        self.iterator = None
-        self.seen.clear()
-        self.tickets.begin_epoch()
-        batches: Any = self.visible.batch_sampler
-        batches.sampler.set_epoch(epoch)
-        return self.shared.begin_epoch(epoch, limit)
-
-    def open(self) -> None:
-        self.feed.open(self.draw, self.release, self.leave_out)
-
-    def draw(self) -> range:
-        self.tickets.add(self.ledger.draw(self.number))
-        return self.tickets.hand_on() or range(0)
-
-    def release(self, tickets: int, over: bool) -> None:
-        self.ledger.release(self.number, self.tickets.give_back(tickets), over)
-
-    def leave_out(self, tickets: int) -> None:
-        self.left_out += tickets
-        self.tickets.leave_out(tickets)
-        self.ledger.complete(self.number, self.tickets.report())
-
-    def step(self) -> bool:
-        """Computes one batch; False if there is none."""
-        while self.feed.has_next():
-            if self.iterator is None:
-                self.iterator = iter(self.shared.loader)
-            try:
-                with self.feed.fetching():
-                    (batch,) = next(self.iterator)
-            except StopIteration:
-                self.iterator = None
-                self.feed.end_pass()
-                continue
-            self.most_leased = max(self.most_leased, self.ledger.leased(self.number))
-            computed = [range(ticket, ticket + 1) for ticket in [*self.feed._loaded][:1]]
-            assert self.feed.deliver() == len(batch)
-            self.seen += batch.tolist()
-            self.tickets.begin_batch()
-            reported = self.tickets.report()
-            # A worker reports the very batch that its loader has delivered.
-            assert [*reported] == computed
-            self.ledger.complete(self.number, reported)
-            return True
-        return False
+def join(ledger: Ledger, number: int, loader: DataLoader[Any], ranks: int) -> LoaderRank:
+    return LoaderRank(ledger, number, loader, ranks, SEED)
 
 
-def run_segment(ranks: list[Rank], speeds: tuple[int, ...] = (3, 1)) -> None:
+def run_segment(ranks: list[LoaderRank], speeds: tuple[int, ...] = (3, 1)) -> None:
     """Rank r computes ``speeds[r]`` batches in each round until nobody gets any more."""
     for rank in ranks:
         rank.open()
@@ -108,7 +59,7 @@ def run_segment(ranks: list[Rank], speeds: tuple[int, ...] = (3, 1)) -> None:
         continue
 
 
-def run_epoch(ledger: Ledger, ranks: list[Rank], epoch: int, segments: tuple[int, ...] = (3, 4)) -> None:
+def run_epoch(ledger: Ledger, ranks: list[LoaderRank], epoch: int, segments: tuple[int, ...] = (3, 4)) -> None:
     assert len({rank.begin_epoch(epoch) for rank in ranks}) == 1
     total = ranks[0].feed.global_batches
     ledger.begin_epoch(range(total))
@@ -121,10 +72,10 @@ def run_epoch(ledger: Ledger, ranks: list[Rank], epoch: int, segments: tuple[int
 
 def train(
     kind: type[DataLoader[Any]], mode: Mode, epochs: int = 2, **arguments: Any
-) -> tuple[list[Rank], list[list[int]]]:
+) -> tuple[list[LoaderRank], list[list[int]]]:
     """What two ranks of unlike speed train on in each epoch."""
     ledger = Ledger(2, mode)
-    ranks = [Rank(ledger, number, make(kind, **arguments), 2) for number in range(2)]
+    ranks = [join(ledger, number, make(kind, **arguments), 2) for number in range(2)]
     seen = []
     try:
         for epoch in range(epochs):
@@ -302,7 +253,7 @@ class Short(DataLoader[Any]):
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 2}], ids=str)
 def test_a_loader_that_ends_early_gives_each_rank_what_it_has_in_an_epoch(mode: Mode, workers: Any) -> None:
     ledger = Ledger(2, mode)
-    ranks = [Rank(ledger, number, make(Short, **workers), 2) for number in range(2)]
+    ranks = [join(ledger, number, make(Short, **workers), 2) for number in range(2)]
 
     for epoch in range(2):
         run_epoch(ledger, ranks, epoch)
@@ -317,7 +268,7 @@ def test_a_loader_that_ends_early_gives_each_rank_what_it_has_in_an_epoch(mode: 
 
 def test_what_a_loader_that_ends_early_has_no_batches_for_goes_to_the_others() -> None:
     ledger = Ledger(2, "shared")
-    ranks = [Rank(ledger, number, make(kind), 2) for number, kind in enumerate([Short, DataLoader])]
+    ranks = [join(ledger, number, make(kind), 2) for number, kind in enumerate([Short, DataLoader])]
 
     run_epoch(ledger, ranks, 0)
 
@@ -368,7 +319,7 @@ class Splitting(DataLoader[Any]):
 
 @pytest.mark.parametrize("kind", [Early, Splitting])
 def test_a_loader_whose_batches_belong_to_no_ticket_is_refused_by_name(kind: type[DataLoader[Any]]) -> None:
-    rank = Rank(Ledger(1), 0, make(kind), 1)
+    rank = join(Ledger(1), 0, make(kind), 1)
     rank.ledger.begin_epoch(range(11))
     rank.ledger.open(11)
     rank.begin_epoch(0)
@@ -448,7 +399,7 @@ def test_a_loaders_thread_ends_when_the_loader_is_closed(monkeypatch: pytest.Mon
 
             return Background(forever())
 
-    rank = Rank(Ledger(1), 0, make(Endless if endless else Threaded), 1)
+    rank = join(Ledger(1), 0, make(Endless if endless else Threaded), 1)
     rank.ledger.begin_epoch(range(11))
     rank.ledger.open(3)
     rank.begin_epoch(0)
@@ -480,7 +431,7 @@ def test_a_pass_of_user_code_sees_ddps_share_and_training_goes_on_untouched(
     kind: type[DataLoader[Any]], workers: Any
 ) -> None:
     ledger = Ledger(2, "shared")
-    ranks = [Rank(ledger, number, make(kind, **workers), 2) for number in range(2)]
+    ranks = [join(ledger, number, make(kind, **workers), 2) for number in range(2)]
     for rank in ranks:
         rank.begin_epoch(1)
     ledger.begin_epoch(range(11))
@@ -605,7 +556,7 @@ def test_what_user_code_changes_on_the_loader_holds_from_the_next_epoch_on() -> 
 
 def test_a_batch_sampler_that_is_built_over_the_loaders_sampler_takes_the_others_place() -> None:
     ledger = Ledger(2, "shared")
-    ranks = [Rank(ledger, number, make(), 2) for number in range(2)]
+    ranks = [join(ledger, number, make(), 2) for number in range(2)]
     for rank in ranks:
         batches = BatchSampler(rank.visible.sampler, 6, drop_last=False)
         object.__setattr__(rank.visible, "batch_sampler", batches)
@@ -645,7 +596,7 @@ def test_loaders_that_do_not_batch_are_shared_too() -> None:
 
 
 def test_outside_a_segment_nothing_is_drawn() -> None:
-    rank = Rank(Ledger(1), 0, make(), 1)
+    rank = join(Ledger(1), 0, make(), 1)
     rank.begin_epoch(0)
 
     assert list(rank.shared.loader) == []
@@ -668,7 +619,7 @@ def test_an_order_that_is_shorter_than_its_sampler_says_ends_the_epoch_on_every_
     ranks = []
     for number in range(2):
         loader: DataLoader[Any] = DataLoader(DATA, batch_sampler=TooMany(one_order(), 4, False))
-        ranks.append(Rank(ledger, number, loader, 2))
+        ranks.append(join(ledger, number, loader, 2))
 
     run_epoch(ledger, ranks, 0)
 

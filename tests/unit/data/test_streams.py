@@ -14,62 +14,10 @@ from torch import Tensor
 
 from lightning_async.data.ledger import Ledger
 from lightning_async.data.ranges import UNBOUNDED
-from lightning_async.data.streams import OwnStream, count_samples
-from lightning_async.exchange.drawn_tickets import DrawnTickets
+from lightning_async.data.streams import count_samples
+from tests.harness import StreamRank
 
 pytestmark = pytest.mark.timeout(60)
-
-
-class Rank:
-    """A rank's loop over its own stream of ``length`` batches, as `worker.py` and `internals/` run it."""
-
-    def __init__(self, ledger: Ledger, number: int, length: int, block: int) -> None:
-        self.ledger, self.number, self.block = ledger, number, block
-        self.source = iter(range(length))
-        self.stream = OwnStream(lambda: next(self.source))
-        self.taken: list[int] = []
-        self.tickets = DrawnTickets()
-        self.unreported = 0
-        self.done = True
-
-    def open(self) -> None:
-        self.stream.open(self.draw, self.release)
-        self.done = False
-
-    def draw(self) -> range:
-        handed = self.tickets.hand_on()
-        if handed is None:
-            self.tickets.add(self.ledger.draw(self.number))
-            handed = self.tickets.hand_on()
-        return handed or range(0)
-
-    def release(self, tickets: int, over: bool) -> None:
-        self.ledger.release(self.number, self.tickets.give_back(tickets), over)
-
-    def step(self) -> bool:
-        """One batch; at the end of the segment, what is left of an update."""
-        if self.done:
-            return False
-        if self.stream.has_next():
-            self.taken.append(self.stream.take())
-            self.tickets.begin_batch()
-            self.unreported += 1
-            if self.unreported == self.block:
-                self.push()
-            return True
-        if self.unreported:
-            self.push()
-        self.ledger.release(self.number, self.tickets.give_back_waiting(), False)
-        self.tickets.finish_segment()
-        self.done = True
-        return False
-
-    def push(self) -> None:
-        self.ledger.complete(self.number, self.tickets.report())
-        self.unreported = 0
-        # The next permits come with the answer, unless there are some.
-        if not self.tickets.waiting:
-            self.tickets.add_answer(self.ledger.draw(self.number))
 
 
 @settings(deadline=None)
@@ -85,7 +33,7 @@ def test_every_stream_is_walked_to_its_end_or_until_the_permits_are_gone(
     mode: Any, lengths: list[int], block: int, permits: int | None, segment: int, data: st.DataObject
 ) -> None:
     ledger = Ledger(len(lengths), mode)
-    ranks = [Rank(ledger, number, length, block) for number, length in enumerate(lengths)]
+    ranks = [StreamRank(ledger, number, length, block) for number, length in enumerate(lengths)]
     ledger.begin_epoch(range(UNBOUNDED if permits is None else permits), block)
 
     segments = 0

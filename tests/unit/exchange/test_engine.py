@@ -13,8 +13,7 @@ from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Listener
+from tests.harness import Entrance
 
 
 def make_engine(optimizer: torch.optim.Optimizer, version: int = 0, predecessor: Engine | None = None) -> Engine:
@@ -138,15 +137,14 @@ def test_the_holder_takes_over_only_what_was_changed() -> None:
 def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
     parameter = nn.Parameter(torch.rand(50, generator=torch.Generator().manual_seed(1)))
     before, latch = parameter.detach().clone(), FailureLatch()
-    heartbeats = Heartbeats(0, latch, 60.0)
-    listener = Listener("127.0.0.1", 2, heartbeats)
+    entrance = Entrance(2, latch)
     engine = Engine(
         rank=0,
         world_size=2,
         optimizers=[AMSGrad([parameter])],
         options=ExchangeOptions(overlap=True, transport="gloo", wire_dtype="bf16", parameter_wire_dtype="bf16"),
         latch=latch,
-        listener=listener,
+        listener=entrance.listener,
         stats=RunStats(2),
         observers=[],
         version=0,
@@ -158,8 +156,7 @@ def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
 
     snapshot = engine.snapshot()
     engine.close()
-    listener.close()
-    heartbeats.close()
+    entrance.close()
     assert snapshot is not None
     assert torch.equal(snapshot.parameters, before)
 

@@ -17,11 +17,10 @@ from lightning_async.holder.held_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import STATE, HandshakeError, handshake
-from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Listener
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Welcome
+from tests.harness import Entrance
 
 EVERYTHING = {
     0: {
@@ -55,8 +54,8 @@ class Door:
 
     def __init__(self, state: Any) -> None:
         latch = FailureLatch()
-        self.heartbeats = Heartbeats(0, latch, 60.0)
-        self.listener = Listener("127.0.0.1", 2, self.heartbeats)
+        self.entrance = Entrance(2, latch)
+        self.listener = self.entrance.listener
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
         self.optimizer.state[self.optimizer.param_groups[0]["params"][0]] = state
         self.engine = Engine(
@@ -74,8 +73,7 @@ class Door:
 
     def close(self) -> None:
         self.engine.close()
-        self.listener.close()
-        self.heartbeats.close()
+        self.entrance.close()
 
 
 @pytest.fixture

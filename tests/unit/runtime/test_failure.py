@@ -7,11 +7,11 @@ import pickle
 import resource
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import ExitGuard, FailureLatch, RunFailure, WorkerFailedError, describe_error
 
 pytestmark = pytest.mark.timeout(20)
@@ -94,15 +94,25 @@ class Exits:
         self.happened.set()
 
 
-def test_the_guard_ends_a_stuck_process_and_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_guard_ends_a_stuck_process_after_its_grace_and_says_why(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     latch, exits = FailureLatch(), Exits()
-    ExitGuard(1, latch, grace_s=0.05, exit_process=exits)
+    graces: list[float] = []
+    set_alarm = Alarm.set
 
-    started = time.monotonic()
+    def set_to_now(alarm: Alarm, delay_s: float) -> None:
+        graces.append(delay_s)
+        set_alarm(alarm, 0.0)
+
+    monkeypatch.setattr(Alarm, "set", set_to_now)
+    ExitGuard(1, latch, grace_s=3600.0, exit_process=exits)
+    assert graces == []
+
     latch.trip(KILLED)
 
     assert exits.happened.wait(5.0)
-    assert time.monotonic() - started >= 0.05
+    assert graces == [3600.0]
     assert exits.codes == [1]
     assert capfd.readouterr().err == (
         "[rank 1] lightning_async: rank 2 failed: its process was killed by SIGKILL; ending this process.\n"

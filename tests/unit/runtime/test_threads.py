@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_async.runtime.threads import SWITCH_INTERVAL_S, Errands, PromptSwitching, use_one_thread
-from tests.launch import launch, report
-from tests.models import TinyClassifier, fork_trainer, loader
 
 
 def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> None:
@@ -54,25 +51,6 @@ def test_serving_threads_get_the_interpreter_soon_and_leave_its_interval_as_it_w
         sys.setswitchinterval(found)
 
     assert (during, after) == pytest.approx((meanwhile, before))
-
-
-def test_rank_0_switches_promptly_while_it_serves_and_not_afterwards(tmp_path: Path) -> None:
-    def script(folder: Path) -> None:
-        class Module(TinyClassifier):
-            def on_train_epoch_end(self) -> None:
-                report(folder, self.global_rank, interval=sys.getswitchinterval())
-
-            def teardown(self, stage: str) -> None:
-                (folder / f"after{self.global_rank}").write_text(str(sys.getswitchinterval()))
-
-        sys.setswitchinterval(5e-3)
-        fork_trainer(folder, 2).fit(Module(), loader(32))
-
-    run = launch(script, tmp_path)
-
-    assert run.returncode == 0, run.output
-    assert [rank["interval"] for rank in run.reports()] == pytest.approx([SWITCH_INTERVAL_S, 5e-3])
-    assert float((tmp_path / "after0").read_text()) == pytest.approx(5e-3)
 
 
 def test_errands_are_run_in_turn_by_a_thread_that_was_there_before(

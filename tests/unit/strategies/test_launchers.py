@@ -26,6 +26,7 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.strategies import launchers
 from lightning_async.strategies import supervisor as ranks
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
+from tests.harness import eventually
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -261,13 +262,6 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     assert later.procs == script.procs
     assert reported == ([(1, "its process exited with code 3")] if first_fails else [])
     assert eventually(lambda: "child-watch" not in {thread.name for thread in threading.enumerate()})
-
-
-def eventually(condition: Any) -> bool:
-    deadline = time.monotonic() + 5.0
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(condition())
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.strategies.validation import check_module
-from tests.launch import launch
-from tests.models import TinyClassifier, fork_trainer, loader
 
 
 def unbuilt(kind: Any) -> nn.Module:
@@ -72,15 +69,3 @@ def test_plain_modules_and_classes_of_the_same_name_pass() -> None:
     own = type("DeepSpeedEngine", (nn.Module,), {})()
 
     check_module(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), own))
-
-
-def test_a_fit_with_such_a_part_is_refused(tmp_path: Path) -> None:
-    def script(folder: Path) -> None:
-        module = TinyClassifier()
-        module.net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(6), *module.net))
-        fork_trainer(folder, 3).fit(module, loader())
-
-    run = launch(script, tmp_path)
-
-    assert run.returncode != 0
-    assert "async_amsgrad cannot train this module: net.0 is a SyncBatchNorm" in run.output

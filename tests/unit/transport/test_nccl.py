@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,21 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_async import AMSGrad
-from lightning_async.data.ledger import Ledger
 from lightning_async.exchange import nccl_negotiation as nccl_office
 from lightning_async.exchange.nccl_negotiation import NcclNegotiator, Turns
 from lightning_async.exchange.negotiation import dial
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.worker import Worker
-from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.holder import Holder
-from lightning_async.holder.hyperparams import HyperparamLayout
-from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import HolderPlacement
-from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import PeerInfo
-from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.listener import Listener
 from lightning_async.transport import nccl
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -37,6 +28,7 @@ from lightning_async.transport.message import Goodbye, Pull
 from lightning_async.transport.nccl import NcclChannel, NcclExecutor
 from lightning_async.transport.shm import SharedMemoryChannel
 from tests.fake_nccl import Fabric
+from tests.harness import Call, Entrance, Exchange, socket_pair
 
 pytestmark = pytest.mark.timeout(60)
 NUMEL = 6
@@ -52,17 +44,13 @@ class Pair:
     """A worker's and the holder's end of a NCCL channel in one process."""
 
     def __init__(self, fabric: Fabric, late_reader: bool = False) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        ours = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-        listener.close()
         self.ends = []
         links = [NcclExecutor(fabric.communicator(None, "pair", side, CPU), f"side-{side}") for side in (0, 1)]
         connecting = threading.Thread(target=links[1].connect, args=(5.0, lambda: False))
         connecting.start()
         links[0].connect(5.0, lambda: False)
         connecting.join()
-        for side, (sock, executor) in enumerate(zip((ours, theirs), links, strict=True)):
+        for side, (sock, executor) in enumerate(zip(socket_pair(), links, strict=True)):
             buffers = Buffers.allocate(NUMEL, torch.float32)
             self.ends.append(NcclChannel(ControlConnection(sock), buffers, executor, side, late_reader))
 
@@ -96,34 +84,19 @@ def pair(fabric: Fabric, request: pytest.FixtureRequest) -> Iterator[Pair]:
         end.close()
 
 
-def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, errors
-
-
 @pytest.mark.parametrize("pair", [True], indirect=True)
 def test_parameters_are_not_posted_while_their_worker_still_computes(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nccl, "_PAYLOAD_BASE_S", 1.0)
     pair.holder.buffers.parameters.fill_(3.0)
-    thread, errors = in_thread(lambda: pair.holder.send(PING, pair.holder.buffers.parameters))
+    call = Call(lambda: pair.holder.send(PING, pair.holder.buffers.parameters))
     time.sleep(1.5)
 
     pair.worker.receive()
     pair.worker.receive_payload(pair.worker.buffers.parameters)
-    thread.join(10)
+    call.outcome()
 
-    assert errors == []
     assert pair.worker.buffers.parameters.tolist() == [3.0] * NUMEL
 
 
@@ -138,29 +111,28 @@ def test_payloads_pass_both_ways_in_strict_order(pair: Pair) -> None:
             pair.holder.buffers.parameters.add_(pair.holder.buffers.gradient)
             pair.holder.send(PING, pair.holder.buffers.parameters)
 
-    thread, errors = in_thread(holder)
+    call = Call(holder)
     for number in range(rounds):
         pair.worker.buffers.gradient.fill_(float(number))
         pair.worker.send(PING, pair.worker.buffers.gradient[2:5])
         pair.worker.receive()
         pair.worker.receive_payload(pair.worker.buffers.parameters)
-    thread.join(10)
+    call.outcome()
 
     total = float(sum(range(rounds)))
-    assert errors == []
     assert pair.worker.buffers.parameters.tolist() == [0, 0, total, total, total, 0]
 
 
 def test_a_payload_is_posted_only_behind_its_message(pair: Pair, fabric: Fabric) -> None:
-    thread, errors = in_thread(lambda: pair.worker.send(PING, pair.worker.buffers.gradient))
+    call = Call(lambda: pair.worker.send(PING, pair.worker.buffers.gradient))
 
     message = pair.holder.receive()
     time.sleep(0.05)
     before = list(fabric.posted)
     pair.holder.receive_payload(pair.holder.buffers.gradient)
-    thread.join(10)
+    call.outcome()
 
-    assert (message, errors) == (PING, [])
+    assert message == PING
     assert before == [("pair", 1, "send")]
     assert fabric.posted == [("pair", 1, "send"), ("pair", 0, "recv")]
 
@@ -178,37 +150,33 @@ def test_a_peer_that_does_not_deliver_in_time_ends_the_channel(pair: Pair, monke
 def test_a_peer_that_dies_in_the_middle_of_a_payload_is_noticed_at_once(pair: Pair, unread: bool) -> None:
     if unread:
         pair.worker.send(PING)
-    thread, errors = in_thread(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
+    call = Call(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
     time.sleep(0.05)
 
     # What the system does for a killed process; NCCL itself says nothing.
     pair.worker._control.shutdown()
-    thread.join(5.0)
 
-    assert not thread.is_alive()
-    assert [str(error) for error in errors] == ["NCCL: the peer is gone"]
+    assert str(call.ended(5.0)) == "NCCL: the peer is gone"
 
 
 def test_closing_from_another_thread_frees_whoever_waits_for_a_payload(pair: Pair) -> None:
-    thread, errors = in_thread(lambda: pair.worker.receive_payload(pair.worker.buffers.parameters))
+    call = Call(lambda: pair.worker.receive_payload(pair.worker.buffers.parameters))
     time.sleep(0.05)
 
     pair.worker.close()
-    thread.join(5.0)
 
-    assert not thread.is_alive()
-    assert [type(error) for error in errors] == [ChannelClosedError]
+    assert type(call.ended(5.0)) is ChannelClosedError
 
 
 def test_the_fake_catches_an_order_that_nccl_would_hang_on(pair: Pair, fabric: Fabric) -> None:
-    thread, _ = in_thread(lambda: pair.worker.send(PING, pair.worker.buffers.gradient[:2]))
-    in_thread(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
+    call = Call(lambda: pair.worker.send(PING, pair.worker.buffers.gradient[:2]))
+    Call(lambda: pair.holder.receive_payload(pair.holder.buffers.gradient))
     time.sleep(0.2)
     broken, fabric.broken[:] = list(fabric.broken), []
 
     pair.holder.close()
     pair.worker.close()
-    thread.join(5.0)
+    call.ended()
 
     assert any("recv of 6 meets send of 2" in rule or "send of 2 meets recv of 6" in rule for rule in broken)
 
@@ -264,36 +232,27 @@ def test_rank_0s_own_lanes_are_never_offered_nccl() -> None:
 
 def test_closing_ends_the_wait_for_a_turn() -> None:
     turns = Turns(3)
-    thread, errors = in_thread(lambda: turns.take(2, 0))
+    call = Call(lambda: turns.take(2, 0))
 
     turns.close()
-    thread.join(5.0)
 
-    assert [type(error) for error in errors] == [ChannelClosedError]
+    assert type(call.ended(5.0)) is ChannelClosedError
 
 
 class Run:
     """Rank 0's server, and workers of which each has a thread."""
 
     def __init__(self, workers: int, transport: Any = "auto") -> None:
-        self.initial = torch.nn.Parameter(torch.ones(NUMEL))
-        self.layout = FlatLayout([[self.initial]])
-        self.latch = FailureLatch()
-        self.heartbeats = Heartbeats(0, self.latch, 60.0)
-        self.listener = Listener("127.0.0.1", workers, self.heartbeats)
-        template = AMSGrad([self.initial], lr=0.1)
-        self.hyperparams = [HyperparamLayout(template)]
-        self.holder = Holder(self.layout, torch.ones(NUMEL), [template], StalenessBarrier(None), self.latch)
-        self.ledger = Ledger(workers)
-        self.ledger.begin_epoch(range(1000))
-        self.ledger.open(1000)
+        self.exchange = Exchange([NUMEL], workers=workers, tickets=1000)
+        self.latch, self.holder = self.exchange.latch, self.exchange.holder
+        self.entrance = Entrance(workers, self.latch)
         self.server = Server(
             self.holder,
-            self.ledger,
-            self.layout,
-            self.hyperparams,
+            self.exchange.ledger,
+            self.exchange.layout,
+            self.exchange.hyperparams,
             self.latch,
-            self.listener,
+            self.entrance.listener,
             transport,
             placement=HolderPlacement(CPU, gpu(0)),
             workers=workers,
@@ -302,14 +261,16 @@ class Run:
 
     def dial(self, rank: int, claims: dict[str, Any] | None = None) -> Channel:
         devices = RankDevices(CPU, claims if claims is not None else gpu(rank))
-        channel = dial(self.listener.address, rank, self.layout, self.hyperparams, devices=devices)
+        channel = dial(
+            self.entrance.listener.address, rank, self.exchange.layout, self.exchange.hyperparams, devices=devices
+        )
         self.channels[rank] = channel
         return channel
 
     def train(self, rank: int, steps: int) -> Tensor:
         parameter = torch.nn.Parameter(torch.ones(NUMEL))
         optimizer = AMSGrad([parameter], lr=0.1)
-        worker = Worker(rank, self.channels[rank], self.layout, [optimizer], self.latch)
+        worker = Worker(rank, self.channels[rank], self.exchange.layout, [optimizer], self.latch)
         for _ in range(steps):
             worker.draw()
             worker.begin_batch(1)
@@ -326,8 +287,7 @@ class Run:
                 channel.send(Goodbye(worker=rank))
             channel.close()
         self.server.close()
-        self.listener.close()
-        self.heartbeats.close()
+        self.entrance.close()
 
 
 @pytest.fixture
@@ -349,13 +309,12 @@ def test_communicators_are_made_one_at_a_time_in_the_order_of_ranks(run: Callabl
     workers = 5
     here = run(workers)
 
-    threads = []
+    calls = []
     for rank in reversed(range(1, workers)):
-        threads.append(in_thread(lambda rank=rank: here.dial(rank)))  # type: ignore[misc]
+        calls.append(Call(lambda rank=rank: here.dial(rank)))  # type: ignore[misc]
         time.sleep(0.02)
-    for thread, errors in threads:
-        thread.join(20)
-        assert errors == []
+    for call in calls:
+        call.outcome()
 
     assert fabric.connected == [f"nccl-{rank}-0-0" for rank in range(1, workers)]
     assert {type(channel) for channel in here.channels.values()} == {NcclChannel}
@@ -363,9 +322,9 @@ def test_communicators_are_made_one_at_a_time_in_the_order_of_ranks(run: Callabl
 
 def test_a_run_over_nccl_is_serial_amsgrad(run: Callable[..., Run]) -> None:
     here, steps = run(3, "nccl"), 8
-    threads = [in_thread(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
-    for thread, _ in threads:
-        thread.join(20)
+    calls = [Call(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
+    for call in calls:
+        call.outcome()
 
     # One after the other: then the order of updates is known.
     first, second = here.train(1, steps), here.train(2, steps)
@@ -394,10 +353,9 @@ def test_a_communicator_that_cannot_be_made_gives_way_to_host_memory(
     fabric.refuse = refuse
     here = run(3)
     with caplog.at_level("WARNING"):
-        threads = [in_thread(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
-        for thread, errors in threads:
-            thread.join(20)
-            assert errors == []
+        calls = [Call(lambda rank=rank: here.dial(rank)) for rank in (1, 2)]  # type: ignore[misc]
+        for call in calls:
+            call.outcome()
 
     here.train(1, 2)
     here.train(2, 2)
@@ -459,12 +417,12 @@ def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Calla
     fabric.refuse = die
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nccl_office._PeerDecision, "__init__", remember)
-        thread, errors = in_thread(
+        call = Call(
             lambda: (setattr(threading.current_thread(), "name", "doomed"), here.dial(1))  # type: ignore[func-returns-value]
         )
-        thread.join(20)
+        call.ended()
 
     assert isinstance(here.dial(2), NcclChannel)
-    assert [type(error) for error in errors] == [ChannelClosedError]
+    assert type(call.error) is ChannelClosedError
     failure = here.latch.wait(5.0)
     assert failure is not None and failure.rank == 1

@@ -184,6 +184,9 @@ class Ledger:
     def _held(self, worker: int, tickets: Sequence[range], verb: str) -> tuple[int, ...]:
         """The tickets one by one, if ``worker`` holds each of them and names it once."""
         leased = self._leased[worker]
+        if len(tickets) == 1 and len(tickets[0]) == 1 and (ticket := tickets[0].start) in leased:
+            # The usual case.
+            return (ticket,)
         count = sum(map(len, tickets))
         if count > len(leased):
             # Before they are made one by one: a range may be of any length.

@@ -184,7 +184,10 @@ class Session:
         if message.payload_bytes != expected:
             self._refuse(f"it pushes {message.payload_bytes} bytes for optimizer {index}, which has {expected}")
         # Before the gradient is applied; it is then that they are marked.
-        self._refuse_value_error(lambda: self._ledger.check(self.worker, message.tickets))
+        try:
+            self._ledger.check(self.worker, message.tickets)
+        except ValueError as error:
+            self._refuse(str(error))
         views = self._views[index]
         try:
             # They seldom change from one push to the next, and then there is nothing to check.

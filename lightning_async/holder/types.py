@@ -43,7 +43,7 @@ class Push(NamedTuple):
     @property
     def batches(self) -> int:
         """Number of batches that the gradient covers."""
-        return sum(map(len, self.tickets))
+        return len(self.tickets[0]) if len(self.tickets) == 1 else sum(map(len, self.tickets))
 
 
 @dataclass(frozen=True, slots=True)

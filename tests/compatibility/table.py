@@ -41,9 +41,9 @@ markers on those tests (`make table`), and another test fails when the two diffe
 
 | Python | torch | Lightning | torchmetrics | jsonargparse | what ran on 2026-11-27 |
 |---|---|---|---|---|---|
-| 3.10 | 2.8.0, CUDA build | 2.6.0 | 1.4.0 | 4.52.0 | all tests, without a GPU (`make test-lowest`): 2,332 passed, 7 failed |
-| 3.11 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, without a GPU (`make test-cuda-build`): 2,335 passed, 5 failed |
-| 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | all tests, before each change (`make test`): 2,597 passed |
+| 3.10 | 2.8.0, CUDA build | 2.6.0 | 1.4.0 | 4.52.0 | `make test-lowest`, no GPU: 2,332 passed, 7 failed |
+| 3.11 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | `make test-cuda-build`, no GPU: 2,335 passed, 5 failed |
+| 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | `make test`, before each change: 2,597 passed |
 
 The first two ran before the day's last changes, which mended what had failed, but for one of the second: torch aborted
 once in a forked rank that compiles ("Invalid thread pool", in autograd's thread). They were not run whole again. Of the

@@ -119,18 +119,20 @@ class Checkpointing:
             world_size: number of ranks N.
         """
         snapshot, self._snapshot = self._snapshot, None
-        noted: dict[str, Any] = {
-            "version": version if snapshot is None else snapshot.version,
-            "world_size": world_size,
-            **self._by_hand.state(),
-            "counts": [*(self._by_hand.tally.totals if snapshot is None else snapshot.counts)],
-        }
-        if snapshot is not None and self._epoch_order is not None:
-            noted |= EpochPlace(*self._epoch_order, self._scheduled_steps(), snapshot.applied).state()
-        if snapshot is not None and self._phase.is_asynchronous:
-            # Lightning has read the clock before the snapshot was taken, and others have pushed in between.
-            checkpoint["global_step"] = self._clock.step_of(snapshot)
+        noted = self.note(version, world_size)
+        if snapshot is not None:
+            noted |= {"version": snapshot.version, "counts": [*snapshot.counts]}
+            if self._epoch_order is not None:
+                noted |= EpochPlace(*self._epoch_order, self._scheduled_steps(), snapshot.applied).state()
+            if self._phase.is_asynchronous:
+                # Lightning has read the clock before the snapshot was taken, and others have pushed in between.
+                checkpoint["global_step"] = self._clock.step_of(snapshot)
         checkpoint[CHECKPOINT_KEY] = noted
+
+    def note(self, version: int, world_size: int) -> dict[str, Any]:
+        """What a checkpoint that has no snapshot notes under `CHECKPOINT_KEY`; see `complete`."""
+        counts = [*self._by_hand.tally.totals]
+        return {"version": version, "world_size": world_size, **self._by_hand.state(), "counts": counts}
 
     # --- loading -----------------------------------------------------------------------------------------------------
 

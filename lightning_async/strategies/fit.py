@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -75,7 +74,12 @@ def set_up_fit(
     Raises:
         MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
     """
+    # What may fail comes before the engine, which would be left open.
     buffers = _share(context)
+    metrics: MetricsLogger | None = None
+    if context.rank == 0 and trainer.loggers:
+        metrics = MetricsLogger(context.stats, [writer_for(logger, logger_prefix) for logger in trainer.loggers])
+        metrics.configure(configuration)
     by_hand = ByHand(trainer, context.name, version, phase)
     exchange = GradientExchange(context, optimizers, take, by_hand, version)
     clock = SharedClock(
@@ -85,10 +89,6 @@ def set_up_fit(
         accumulate=lambda: int(trainer.accumulate_grad_batches),
     )
     checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
-    metrics: MetricsLogger | None = None
-    if context.rank == 0 and trainer.loggers:
-        metrics = _metrics_for(trainer.loggers, context)
-        metrics.configure(configuration)
     coordinator = Coordinator(
         trainer,
         context.collectives,
@@ -119,7 +119,3 @@ def _share(context: ExchangeContext) -> BufferSync | None:
     except ValueError as error:
         raise MisconfigurationException(f"{context.name} cannot train this module: {error}.") from error
     return BufferSync(module, gather, context.rank)
-
-
-def _metrics_for(loggers: Sequence[Logger], context: ExchangeContext) -> MetricsLogger:
-    return MetricsLogger(context.stats, [writer_for(logger, logger_prefix) for logger in loggers])

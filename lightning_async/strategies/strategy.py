@@ -165,14 +165,15 @@ class AsyncStrategy(PhasedCollectives):
         self._undo = ExitStack()
         self._fit: Fit | None = None
         self._has_one_train_loader = True
-        self._version_after_fit = 0
+        # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
+        self._note: dict[str, Any] = {"version": 0}
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
         """The version k of the parameters that this rank holds: updates applied by all ranks."""
-        return self._version_after_fit if self._fit is None else self.worker.version
+        return int(self._note["version"]) if self._fit is None else self.worker.version
 
     @property
     def worker(self) -> Worker:
@@ -194,10 +195,12 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
-        training = self._trainer.state.fn == TrainerFn.FITTING and self._trainer.training
-        if training and self._has_one_train_loader:
-            return {"num_replicas": 1, "rank": 0}
-        return super().distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0} if self._shares_loader else super().distributed_sampler_kwargs
+
+    @property
+    def _shares_loader(self) -> bool:
+        """Whether the loader that Lightning processes now is one for all ranks."""
+        return self._is_fitting and self._trainer.training and self._has_one_train_loader
 
     @property
     def _trainer(self) -> Trainer:
@@ -345,8 +348,7 @@ class AsyncStrategy(PhasedCollectives):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        training = self._is_fitting and self._trainer.training
-        if training and self._has_one_train_loader and walks_one_order(dataloader):
+        if self._shares_loader and walks_one_order(dataloader):
             share_loader(dataloader, self.world_size, self.global_rank, trainer_state.run_seed())
         return dataloader
 
@@ -408,7 +410,7 @@ class AsyncStrategy(PhasedCollectives):
         if self._fit is not None:
             self._fit.checkpointing.complete(checkpoint, self.version, self.world_size)
         else:
-            checkpoint[CHECKPOINT_KEY] = {"version": self.version, "world_size": self.world_size}
+            checkpoint[CHECKPOINT_KEY] = {"world_size": self.world_size, **self._note}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -443,7 +445,7 @@ class AsyncStrategy(PhasedCollectives):
             fit, self._loops = self._fit, None
             if fit is not None:
                 fit.coordinator.abandon_segment()
-                self._version_after_fit = self.version
+                self._note = fit.checkpointing.note(self.version, self.world_size)
                 self._fit = None
                 fit.exchange.close()
             if self._supervisor is not None:

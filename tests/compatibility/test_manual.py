@@ -364,6 +364,27 @@ def test_a_fit_ends_after_the_steps_that_lightning_counts(
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_that_is_saved_after_fit_keeps_the_counts_of_user_code(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        trainer = fork_trainer(folder, 1, "async_amsgrad")
+
+        class SavesAtTheEnd(CountsOne):
+            def on_train_epoch_end(self) -> None:
+                self.trainer.save_checkpoint(folder / "within.ckpt")
+
+        trainer.fit(SavesAtTheEnd(folder), loader(32))
+        trainer.save_checkpoint(folder / "after.ckpt")
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    within, after = (torch.load(tmp_path / f"{when}.ckpt")["async_amsgrad"] for when in ("within", "after"))
+    # Two optimizers step in each of eight batches, and one of them counts.
+    assert (after["version"], after["counts"][0]) == (16, 8)
+    assert after == {name: within[name] for name in after}
+    assert within.keys() - after.keys() == {"epoch", "order", "clock", "applied"}
+
+
 class OneCycle(Reporting):
     """Steps a schedule of a fixed length in every batch."""
 

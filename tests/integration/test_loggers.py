@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,3 +165,32 @@ def without_a_logger(folder: Path) -> None:
 def test_without_a_logger_no_metric_is_computed(tmp_path: Path) -> None:
     run = launch(without_a_logger, tmp_path)
     assert run.returncode == 0, run.output
+
+
+class Broken(TensorBoardLogger):
+    """A logger whose service is gone when the strategy describes the run to it."""
+
+    @property
+    def experiment(self) -> Any:
+        def add_text(*arguments: Any) -> None:
+            raise ConnectionError("the tracking server does not answer")
+
+        return SimpleNamespace(add_text=add_text)
+
+    def finalize(self, status: str) -> None:
+        """Nothing: there is no writer."""
+
+
+def test_a_logger_that_cannot_begin_leaves_the_optimizers_as_they_were(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        module = TinyClassifier()
+        trainer = fork_trainer(folder, 1, "async_amsgrad", logger=Broken(folder))
+        with pytest.raises(ConnectionError, match="tracking server"):
+            trainer.fit(module, loader(16))
+        (optimizer,) = trainer.strategy.optimizers
+        report(folder, 0, state=type(vars(optimizer)["state"]).__name__, engine=trainer.strategy.engine)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert run.report(0) == {"state": "defaultdict", "engine": None}

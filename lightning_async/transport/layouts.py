@@ -200,6 +200,28 @@ def _build_parameters(worker: int, numbers: Numbers, sections: Sections) -> Para
     )
 
 
+def _with_text(kind: type[Any]) -> Layout:
+    """The layout of a kind whose one field beside the worker is a text."""
+    return _layout(
+        kind,
+        "",
+        ("text",),
+        lambda message: ((), _text(message[1])),
+        lambda worker, _, parts: kind(worker, parts[_TEXT]),
+    )
+
+
+def _with_counts(kind: type[Any]) -> Layout:
+    """The layout of a kind whose one field beside the worker is counts."""
+    return _layout(
+        kind,
+        "",
+        ("counts",),
+        lambda message: ((), _counts(message[1])),
+        lambda worker, _, parts: kind(worker, parts[_COUNTS]),
+    )
+
+
 layout_of_type: dict[type, Layout] = {
     Hello: _layout(
         Hello,
@@ -208,20 +230,8 @@ layout_of_type: dict[type, Layout] = {
         lambda hello: ((hello.incarnation,), _text(hello.claims)),
         lambda worker, numbers, sections: Hello(worker, numbers[0], sections[_TEXT]),
     ),
-    Welcome: _layout(
-        Welcome,
-        "",
-        ("text",),
-        lambda welcome: ((), _text(welcome.offer)),
-        lambda worker, numbers, sections: Welcome(worker, sections[_TEXT]),
-    ),
-    Refuse: _layout(
-        Refuse,
-        "",
-        ("text",),
-        lambda refuse: ((), _text(refuse.reason)),
-        lambda worker, numbers, sections: Refuse(worker, sections[_TEXT]),
-    ),
+    Welcome: _with_text(Welcome),
+    Refuse: _with_text(Refuse),
     Draw: _layout(Draw),
     Tickets: _layout(
         Tickets,
@@ -230,13 +240,7 @@ layout_of_type: dict[type, Layout] = {
         lambda message: (_start_and_count(message.tickets), NO_SECTIONS),
         lambda worker, numbers, sections: Tickets(worker, range(numbers[0], sum(numbers))),
     ),
-    Pull: _layout(
-        Pull,
-        "",
-        ("counts",),
-        lambda pull: ((), _counts(pull.counts)),
-        lambda worker, numbers, sections: Pull(worker, sections[_COUNTS]),
-    ),
+    Pull: _with_counts(Pull),
     Parameters: _layout(Parameters, "QQQIBB", ("counts",), _split_parameters, _build_parameters),
     Push: _layout(Push, "IQQdQ?B", ("tickets", "hyperparams", "present", "counts"), _split_push, _build_push),
     Skip: _layout(
@@ -255,13 +259,7 @@ layout_of_type: dict[type, Layout] = {
     ),
     Leave: _layout(Leave),
     Close: _layout(Close),
-    Read: _layout(
-        Read,
-        "",
-        ("counts",),
-        lambda read: ((), _counts(read.counts)),
-        lambda worker, numbers, sections: Read(worker, sections[_COUNTS]),
-    ),
+    Read: _with_counts(Read),
     Ack: _layout(
         Ack,
         "?",
@@ -269,20 +267,8 @@ layout_of_type: dict[type, Layout] = {
         lambda ack: ((ack.takes_shortcut,), NO_SECTIONS),
         lambda worker, numbers, sections: Ack(worker, *numbers),
     ),
-    Beat: _layout(
-        Beat,
-        "",
-        ("text",),
-        lambda beat: ((), _text(beat.waits_in)),
-        lambda worker, numbers, sections: Beat(worker, sections[_TEXT]),
-    ),
-    Abort: _layout(
-        Abort,
-        "",
-        ("text",),
-        lambda abort: ((), _text(abort.reason)),
-        lambda worker, numbers, sections: Abort(worker, sections[_TEXT]),
-    ),
+    Beat: _with_text(Beat),
+    Abort: _with_text(Abort),
     Goodbye: _layout(Goodbye),
 }
 layout_of_code: dict[int, Layout] = {int(layout.kind): layout for layout in layout_of_type.values()}

@@ -8,7 +8,30 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["rewrite_as_ddp"]
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+__all__ = ["count_as_ddp", "rewrite_as_ddp"]
+
+
+def count_as_ddp(loop: _TrainingEpochLoop, batches: int, batches_before: int, clock: int, is_last: bool) -> None:
+    """Sets an epoch loop's counters to what DDP would show where the ranks have met; a checkpoint records them.
+
+    Args:
+        loop: the loop.
+        batches: batches per rank of this epoch.
+        batches_before: batches per rank of all earlier epochs.
+        clock: optimizer steps per rank.
+        is_last: whether the epoch is over.
+    """
+    progress = loop.batch_progress
+    for tracker, value in ((progress.current, batches), (progress.total, batches_before + batches)):
+        tracker.ready = tracker.started = tracker.processed = tracker.completed = value  # type: ignore[attr-defined]
+    progress.is_last_batch = is_last
+    automatic = loop.automatic_optimization.optim_progress.optimizer.step
+    for step in (automatic, loop.manual_optimization.optim_step_progress):
+        behind = step.total.completed - step.current.completed
+        step.total.ready = step.total.completed = clock
+        step.current.ready = step.current.completed = max(0, clock - behind)
 
 
 def rewrite_as_ddp(state: dict[str, Any], prefix: str, batches: int, batches_before: int, clock: int) -> None:

@@ -11,7 +11,6 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
@@ -19,13 +18,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_async.data.epoch_plan import EpochPlan, log_position, tickets_until
-from lightning_async.holder.layout import all_parameters
 from lightning_async.loops.checkpoint_interval import save_passed
-from lightning_async.loops.counters import rewrite_as_ddp
+from lightning_async.loops.counters import count_as_ddp, rewrite_as_ddp
 from lightning_async.loops.epoch_size import epoch_size
 from lightning_async.loops.epoch_state import EpochState, EpochStop, Stage
 from lightning_async.loops.fetcher import TicketFetcher
-from lightning_async.loops.optimization import share_plateaus
+from lightning_async.loops.optimization import flush_accumulated_gradients, share_plateaus
 from lightning_async.loops.progress_bar import show_progress
 from lightning_async.loops.protocols import Collectives, Coordinator, RunSignals
 from lightning_async.loops.results import align_results
@@ -303,7 +301,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         """Ends the segment; returns where in the epoch the ranks have met."""
         epoch, plan = self._epoch, self._epoch.plan
         assert plan is not None
-        self._flush_accumulated_gradients()
+        if self._coordinator.batches.has_unreported_batches:
+            flush_accumulated_gradients(self)
         end = self._coordinator.leave_segment(epoch.validation_requested, skip_rest)
         epoch.stage = Stage.MET
         if epoch.draws_further:
@@ -367,32 +366,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first_loop_iter
 
-    def _flush_accumulated_gradients(self) -> None:
-        """Pushes micro-batches that no full accumulation was left for; Lightning steps on an epoch's last batch too."""
-        trainer = self.trainer
-        if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
-            return
-        if not self._coordinator.batches.has_unreported_batches:
-            return
-        if all(parameter.grad is None for parameter in all_parameters(trainer.optimizers[0])):
-            # No batch gave a loss; a gradient scaler would complain.
-            return
-        zero = torch.zeros(())
-        self.automatic_optimization._optimizer_step(self.batch_idx, lambda: zero)
-        trainer.strategy._lightning_optimizers[0].zero_grad()
-
     def _count_as_ddp(self, batches: int, is_last: bool) -> None:
-        """Sets Lightning's local counters to what DDP would show here; this is what a checkpoint records."""
-        progress = self.batch_progress
-        total = self._epoch.batches_before + batches
-        for tracker, value in ((progress.current, batches), (progress.total, total)):
-            tracker.ready = tracker.started = tracker.processed = tracker.completed = value  # type: ignore[attr-defined]
-        progress.is_last_batch = is_last
-        automatic = self.automatic_optimization.optim_progress.optimizer.step
-        for step in (automatic, self.manual_optimization.optim_step_progress):
-            behind = step.total.completed - step.current.completed
-            step.total.ready = step.total.completed = self.global_step
-            step.current.ready = step.current.completed = max(0, self.global_step - behind)
+        count_as_ddp(self, batches, self._epoch.batches_before, self.global_step, is_last)
         self._coordinator.clock.restart()
 
     def _agree_on_stopping(self) -> None:

@@ -6,13 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["AsyncAutomaticOptimization", "share_plateaus"]
+from lightning_async.holder.layout import all_parameters
+
+__all__ = ["AsyncAutomaticOptimization", "flush_accumulated_gradients", "share_plateaus"]
 
 
 class AsyncAutomaticOptimization(_AutomaticOptimization):
@@ -38,6 +42,23 @@ class AsyncAutomaticOptimization(_AutomaticOptimization):
             train_step_and_backward_closure()
         else:
             super()._optimizer_step(batch_idx, train_step_and_backward_closure)
+
+
+def flush_accumulated_gradients(loop: _TrainingEpochLoop) -> None:
+    """Steps on micro-batches that no full accumulation was left for, as Lightning does on an epoch's last batch.
+
+    Args:
+        loop: the epoch loop, of which batches were computed since the last step.
+    """
+    trainer = loop.trainer
+    if int(trainer.accumulate_grad_batches) == 1 or not trainer.lightning_module.automatic_optimization:
+        return
+    if all(parameter.grad is None for parameter in all_parameters(trainer.optimizers[0])):
+        # No batch gave a loss; a gradient scaler would complain.
+        return
+    zero = torch.zeros(())
+    loop.automatic_optimization._optimizer_step(loop.batch_idx, lambda: zero)
+    trainer.strategy._lightning_optimizers[0].zero_grad()
 
 
 def share_plateaus(trainer: Trainer, broadcast: Callable[[Any], Any], by_hand: Sequence[Any] = ()) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 from lightning_async import AsyncAMSGradStrategy
 from tests.launch import Launched, launch, report
+from tests.loaders import Early, Kept, Threaded
 from tests.models import TinyClassifier, fork_trainer, indexed_data
 
 RANKS = 2
@@ -82,51 +81,6 @@ def trained(run: Launched) -> list[list[int]]:
     assert run.returncode == 0, run.output
     epochs = zip(*(rank["seen"] for rank in run.reports()), strict=True)
     return [sorted(index for rank in epoch for index in rank) for epoch in epochs]
-
-
-class Kept(DataLoader[Any]):
-    """Keeps one iterator for all epochs."""
-
-    kept: Iterator[Any] | None = None
-
-    def forever(self) -> Iterator[Any]:
-        while True:
-            yield from super().__iter__()
-
-    def __iter__(self) -> Any:
-        if self.kept is None:
-            self.kept = self.forever()
-        for _ in range(len(self)):
-            yield next(self.kept)
-
-
-class Background:
-    """Iterates in a thread, which fills a queue."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self.items: queue.Queue[Any] = queue.Queue(4)
-        threading.Thread(target=self.fill, args=(iterator,), daemon=True).start()
-
-    def fill(self, iterator: Iterator[Any]) -> None:
-        for item in iterator:
-            self.items.put(item)
-        self.items.put(None)
-
-    def __next__(self) -> Any:
-        item = self.items.get()
-        if item is None:
-            raise StopIteration
-        return item
-
-    def __iter__(self) -> Background:
-        return self
-
-
-class Threaded(DataLoader[Any]):
-    """Prefetches in a thread of its own."""
-
-    def __iter__(self) -> Any:
-        return Background(super().__iter__())
 
 
 @pytest.mark.compatibility("Data", "a DataLoader subclass with an `__iter__` of its own: one iterator for all epochs")
@@ -403,14 +357,6 @@ def test_a_stream_that_restores_itself_is_not_skipped_twice(tmp_path: Path) -> N
 
 
 def test_a_loader_whose_batches_belong_to_no_ticket_is_refused_by_name(tmp_path: Path) -> None:
-    class Early(DataLoader[Any]):
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            self.iterator = super().__iter__()
-
-        def __iter__(self) -> Any:
-            return self.iterator
-
     run = fit(tmp_path, lambda: Early(indexed_data(64), batch_size=4, sampler=SequentialSampler(indexed_data(64))))
 
     assert run.returncode != 0

@@ -1,4 +1,4 @@
-"""Where an epoch stops for validation, counted in tickets over all ranks. Pure arithmetic, used by `epochs.py`.
+"""Where an epoch stops for validation, counted in tickets over all ranks.
 
 Lightning counts batches per rank. Under this strategy ranks take different numbers of batches, so every count is
 translated: b batches per rank under DDP are b * N tickets here.

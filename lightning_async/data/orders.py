@@ -1,6 +1,6 @@
 """An epoch's global order of batches, drawn from the user's sampler, and its digest.
 
-Beside `ledger.py`, whose tickets are positions in this order; used by `ticket_feed.py`.
+Tickets are positions in this order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A rank's own stream of batches, where ranks cannot share one order: tickets are permits to take its next batch.
 
-Beside `shared_loader.py`, which serves the loaders that can be shared; used by `loops/fetcher.py`.
+Loaders that can be shared have one order (`shared_loader.py`).
 """
 
 from __future__ import annotations

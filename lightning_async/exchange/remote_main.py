@@ -123,7 +123,7 @@ class RpcServer:
         self._shared_payload: SharedPayload | None = None
 
     def begin(self, timeout_s: float, host: str, world_size: int) -> str:
-        """Ties the heartbeat and opens the listener; returns its address."""
+        """Begins to give signs of life and opens the listener; returns its address."""
         heartbeats = Heartbeats(0, self._latch, timeout_s, lambda rank: "its process is gone")
         heartbeats.add(0, ControlConnection(self._heartbeat))
         # Rank 0's listener takes the ranks' heartbeats.

@@ -56,7 +56,7 @@ class Turns(Protocol):
         """Takes all answers that are due."""
 
     def pull(self) -> None:
-        """Lands the holder's parameters in the module, for every slot that holds none."""
+        """Installs the holder's parameters in the module, for every slot that holds none."""
 
     def install(self, index: int | None = None) -> None:
         """Makes the parameters that this turn's slot has read the module's own; those of one optimizer, if told."""

@@ -155,7 +155,7 @@ class Worker:
         self.tickets.leave_out(tickets)
 
     def pull(self) -> None:
-        """Lands the holder's parameters, once the barrier lets this rank read."""
+        """Installs the holder's parameters, once the barrier lets this rank read."""
         self._turns.settle()
         self._turns.pull()
 
@@ -205,7 +205,7 @@ class Worker:
         self._turns.slot.leave()
 
     def refresh(self) -> None:
-        """Lands the holder's parameters, past the barrier; for the synchronous phase."""
+        """Installs the holder's parameters, past the barrier; for the synchronous phase."""
         self._turns.slot.refresh()
         self._turns.install()
 

@@ -1,7 +1,6 @@
 """Any torch optimizer, rebuilt over the holder's buffers.
 
-Beside `amsgrad.py`, which does the same for AMSGrad with a kernel of its own; below `update.py`, and below
-`optimizer_proxy.py`, which asks `check_steppable` and converts its refusal.
+AMSGrad has a kernel of its own (`amsgrad.py`).
 """
 
 from __future__ import annotations

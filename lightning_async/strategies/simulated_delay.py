@@ -1,4 +1,4 @@
-"""Stale gradients in one process: the paper's delay study, without a cluster. Beside `strategy.py`, and without it."""
+"""Stale gradients in one process: the paper's delay study, without a cluster."""
 
 from __future__ import annotations
 

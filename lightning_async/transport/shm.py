@@ -85,7 +85,7 @@ class SharedSegment:
 class SharedMemoryChannel(Channel):
     """Messages over the control connection; payloads are read where the other side wrote them.
 
-    The message is the control channel: the worker writes its gradient before PUSH and touches it again only after the
+    The message is the signal: the worker writes its gradient before PUSH and touches it again only after the
     answer; the holder writes the parameters before PARAMETERS and only while the worker waits for it. Both processes
     order their memory by the system calls that the message takes.
 

@@ -16,7 +16,7 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
-__all__ = ["RANKS", "UNEVEN", "History", "Reporting", "train"]
+__all__ = ["RANKS", "UNEVEN", "History", "Reporting", "fail", "train"]
 
 RANKS = 3
 UNEVEN = (0.001, 0.002, 0.004)
@@ -121,3 +121,15 @@ def train(
         ]
         assert unlike == []
     return run
+
+
+def fail(tmp_path: Path, module: TinyClassifier, strategy: Any = None) -> str:
+    """The output of a fit that ends with an error, in time."""
+
+    def script(folder: Path) -> None:
+        chosen = strategy or AsyncAMSGradStrategy(start_method="fork")
+        fork_trainer(folder, RANKS, chosen, max_epochs=2).fit(module, loader(96))
+
+    run = launch(script, tmp_path)
+    assert run.returncode == 1, run.output
+    return " ".join(run.output.split())

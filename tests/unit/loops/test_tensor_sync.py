@@ -64,12 +64,16 @@ def test_what_nccl_cannot_reach_goes_through_the_gpu_and_comes_back(monkeypatch:
 
     def collective(tensor: torch.Tensor, **arguments: Any) -> None:
         reached.append(type(tensor))
-        # Broadcasts move bytes, here those of a whole number.
-        (tensor.view(torch.int64) if tensor.dtype is torch.uint8 else tensor).fill_(3)
+        tensor.fill_(3)
+
+    def broadcast(tensor: torch.Tensor, **arguments: Any) -> None:
+        # Bytes, which every backend can move, here those of a whole number.
+        assert tensor.dtype is torch.uint8
+        collective(tensor.view(torch.int64))
 
     module = Buffers()
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(dist, "broadcast", collective)
+    monkeypatch.setattr(dist, "broadcast", broadcast)
     monkeypatch.setattr(dist, "all_reduce", collective)
     monkeypatch.setattr(buffers, "_gpu", lambda: "gpu")
     real = torch.Tensor.to

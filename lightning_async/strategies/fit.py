@@ -90,18 +90,18 @@ def set_up_fit(
     )
     checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
     coordinator = Coordinator(
-        trainer,
-        context.collectives,
-        phase,
-        exchange,
-        clock,
-        by_hand,
-        checkpointing,
-        context.stats,
-        metrics,
-        loops.metrics,
-        buffers,
-        lambda: signals.sigterm_received,
+        trainer=trainer,
+        collectives=context.collectives,
+        phase=phase,
+        exchange=exchange,
+        clock=clock,
+        by_hand=by_hand,
+        checkpointing=checkpointing,
+        stats=context.stats,
+        metrics=metrics,
+        metric_sync=loops.metrics,
+        buffers=buffers,
+        sigterm_received=lambda: signals.sigterm_received,
     )
     loops.follow(coordinator)
     return Fit(exchange, by_hand, clock, checkpointing, coordinator, metrics)

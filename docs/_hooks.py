@@ -19,6 +19,7 @@ _PAGES = {"recipes/README.md": "recipes.md", "CHANGELOG.md": "changelog.md", "CO
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 
 _RST_INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
+_RST_LINK = re.compile(r"`([^`<]+?)\s+<(https?://[^>]+)>`_")
 _RST_BLOCK = re.compile(r"^( *)\.\. math::\n((?:\n|\1 +.*(?:\n|\Z))+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
@@ -56,15 +57,18 @@ def _relinked(match: re.Match[str], folder: str, config: MkDocsConfig) -> str:
 
 def _rendered(match: re.Match[str]) -> str:
     display = "block" if match[2] == "[" else "inline"
-    formula = latex2mathml.converter.convert(html.unescape(match[3]).strip(), display=display)
+    # The converter knows the outer environment alone.
+    latex = html.unescape(match[3]).strip().replace("{aligned}", "{align*}")
+    formula = latex2mathml.converter.convert(latex, display=display)
     return f'<{match[1]} class="arithmatex">{formula}</{match[1]}>'
 
 
-class _RstMath(Preprocessor):
-    """Lets the docstrings' reStructuredText mathematics through to Markdown, where arithmatex finds it."""
+class _RstText(Preprocessor):
+    """Turns the docstrings' reStructuredText into Markdown: mathematics, which arithmatex finds then, and links."""
 
     def run(self, lines: list[str]) -> list[str]:
-        text = _RST_BLOCK.sub(_displayed, "\n".join(lines))
+        text = _RST_LINK.sub(r"[\1](\2)", "\n".join(lines))
+        text = _RST_BLOCK.sub(_displayed, text)
         return _RST_INLINE.sub(lambda match: f"${' '.join(match[1].split())}$", text).split("\n")
 
 
@@ -98,6 +102,6 @@ def _label(cell: etree.Element, label: str) -> None:
 class _SiteExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         # Before everything else: arithmatex and code blocks must see the result.
-        md.preprocessors.register(_RstMath(md), "rst_math", priority=1000)
+        md.preprocessors.register(_RstText(md), "rst_text", priority=1000)
         # After the inline patterns (20), so that a heading's code is text.
         md.treeprocessors.register(_LabelledTables(md), "labelled_tables", priority=5)

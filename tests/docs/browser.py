@@ -105,6 +105,7 @@ def check_site(site: Path, widths: Sequence[int] = WIDTHS, deadline_s: float = _
                 "--headless",
                 "--no-sandbox",  # the pages are this project's own, and root has no sandbox
                 "--disable-gpu",
+                "--hide-scrollbars",  # as on a phone
                 "--disable-dev-shm-usage",
                 f"--user-data-dir={profile}",
                 f"--window-size={max(widths)},900",

@@ -1,5 +1,6 @@
-"""What the site needs beyond Markdown: pages from the repository's root, formulas as MathML, tables that fit a phone."""
+"""What the site needs beyond Markdown: pages from the root, formulas as MathML, tables that fit a phone."""
 
+import functools
 import html
 import posixpath
 import re
@@ -12,7 +13,9 @@ from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 from markdown.treeprocessors import Treeprocessor
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 # Files outside of docs/ that are pages of the site, and where.
 _PAGES = {"recipes/README.md": "recipes.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -21,6 +24,7 @@ _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 _RST_INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _RST_LINK = re.compile(r"`([^`<]+?)\s+<(https?://[^>]+)>`_")
 _RST_BLOCK = re.compile(r"^( *)\.\. math::\n((?:\n|\1 +.*(?:\n|\Z))+)", re.MULTILINE)
+_PAGE_NAME = re.compile(r"docs/([\w-]+\.md)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
 
@@ -34,14 +38,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages whose sources are outside of docs/."""
     root = Path(config.config_file_path).parent
     for source, page in _PAGES.items():
-        text = _LINK.sub(lambda match: _relinked(match, posixpath.dirname(source), config), (root / source).read_text())
-        files.append(File.generated(config, page, content=text))
+        relinked = functools.partial(_relinked, folder=posixpath.dirname(source), config=config)
+        files.append(File.generated(config, page, content=_LINK.sub(relinked, (root / source).read_text())))
     return files
 
 
-def on_page_content(content: str, **_: object) -> str:
-    """Render the formulas that arithmatex has marked, so that a browser needs no script for them."""
-    return _FORMULA.sub(_rendered, content)
+def on_page_content(content: str, page: Page, files: Files, **_: object) -> str:
+    """Render the formulas that arithmatex has marked, and link the pages that docstrings name."""
+    content = _FORMULA.sub(_rendered, content)
+    return _PAGE_NAME.sub(lambda match: _linked(match[1], page, files), content) if page.url == "api/" else content
+
+
+def _linked(source: str, page: Page, files: Files) -> str:
+    """A link to a page that a docstring names by its file's name."""
+    file = files.get_file_from_path(source)
+    if file is None or file.page is None:
+        raise PluginError(f"a docstring names docs/{source}, which is no page")
+    return f'<a href="{file.url_relative_to(page.file)}">{file.page.title}</a>'
 
 
 def _relinked(match: re.Match[str], folder: str, config: MkDocsConfig) -> str:

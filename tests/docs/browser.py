@@ -2,12 +2,12 @@
 
     mkdocs build && python -m tests.docs.browser site        # or: make docs-check
 
-It fails where a page has something that is wider than its column, a broken link or image, a formula that is not rendered,
-or a need for the network. Closed details are opened first. At 1280 px nothing may scroll sideways; at 390 px only code may,
-in a box of its own. Links to other sites are not followed.
+It fails where a page has something that is wider than its column, a broken link or image, a formula that is not
+rendered, or a need for the network. Closed details are opened first. At 1280 px nothing may scroll sideways; at 390 px
+only code may, in a box of its own. Links to other sites are not followed.
 
-The pages are shown in a frame of exactly the width (a window of Chromium's cannot be so narrow) by `measure.html`, which
-sends back what it finds. Nothing is needed but Chromium or Chrome.
+`measure.html` shows the pages in a frame of exactly the width (Chromium's window cannot be so narrow) and sends back
+what it finds. Nothing is needed but Chromium or Chrome.
 """
 
 from __future__ import annotations

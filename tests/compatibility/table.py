@@ -28,8 +28,8 @@ _INTRODUCTION = """\
 # What works
 
 What a Trainer and a LightningModule do under `strategy="ddp"`, and what becomes of it under `strategy="async_amsgrad"`.
-Tests prove each row, most of them with real ranks that run at uneven speeds; a box at each section's end names them. The
-page is made from markers on the tests (`make table`); another test fails when the two differ.
+Tests prove each row, most of them with real ranks that run at uneven speeds; a box at each section's end names them.
+The page is made from markers on the tests (`make table`); another test fails when the two differ.
 
 | status | meaning |
 |---|---|
@@ -46,8 +46,9 @@ page is made from markers on the tests (`make table`); another test fails when t
 | 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | `make test`, before each change: 2,597 passed |
 
 The first two ran before the day's last changes, which mended what had failed, but for one failure of the second: torch
-aborted once in a forked rank that compiles ("Invalid thread pool", in autograd's thread). They have not run whole since.
-Four failures of the first came from torchmetrics 1.4.0, which brings pretty-errors; the lowest version is now 1.4.1.
+aborted once in a forked rank that compiles ("Invalid thread pool", in autograd's thread). They have not run whole
+since. Four failures of the first came from torchmetrics 1.4.0, which brings pretty-errors; the lowest version is now
+1.4.1.
 
 These are the ends of what `pyproject.toml` allows. torch 2.7 is not allowed: its ranks may hang on their way out, and
 no rank gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.

@@ -92,7 +92,7 @@ def straggler(axes: Axes, found: list[dict[str, Any]]) -> None:
 def landing_page(found: list[dict[str, Any]], colours: tuple[str, str, str, str]) -> Figure:
     """One bar for each strategy and model: batches per second with one slow rank, and what the ranks could do."""
     ink, ours, theirs, ideal = colours
-    figure, axes = plt.subplots(figsize=(7.2, 2.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 3.0), layout="constrained")
     places: list[float] = []
     names: list[str] = []
     for group, row in enumerate(found):
@@ -111,7 +111,7 @@ def landing_page(found: list[dict[str, Any]], colours: tuple[str, str, str, str]
         axes.text(most + 1, -(group * 2.6 + 0.5), f"{row['parameters']:,}\nparameters", va="center", color=ink)
     axes.set_yticks(places, names, color=ink)
     axes.tick_params(axis="both", length=0, colors=ink)
-    axes.set_xlabel("batches per second; grey: what the ranks complete if each trains alone", color=ink)
+    axes.set_xlabel("batches per second; grey: each rank alone, added up", color=ink)
     axes.set_title("Four ranks, one of them four times slower", color=ink, loc="left", fontsize="medium")
     axes.spines[:].set_visible(False)
     axes.set_xlim(0, max(row["batches_per_second"]["ideal, each rank alone"] for row in found) * 1.2)

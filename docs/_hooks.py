@@ -6,6 +6,7 @@ import posixpath
 import re
 import textwrap
 import xml.etree.ElementTree as etree
+from collections.abc import Iterable
 from pathlib import Path
 
 import latex2mathml.converter
@@ -26,6 +27,9 @@ _RST_LINK = re.compile(r"`([^`<]+?)\s+<(https?://[^>]+)>`_")
 _RST_BLOCK = re.compile(r"^( *)\.\. math::\n((?:\n|\1 +.*(?:\n|\Z))+)", re.MULTILINE)
 _PAGE_NAME = re.compile(r"docs/([\w-]+\.md)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
+
+# Of a table on a phone: its width, what a letter and a column's padding take; and letters that are a sentence.
+_PHONE_PX, _LETTER_PX, _PADDING_PX, _PROSE = 358, 7.3, 8, 40
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -90,16 +94,33 @@ def _displayed(match: re.Match[str]) -> str:
     return textwrap.indent(f"\n$$\n{formula}\n$$\n", indent) + "\n"
 
 
-class _LabelledTables(Treeprocessor):
-    """Tells each cell its column's heading, which extra.css shows on a phone, where a row becomes a card."""
+class _PhoneTables(Treeprocessor):
+    """Marks the tables that a phone cannot show: in extra.css a row of them becomes a card, with its columns' names."""
 
     def run(self, root: etree.Element) -> None:
         for table in root.iter("table"):
-            labels = ["".join(heading.itertext()) for heading in table.findall("thead/tr/th")]
-            table.set("data-columns", str(len(labels)))
-            for row in table.findall("tbody/tr"):
+            headings, rows = table.findall("thead/tr/th"), table.findall("tbody/tr")
+            labels = ["".join(heading.itertext()) for heading in headings]
+            if len(labels) < 3 or _fits_phone([headings, *rows]):
+                continue
+            table.set("data-cards", "")
+            for row in rows:
                 for label, cell in zip(labels, row, strict=True):
                     _label(cell, label)
+
+
+def _fits_phone(rows: list[Iterable[etree.Element]]) -> bool:
+    if any(len("".join(cell.itertext())) > _PROSE for row in rows for cell in row):
+        return False
+    letters = [max(_unbroken(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return sum(count * _LETTER_PX + _PADDING_PX for count in letters) <= _PHONE_PX
+
+
+def _unbroken(cell: etree.Element) -> int:
+    """The letters that stand on one line whatever the width: a word's, or a number's with its unit."""
+    text = "".join(cell.itertext())
+    is_number = cell.tag == "td" and "right" in cell.get("style", "")
+    return len(text) if is_number else max(map(len, text.split()), default=0)
 
 
 def _label(cell: etree.Element, label: str) -> None:
@@ -110,6 +131,8 @@ def _label(cell: etree.Element, label: str) -> None:
     content.text, content[:] = cell.text, list(cell)
     cell.text, cell[:] = None, [content]
     cell.set("data-label", label)
+    if "".join(cell.itertext()) == "–":
+        cell.set("data-none", "")
 
 
 class _SiteExtension(Extension):
@@ -117,4 +140,4 @@ class _SiteExtension(Extension):
         # Before everything else: arithmatex and code blocks must see the result.
         md.preprocessors.register(_RstText(md), "rst_text", priority=1000)
         # After the inline patterns (20), so that a heading's code is text.
-        md.treeprocessors.register(_LabelledTables(md), "labelled_tables", priority=5)
+        md.treeprocessors.register(_PhoneTables(md), "phone_tables", priority=5)

@@ -6,7 +6,6 @@ import posixpath
 import re
 import textwrap
 import xml.etree.ElementTree as etree
-from collections.abc import Iterable
 from pathlib import Path
 
 import latex2mathml.converter
@@ -101,7 +100,7 @@ class _PhoneTables(Treeprocessor):
         for table in root.iter("table"):
             headings, rows = table.findall("thead/tr/th"), table.findall("tbody/tr")
             labels = ["".join(heading.itertext()) for heading in headings]
-            if len(labels) < 3 or _fits_phone([headings, *rows]):
+            if _fits_phone([headings, *map(list, rows)]):
                 continue
             table.set("data-cards", "")
             for row in rows:
@@ -109,8 +108,8 @@ class _PhoneTables(Treeprocessor):
                     _label(cell, label)
 
 
-def _fits_phone(rows: list[Iterable[etree.Element]]) -> bool:
-    if any(len("".join(cell.itertext())) > _PROSE for row in rows for cell in row):
+def _fits_phone(rows: list[list[etree.Element]]) -> bool:
+    if len(rows[0]) > 2 and any(len("".join(cell.itertext())) > _PROSE for row in rows for cell in row):
         return False
     letters = [max(_unbroken(cell) for cell in column) for column in zip(*rows, strict=True)]
     return sum(count * _LETTER_PX + _PADDING_PX for count in letters) <= _PHONE_PX

@@ -148,7 +148,7 @@ def render(rows: Iterable[Row]) -> str:
     for section in SECTIONS:
         chosen = [row for row in rows if row.section == section]
         if chosen:
-            lines += [f"## {section}", "", "| what | status | note |", "|---|---|---|"]
+            lines += [f"## {section}", "", "| | status | note |", "|---|---|---|"]
             for row in chosen:
                 cells = (row.name, row.status, " ".join(row.notes))
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -13,6 +13,7 @@ what it finds. Nothing is needed but Chromium or Chrome.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import http.server
 import json
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ __all__ = ["WIDTHS", "Finding", "NoBrowserError", "check_site", "find_browser", 
 WIDTHS = (1280, 390)
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _MEASURE = Path(__file__).with_name("measure.html")
-_DEADLINE_S = 300.0
+_DEADLINE_S, _POLL_S = 300.0, 0.5
 _USAGE_ERROR = 2
 
 
@@ -84,7 +86,7 @@ def check_site(site: Path, widths: Sequence[int] = WIDTHS, deadline_s: float = _
         deadline_s: how long the browser may take for all of it.
 
     Raises:
-        NoBrowserError: if there is no Chromium.
+        NoBrowserError: if there is no Chromium, or if it ends at once.
         TimeoutError: if the browser has not finished by then.
         FileNotFoundError: if the site has no page.
     """
@@ -118,13 +120,21 @@ def check_site(site: Path, widths: Sequence[int] = WIDTHS, deadline_s: float = _
             start_new_session=True,
         )
         try:
-            answer = answers.get(timeout=deadline_s)
-        except queue.Empty:
-            raise TimeoutError(f"{browser} has not shown {len(pages)} pages within {deadline_s:.0f} s") from None
+            answer = _wait(answers, process, deadline_s)
         finally:
             _end(process)
             server.shutdown()
     return [Finding(**finding) for finding in json.loads(answer)]
+
+
+def _wait(answers: queue.SimpleQueue[bytes], process: subprocess.Popen[bytes], deadline_s: float) -> bytes:
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=_POLL_S)
+        if process.poll() is not None:
+            raise NoBrowserError(f"the browser ended with code {process.returncode} before it had shown the pages")
+    raise TimeoutError(f"the browser has not shown all pages within {deadline_s:.0f} s")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -87,6 +87,16 @@ def test_a_browser_that_is_named_and_missing_is_an_error(monkeypatch: pytest.Mon
         find_browser()
 
 
+def test_a_browser_that_ends_at_once_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.html").write_text("<p>A page</p>")
+    monkeypatch.setenv("CHROMIUM", "false")
+
+    assert main([str(tmp_path)]) == 2
+    assert "the browser ended with code 1" in capsys.readouterr().err
+
+
 def test_a_site_that_was_not_built_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

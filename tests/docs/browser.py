@@ -20,6 +20,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def check_site(site: Path, widths: Sequence[int] = WIDTHS, deadline_s: float = _
     plan = json.dumps({"pages": pages, "widths": list(widths)}).encode()
     answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     handler = functools.partial(_Handler, plan, answers, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, tempfile.TemporaryDirectory() as profile:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, _profile() as profile:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/_measure/"
         process = subprocess.Popen(
@@ -137,13 +138,19 @@ def _wait(answers: queue.SimpleQueue[bytes], process: subprocess.Popen[bytes], d
     raise TimeoutError(f"the browser has not shown all pages within {deadline_s:.0f} s")
 
 
+def _profile() -> tempfile.TemporaryDirectory[str]:
+    # What the browser still writes while it ends is no reason to fail.
+    return tempfile.TemporaryDirectory(prefix="docs-check-", ignore_cleanup_errors=True)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    # And what it has started.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):

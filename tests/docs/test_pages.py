@@ -33,8 +33,13 @@ def messages() -> str:
 
 
 def quoted() -> list[str]:
-    blocks = re.findall(r"^```text\n(.*?)^```", (DOCS / "troubleshooting.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = (DOCS / "troubleshooting.md").read_text()
+    blocks = re.findall(r"^```{ .text .wrap }\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     return [" ".join(block.split()) for block in blocks]
+
+
+def test_troubleshooting_names_errors_by_their_text() -> None:
+    assert len(quoted()) > 10
 
 
 @pytest.mark.parametrize("quote", quoted())

@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-cuda-build test-lowest strangers lint docs table bench gpu-kit clean
+.PHONY: help demo test soak test-cuda-build test-lowest strangers lint docs docs-check table bench gpu-kit clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
@@ -15,6 +15,7 @@ help:
 	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
 	@echo "make lint    ruff, mypy and the rooms' contracts (import-linter)"
 	@echo "make docs    the documentation, into site/"
+	@echo "make docs-check    the documentation in a browser (Chromium), on a desk and on a phone"
 	@echo "make table   the table of what works (docs/compatibility.md), from the tests"
 	@echo "make bench   the straggler benchmark"
 	@echo "make gpu-kit    the wheels that tests/gpu/run.sh takes along to a machine with a GPU and no network"
@@ -62,6 +63,10 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+docs-check: docs
+	$(BIN)/python -m pytest -m browser tests/docs
+	$(BIN)/python -m tests.docs.browser site
 
 table: $(STAMP)
 	$(BIN)/python -m tests.compatibility.table

@@ -13,10 +13,14 @@ mpl.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.record import load
 
 OURS, THEIRS, THIRD, IDEAL = "#1f6feb", "#d9730d", "#3d9970", "#8a8f98"
+# Of the landing page's picture, which stands on the page's own ground: ink, ours, theirs, ideal.
+LIGHT = ("#1f2328", "#1f6feb", "#d9730d", "#c3c9d1")
+DARK = ("#e6edf3", "#4d94ff", "#f0883e", "#4a5260")
 
 
 def main() -> None:
@@ -44,6 +48,12 @@ def main() -> None:
         figure.savefig(out / f"benchmark_{name}.svg", metadata={"Date": None})
         plt.close(figure)
         print(f"{name}: drawn")
+    if (record := load("straggler")) is not None:
+        for ground, colours in (("light", LIGHT), ("dark", DARK)):
+            figure = landing_page(record["found"], colours)
+            figure.savefig(out / f"speedup_{ground}.svg", metadata={"Date": None}, transparent=True)
+            plt.close(figure)
+        print("landing page: drawn")
 
 
 def scaling(axes: Axes, found: list[dict[str, Any]]) -> None:
@@ -77,6 +87,35 @@ def straggler(axes: Axes, found: list[dict[str, Any]]) -> None:
     axes.set_ylabel("batches per second")
     axes.margins(y=0.25)
     axes.legend(loc="upper right", ncols=3, frameon=False, fontsize="small")
+
+
+def landing_page(found: list[dict[str, Any]], colours: tuple[str, str, str, str]) -> Figure:
+    """One bar for each strategy and model: batches per second with one slow rank, and what the ranks could do."""
+    ink, ours, theirs, ideal = colours
+    figure, axes = plt.subplots(figsize=(5.6, 3.0), layout="constrained")
+    places: list[float] = []
+    names: list[str] = []
+    for group, row in enumerate(found):
+        rates = row["batches_per_second"]
+        most, asynchronous, synchronous = rates["ideal, each rank alone"], rates["async_amsgrad"], rates["ddp"]
+        for offset, (name, rate, colour) in enumerate(
+            (("async_amsgrad", asynchronous, ours), ("ddp", synchronous, theirs))
+        ):
+            place = -(group * 2.6 + offset)
+            axes.barh(place, most, 0.8, color=ideal, alpha=0.5)
+            axes.barh(place, rate, 0.8, color=colour)
+            text = f"{rate:.1f}" + (f"   {rate / synchronous:.1f}x" if name != "ddp" else "")
+            axes.text(rate - 0.8, place, text, ha="right", va="center", color="white", weight="bold")
+            places.append(place)
+            names.append(name)
+        axes.text(most + 1, -(group * 2.6 + 0.5), f"{row['parameters']:,}\nparameters", va="center", color=ink)
+    axes.set_yticks(places, names, color=ink)
+    axes.tick_params(axis="both", length=0, colors=ink)
+    axes.set_xlabel("batches per second; grey: each rank alone, added up", color=ink)
+    axes.set_title("Four ranks, one of them four times slower", color=ink, loc="left", fontsize="medium")
+    axes.spines[:].set_visible(False)
+    axes.set_xlim(0, max(row["batches_per_second"]["ideal, each rank alone"] for row in found) * 1.2)
+    return figure
 
 
 def ceiling(axes: Axes, found: list[dict[str, Any]]) -> None:

@@ -46,10 +46,12 @@ class AMSGrad(torch.optim.Adam):
     With a gradient :math:`g` (to which :math:`\lambda x` is added if weight decay is not decoupled),
 
     .. math::
-        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
-        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        \hat v \leftarrow \max(\hat v, v), \quad
-        x \leftarrow x - \alpha_t \, m / (\sqrt{\hat v} / c_t + \epsilon)
+        \begin{aligned}
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \hat v &\leftarrow \max(\hat v, v) \\
+        x &\leftarrow x - \alpha_t \, m / (\sqrt{\hat v} / c_t + \epsilon)
+        \end{aligned}
 
     With bias correction :math:`\alpha_t = \alpha / (1 - \beta_1^t)` and
     :math:`c_t = \sqrt{1 - \beta_2^t}`: bit for bit `torch.optim.Adam(amsgrad=True)`, and

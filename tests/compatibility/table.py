@@ -28,8 +28,8 @@ _INTRODUCTION = """\
 # What works
 
 What a Trainer and a LightningModule do under `strategy="ddp"`, and what becomes of it under `strategy="async_amsgrad"`.
-The tests named here prove each row, most of them with real ranks that run at uneven speeds; the page is made from
-markers on those tests (`make table`), and another test fails when the two differ.
+Tests prove each row, most of them with real ranks that run at uneven speeds; a box at each section's end names them.
+The page is made from markers on the tests (`make table`); another test fails when the two differ.
 
 | status | meaning |
 |---|---|
@@ -45,12 +45,13 @@ markers on those tests (`make table`), and another test fails when the two diffe
 | 3.11 | 2.14.1, CUDA build | 2.6.6 | 1.9.0 | 4.53.0 | `make test-cuda-build`, no GPU: 2,335 passed, 5 failed |
 | 3.11 | 2.13.0, CPU build | 2.6.6 | 1.9.0 | 4.53.0 | `make test`, before each change: 2,597 passed |
 
-The first two ran before the day's last changes, which mended what had failed, but for one of the second: torch aborted
-once in a forked rank that compiles ("Invalid thread pool", in autograd's thread). They were not run whole again. Of the
-first, four came from torchmetrics 1.4.0, which brings pretty-errors; the lowest is 1.4.1 since.
+The first two ran before the day's last changes, which mended what had failed, but for one failure of the second: torch
+aborted once in a forked rank that compiles ("Invalid thread pool", in autograd's thread). They have not run whole
+since. Four failures of the first came from torchmetrics 1.4.0, which brings pretty-errors; the lowest version is now
+1.4.1.
 
-These are the ends of what `pyproject.toml` allows. torch 2.7 is not: its ranks may hang on their way out, and none of
-them gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.
+These are the ends of what `pyproject.toml` allows. torch 2.7 is not allowed: its ranks may hang on their way out, and
+no rank gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.
 """
 
 
@@ -141,17 +142,20 @@ def collect_rows() -> list[Row]:
 
 
 def render(rows: Iterable[Row]) -> str:
-    """The page."""
+    """The page: of each section what works and what to know, then its tests in a box that is closed."""
     rows = list(rows)
     lines = [_INTRODUCTION]
     for section in SECTIONS:
         chosen = [row for row in rows if row.section == section]
         if chosen:
-            lines += [f"## {section}", "", "| | status | note | test |", "|---|---|---|---|"]
+            lines += [f"## {section}", "", "| | status | note |", "|---|---|---|"]
             for row in chosen:
-                tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in sorted(row.tests))
-                cells = (row.name, row.status, " ".join(row.notes), tests)
+                cells = (row.name, row.status, " ".join(row.notes))
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines += ["", f'??? note "The tests: {section}"', ""]
+            for row in chosen:
+                lines.append(f"    - {row.name}")
+                lines += [f"        - `{test.removeprefix('tests/')}`" for test in sorted(row.tests)]
             lines.append("")
     return "\n".join(lines)
 

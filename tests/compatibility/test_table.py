@@ -11,7 +11,7 @@ def test_the_published_table_is_the_one_that_the_markers_give() -> None:
     assert PAGE.read_text() == render(collect_rows()), "the markers have changed: run `make table`"
 
 
-def test_tests_that_prove_the_same_row_share_a_line() -> None:
+def test_tests_that_prove_the_same_row_share_a_line_and_stand_in_the_box_of_its_section() -> None:
     markers = [
         ("tests/a.py::test_b", read_marker("Loop", "max_steps", note="One|two.")),
         ("tests/a.py::test_a", read_marker("Precision", "bf16", "differs", "Slower.")),
@@ -21,9 +21,16 @@ def test_tests_that_prove_the_same_row_share_a_line() -> None:
 
     lines = render(merge_markers(markers)).splitlines()
 
-    tests = "`a.py::test_a`<br>`a.py::test_b`<br>`a.py::test_c`"
-    assert f"| max_steps | works | One\\|two. Exact. | {tests} |" in lines
-    assert lines.index("## Precision") < lines.index("## Loop")
+    assert "| max_steps | works | One\\|two. Exact. |" in lines
+    box = lines.index('??? note "The tests: Loop"')
+    assert lines[box + 1 : box + 6] == [
+        "",
+        "    - max_steps",
+        "        - `a.py::test_a`",
+        "        - `a.py::test_b`",
+        "        - `a.py::test_c`",
+    ]
+    assert lines.index("## Precision") < lines.index("## Loop") < box
 
 
 @pytest.mark.parametrize(

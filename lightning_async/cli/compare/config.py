@@ -151,7 +151,8 @@ class Comparison:
             The variants of each axis; the list's axis is called "variant".
 
         Examples:
-            >>> comparison = Comparison("r.yaml", "out", grid={"delay": Sweep("trainer.strategy.max_delay", [0, 5])})
+            >>> delays = Sweep("trainer.strategy.max_delay", [0, 5])
+            >>> comparison = Comparison("r.yaml", "out", grid={"delay": delays})
             >>> comparison.axes()["delay"][1]
             Variant(name=5, arguments={'trainer.strategy.max_delay': 5})
         """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.policies import Decision
 
-__all__ = ["Replay", "free_bound", "lock_step_factor", "replay"]
+__all__ = ["Replay", "free_bound", "replay"]
 
 # Below this part of the workers' time a barrier counts as free.
 FREE_FRACTION = 0.005
@@ -112,30 +112,6 @@ def free_bound(steps: Sequence[Sequence[float]], exchange_s: float = 0.0) -> int
         else:
             low = middle + 1
     return low
-
-
-def lock_step_factor(steps: Sequence[Sequence[float]], shared: bool = True) -> float:
-    """How much longer the same batches take if every step waits for the slowest rank: at least 1.
-
-    Communication is not counted, on either side.
-
-    Args:
-        steps: for each rank the seconds of some of its steps; none may be empty.
-        shared: whether a fast rank takes more batches; False for equal shares.
-
-    Examples:
-        >>> lock_step_factor([[1.0], [1.0], [1.0], [4.0]])
-        3.25
-        >>> lock_step_factor([[1.0], [4.0]], shared=False)
-        1.0
-        >>> lock_step_factor([[1.0, 4.0], [4.0, 1.0]], shared=False)
-        1.6
-    """
-    rounds = max(map(len, steps))
-    slowest = sum(max(own[i % len(own)] for own in steps) for i in range(rounds)) / rounds
-    means = [_mean(own) for own in steps]
-    alone = len(steps) / sum(1.0 / max(mean, 1e-12) for mean in means) if shared else max(means)
-    return max(1.0, slowest / max(alone, 1e-12))
 
 
 def _mean(own: Sequence[float]) -> float:

@@ -177,8 +177,8 @@ class RpcServer:
             self._shared_payload = None
 
     def restore(self, version: int, shared_payload: str) -> bool:
-        """Loads the optimizer states in a shared payload, and the version."""
-        return self.service.restore(version, unpack(shared_payload))
+        """Loads the optimizer states and gathered gradients in a shared payload, and the version."""
+        return self.service.restore(version, *unpack(shared_payload))
 
     @property
     def service(self) -> HolderService:

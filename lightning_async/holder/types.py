@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_async.holder.gradient_mean import Gathered
+
 __all__ = ["Push", "Snapshot", "Update"]
 
 
@@ -78,6 +80,7 @@ class Snapshot:
         adapted: for each optimizer and param group the values that its own steps have changed.
         applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
         counts: what all workers have counted.
+        gathered: gradients that wait for more to make an update with; None if there are none.
     """
 
     version: int
@@ -86,3 +89,4 @@ class Snapshot:
     adapted: list[list[dict[str, Any]]]
     applied: tuple[tuple[int, int], ...] = ()
     counts: tuple[int, ...] = ()
+    gathered: Gathered | None = None

@@ -70,7 +70,7 @@ def conclusions(facts: RunFacts) -> list[str]:
     found = [_slowness(slow)] if slow else []
     found.append(_bound(facts))
     crowded = [f"{ranks} ranks on {cores} cores" for ranks, cores in facts.shared_cores()]
-    starved = facts.max_staleness is not None and facts.max_staleness < facts.ranks - 1
+    starved = facts.places is not None and facts.places < facts.ranks
     if facts.exchange_fraction >= _COSTLY_EXCHANGE and not starved:
         cause = (
             f"with {crowded[0]} a part of that is waiting for a core"
@@ -155,22 +155,28 @@ def _measured(facts: RunFacts) -> str:
 
 def _bound(facts: RunFacts) -> str:
     bound, ranks, said = facts.max_staleness, facts.ranks, _measured(facts)
-    if bound is None:
+    if bound is None or facts.places is None:
         return said
+    # The smallest that lets all ranks compute at a time.
+    least = -(-ranks // facts.gradients_per_update) - 1
     if facts.on_stale == "drop":
         if facts.dropped < _COSTLY_BARRIER * (facts.dropped + facts.updates):
             return said
-        free = free_bound(facts.steps)
+        free = _free(facts)
         return f"{said}; a bound of {free} would drop hardly any" if free > bound else said
-    if bound < ranks - 1:
+    if bound < least:
         return (
-            f"a bound of {bound} lets only {bound + 1} of {ranks} ranks compute at a time; "
-            f"a bound of {max(ranks - 1, free_bound(facts.steps))} would cost none"
+            f"a bound of {bound} lets only {facts.places} of {ranks} ranks compute at a time; "
+            f"a bound of {max(least, _free(facts))} would cost none"
         )
-    cost, free = facts.parked_fraction, free_bound(facts.steps)
+    cost, free = facts.parked_fraction, _free(facts)
     if cost >= _COSTLY_BARRIER:
         return f"{said}; a bound of {free} would cost none" if free > bound else said
-    smaller = max(free, ranks - 1)
+    smaller = max(free, least)
     if 2 * smaller <= bound:
         return f"{said}; a bound of {smaller} would not cost more, and gradients would be fresher"
     return said
+
+
+def _free(facts: RunFacts) -> int:
+    return free_bound(facts.steps, gradients_per_update=facts.gradients_per_update)

@@ -107,7 +107,7 @@ class RunRecord:
         if not isinstance(self.configuration, dict):
             raise ValueError(f"configuration is {self.configuration!r}")
         if self.configuration:
-            for name in ("max_staleness", "on_stale", "batches"):
+            for name in ("max_staleness", "on_stale", "batches", "gradients_per_update"):
                 self.configuration[name]
         if not (self.stats or self.step_seconds or self.configuration):
             return

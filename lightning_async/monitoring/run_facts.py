@@ -20,11 +20,12 @@ class RunFacts:
         on_stale: what kept it, ``"wait"`` or ``"drop"``.
         shared: whether fast ranks took more batches.
         train_seconds: length of training, validation not counted.
-        updates: updates applied.
+        updates: gradients applied.
         dropped: gradients discarded.
         steps: for each rank the seconds of some of its steps.
         wait_seconds: for each rank: spent in push and pull.
         parked_seconds: for each rank: the part of it in which the barrier held its gradient back.
+        gradients_per_update: gradients that made a version.
         cpu: for each rank what it used of its host; empty if that is not known.
     """
 
@@ -37,6 +38,7 @@ class RunFacts:
     steps: Sequence[Sequence[float]]
     wait_seconds: Sequence[float]
     parked_seconds: Sequence[float]
+    gradients_per_update: int = 1
     cpu: Sequence[CpuUse] = ()
 
     @classmethod
@@ -56,6 +58,7 @@ class RunFacts:
             steps=steps,
             wait_seconds=list(stats["wait_seconds_by_rank"].values()),
             parked_seconds=list(stats["parked_seconds_by_rank"].values()),
+            gradients_per_update=configuration["gradients_per_update"],
             cpu=cpu if all(use.cores > 0 for use in cpu) else (),
         )
 
@@ -74,6 +77,11 @@ class RunFacts:
         """Part of the workers' time that went into handing in gradients and getting parameters, the barrier apart."""
         waited = sum(self.wait_seconds) - sum(self.parked_seconds)
         return min(1.0, max(0.0, waited) / max(self.train_seconds * self.ranks, 1e-12))
+
+    @property
+    def places(self) -> int | None:
+        """How many ranks the bound lets compute at a time at most; None if it bounds nothing."""
+        return None if self.max_staleness is None else (self.max_staleness + 1) * self.gradients_per_update
 
     def shared_cores(self) -> list[tuple[int, int]]:
         """Of each host that has fewer cores than ranks: the number of ranks and of cores."""

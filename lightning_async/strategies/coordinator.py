@@ -206,18 +206,28 @@ class Coordinator(protocols.Coordinator):
         self._stats.note_cpu_use([use for _, _, use in ranks])
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
+        # Rank 0 tells what became of the tickets, and what the holder's steps have changed in the param groups.
+        service = self._exchange.engine.service
+        told: Any = None
+        if service is not None:
+            done, left = service.progress()
+            if not left or skip_rest or self._is_over():
+                # No gradient follows that those which wait for more could wait for.
+                service.complete_version()
+            told = (done, left), service.take_adapted()
+        (done, left), adapted = self._collectives.broadcast(told)
         # Every rank's last push was answered before it came here, so these parameters are final.
         worker.refresh()
         self._by_hand.agree(leftover for _, leftover, _ in ranks)
         if trainer.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())
-        # Rank 0 tells what became of the tickets, and what the holder's steps have changed in the param groups.
-        service = self._exchange.engine.service
-        (done, left), adapted = self._collectives.broadcast(
-            ((0, 0), []) if service is None else (service.progress(), service.take_adapted())
-        )
         self._exchange.engine.show_adapted(adapted)
         return SegmentEnd(done, left, validation_requested, skip_rest)
+
+    def _is_over(self) -> bool:
+        """Whether the fit ends here, as far as is known."""
+        reached = self._trainer.max_steps != -1 and self._clock.step >= self._trainer.max_steps
+        return self._trainer.should_stop or reached
 
     def abandon_segment(self) -> None:
         """Ends the asynchronous phase, if it has begun."""

@@ -30,6 +30,7 @@ def record(**changes: object) -> RunRecord:
             "max_staleness": 8,
             "on_stale": "wait",
             "batches": "shared",
+            "gradients_per_update": 1,
             "worker_timeout_s": 60.0,
         },
         "stats": {

@@ -72,7 +72,7 @@ class UpdateBuffer:
         self._notes.append(
             (
                 # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
-                tuple(push._replace(gradients=())),
+                tuple(push._replace(gradients=(), flat=None)),
                 (update.version, update.staleness, update.applied, update.parked_s, update.at_ns),
                 tickets,
             )

@@ -159,6 +159,7 @@ class Session:
             message.waited_s,
             self.slot,
             unpack_counts(message.counts),
+            self._segments[message.optimizer],
         )
         try:
             update = self._holder.try_push(push)

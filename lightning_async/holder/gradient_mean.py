@@ -32,51 +32,59 @@ class GradientMean:
     That is the gradient of the mean over all samples, if each :math:`g_i` is that of a mean over its own. A parameter
     that took no part in some of them counts with zero there, as under DDP; one that took part in none stays without.
 
+    Args:
+        buffer: flat memory for the sum; taken over.
+        views: the parts of it that belong to the parameters.
+
     Examples:
-        >>> mean = GradientMean()
+        >>> buffer = torch.zeros(2)
+        >>> mean = GradientMean(buffer, [buffer[:1], buffer[1:]])
         >>> mean.add([torch.tensor([1.0]), None], samples=1)
         >>> mean.add([torch.tensor([4.0]), None], samples=2)
         >>> mean.take()
         [tensor([3.]), None]
     """
 
-    def __init__(self) -> None:
-        self._sums: list[Tensor | None] = []
-        self._buffers: list[Tensor | None] = []
+    def __init__(self, buffer: Tensor, views: Sequence[Tensor]) -> None:
+        self._sum = buffer
+        self._views = [*views]
+        # Which parameters had a gradient in what was added; none of them where nothing was.
+        self._present: list[bool] = []
         self._weight = 0.0
 
-    def add(self, gradients: Sequence[Tensor | None], samples: int) -> None:
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None], samples: int, flat: Tensor | None = None) -> None:
         """Adds a gradient; its tensors are the caller's again afterwards.
 
         Args:
             gradients: one per parameter, None where it takes no part.
             samples: its weight; one if the number of samples is not known.
+            flat: what all the gradients are parts of, as the views are of the buffer; saves time.
         """
         weight = float(samples or 1)
-        if not self._sums:
-            self._sums, self._buffers = [None] * len(gradients), self._buffers or [None] * len(gradients)
-        added, sums = [], []
-        with torch.no_grad():
-            for place, gradient in enumerate(gradients):
-                if gradient is None:
-                    continue
-                total = self._sums[place]
-                if total is None:
-                    self._sums[place] = self._first(place, gradient, weight)
-                else:
-                    added.append(gradient)
-                    sums.append(total)
-            if added:
-                torch._foreach_add_(sums, added, alpha=weight)
+        present = [gradient is not None for gradient in gradients]
+        if flat is not None and all(present):
+            if self._present:
+                self._sum.add_(flat, alpha=weight)
+            else:
+                torch.mul(flat, weight, out=self._sum)
+        else:
+            if not self._present:
+                self._sum.zero_()
+            for view, gradient in zip(self._views, gradients, strict=True):
+                if gradient is not None:
+                    view.add_(gradient, alpha=weight)
+        earlier = self._present or [False] * len(present)
+        self._present = [before or now for before, now in zip(earlier, present, strict=True)]
         self._weight += weight
 
+    @torch.no_grad()
     def take(self) -> list[Tensor | None]:
         """The mean of what was added, which begins anew; good until the next `add`."""
-        present = [total for total in self._sums if total is not None]
-        if present:
-            torch._foreach_mul_(present, 1.0 / self._weight)
-        sums, self._sums, self._weight = self._sums, [], 0.0
-        return sums
+        self._sum.mul_(1.0 / self._weight)
+        taken = self._parts()
+        self._present, self._weight = [], 0.0
+        return taken
 
     def gathered(self, count: int) -> Gathered | None:
         """A copy of what was added; None if that is nothing.
@@ -84,20 +92,16 @@ class GradientMean:
         Args:
             count: how many gradients.
         """
-        if not count:
+        if not self._present:
             return None
-        return Gathered([None if one is None else one.clone() for one in self._sums], self._weight, count)
+        return Gathered([None if one is None else one.clone() for one in self._parts()], self._weight, count)
 
     def load(self, gathered: Gathered | None) -> None:
         """Goes on from what `gathered` has returned."""
-        self._sums, self._weight = [], 0.0
+        self._present, self._weight = [], 0.0
         if gathered is not None:
-            self._sums = [None if one is None else one.clone() for one in gathered.gradients]
-            self._buffers, self._weight = [*self._sums], gathered.weight
+            self.add(gathered.gradients, samples=1)
+            self._weight = gathered.weight
 
-    def _first(self, place: int, gradient: Tensor, weight: float) -> Tensor:
-        # The memory is kept from update to update.
-        buffer = self._buffers[place]
-        if buffer is None or buffer.shape != gradient.shape:
-            buffer = self._buffers[place] = torch.empty_like(gradient)
-        return torch.mul(gradient, weight, out=buffer)
+    def _parts(self) -> list[Tensor | None]:
+        return [view if there else None for view, there in zip(self._views, self._present, strict=True)]

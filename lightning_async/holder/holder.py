@@ -73,7 +73,8 @@ class Holder:
         if barrier.gradients_per_update > 1:
             if len(optimizers) > 1:
                 raise ValueError("With several optimizers each gradient is an update: gradients_per_update must be 1.")
-            self._mean = GradientMean()
+            buffer = torch.zeros_like(self._flat)
+            self._mean = GradientMean(buffer, layout.views(buffer, 0))
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -161,7 +162,7 @@ class Holder:
                 if self._mean is None:
                     self._optimizers[push.optimizer].apply(push.gradients, push.groups)
                 else:
-                    self._mean.add(push.gradients, push.samples)
+                    self._mean.add(push.gradients, push.samples, push.flat)
                     self._groups = push.groups
                     if self._barrier.filled + 1 == self._barrier.gradients_per_update:
                         self._optimizers[push.optimizer].apply(self._mean.take(), push.groups)
@@ -307,13 +308,13 @@ class Holder:
     def _take_over(self, gathered: Gathered) -> None:
         if len(self._optimizers) > 1:
             raise ValueError("The checkpoint has gradients that wait for more, which several optimizers cannot have.")
-        mean = self._mean or GradientMean()
-        mean.load(gathered)
-        if gathered.count < self._barrier.gradients_per_update:
+        if self._mean is not None and gathered.count < self._barrier.gradients_per_update:
+            self._mean.load(gathered)
             self._barrier.filled = gathered.count
-        else:
-            self._optimizers[0].apply(mean.take(), ())
-            self._barrier.version += 1
+            return
+        mean = [None if one is None else one / gathered.weight for one in gathered.gradients]
+        self._optimizers[0].apply(mean, ())
+        self._barrier.version += 1
 
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""

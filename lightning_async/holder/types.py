@@ -29,6 +29,7 @@ class Push(NamedTuple):
         slot: which of the worker's slots it came by; each holds parameters of its own version (see `slot.py`).
         counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
             nothing but updates is counted.
+        flat: what the gradients are parts of, in the holder's layout; None if they are not.
     """
 
     worker: int
@@ -41,6 +42,7 @@ class Push(NamedTuple):
     waited_s: float = 0.0
     slot: int = 0
     counts: Sequence[int] = ()
+    flat: Tensor | None = None
 
     @property
     def batches(self) -> int:

@@ -1,6 +1,7 @@
 """What one gradient costs under the holder's lock, against the kernel and the copy that an update consists of.
 
-Run ``python -m benchmarks.update``, with ``--k 1 2 4`` for updates that are made of several gradients. One thread, no processes, no messages; the best of many repetitions.
+Run ``python -m benchmarks.update``, with ``--k 1 2 4`` for updates that are made of several gradients. One thread, no
+processes, no messages; the best of many repetitions.
 """
 
 from __future__ import annotations

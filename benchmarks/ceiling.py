@@ -28,32 +28,40 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--transports", nargs="+", default=["shm", "gloo"])
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--k", type=int, default=1, metavar="K", help="gradients that make an update")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     found = []
     torch.set_num_threads(1)
-    print("parameters transport workers  updates/s   us/update  over kernel + copy")
+    print("parameters transport workers  gradients/s  us/gradient  over kernel + copy")
     for size in arguments.sizes:
         floor_s = sum(floor_seconds(SHAPES[size]))
-        print(f"{size:>10} {'alone':>9} {'':>7} {1 / floor_s:>10.0f} {1e6 * floor_s:>11.0f} {1:>19.2f}", flush=True)
+        print(f"{size:>10} {'alone':>9} {'':>7} {1 / floor_s:>12.0f} {1e6 * floor_s:>12.0f} {1:>19.2f}", flush=True)
         for transport in arguments.transports:
             for workers in arguments.workers:
-                rate = updates_per_second(SHAPES[size], workers, transport, arguments.seconds, arguments.wire_dtype)
+                rate = gradients_per_second(
+                    SHAPES[size], workers, transport, arguments.seconds, arguments.wire_dtype, arguments.k
+                )
                 ratio = 1 / (rate * floor_s)
                 row = {"size": size, "transport": transport, "workers": workers, "updates_per_second": rate}
                 found.append(row | {"floor_s": floor_s, "over_floor": ratio})
                 print(
-                    f"{size:>10} {transport:>9} {workers:>7} {rate:>10.0f} {1e6 / rate:>11.0f} {ratio:>19.2f}",
+                    f"{size:>10} {transport:>9} {workers:>7} {rate:>12.0f} {1e6 / rate:>12.0f} {ratio:>19.2f}",
                     flush=True,
                 )
-    save("ceiling" if arguments.wire_dtype == "fp32" else f"ceiling_{arguments.wire_dtype}", vars(arguments), found)
+    name = "ceiling" if arguments.wire_dtype == "fp32" else f"ceiling_{arguments.wire_dtype}"
+    save(name if arguments.k == 1 else f"{name}_k{arguments.k}", vars(arguments), found)
 
 
-def updates_per_second(shapes: Shapes, workers: int, transport: str, seconds: float, wire_dtype: str = "fp32") -> float:
-    """Updates a second that ``workers`` processes get out of one holder, after a second of warming up."""
+def gradients_per_second(
+    shapes: Shapes, workers: int, transport: str, seconds: float, wire_dtype: str = "fp32", k: int = 1
+) -> float:
+    """Gradients a second that ``workers`` processes get out of one holder, after a second of warming up."""
     context = multiprocessing.get_context("spawn")
     ready, results = context.SimpleQueue(), context.SimpleQueue()
-    processes = [context.Process(target=_hold, args=(ready, results, shapes, workers, transport, wire_dtype, seconds))]
+    processes = [
+        context.Process(target=_hold, args=(ready, results, shapes, workers, transport, wire_dtype, seconds, k))
+    ]
     processes[0].start()
     address = ready.get()
     for rank in range(1, workers + 1):
@@ -68,7 +76,7 @@ def updates_per_second(shapes: Shapes, workers: int, transport: str, seconds: fl
 
 
 def _hold(
-    ready: Any, results: Any, shapes: Shapes, workers: int, transport: Any, wire_dtype: Any, seconds: float
+    ready: Any, results: Any, shapes: Shapes, workers: int, transport: Any, wire_dtype: Any, seconds: float, k: int
 ) -> None:
     torch.set_num_threads(1)
     _, stats = hold(
@@ -78,6 +86,7 @@ def _hold(
         transport=transport,
         wire_dtype=wire_dtype,
         parameter_wire_dtype=wire_dtype,
+        gradients_per_update=k,
     )
     while min(list(stats.updates_by_rank.values())[1:]) < 5:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Runs of emulated step time, for benchmarks: a rank sleeps as long as its hardware would compute."""
+"""Runs of emulated steps, for benchmarks: a rank sleeps as long as its hardware would compute, or keeps a core busy."""
 
 from __future__ import annotations
 
@@ -7,43 +7,72 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
+from lightning_async.monitoring.diagnosis import RunFacts
 
-__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "hush_lightning", "measure"]
+__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "Step", "hush_lightning", "measure"]
 
 LENET5_PARAMETERS = 44_426
 RESNET18_PARAMETERS = 11_173_962
 
 
-class SleepingModule(LightningModule):
-    """Parameters whose gradient costs little more than writing it; each rank sleeps its step time.
+@dataclass(frozen=True)
+class Step:
+    """What a rank does for a batch.
+
+    Args:
+        sleep_s: seconds of sleep, which takes no core.
+        products: matrix products to compute with one core, about 0.1 ms each.
+        noise: standard deviation of the logarithm of a factor on both, drawn anew for each batch.
+    """
+
+    sleep_s: float = 0.0
+    products: int = 0
+    noise: float = 0.0
+
+    def take(self, random: np.random.Generator) -> None:
+        """Takes the step."""
+        factor = float(np.exp(random.normal(0.0, self.noise))) if self.noise else 1.0
+        if self.sleep_s:
+            time.sleep(self.sleep_s * factor)
+        matrix = torch.full((160, 160), 1e-3)
+        for _ in range(round(self.products * factor)):
+            torch.mm(matrix, matrix)
+
+
+class EmulatedModule(LightningModule):
+    """Parameters whose gradient costs little more than writing it; each rank takes its own step for a batch.
 
     Args:
         parameters: number of parameters.
-        step_s: seconds per step of each rank.
+        steps: of each rank.
     """
 
-    def __init__(self, parameters: int, step_s: Sequence[float]) -> None:
+    def __init__(self, parameters: int, steps: Sequence[Step]) -> None:
         super().__init__()
         # As many tensors as ResNet18 has, so that a large model's gradient comes in pieces that fit into a cache.
         sizes = [parameters] if parameters < 1_000_000 else [len(part) for part in torch.arange(parameters).chunk(62)]
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes)
-        self.step_s = step_s
+        self.steps = steps
         self.started = self.ended = 0.0
+        self._random = np.random.default_rng()
 
     def on_train_start(self) -> None:
+        self._random = np.random.default_rng(self.global_rank)
         self.trainer.strategy.barrier()
         self.started = time.perf_counter()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(self.step_s[self.global_rank])
+        self.steps[self.global_rank].take(self._random)
         return torch.stack([weight.sum() for weight in self.weights]).sum() * batch[0].mean()
 
     def on_train_end(self) -> None:
@@ -53,23 +82,25 @@ class SleepingModule(LightningModule):
         return lightning_async.AMSGrad(self.parameters(), lr=1e-4, fused=True)
 
 
-def measure(strategy: Any, step_s: Sequence[float], batches: int, parameters: int) -> dict[str, float]:
+def measure(strategy: Any, steps: Sequence[float | Step], batches: int, parameters: int) -> dict[str, Any]:
     """Trains in ranks of their own and returns rank 0's view of it.
 
     Args:
         strategy: a name or a factory (called in the measuring process) of a strategy that forks its ranks.
-        step_s: seconds per step of each rank.
+        steps: each rank's, or the seconds that it sleeps.
         batches: batches over all ranks.
         parameters: number of parameters of the model.
 
     Returns:
         ``batches_per_second`` over all ranks, ``start_s`` from the call of fit to the first batch, and for
-        asynchronous strategies ``waiting``: the fraction of its time that the mean rank spent in push and pull.
+        asynchronous strategies ``waiting``, the fraction of its time that the mean rank spent in push and pull, and
+        ``facts``, what the diagnosis looks at.
     """
+    taken = [step if isinstance(step, Step) else Step(sleep_s=step) for step in steps]
     # A process per measurement, so that none inherits the threads and process groups of another.
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(queue, strategy, list(step_s), batches, parameters))
+    process = context.Process(target=_measure, args=(queue, strategy, taken, batches, parameters))
     process.start()
     process.join()
     if process.exitcode != 0:
@@ -77,24 +108,27 @@ def measure(strategy: Any, step_s: Sequence[float], batches: int, parameters: in
     return dict(queue.get())
 
 
-def _measure(queue: Any, strategy: Any, step_s: list[float], batches: int, parameters: int) -> None:
+def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, parameters: int) -> None:
     warnings.filterwarnings("ignore")
-    ranks = len(step_s)
+    ranks = len(steps)
     results: Any = multiprocessing.get_context("fork").SimpleQueue()
 
-    class Reporting(SleepingModule):
+    class Reporting(EmulatedModule):
         def on_train_end(self) -> None:
             super().on_train_end()
             if self.global_rank == 0:
                 seconds = self.ended - self.started
-                found = {"batches_per_second": batches / seconds, "start_s": self.started - called}
-                stats = getattr(self.trainer.strategy, "stats", None)
-                if stats is not None:
+                found: dict[str, Any] = {"batches_per_second": batches / seconds, "start_s": self.started - called}
+                strategy = self.trainer.strategy
+                if isinstance(strategy, lightning_async.AsyncStrategy):
+                    stats = strategy.stats
+                    own = [stats.step_seconds(rank) for rank in range(ranks)]
+                    found["facts"] = RunFacts.of(strategy.configuration, stats.as_dict(), own)
                     found["waiting"] = sum(stats.wait_seconds_by_rank.values()) / (seconds * ranks)
                     found["staleness_max"] = max(stats.staleness)
                 results.put(found)
 
-    module = Reporting(parameters, step_s)
+    module = Reporting(parameters, steps)
     hush_lightning()
     trainer = Trainer(
         strategy=strategy() if callable(strategy) else strategy,

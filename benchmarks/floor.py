@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from benchmarks.ceiling import updates_per_second
+from benchmarks.ceiling import gradients_per_second
 from benchmarks.kernel import floor_seconds
 from benchmarks.processes import SHAPES
 from benchmarks.record import save
@@ -31,7 +31,7 @@ def main() -> None:
     print("parameters  kernel, ms  copy, ms  GB/s  round trip, ms  over update + copy")
     for size in arguments.sizes:
         kernel_s, copy_s = floor_seconds(SHAPES[size])
-        trip_s = 1 / updates_per_second(SHAPES[size], 1, "shm", arguments.seconds)
+        trip_s = 1 / gradients_per_second(SHAPES[size], 1, "shm", arguments.seconds)
         numel = sum(torch.Size(shape).numel() for shape in SHAPES[size])
         bandwidth = numel * (_KERNEL_BYTES + _COPY_BYTES) / (kernel_s + copy_s) / 1e9
         ratio = trip_s / (kernel_s + copy_s)

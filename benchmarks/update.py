@@ -1,10 +1,12 @@
-"""What one update costs under the holder's lock, against the kernel and the copy that it consists of.
+"""What one gradient costs under the holder's lock, against the kernel and the copy that an update consists of.
 
-Run ``python -m benchmarks.update``. One thread, no processes, no messages; the best of many repetitions.
+Run ``python -m benchmarks.update``, with ``--k 1 2 4`` for updates that are made of several gradients. One thread, no
+processes, no messages; the best of many repetitions.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -25,27 +27,34 @@ from lightning_async.runtime.failure import FailureLatch
 
 def main() -> None:
     """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--k", type=int, nargs="+", default=[1], metavar="K", help="gradients that make an update")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("parameters  push and pull, us  kernel, us  copy, us  over kernel + copy")
+    print("parameters    K  push and pull, us  kernel, us  copy, us  over kernel + copy")
     for size in ("44K", "11.2M"):
-        exchange, kernel, copy = measure(SHAPES[size])
-        ratio = exchange / (kernel + copy)
-        print(f"{size:>10} {exchange * 1e6:>18.0f} {kernel * 1e6:>11.0f} {copy * 1e6:>9.0f} {ratio:>19.2f}")
+        for gradients in arguments.k:
+            exchange, kernel, copy = measure(SHAPES[size], gradients)
+            ratio = exchange / (kernel + copy)
+            times = f"{exchange * 1e6:>18.0f} {kernel * 1e6:>11.0f} {copy * 1e6:>9.0f}"
+            print(f"{size:>10} {gradients:>4} {times} {ratio:>19.2f}")
 
 
-def measure(shapes: Shapes) -> tuple[float, float, float]:
+def measure(shapes: Shapes, gradients_per_update: int = 1) -> tuple[float, float, float]:
     """Seconds of a push and pull at the holder, of the fused kernel on the same tensors, and of one copy."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = AMSGrad(parameters, lr=1e-3)
     layout = FlatLayout([parameters])
-    holder = Holder(layout, layout.buffer(), [optimizer], StalenessBarrier(8), FailureLatch())
+    barrier = StalenessBarrier(8, gradients_per_update=gradients_per_update)
+    holder = Holder(layout, layout.buffer(), [optimizer], barrier, FailureLatch())
     gradient, out = layout.buffer().normal_(), layout.buffer()
     views, groups = layout.views(gradient, 0), HyperparamLayout(optimizer).read(optimizer.param_groups)
     holder.try_pull(0, out)
 
     def exchange() -> None:
-        holder.try_push(Push(0, 0, holder.version, views, groups))
-        holder.try_pull(0, out)
+        for _ in range(gradients_per_update):
+            holder.try_push(Push(0, 0, holder.version, views, groups, flat=gradient))
+            holder.try_pull(0, out)
 
     moments: list[list[Any]] = [[torch.zeros(shape) for shape in shapes] for _ in range(3)]
     steps = [torch.zeros(()) for _ in shapes]
@@ -59,7 +68,11 @@ def measure(shapes: Shapes) -> tuple[float, float, float]:
 
     repetitions = max(5, 2_000_000 // layout.numel)
     copy = functools.partial(out.copy_, gradient)
-    return best_of(exchange, repetitions), best_of(kernel, repetitions), best_of(copy, repetitions)
+    return (
+        best_of(exchange, repetitions) / gradients_per_update,
+        best_of(kernel, repetitions),
+        best_of(copy, repetitions),
+    )
 
 
 def best_of(run: Callable[[], object], repetitions: int, rounds: int = 20) -> float:

@@ -94,8 +94,13 @@ class Engine:
         self._observers = observers
         slots = options.slots(world_size)
         if slots > 1:
-            bound = resolve_max_staleness(options.max_staleness, world_size)
-            _check_overlap(bound, slots * world_size, len(optimizers))
+            bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
+            _check_overlap(bound, slots * world_size, len(optimizers), options.gradients_per_update)
+        if options.gradients_per_update > 1 and len(optimizers) > 1:
+            raise ValueError(
+                f"gradients_per_update={options.gradients_per_update} takes one optimizer and there are "
+                f"{len(optimizers)}: each one's step is to be seen by the next one's gradient. Leave it out"
+            )
         local: HolderService | None = None
         if rank == 0:
             origins = None if predecessor is None else self._origins(predecessor)
@@ -249,16 +254,18 @@ class Engine:
             observer(update, tickets)
 
 
-def _check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
+def _check_overlap(bound: int | None, readers: int, optimizers: int, gradients_per_update: int) -> None:
     if optimizers > 1:
         raise ValueError(
             f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "
             "before the first one's step. Leave overlap out"
         )
-    if bound is not None and bound < readers - 1:
+    places = None if bound is None else (bound + 1) * gradients_per_update
+    if places is not None and places < readers:
         raise ValueError(
             f"overlap=True keeps two gradients of each rank under way, {readers} in all, and max_staleness={bound} "
-            f"lets {bound + 1} of them. Take max_staleness of at least {readers - 1}, or leave overlap out"
+            f"lets {places} of them. Take max_staleness of at least {-(-readers // gradients_per_update) - 1}, or "
+            "leave overlap out"
         )
 
 

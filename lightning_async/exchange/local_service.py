@@ -12,6 +12,7 @@ from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
@@ -54,13 +55,17 @@ class HolderService(Service):
         self._on_update = on_update
         self._listener = listener
         self.layout = layout = FlatLayout(owned)
-        self.ledger: Ledger = Ledger(spec.world_size, options.batches) if predecessor is None else predecessor.ledger
+        bound = resolve_max_staleness(options.max_staleness, spec.world_size, options.gradients_per_update)
+        # As under DDP each version has one gradient of each rank: there is nothing to share, and none is overtaken.
+        every_rank = options.gradients_per_update == spec.world_size > 1
+        self._in_lock_step = every_rank and bound == 0 and options.on_stale == "wait"
+        batches = "sharded" if self._in_lock_step else options.batches
+        self.ledger: Ledger = Ledger(spec.world_size, batches) if predecessor is None else predecessor.ledger
         initial = layout.buffer()
         for index, parameters in enumerate(owned):
             for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                 view.copy_(parameter.detach())
-        bound = resolve_max_staleness(options.max_staleness, spec.world_size)
-        barrier = StalenessBarrier(bound, options.on_stale, version=spec.version)
+        barrier = StalenessBarrier(bound, options.on_stale, spec.version, options.gradients_per_update)
         self.holder = placement.make_holder(
             layout, initial.to(placement.device), spec.optimizers, barrier, latch, self._complete, states=spec.states
         )
@@ -98,6 +103,8 @@ class HolderService(Service):
     @override
     def open(self, tickets: int) -> None:
         self.ledger.open(tickets)
+        if self._in_lock_step:
+            self.holder.expect(range(self._workers))
 
     @override
     def progress(self) -> tuple[int, int]:
@@ -133,8 +140,14 @@ class HolderService(Service):
         return self.holder.snapshot(self.ledger.applied)
 
     @override
-    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
-        return self.holder.restore(version, optimizer_states)
+    def complete_version(self) -> bool:
+        return self.holder.complete_version()
+
+    @override
+    def restore(
+        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+    ) -> bool:
+        return self.holder.restore(version, optimizer_states, gathered)
 
     @override
     def set_counts(self, counts: Sequence[int]) -> None:

@@ -50,6 +50,7 @@ class ExchangeOptions:
     parameter_wire_dtype: WireDtype = "fp32"
     holder_device: HolderDevice = "auto"
     holder: HolderPlace = "thread"
+    gradients_per_update: int = 1
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -58,6 +59,9 @@ class ExchangeOptions:
             raise ValueError(
                 f'max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not {bound!r}.'
             )
+        count: object = self.gradients_per_update
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"gradients_per_update must be an int of at least 1, not {count!r}.")
         choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("on_stale", self.on_stale, get_args(OnStale)),
             ("batches", self.batches, get_args(Batches)),

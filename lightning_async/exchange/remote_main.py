@@ -72,7 +72,7 @@ class UpdateBuffer:
         self._notes.append(
             (
                 # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
-                tuple(push._replace(gradients=())),
+                tuple(push._replace(gradients=(), flat=None)),
                 (update.version, update.staleness, update.applied, update.parked_s, update.at_ns),
                 tickets,
             )
@@ -177,8 +177,8 @@ class RpcServer:
             self._shared_payload = None
 
     def restore(self, version: int, shared_payload: str) -> bool:
-        """Loads the optimizer states in a shared payload, and the version."""
-        return self.service.restore(version, unpack(shared_payload))
+        """Loads the optimizer states and gathered gradients in a shared payload, and the version."""
+        return self.service.restore(version, *unpack(shared_payload))
 
     @property
     def service(self) -> HolderService:

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
+from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
 from lightning_async.holder.types import Push, Snapshot, Update
@@ -202,8 +203,14 @@ class HolderProcess(Service):
         return snapshot
 
     @override
-    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
-        with SharedPayload(list(optimizer_states)) as shared_payload:
+    def complete_version(self) -> bool:
+        return bool(self._call("complete_version"))
+
+    @override
+    def restore(
+        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+    ) -> bool:
+        with SharedPayload((list(optimizer_states), gathered)) as shared_payload:
             return bool(self._call("restore", version, shared_payload.address))
 
     @override

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.layout import exchanged_parameters
 from lightning_async.holder.types import Snapshot, Update
@@ -87,7 +88,12 @@ class Service(Protocol):
     def snapshot(self) -> Snapshot:
         """Parameters, optimizer states and applied tickets of one version; at any time."""
 
-    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+    def complete_version(self) -> bool:
+        """Makes an update of the gradients that wait for more, if any; see `Holder.complete_version`."""
+
+    def restore(
+        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+    ) -> bool:
         """Loads optimizer states, in torch's format, and the version; see `Holder.restore`."""
 
     def set_counts(self, counts: Sequence[int]) -> None:

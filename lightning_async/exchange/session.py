@@ -119,7 +119,11 @@ class Session:
         """Answers what the barrier never holds back."""
         match message:
             case wire.Draw():
-                self._channel.send(wire.Tickets(self.worker, self._ledger.draw(self.worker)))
+                drawn = self._ledger.draw(self.worker)
+                if not drawn:
+                    # If it was expected to read, it has nothing to compute.
+                    self._holder.excuse(self.worker, self.slot)
+                self._channel.send(wire.Tickets(self.worker, drawn))
             case wire.Read(counts=counts):
                 self._count(counts)
                 self._send_parameters(self._holder.read(self._parameters), counted=bool(counts))
@@ -155,6 +159,7 @@ class Session:
             message.waited_s,
             self.slot,
             unpack_counts(message.counts),
+            self._segments[message.optimizer],
         )
         try:
             update = self._holder.try_push(push)

@@ -20,6 +20,7 @@ class StalenessBarrier:
         max_staleness: the bound :math:`\tau` in updates; None bounds nothing.
         on_stale: whether the bound is kept by waiting or by dropping.
         version: the version to start from.
+        gradients_per_update: gradients that make a version, :math:`K`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -40,29 +41,62 @@ class StalenessBarrier:
         (1, <Decision.APPLY: 'apply'>)
     """
 
-    def __init__(self, max_staleness: int | None, on_stale: OnStale = "wait", version: int = 0) -> None:
+    def __init__(
+        self,
+        max_staleness: int | None,
+        on_stale: OnStale = "wait",
+        version: int = 0,
+        gradients_per_update: int = 1,
+    ) -> None:
         _check_version(version)
         if on_stale not in POLICIES:
             raise ValueError(f"on_stale must be one of {', '.join(map(repr, POLICIES))}, not {on_stale!r}.")
-        self._policy = POLICIES[on_stale](max_staleness)
+        self._policy = POLICIES[on_stale](max_staleness, gradients_per_update)
         self.max_staleness = max_staleness
         self.on_stale = on_stale
+        self.gradients_per_update = gradients_per_update
         self._version = version
+        self._filled = 0
         self._reads: dict[Reader, int] = {}
         # A dict, as the ordered set that the standard library lacks.
         self._readers: dict[Reader, None] = {}
 
     @property
     def version(self) -> int:
-        """Number of updates applied so far. Settable (to load a checkpoint) while nobody is outstanding."""
+        """Number of updates made so far. Settable (to load a checkpoint) while nobody is outstanding."""
         return self._version
 
     @version.setter
     def version(self, version: int) -> None:
         _check_version(version)
-        if self._reads:
-            raise ValueError(f"The version cannot be set while workers {[*self._reads]} hold an earlier one.")
+        self._check_nobody_holds("The version")
         self._version = version
+
+    @property
+    def filled(self) -> int:
+        """Number of gradients that the next version has already, below ``gradients_per_update``.
+
+        Settable (to load a checkpoint) while nobody is outstanding.
+        """
+        return self._filled
+
+    @filled.setter
+    def filled(self, filled: int) -> None:
+        if not 0 <= filled < self.gradients_per_update:
+            raise ValueError(f"{self.gradients_per_update} gradients make a version, so {filled} cannot wait for more.")
+        self._check_nobody_holds("The number of gradients")
+        self._filled = filled
+
+    def complete(self) -> None:
+        """Makes a version of the gradients that there are, while nobody is outstanding: no more will come.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if not self._filled:
+            raise ValueError("No gradient waits for more, so there is no version to complete.")
+        self._check_nobody_holds("A version")
+        self._version, self._filled = self._version + 1, 0
 
     @property
     def outstanding(self) -> Mapping[Reader, int]:
@@ -100,7 +134,7 @@ class StalenessBarrier:
         Returns:
             False for a worker that is outstanding; for others what the policy says.
         """
-        return worker not in self._reads and self._policy.may_read(worker, self._reads, self._readers)
+        return worker not in self._reads and self._policy.may_read(worker, self._reads, self._readers, self._filled)
 
     def read(self, worker: Reader) -> int:
         """Makes a worker outstanding at the present version and takes it out of the queue.
@@ -130,16 +164,16 @@ class StalenessBarrier:
             ValueError: if the worker is not outstanding.
         """
         self._version_read(worker)
-        return self._policy.decide(worker, self._reads, self._version)
+        return self._policy.decide(worker, self._reads, self._version, self._filled)
 
     def apply(self, worker: Reader) -> int:
-        """Counts a worker's update; it is outstanding no more.
+        """Takes a worker's gradient, the last of a version or one of it; the worker is outstanding no more.
 
         Args:
-            worker: whose update is applied.
+            worker: whose gradient is taken.
 
         Returns:
-            The staleness of the update: the version before it, less the version read.
+            Its staleness: the version before it, less the version read.
 
         Raises:
             ValueError: unless the decision is `Decision.APPLY`.
@@ -177,8 +211,13 @@ class StalenessBarrier:
             )
         staleness = self._version - self._reads.pop(worker)
         if expected is Decision.APPLY:
-            self._version += 1
+            made, self._filled = divmod(self._filled + 1, self.gradients_per_update)
+            self._version += made
         return staleness
+
+    def _check_nobody_holds(self, what: str) -> None:
+        if self._reads:
+            raise ValueError(f"{what} cannot be set while workers {[*self._reads]} hold parameters.")
 
     def _version_read(self, worker: Reader) -> int:
         try:

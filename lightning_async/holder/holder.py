@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.gradient_mean import Gathered, GradientMean
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.policies import Decision
@@ -36,10 +37,13 @@ class Holder:
         layout: where each parameter lies.
         parameters: initial values, a flat buffer of ``layout``; copied.
         optimizers: the optimizers to stand in for, in the layout's order.
-        barrier: who may proceed; owned by the holder from here on.
+        barrier: who may proceed, and how many gradients make an update; owned by the holder from here on.
         latch: the run's failure latch.
         observer: called under the lock with every applied or dropped push; must be quick.
         states: for each optimizer the state to begin with; None for what its template has.
+
+    Raises:
+        ValueError: if several gradients are to make an update, and there are several optimizers.
     """
 
     def __init__(
@@ -63,6 +67,14 @@ class Holder:
         self._waiting = 0
         self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
+        self._mean: GradientMean | None = None
+        # Of the last push that has not become an update yet.
+        self._groups: Sequence[float] = ()
+        if barrier.gradients_per_update > 1:
+            if len(optimizers) > 1:
+                raise ValueError("With several optimizers each gradient is an update: gradients_per_update must be 1.")
+            buffer = torch.zeros_like(self._flat)
+            self._mean = GradientMean(buffer, layout.views(buffer, 0))
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -147,7 +159,13 @@ class Holder:
                 return None
             applied = decision is Decision.APPLY
             if applied:
-                self._optimizers[push.optimizer].apply(push.gradients, push.groups)
+                if self._mean is None:
+                    self._optimizers[push.optimizer].apply(push.gradients, push.groups)
+                else:
+                    self._mean.add(push.gradients, push.samples, push.flat)
+                    self._groups = push.groups
+                    if self._barrier.filled + 1 == self._barrier.gradients_per_update:
+                        self._optimizers[push.optimizer].apply(self._mean.take(), push.groups)
                 staleness = self._barrier.apply(reader)
             else:
                 staleness = self._barrier.discard(reader)
@@ -160,6 +178,20 @@ class Holder:
             self._observer(update)
             self._tell()
             return update
+
+    def complete_version(self) -> bool:
+        """Makes an update of the gradients that wait for more; nobody may be computing.
+
+        Returns:
+            Whether there were any.
+        """
+        with self._lock:
+            if self._mean is None or not self._barrier.filled:
+                return False
+            self._optimizers[0].apply(self._mean.take(), self._groups)
+            self._barrier.complete()
+            self._tell()
+            return True
 
     def count(self, counts: Sequence[int]) -> None:
         """Adds what a worker has counted, apart from a push."""
@@ -217,6 +249,20 @@ class Holder:
             self._barrier.leave((worker, slot))
             self._tell()
 
+    def expect(self, workers: Iterable[int]) -> None:
+        """Puts workers into the queue of readers before they ask, so that none can be overtaken on its way here."""
+        with self._lock:
+            for worker in workers:
+                self._barrier.ask((worker, 0))
+
+    def excuse(self, worker: int, slot: int = 0) -> None:
+        """Takes ``worker`` out of the queue of readers, if it is in it: it has nothing to compute."""
+        with self._lock:
+            reader = (worker, slot)
+            if self._barrier.held(reader) is None and reader in self._barrier.waiting:
+                self._barrier.leave(reader)
+                self._tell()
+
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""
         with self._lock:
@@ -234,10 +280,18 @@ class Holder:
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
-            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts)
+            gathered = None if self._mean is None else self._mean.gathered(self._barrier.filled)
+            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts, gathered)
 
-    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+    def restore(
+        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+    ) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.
+
+        Args:
+            version: the version.
+            optimizer_states: each optimizer's state dict.
+            gathered: gradients that wait for more; where they are enough by now, they are an update.
 
         Returns:
             True if a state came from Adam without AMSGrad, whose maximum was then started from its ``exp_avg_sq``.
@@ -246,8 +300,21 @@ class Holder:
         with self._lock:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
                 converted |= optimizer.load(state)
-            self._barrier.version = version
+            self._barrier.version, self._barrier.filled, self._groups = version, 0, ()
+            if gathered is not None:
+                self._take_over(gathered)
         return converted
+
+    def _take_over(self, gathered: Gathered) -> None:
+        if len(self._optimizers) > 1:
+            raise ValueError("The checkpoint has gradients that wait for more, which several optimizers cannot have.")
+        if self._mean is not None and gathered.count < self._barrier.gradients_per_update:
+            self._mean.load(gathered)
+            self._barrier.filled = gathered.count
+            return
+        mean = [None if one is None else one / gathered.weight for one in gathered.gradients]
+        self._optimizers[0].apply(mean, ())
+        self._barrier.version += 1
 
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.types import Push, Snapshot, Update
@@ -122,12 +123,26 @@ class DeviceHolder(Holder):
                 parameters=taken.parameters.cpu(),
                 optimizer_states=_on_host(taken.optimizer_states),
                 adapted=_on_host(taken.adapted),
+                gathered=taken.gathered
+                and dataclasses.replace(taken.gathered, gradients=_on_host(taken.gathered.gradients)),
             )
 
     @override
-    def restore(self, version: int, optimizer_states: Sequence[Mapping[str, Any]]) -> bool:
+    def complete_version(self) -> bool:
         with self._stream.entered():
-            return super().restore(version, optimizer_states)
+            return super().complete_version()
+
+    @override
+    def restore(
+        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+    ) -> bool:
+        with self._stream.entered():
+            if gathered is not None:
+                gathered = dataclasses.replace(
+                    gathered,
+                    gradients=[None if one is None else one.to(self._flat.device) for one in gathered.gradients],
+                )
+            return super().restore(version, optimizer_states, gathered)
 
 
 class HolderPlacement:

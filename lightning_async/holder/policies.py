@@ -36,33 +36,39 @@ class StalenessPolicy(ABC):
 
     Args:
         max_staleness: the bound :math:`\tau` in updates; None bounds nothing.
+        gradients_per_update: gradients that make an update, :math:`K`.
 
     Raises:
-        ValueError: if the bound is out of range.
+        ValueError: if an argument is out of range.
     """
 
-    def __init__(self, max_staleness: int | None) -> None:
+    def __init__(self, max_staleness: int | None, gradients_per_update: int = 1) -> None:
         check_bound(max_staleness)
+        if gradients_per_update < 1:
+            raise ValueError(f"gradients_per_update must be at least 1, not {gradients_per_update}.")
         self.max_staleness = max_staleness
+        self.gradients_per_update = gradients_per_update
 
     @abstractmethod
-    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader]) -> bool:
+    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader], filled: int = 0) -> bool:
         """Whether a worker that is not outstanding may read now.
 
         Args:
             worker: who would read.
             reads: outstanding worker -> version read.
             queue: the workers that have asked and not read, in the order of their asking.
+            filled: gradients that the present version has already, :math:`w`.
         """
 
     @abstractmethod
-    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int) -> Decision:
+    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int, filled: int = 0) -> Decision:
         """What becomes of an outstanding worker's push now.
 
         Args:
             worker: whose push it is.
             reads: outstanding worker -> version read; the worker's own is among them.
             version: the holder's version :math:`k` before the update.
+            filled: gradients that it has already, :math:`w`.
         """
 
 
@@ -75,12 +81,12 @@ class WaitPolicy(StalenessPolicy):
 
     - No applied update is staler than the bound: feasibility at :math:`k` includes :math:`k \le r_i + \tau` for every
       member.
-    - No deadlock: the oldest reader may always be applied. Without it the rest is :math:`r_1, r_2, \dots` at version
-      :math:`k + 1`, which needs :math:`(k + 1) + (i - 1) \le r_i + \tau`: that is the invariant. A push waits only for
-      workers that read before it, and those wait for fewer still.
+    - No deadlock: the oldest reader may always be applied. It takes the next place, and the rest
+      :math:`r_1, r_2, \dots` keep the places that they had in the invariant. A push waits only for workers that read
+      before it, and those wait for fewer still.
 
-    A reader waits only while :math:`\tau + 1` workers are outstanding, whichever reader it is; so serving readers in
-    the order of their asking costs nothing and starves nobody.
+    A reader waits only while as many workers are outstanding as there are places left, :math:`(\tau + 1) K - w`,
+    whichever reader it is; so serving readers in the order of their asking costs nothing and starves nobody.
 
     Examples:
         >>> policy = WaitPolicy(max_staleness=1)
@@ -89,18 +95,20 @@ class WaitPolicy(StalenessPolicy):
     """
 
     @override
-    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader]) -> bool:
+    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader], filled: int = 0) -> bool:
         if self.max_staleness is None:
             return True
         # `readable`, given the invariant: the newcomer's is the latest deadline, and it comes last.
-        return len(reads) <= self.max_staleness and next(iter(queue), None) == worker
+        places = (self.max_staleness + 1) * self.gradients_per_update - filled
+        return len(reads) < places and next(iter(queue), None) == worker
 
     @override
-    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int) -> Decision:
+    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int, filled: int = 0) -> Decision:
         if self.max_staleness is None:
             return Decision.APPLY
         rest = [read for other, read in reads.items() if other != worker]
-        return Decision.APPLY if admissible(rest, version, self.max_staleness) else Decision.WAIT
+        in_time = admissible(rest, version, self.max_staleness, self.gradients_per_update, filled)
+        return Decision.APPLY if in_time else Decision.WAIT
 
 
 class DropPolicy(StalenessPolicy):
@@ -112,11 +120,11 @@ class DropPolicy(StalenessPolicy):
     """
 
     @override
-    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader]) -> bool:
+    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader], filled: int = 0) -> bool:
         return True
 
     @override
-    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int) -> Decision:
+    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int, filled: int = 0) -> Decision:
         return Decision.DROP if is_stale(reads[worker], version, self.max_staleness) else Decision.APPLY
 
 

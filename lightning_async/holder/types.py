@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_async.holder.gradient_mean import Gathered
+
 __all__ = ["Push", "Snapshot", "Update"]
 
 
@@ -27,6 +29,7 @@ class Push(NamedTuple):
         slot: which of the worker's slots it came by; each holds parameters of its own version (see `slot.py`).
         counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
             nothing but updates is counted.
+        flat: what the gradients are parts of, in the holder's layout; None if they are not.
     """
 
     worker: int
@@ -39,6 +42,7 @@ class Push(NamedTuple):
     waited_s: float = 0.0
     slot: int = 0
     counts: Sequence[int] = ()
+    flat: Tensor | None = None
 
     @property
     def batches(self) -> int:
@@ -78,6 +82,7 @@ class Snapshot:
         adapted: for each optimizer and param group the values that its own steps have changed.
         applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
         counts: what all workers have counted.
+        gathered: gradients that wait for more to make an update with; None if there are none.
     """
 
     version: int
@@ -86,3 +91,4 @@ class Snapshot:
     adapted: list[list[dict[str, Any]]]
     applied: tuple[tuple[int, int], ...] = ()
     counts: tuple[int, ...] = ()
+    gathered: Gathered | None = None

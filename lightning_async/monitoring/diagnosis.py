@@ -6,11 +6,11 @@ Pure rules over `RunFacts`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-from lightning_async.monitoring.replay import free_bound, lock_step_factor
+from lightning_async.monitoring.lock_step import estimate
+from lightning_async.monitoring.replay import free_bound
+from lightning_async.monitoring.run_facts import RunFacts
 
 __all__ = ["RunFacts", "conclusions", "diagnosis_line", "slow_ranks"]
 
@@ -19,66 +19,6 @@ _LITTLE_GAIN = 1.15
 _COSTLY_BARRIER = 0.01
 _COSTLY_EXCHANGE = 0.25
 _NEEDED_STEPS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What the rules look at.
-
-    Args:
-        max_staleness: the bound; None if there was none.
-        on_stale: what kept it, ``"wait"`` or ``"drop"``.
-        shared: whether fast ranks took more batches.
-        train_seconds: length of training, validation not counted.
-        updates: updates applied.
-        dropped: gradients discarded.
-        steps: for each rank the seconds of some of its steps.
-        wait_seconds: for each rank: spent in push and pull.
-        parked_seconds: for each rank: the part of it in which the barrier held its gradient back.
-    """
-
-    max_staleness: int | None
-    on_stale: str
-    shared: bool
-    train_seconds: float
-    updates: int
-    dropped: int
-    steps: Sequence[Sequence[float]]
-    wait_seconds: Sequence[float]
-    parked_seconds: Sequence[float]
-
-    @classmethod
-    def of(
-        cls, configuration: Mapping[str, Any], stats: Mapping[str, Any], steps: Sequence[Sequence[float]]
-    ) -> RunFacts:
-        """From the strategy's ``configuration`` and its ``stats.as_dict()``."""
-        return cls(
-            max_staleness=configuration["max_staleness"],
-            on_stale=configuration["on_stale"],
-            shared=configuration["batches"] == "shared",
-            train_seconds=stats["train_seconds"],
-            updates=stats["updates"],
-            dropped=stats["dropped"],
-            steps=steps,
-            wait_seconds=list(stats["wait_seconds_by_rank"].values()),
-            parked_seconds=list(stats["parked_seconds_by_rank"].values()),
-        )
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return len(self.steps)
-
-    @property
-    def parked_fraction(self) -> float:
-        """Part of the workers' time in which the barrier held a gradient back."""
-        return min(1.0, sum(self.parked_seconds) / max(self.train_seconds * self.ranks, 1e-12))
-
-    @property
-    def exchange_fraction(self) -> float:
-        """Part of the workers' time that went into handing in gradients and getting parameters, the barrier apart."""
-        waited = sum(self.wait_seconds) - sum(self.parked_seconds)
-        return min(1.0, max(0.0, waited) / max(self.train_seconds * self.ranks, 1e-12))
 
 
 def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
@@ -103,14 +43,15 @@ def conclusions(facts: RunFacts) -> list[str]:
     """What to know of a run, the most important first; each a sentence without its full stop.
 
     Examples:
+        >>> from lightning_async.monitoring.cpu_use import CpuUse
         >>> facts = RunFacts(8, "wait", True, train_seconds=100.0, updates=250, dropped=0,
         ...                  steps=[[1.0] * 20, [1.0] * 20, [4.0] * 20], wait_seconds=[0.1] * 3,
-        ...                  parked_seconds=[0.0] * 3)
+        ...                  parked_seconds=[0.0] * 3, cpu=[CpuUse("a", 8, 1.0)] * 3)
         >>> for sentence in conclusions(facts):
         ...     print(sentence)
         rank 2 takes 4.0x the median step of the others
         the barrier cost nothing
-        in lock step the same batches would take about 3.0x as long
+        in lock step the same batches would take an estimated 3.3x as long
     """
     if facts.updates == 0:
         return ["no update was applied"]
@@ -128,28 +69,43 @@ def conclusions(facts: RunFacts) -> list[str]:
     slow = slow_ranks(facts.steps)
     found = [_slowness(slow)] if slow else []
     found.append(_bound(facts))
-    gain = lock_step_factor(facts.steps, facts.shared)
-    starved = facts.max_staleness is not None and facts.max_staleness < facts.ranks - 1
+    crowded = [f"{ranks} ranks on {cores} cores" for ranks, cores in facts.shared_cores()]
+    starved = facts.places is not None and facts.places < facts.ranks
     if facts.exchange_fraction >= _COSTLY_EXCHANGE and not starved:
-        found.append(
-            f"handing in gradients and getting parameters took {facts.exchange_fraction:.0%} of worker time: rank 0 or "
-            "the transport is the bottleneck, where larger batches, accumulate_grad_batches or fewer ranks help more "
-            "than asynchrony"
+        cause = (
+            f"with {crowded[0]} a part of that is waiting for a core"
+            if crowded
+            else "rank 0 or the transport is the bottleneck, where larger batches, accumulate_grad_batches or fewer "
+            "ranks help more than asynchrony"
         )
-    if gain < _LITTLE_GAIN and slow and not facts.shared:
-        shared_gain = lock_step_factor(facts.steps)
         found.append(
-            "with equal shares the slowest rank sets the pace, as in lock step: batches='shared' would let the others "
-            f"take over and be about {shared_gain:.1f}x as fast"
+            f"handing in gradients and getting parameters took {facts.exchange_fraction:.0%} of worker time: {cause}"
         )
-    elif gain < _LITTLE_GAIN:
-        found.append(
-            f"the ranks are about equally fast: waiting for the slowest would cost {gain - 1:.0%}, so asynchrony gains "
-            "little here"
-        )
-    else:
-        found.append(f"in lock step the same batches would take about {gain:.1f}x as long")
+    found.append(_lock_step(facts, slow, crowded))
     return found
+
+
+def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str]) -> str:
+    """What lock step would have taken, where that can be told."""
+    lock_step = estimate(facts)
+    if not lock_step.known:
+        if not facts.cpu:
+            return "what lock step would take is not known, since the ranks did not come to tell what they computed"
+        where = f", with {crowded[0]}" if crowded else ""
+        return f"ranks wait for cores{where}, so what lock step would take cannot be told from this run"
+    gain = lock_step.factor
+    among = f" ({crowded[0]})" if crowded else ""
+    if gain >= _LITTLE_GAIN:
+        return f"in lock step the same batches would take an estimated {gain:.1f}x as long{among}"
+    if slow and not facts.shared:
+        return (
+            "with equal shares the slowest rank sets the pace, as in lock step: batches='shared' would let the others "
+            "take over"
+        )
+    return (
+        f"the ranks are about equally fast{among}: lock step would take an estimated {max(gain, 1.0):.2f}x as long, so "
+        "asynchrony gains little here"
+    )
 
 
 def diagnosis_line(facts: RunFacts) -> str:
@@ -199,22 +155,28 @@ def _measured(facts: RunFacts) -> str:
 
 def _bound(facts: RunFacts) -> str:
     bound, ranks, said = facts.max_staleness, facts.ranks, _measured(facts)
-    if bound is None:
+    if bound is None or facts.places is None:
         return said
+    # The smallest that lets all ranks compute at a time.
+    least = -(-ranks // facts.gradients_per_update) - 1
     if facts.on_stale == "drop":
         if facts.dropped < _COSTLY_BARRIER * (facts.dropped + facts.updates):
             return said
-        free = free_bound(facts.steps)
+        free = _free(facts)
         return f"{said}; a bound of {free} would drop hardly any" if free > bound else said
-    if bound < ranks - 1:
+    if bound < least:
         return (
-            f"a bound of {bound} lets only {bound + 1} of {ranks} ranks compute at a time; "
-            f"a bound of {max(ranks - 1, free_bound(facts.steps))} would cost none"
+            f"a bound of {bound} lets only {facts.places} of {ranks} ranks compute at a time; "
+            f"a bound of {max(least, _free(facts))} would cost none"
         )
-    cost, free = facts.parked_fraction, free_bound(facts.steps)
+    cost, free = facts.parked_fraction, _free(facts)
     if cost >= _COSTLY_BARRIER:
         return f"{said}; a bound of {free} would cost none" if free > bound else said
-    smaller = max(free, ranks - 1)
+    smaller = max(free, least)
     if 2 * smaller <= bound:
         return f"{said}; a bound of {smaller} would not cost more, and gradients would be fresher"
     return said
+
+
+def _free(facts: RunFacts) -> int:
+    return free_bound(facts.steps, gradients_per_update=facts.gradients_per_update)

@@ -17,7 +17,7 @@ from lightning_async.monitoring.versioned import Format, RecordError
 __all__ = ["RECORD_NAME", "RecordError", "RunRecord"]
 
 RECORD_NAME = "async_run.json"
-_FORMAT = Format("lightning_async run", 2, "a record of a run by lightning_async", "Train the run anew.")
+_FORMAT = Format("lightning_async run", 3, "a record of a run by lightning_async", "Train the run anew.")
 
 
 @dataclass
@@ -107,7 +107,7 @@ class RunRecord:
         if not isinstance(self.configuration, dict):
             raise ValueError(f"configuration is {self.configuration!r}")
         if self.configuration:
-            for name in ("max_staleness", "on_stale", "batches"):
+            for name in ("max_staleness", "on_stale", "batches", "gradients_per_update"):
                 self.configuration[name]
         if not (self.stats or self.step_seconds or self.configuration):
             return

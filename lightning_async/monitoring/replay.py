@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.policies import Decision
 
-__all__ = ["Replay", "free_bound", "lock_step_factor", "replay"]
+__all__ = ["Replay", "free_bound", "replay"]
 
 # Below this part of the workers' time a barrier counts as free.
 FREE_FRACTION = 0.005
@@ -28,7 +28,7 @@ class Replay:
     Args:
         seconds: length of the run.
         parked_fraction: part of the workers' time in which the barrier held a gradient or a reader back.
-        staleness: staleness -> number of updates.
+        staleness: staleness -> number of gradients.
     """
 
     seconds: float
@@ -36,14 +36,21 @@ class Replay:
     staleness: Counter[int]
 
 
-def replay(steps: Sequence[Sequence[float]], bound: int | None, updates: int, exchange_s: float = 0.0) -> Replay:
-    """Plays ``updates`` updates: each rank takes its own steps one after the other, round and round.
+def replay(
+    steps: Sequence[Sequence[float]],
+    bound: int | None,
+    updates: int,
+    exchange_s: float = 0.0,
+    gradients_per_update: int = 1,
+) -> Replay:
+    """Plays ``updates`` gradients: each rank takes its own steps one after the other, round and round.
 
     Args:
         steps: for each rank the seconds of some of its steps; none may be empty.
         bound: the staleness bound; None bounds nothing.
-        updates: updates to play; those of the last moment are all played.
+        updates: gradients to play; those of the last moment are all played.
         exchange_s: seconds that handing in a gradient and getting parameters takes when nothing holds it back.
+        gradients_per_update: gradients that make a version.
 
     Returns:
         What comes of it.
@@ -57,7 +64,7 @@ def replay(steps: Sequence[Sequence[float]], bound: int | None, updates: int, ex
         >>> max(replay(one_slow, bound=2, updates=110).staleness)
         2
     """
-    barrier = StalenessBarrier(bound)
+    barrier = StalenessBarrier(bound, gradients_per_update=gradients_per_update)
     now, sequence, parked_s = 0.0, 0, 0.0
     staleness: Counter[int] = Counter()
     taken = [0] * len(steps)
@@ -91,51 +98,27 @@ def replay(steps: Sequence[Sequence[float]], bound: int | None, updates: int, ex
     return Replay(now, parked_s / max(now * len(steps), 1e-12), staleness)
 
 
-def free_bound(steps: Sequence[Sequence[float]], exchange_s: float = 0.0) -> int:
+def free_bound(steps: Sequence[Sequence[float]], exchange_s: float = 0.0, gradients_per_update: int = 1) -> int:
     """The smallest bound whose barrier would take less than 0.5 % of the workers' time, estimated by `replay`.
 
     Examples:
         >>> free_bound([[1.0], [1.0], [1.0]])
         2
-        >>> free_bound([[1.0], [1.0], [8.0]]) >= 14
-        True
+        >>> free_bound([[1.0], [1.0], [8.0]]) >= 14, free_bound([[1.0], [1.0], [8.0]], gradients_per_update=3) < 8
+        (True, True)
     """
     # So many that the slowest rank comes to hand in some: before that nothing is stale.
     rate = sum(1.0 / max(_mean(own), 1e-12) for own in steps)
     rounds = min(_ROUNDS * rate * max(map(_mean, steps)), _MOST_UPDATES)
     updates = max(1000, 20 * len(steps), int(rounds))
-    low, high = 0, max(replay(steps, None, updates, exchange_s).staleness)
+    low, high = 0, max(replay(steps, None, updates, exchange_s, gradients_per_update).staleness)
     while low < high:
         middle = (low + high) // 2
-        if replay(steps, middle, updates, exchange_s).parked_fraction < FREE_FRACTION:
+        if replay(steps, middle, updates, exchange_s, gradients_per_update).parked_fraction < FREE_FRACTION:
             high = middle
         else:
             low = middle + 1
     return low
-
-
-def lock_step_factor(steps: Sequence[Sequence[float]], shared: bool = True) -> float:
-    """How much longer the same batches take if every step waits for the slowest rank: at least 1.
-
-    Communication is not counted, on either side.
-
-    Args:
-        steps: for each rank the seconds of some of its steps; none may be empty.
-        shared: whether a fast rank takes more batches; False for equal shares.
-
-    Examples:
-        >>> lock_step_factor([[1.0], [1.0], [1.0], [4.0]])
-        3.25
-        >>> lock_step_factor([[1.0], [4.0]], shared=False)
-        1.0
-        >>> lock_step_factor([[1.0, 4.0], [4.0, 1.0]], shared=False)
-        1.6
-    """
-    rounds = max(map(len, steps))
-    slowest = sum(max(own[i % len(own)] for own in steps) for i in range(rounds)) / rounds
-    means = [_mean(own) for own in steps]
-    alone = len(steps) / sum(1.0 / max(mean, 1e-12) for mean in means) if shared else max(means)
-    return max(1.0, slowest / max(alone, 1e-12))
 
 
 def _mean(own: Sequence[float]) -> float:

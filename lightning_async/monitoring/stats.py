@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from lightning_async.holder.types import Update
+from lightning_async.monitoring.cpu_use import CpuUse
 
 __all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile", "staleness_text"]
 
@@ -32,6 +33,9 @@ class RunStats:
         batches_by_rank: rank -> batches computed.
         wait_seconds_by_rank: rank -> seconds its training loop spent in push and pull: transport, update and barrier.
         parked_seconds_by_rank: rank -> the part of it in which the barrier held its gradient back.
+        host_by_rank: rank -> name of its host, once the ranks have met after some training.
+        cores_by_rank: rank -> cores that its process may run on.
+        cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
         evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
@@ -48,6 +52,9 @@ class RunStats:
         self.batches_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
         self.wait_seconds_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
         self.parked_seconds_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
+        self.host_by_rank: dict[int, str] = dict.fromkeys(range(workers), "")
+        self.cores_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.cores_used_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
         self.dropped = 0
         self.rejected = 0
         self.evicted: list[int] = []
@@ -100,6 +107,13 @@ class RunStats:
             self._steps[worker].append(max(0.0, now - before - update.push.waited_s + parked_s - update.parked_s))
         self._last[worker] = (now, update.parked_s)
 
+    def note_cpu_use(self, ranks: Sequence[CpuUse]) -> None:
+        """Notes what each rank uses of its host, where all have met."""
+        with self._lock:
+            for rank, use in enumerate(ranks):
+                self.host_by_rank[rank], self.cores_by_rank[rank] = use.host, use.cores
+                self.cores_used_by_rank[rank] = use.used
+
     def step_seconds(self, rank: int) -> list[float]:
         """Seconds that ``rank`` took to compute each of its latest updates (at most 1001), without waiting."""
         with self._lock:
@@ -128,6 +142,9 @@ class RunStats:
                 "batches_by_rank": dict(self.batches_by_rank),
                 "wait_seconds_by_rank": dict(self.wait_seconds_by_rank),
                 "parked_seconds_by_rank": dict(self.parked_seconds_by_rank),
+                "host_by_rank": dict(self.host_by_rank),
+                "cores_by_rank": dict(self.cores_by_rank),
+                "cores_used_by_rank": dict(self.cores_used_by_rank),
                 "dropped": self.dropped,
                 "rejected": self.rejected,
                 "evicted": list(self.evicted),

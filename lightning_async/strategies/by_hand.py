@@ -45,18 +45,23 @@ class ByHand:
     Args:
         trainer: the trainer.
         name: the strategy's name, for messages.
-        version: the version that the fit begins with.
+        gradients: how many the fit begins with.
         phase: the run's phase.
+        counts_gradients: whether the gradients are counted, since a version is made of several.
 
     Attributes:
         manual: whether the module optimizes manually.
+        counts_steps: whether steps are counted in the tally; else each is a version.
         group: batches that make one step, as all ranks have agreed; None while nobody knows.
         steps: steps that one such group makes, of those that the trainer counts.
     """
 
-    def __init__(self, trainer: Trainer, name: str, version: int, phase: Phase) -> None:
+    def __init__(
+        self, trainer: Trainer, name: str, gradients: int, phase: Phase, counts_gradients: bool = False
+    ) -> None:
         module: LightningModule = trainer.lightning_module
         self.manual = not module.automatic_optimization
+        self.counts_steps = self.manual or counts_gradients
         self.group: int | None = None
         self.steps = 1
         self._trainer = trainer
@@ -65,15 +70,15 @@ class ByHand:
         self._counter = StepCounter(trainer)
         self._rhythm = Rhythm()
         self._steps_to_make: float = inf
-        self._version_at_backward = version
+        self._version_at_backward = 0
         self._moved = False
         self._warned = False
         self._pushes_leftover = False
-        self.tally = Tally(self._counts_at(version))
+        self.tally = Tally(self._counts_at(gradients))
         self.schedulers = SharedSchedulers(trainer.world_size, BATCHES + 1, phase)
 
-    def _counts_at(self, version: int) -> list[int]:
-        return [version, batches_that_stepped(self._trainer) * self._trainer.world_size or version]
+    def _counts_at(self, gradients: int) -> list[int]:
+        return [gradients, batches_that_stepped(self._trainer) * self._trainer.world_size or gradients]
 
     # --- counts that all ranks share ----------------------------------------------------------------------------------
 
@@ -98,7 +103,7 @@ class ByHand:
         if self._trainer.world_size > 1:
             self.schedulers.share(self._stepped_by_hand())
         self.tally.extend(BATCHES + 1 + len(self.schedulers))
-        if self.manual or len(self.schedulers):
+        if self.counts_steps or len(self.schedulers):
             worker.tally = self.schedulers.tally = self.tally
         return worker.tally is not None
 
@@ -122,15 +127,18 @@ class ByHand:
         """What a checkpoint keeps beside the counts themselves."""
         return {"scheduled": self.schedulers.made, "group": self.group} if self.manual or self.schedulers.made else {}
 
-    def load(self, saved: Mapping[str, Any], counts: Sequence[int], version: int) -> None:
+    def load(self, saved: Mapping[str, Any], counts: Sequence[int], gradients: int) -> None:
         """Goes on from a checkpoint.
 
         Args:
             saved: what `state` has returned, or nothing.
             counts: the counts, for the present number of ranks; empty if the checkpoint has none.
-            version: the version of the checkpoint.
+            gradients: how many the checkpoint has been trained on; each is a step, but under manual optimization.
         """
-        self.tally.hear(counts or self._counts_at(version))
+        counts = [*counts] or self._counts_at(gradients)
+        if not self.manual:
+            counts[STEPS] = gradients
+        self.tally.hear(counts)
         self.schedulers.made = saved.get("scheduled", [])
         self.group = saved.get("group")
         self._counter.restart()
@@ -173,6 +181,8 @@ class ByHand:
             counted = self._counter.take(index)
             self.tally.add(STEPS, counted)
             self._rhythm.step(counted)
+        elif self.counts_steps and not self.manual:
+            self.tally.add(STEPS)
 
     def after_push(self) -> None:
         """Notes that fresh parameters have landed, and steps the schedulers that are due by now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -10,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.holder.gradient_mean import Gathered
+from lightning_async.holder.tally import STEPS
 from lightning_async.holder.types import Snapshot
 from lightning_async.loops.phase import Phase
 from lightning_async.strategies.by_hand import ByHand
@@ -43,6 +46,7 @@ class Checkpointing:
         by_hand: what user code does by hand.
         phase: the run's phase.
         scheduled_steps: tells the steps that the learning-rate schedulers have made.
+        gradients_per_update: gradients that make a version.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Checkpointing:
         by_hand: ByHand,
         phase: Phase,
         scheduled_steps: Callable[[], int],
+        gradients_per_update: int,
     ) -> None:
         self._module = module
         self._exchange = exchange
@@ -60,6 +65,7 @@ class Checkpointing:
         self._by_hand = by_hand
         self._phase = phase
         self._scheduled_steps = scheduled_steps
+        self._gradients_per_update = gradients_per_update
         self._snapshot: Snapshot | None = None
         # The epoch and the order of its batches, as checkpoints record them.
         self._epoch_order: tuple[int, str] | None = None
@@ -122,6 +128,9 @@ class Checkpointing:
         noted = self.note(version, world_size)
         if snapshot is not None:
             noted |= {"version": snapshot.version, "counts": [*snapshot.counts]}
+            if snapshot.gathered is not None:
+                # Applied batches, too, whose gradients are in no parameter yet.
+                noted["gathered"] = asdict(snapshot.gathered)
             if self._epoch_order is not None:
                 noted |= EpochPlace(*self._epoch_order, self._scheduled_steps(), snapshot.applied).state()
             if self._phase.is_asynchronous:
@@ -132,7 +141,8 @@ class Checkpointing:
     def note(self, version: int, world_size: int) -> dict[str, Any]:
         """What a checkpoint that has no snapshot notes under `CHECKPOINT_KEY`; see `complete`."""
         counts = [*self._by_hand.tally.totals]
-        return {"version": version, "world_size": world_size, **self._by_hand.state(), "counts": counts}
+        made_of = {"gradients_per_update": self._gradients_per_update}
+        return {"version": version, "world_size": world_size, **made_of, **self._by_hand.state(), "counts": counts}
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
@@ -145,18 +155,12 @@ class Checkpointing:
             world_size: number of ranks N.
         """
         saved = checkpoint.get(CHECKPOINT_KEY, {})
-        version = int(checkpoint["global_step"]) * world_size
-        counts: list[int] = []
-        if saved:
-            version, *counts = (
-                # The same clock with another number of ranks is another version.
-                count if saved["world_size"] == world_size else count // saved["world_size"] * world_size
-                for count in (saved["version"], *saved.get("counts", ()))
-            )
+        version, gradients, counts = self._progress(checkpoint, saved, world_size)
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         engine, states = self._exchange.engine, checkpoint["optimizer_states"]
         held = [held_state(optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
-        if engine.service is not None and engine.service.restore(version, held):
+        gathered = Gathered(**saved["gathered"]) if "gathered" in saved else None
+        if engine.service is not None and engine.service.restore(version, held, gathered):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
@@ -165,4 +169,23 @@ class Checkpointing:
             load_groups(optimizer, state)
         engine.states.reset()
         engine.worker.version = version
-        self._by_hand.load(saved, counts, version)
+        self._by_hand.load(saved, counts, gradients)
+
+    def _progress(
+        self, checkpoint: Mapping[str, Any], saved: Mapping[str, Any], world_size: int
+    ) -> tuple[int, int, list[int]]:
+        """The version, the gradients and the counts that a checkpoint's training has come to."""
+        if not saved:
+            gradients = int(checkpoint["global_step"]) * world_size
+            return gradients // self._gradients_per_update, gradients, []
+        version, *counts = (
+            # The same clock with another number of ranks is another version.
+            count if saved["world_size"] == world_size else count // saved["world_size"] * world_size
+            for count in (saved["version"], *saved.get("counts", ()))
+        )
+        made_of = saved.get("gradients_per_update", 1)
+        gradients = version if made_of == 1 else counts[STEPS]
+        same = made_of == self._gradients_per_update and saved["world_size"] == world_size
+        if not self._by_hand.manual and not same:
+            version = gradients // self._gradients_per_update
+        return version, gradients, counts

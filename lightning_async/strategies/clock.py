@@ -16,10 +16,11 @@ __all__ = ["SharedClock"]
 
 
 class SharedClock(Clock):
-    """The clock of one fit: updates over ranks; under manual optimization the steps that Lightning counts.
+    """The clock of one fit: gradients over ranks; under manual optimization the steps that Lightning counts.
 
-    Under automatic optimization each update is a step. By hand, user code may make several updates a step or none, so
-    the ranks report what Lightning has counted on them.
+    N gradients, one a rank, are a step, however many of them make an update: an epoch has as many steps as under DDP.
+    Where each gradient is an update, the version counts them; else the ranks report them. By hand, user code may push
+    several gradients a step or none, so the ranks report what Lightning has counted on them.
 
     Args:
         version: tells the version of the parameters that this rank holds.
@@ -39,7 +40,7 @@ class SharedClock(Clock):
     @property
     @override
     def step(self) -> int:
-        return self._by_hand.clock if self._by_hand.manual else self._version() // self._world_size
+        return self._by_hand.clock if self._by_hand.counts_steps else self._version() // self._world_size
 
     @property
     @override
@@ -54,7 +55,7 @@ class SharedClock(Clock):
     @property
     @override
     def steps_of_all_ranks(self) -> tuple[int, int]:
-        if self._by_hand.manual:
+        if self._by_hand.counts_steps:
             return self._by_hand.tally.total(STEPS), self._by_hand.steps
         return self._version(), 1
 
@@ -74,5 +75,5 @@ class SharedClock(Clock):
 
     def step_of(self, snapshot: Snapshot) -> int:
         """The step of what a checkpoint consists of."""
-        steps: Any = snapshot.counts[STEPS] if self._by_hand.manual and snapshot.counts else snapshot.version
+        steps: Any = snapshot.counts[STEPS] if self._by_hand.counts_steps and snapshot.counts else snapshot.version
         return int(steps) // self._world_size

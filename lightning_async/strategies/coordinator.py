@@ -18,6 +18,7 @@ from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.protocols import Collectives, SegmentEnd
 from lightning_async.loops.tensor_sync import average_unlike
+from lightning_async.monitoring.cpu_use import CpuMeter, CpuUse
 from lightning_async.monitoring.stats import MetricsLogger, RunStats
 from lightning_async.strategies.by_hand import ByHand, Leftover
 from lightning_async.strategies.checkpointing import Checkpointing
@@ -73,6 +74,7 @@ class Coordinator(protocols.Coordinator):
         self._metric_sync = metric_sync
         self._buffers = buffers
         self._sigterm_received = sigterm_received
+        self._cpu = CpuMeter()
         # Ends the asynchronous phase.
         self._segment = ExitStack()
         # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
@@ -173,6 +175,7 @@ class Coordinator(protocols.Coordinator):
             self._buffers.begin_segment()
         # The last time that they wait for one another.
         self._collectives.barrier("a segment begins")
+        self._cpu.start()
         engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
 
@@ -193,26 +196,38 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.end_segment()
         self._metric_sync.forget_local_results()
         # All ranks tell what they want and what they have left; then they know the same.
-        mine = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
-        ranks: list[tuple[tuple[bool, ...], Leftover]] = self._collectives.gather_objects((mine, leftover))
+        wishes = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
+        mine = (wishes, leftover, self._cpu.stop())
+        ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse]] = self._collectives.gather_objects(mine)
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
-            any(wish) for wish in zip(*(wishes for wishes, _ in ranks), strict=True)
+            any(wish) for wish in zip(*(wishes for wishes, _, _ in ranks), strict=True)
         )
         self._stats.end_segment()
+        self._stats.note_cpu_use([use for _, _, use in ranks])
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
-        # Every rank's last push was answered before it came here, so these parameters are final.
-        worker.refresh()
-        self._by_hand.agree(leftover for _, leftover in ranks)
-        if trainer.world_size > 1:
-            average_unlike(self._parameters_of_no_optimizer())
         # Rank 0 tells what became of the tickets, and what the holder's steps have changed in the param groups.
         service = self._exchange.engine.service
-        (done, left), adapted = self._collectives.broadcast(
-            ((0, 0), []) if service is None else (service.progress(), service.take_adapted())
-        )
+        told: Any = None
+        if service is not None:
+            done, left = service.progress()
+            if not left or skip_rest or self._is_over():
+                # No gradient follows that those which wait for more could wait for.
+                service.complete_version()
+            told = (done, left), service.take_adapted()
+        (done, left), adapted = self._collectives.broadcast(told)
+        # Every rank's last push was answered before it came here, so these parameters are final.
+        worker.refresh()
+        self._by_hand.agree(leftover for _, leftover, _ in ranks)
+        if trainer.world_size > 1:
+            average_unlike(self._parameters_of_no_optimizer())
         self._exchange.engine.show_adapted(adapted)
         return SegmentEnd(done, left, validation_requested, skip_rest)
+
+    def _is_over(self) -> bool:
+        """Whether the fit ends here, as far as is known."""
+        reached = self._trainer.max_steps != -1 and self._clock.step >= self._trainer.max_steps
+        return self._trainer.should_stop or reached
 
     def abandon_segment(self) -> None:
         """Ends the asynchronous phase, if it has begun."""

@@ -52,7 +52,7 @@ def set_up_fit(
     trainer: Trainer,
     optimizers: Callable[[], list[Optimizer]],
     take: Callable[[Optimizer], None],
-    version: int,
+    gradients: int,
     phase: Phase,
     loops: InstalledLoops,
     signals: RunSignals,
@@ -65,7 +65,7 @@ def set_up_fit(
         trainer: the trainer.
         optimizers: tells the module's optimizers.
         take: makes an optimizer's step push.
-        version: the version to start from.
+        gradients: how many have been applied before.
         phase: the run's phase.
         loops: the trainer's loops, which follow the coordinator from here on.
         signals: what signals have asked for.
@@ -80,7 +80,9 @@ def set_up_fit(
     if context.rank == 0 and trainer.loggers:
         metrics = MetricsLogger(context.stats, [writer_for(logger, logger_prefix) for logger in trainer.loggers])
         metrics.configure(configuration)
-    by_hand = ByHand(trainer, context.name, version, phase)
+    gradients_per_update = context.options.gradients_per_update
+    version = gradients // gradients_per_update
+    by_hand = ByHand(trainer, context.name, gradients, phase, counts_gradients=gradients_per_update > 1)
     exchange = GradientExchange(context, optimizers, take, by_hand, version)
     clock = SharedClock(
         lambda: exchange.worker.version,
@@ -88,7 +90,9 @@ def set_up_fit(
         by_hand,
         accumulate=lambda: int(trainer.accumulate_grad_batches),
     )
-    checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
+    checkpointing = Checkpointing(
+        context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps, gradients_per_update
+    )
     coordinator = Coordinator(
         trainer=trainer,
         collectives=context.collectives,

@@ -92,6 +92,9 @@ class AsyncStrategy(PhasedCollectives):
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         holder: whether updates are made by a thread of rank 0's process or by a ``"process"`` of their own,
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
+        gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
+            of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
+            less than DDP. Gradients are weighted by their samples.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -120,6 +123,7 @@ class AsyncStrategy(PhasedCollectives):
         summary: bool = True,
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
+        gradients_per_update: int = 1,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -143,6 +147,7 @@ class AsyncStrategy(PhasedCollectives):
             self.options = ExchangeOptions(
                 max_staleness=max_staleness,
                 on_stale=on_stale,
+                gradients_per_update=gradients_per_update,
                 batches=batches,
                 transport=transport,
                 worker_timeout_s=worker_timeout,
@@ -335,7 +340,7 @@ class AsyncStrategy(PhasedCollectives):
             trainer,
             optimizers=lambda: self.optimizers,
             take=self._take_optimizer,
-            version=trainer_state.optimizer_steps(trainer) * self.world_size,
+            gradients=trainer_state.optimizer_steps(trainer) * self.world_size,
             phase=self.phase,
             loops=self._loops,
             signals=self._signals,
@@ -461,11 +466,12 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients: the strategy's arguments and the number of ranks; ready for JSON."""
-        bound = resolve_max_staleness(self.options.max_staleness, self.world_size)
+        options = self.options
+        bound = resolve_max_staleness(options.max_staleness, self.world_size, options.gradients_per_update)
         return {
             "strategy": type(self).__name__,
             "ranks": self.world_size,
-            **asdict(self.options),
+            **asdict(options),
             "max_staleness": bound,
         }
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from tests.faults.injector import Fault
-from tests.faults.runs import FORK, explanations
+from tests.faults.runs import FORK, SCRIPT_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
 from tests.launch import Launched, launch
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(170)
 
 HOSTS = 2
 
 
-def start_on_two_hosts(run: Run, folder: Path) -> Launched:
+def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launched:
     """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -47,7 +47,7 @@ def start_on_two_hosts(run: Run, folder: Path) -> Launched:
         os.waitpid(other, 0)
         sys.exit(code)
 
-    return launch(script, folder, timeout_s=60.0)
+    return launch(script, folder, timeout_s)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -78,3 +78,30 @@ def test_rank_0s_host_is_named_on_the_other(tmp_path: Path) -> None:
     other = (tmp_path / "host1.txt").read_text()
     assert explanations(run.output)[-1] == "rank 0 failed: its process was killed by SIGKILL"
     assert {line[:14] for line in explanations(other)} == {"rank 0 failed:"}
+
+
+def test_spawned_ranks_of_two_hosts_train_together(tmp_path: Path) -> None:
+    spawn = {"start_method": "spawn", "worker_timeout": 600.0}
+    run = start_on_two_hosts(
+        Run((), ranks=2, strategy=spawn, trainer={"max_epochs": 2, "num_nodes": HOSTS}), tmp_path, SCRIPT_TIMEOUT_S
+    )
+
+    other = (tmp_path / "host1.txt").read_text()
+    assert run.returncode == 0, run.output + other
+    # The command that started each host hears of the end, and rank 0 alone has the run's table.
+    assert "Traceback" not in run.output + other
+    assert "updates in" in run.output
+    assert "updates in" not in other
+
+
+def test_a_spawned_rank_that_is_killed_is_named_on_both_hosts(tmp_path: Path) -> None:
+    spawn = {"start_method": "spawn", "worker_timeout": 600.0}
+    trainer = {"max_epochs": 200, "num_nodes": HOSTS}
+    run = start_on_two_hosts(
+        Run((Fault(3, 5, "kill"),), ranks=2, strategy=spawn, trainer=trainer), tmp_path, SCRIPT_TIMEOUT_S
+    )
+
+    assert run.returncode == 1, run.output
+    for output in (run.output, (tmp_path / "host1.txt").read_text()):
+        assert explanations(output), output
+        assert all(line.startswith("rank 3 failed: its process ") for line in explanations(output)), output

@@ -35,7 +35,11 @@ SHARING = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 # What unit tests of the suite need beyond the kit's wheels; they are left out where it is missing.
 NEEDED = {
-    "sklearn": ["tests/unit/test_recipes*.py", "tests/unit/cli/test_compare_recipes.py", "tests/unit/cli/test_app.py"],
+    "sklearn": [
+        "tests/unit/recipes/test_r*.py",
+        "tests/unit/cli/test_compare_recipes.py",
+        "tests/unit/cli/test_app.py",
+    ],
     "wandb": ["tests/canary/test_behaviour.py::test_a_logger_keeps_its_prefix_under_the_same_names"],
     "matplotlib": ["tests/unit/monitoring/test_report.py", "tests/unit/cli/test_compare_results.py"],
 }

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange import param_views as binding
+from lightning_async.holder.gradient_mean import GradientMean
+from lightning_async.holder.layout import FlatLayout
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 
@@ -167,11 +169,16 @@ def replay(
     samples: int,
     optimizer: torch.optim.Optimizer | None = None,
     wire: Wire = UNROUNDED,
+    gradients_per_update: int = 1,
 ) -> None:
     """Trains ``module`` in this process as the record says, each gradient at the version that was read.
 
-    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others.
+    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others. What an epoch's last
+    gradients lack to an update is left out of it.
     """
+    layout = FlatLayout([list(module.parameters())])
+    total = layout.buffer()
+    mean, gathered = GradientMean(total, layout.views(total, 0)), 0
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
     worker = copy.deepcopy(module)
@@ -184,20 +191,27 @@ def replay(
             order.set_epoch(computed // per_epoch)
             batches = list(torch.tensor(list(order)).split(BATCH_SIZE))
         computed += len(update["tickets"])
-        if not update["applied"]:
-            continue
-        gradients, parameters = UNROUNDED if update["worker"] == 0 else wire
-        read = versions[update["version_read"]]
-        worker.load_state_dict({name: value.to(parameters) for name, value in read.items()})
-        worker.zero_grad()
-        for ticket in update["tickets"]:
-            (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
-        for parameter, source in zip(module.parameters(), worker.parameters(), strict=True):
-            assert source.grad is not None
-            parameter.grad = source.grad.to(gradients).to(source.dtype)
-        optimizer.step()
-        versions.append(copy.deepcopy(module.state_dict()))
-        assert len(versions) - 1 == update["version"]
+        if update["applied"]:
+            gradients, parameters = UNROUNDED if update["worker"] == 0 else wire
+            read = versions[update["version_read"]]
+            worker.load_state_dict({name: value.to(parameters) for name, value in read.items()})
+            worker.zero_grad()
+            for ticket in update["tickets"]:
+                (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
+            arrived = [source.grad.to(gradients).to(source.dtype) for source in worker.parameters()]  # type: ignore[union-attr]
+            mean.add(arrived, sum(len(batches[ticket]) for ticket in update["tickets"]))
+            gathered += 1
+        is_full, is_last = gathered == gradients_per_update, computed % per_epoch == 0
+        if is_full or (is_last and gathered):
+            taken = mean.take() if gradients_per_update > 1 else arrived
+            for parameter, gradient in zip(module.parameters(), taken, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            versions.append(copy.deepcopy(module.state_dict()))
+            # The epoch's end completes a version after the push has been told of.
+            assert len(versions) - 1 == update["version"] + (not is_full)
+            gathered = 0
+            mean.load(None)
     assert computed == per_epoch * 2
 
 
@@ -221,7 +235,8 @@ def train_and_replay(
     strategy.observers.append(recorder)
     trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **(arguments or {}))
     trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
-    replay(alone, torch.load(folder / "updates.pt"), samples, wire=wire)
+    made_of = options.get("gradients_per_update", 1)
+    replay(alone, torch.load(folder / "updates.pt"), samples, wire=wire, gradients_per_update=made_of)
     torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
 
@@ -242,8 +257,14 @@ def train_and_replay(
         ({"max_staleness": 5, "overlap": True}, {}),
         ({"max_staleness": "auto", "overlap": True}, {"accumulate_grad_batches": 2}),
         ({"max_staleness": 5, "overlap": True, "on_stale": "drop", "batches": "sharded"}, {}),
+        ({"max_staleness": 2, "gradients_per_update": 3}, {}),
+        ({"max_staleness": 1, "gradients_per_update": 2, "on_stale": "drop"}, {}),
+        ({"max_staleness": 1, "gradients_per_update": 7, "overlap": True}, {"accumulate_grad_batches": 2}),
     ],
-    ids=["in-turns", "auto", "accumulated", "drop", "sharded", "overlap", "overlap-accumulated", "overlap-drop"],
+    ids=[
+        *("in-turns", "auto", "accumulated", "drop", "sharded", "overlap", "overlap-accumulated", "overlap-drop"),
+        *("mean", "mean-drop", "mean-overlap-accumulated"),
+    ],
 )
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], way: dict[str, Any]

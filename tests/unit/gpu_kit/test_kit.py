@@ -157,6 +157,15 @@ def test_every_step_names_what_exists_and_has_a_time_out(tmp_path: Path, dry: bo
     assert names == [step.name for step in kit.steps(tmp_path, not dry)]
 
 
+@pytest.mark.parametrize("pattern", [pattern for patterns in kit.NEEDED.values() for pattern in patterns])
+def test_what_is_left_out_for_want_of_a_package_exists(pattern: str) -> None:
+    path, _, test = pattern.partition("::")
+    found = list(ROOT.glob(path))
+
+    assert found
+    assert all(test in file.read_text() for file in found)
+
+
 def test_the_kit_leaves_a_summary_results_and_a_log(tmp_path: Path) -> None:
     environment = {**os.environ, "OUT": str(tmp_path / "out")}
     command = ["bash", str(ROOT / "tests/gpu/run.sh"), "--dry-run", "--only", "machine"]

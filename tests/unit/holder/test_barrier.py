@@ -109,6 +109,40 @@ def test_the_version_is_set_only_while_nobody_is_outstanding() -> None:
     assert barrier.version == 40
 
 
+def test_a_version_is_made_of_as_many_gradients_as_it_takes() -> None:
+    barrier = StalenessBarrier(0, gradients_per_update=3)
+    for worker in (0, 1, 2, 3):
+        barrier.ask(worker)
+
+    assert [barrier.read(worker) for worker in (0, 1, 2)] == [0, 0, 0]
+    assert not barrier.may_read(3)
+    assert [barrier.apply(worker) for worker in (2, 0)] == [0, 0]
+    assert (barrier.version, barrier.filled) == (0, 2)
+    assert not barrier.may_read(3)
+    barrier.apply(1)
+    assert (barrier.version, barrier.filled) == (1, 0)
+    assert barrier.read(3) == 1
+
+
+def test_a_version_is_completed_with_what_there_is_when_nobody_computes() -> None:
+    barrier = StalenessBarrier(None, gradients_per_update=3)
+    for worker in (0, 1):
+        barrier.ask(worker)
+        barrier.read(worker)
+    barrier.apply(0)
+
+    with pytest.raises(ValueError, match="A version cannot be set while workers"):
+        barrier.complete()
+    barrier.apply(1)
+    barrier.complete()
+
+    assert (barrier.version, barrier.filled) == (1, 0)
+    with pytest.raises(ValueError, match="no version to complete"):
+        barrier.complete()
+    with pytest.raises(ValueError, match="3 gradients make a version, so 3 cannot wait"):
+        barrier.filled = 3
+
+
 def test_outstanding_is_a_copy() -> None:
     barrier = barrier_with([0], tau=1)
     dict(barrier.outstanding).clear()
@@ -124,6 +158,7 @@ def test_outstanding_is_a_copy() -> None:
         ((True,), "max_staleness"),
         ((2, "ignore"), "on_stale"),
         ((2, "wait", -1), "version"),
+        ((2, "wait", 0, 0), "gradients_per_update"),
     ],
 )
 def test_barrier_refuses_arguments_out_of_range(arguments: tuple[object, ...], message: str) -> None:
@@ -239,13 +274,16 @@ class Cluster:
                 reads = barrier.outstanding
                 self.most_outstanding = max(self.most_outstanding, len(reads))
                 if tau is not None and barrier.on_stale == "wait":
-                    assert no_window_is_overfull(list(reads.values()), barrier.version, tau)
+                    place = (barrier.gradients_per_update, barrier.filled)
+                    assert no_window_is_overfull(list(reads.values()), barrier.version, tau, *place)
             self.read_waits += len(barrier.waiting)
             for worker in parked:
                 rest = [read for other, read in reads.items() if other != worker]
                 assert tau is not None
-                assert not no_window_is_overfull(rest, barrier.version + 1, tau)
-                assert len(rest) > 6 or not in_time_in_some_order(rest, barrier.version + 1, tau)
+                made, filled = divmod(barrier.filled + 1, barrier.gradients_per_update)
+                after = (barrier.version + made, tau, barrier.gradients_per_update, filled)
+                assert not no_window_is_overfull(rest, *after)
+                assert len(rest) > 6 or not in_time_in_some_order(rest, *after)
 
         for worker, moment in self.deaths.items():
             schedule(moment, worker, "die")
@@ -273,7 +311,7 @@ class Cluster:
             settle()
         assert not parked, "A push waits although nothing is left to happen."
         assert not barrier.waiting, "A reader waits although nothing is left to happen."
-        assert barrier.version == len(self.staleness)
+        assert divmod(len(self.staleness), barrier.gradients_per_update) == (barrier.version, barrier.filled)
 
 
 @st.composite
@@ -292,32 +330,40 @@ def clusters(draw: st.DrawFn, max_workers: int = 32, mortal: bool = False) -> Cl
 
 bounds = st.integers(0, 64) | st.integers(0, 4)
 modes = st.sampled_from(["wait", "drop"])
+# Gradients that make a version.
+dials = st.just(1) | st.integers(2, 9)
 simulated = settings(max_examples=60, deadline=None)
 
 
 @simulated
-@given(cluster=clusters(), tau=st.none() | bounds, on_stale=modes)
+@given(cluster=clusters(), tau=st.none() | bounds, on_stale=modes, per_update=dials)
 def test_no_applied_update_is_staler_than_the_bound_and_all_planned_ones_are_applied(
-    cluster: Cluster, tau: int | None, on_stale: str
+    cluster: Cluster, tau: int | None, on_stale: str, per_update: int
 ) -> None:
-    cluster.run(StalenessBarrier(tau, on_stale))  # type: ignore[arg-type]
+    cluster.run(StalenessBarrier(tau, on_stale, 0, per_update))  # type: ignore[arg-type]
 
     assert len(cluster.staleness) == cluster.updates
     assert tau is None or max(cluster.staleness, default=0) <= tau
 
 
 @simulated
-@given(cluster=clusters(max_workers=8), tau=st.integers(0, 10))
-def test_a_push_waits_only_while_applying_it_would_make_another_one_late(cluster: Cluster, tau: int) -> None:
-    cluster.run(StalenessBarrier(tau))  # Asserts it for every waiting push after every event.
+@given(cluster=clusters(max_workers=8), tau=st.integers(0, 10), per_update=dials)
+def test_a_push_waits_only_while_applying_it_would_make_another_one_late(
+    cluster: Cluster, tau: int, per_update: int
+) -> None:
+    cluster.run(
+        StalenessBarrier(tau, gradients_per_update=per_update)
+    )  # Asserts it for every waiting push after every event.
 
     assert cluster.dropped == []
 
 
 @simulated
-@given(cluster=clusters(), tau=bounds)
-def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(cluster: Cluster, tau: int) -> None:
-    cluster.run(StalenessBarrier(tau, "drop"))
+@given(cluster=clusters(), tau=bounds, per_update=dials)
+def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(
+    cluster: Cluster, tau: int, per_update: int
+) -> None:
+    cluster.run(StalenessBarrier(tau, "drop", gradients_per_update=per_update))
 
     assert (cluster.waits, cluster.read_waits) == (0, 0)
     assert min(cluster.dropped, default=tau + 1) > tau
@@ -325,18 +371,23 @@ def test_with_drop_nobody_waits_and_only_what_is_past_the_bound_is_dropped(clust
 
 
 @simulated
-@given(cluster=clusters())
-def test_a_bound_of_zero_is_serial(cluster: Cluster) -> None:
-    cluster.run(StalenessBarrier(0))
+@given(cluster=clusters(), per_update=dials)
+def test_under_a_bound_of_zero_no_more_compute_than_make_a_version(cluster: Cluster, per_update: int) -> None:
+    cluster.run(StalenessBarrier(0, gradients_per_update=per_update))
 
-    assert cluster.most_outstanding <= 1
+    assert cluster.most_outstanding <= per_update
     assert set(cluster.staleness) <= {0}
+    assert cluster.waits == 0
 
 
 @simulated
-@given(cluster=clusters(), slack=st.integers(0, 3))
-def test_a_bound_of_one_less_than_the_workers_lets_all_of_them_compute(cluster: Cluster, slack: int) -> None:
-    cluster.run(StalenessBarrier(len(cluster.durations) - 1 + slack))
+@given(cluster=clusters(), slack=st.integers(0, 3), per_update=dials)
+def test_a_bound_with_a_place_for_each_worker_lets_all_of_them_compute(
+    cluster: Cluster, slack: int, per_update: int
+) -> None:
+    # A place that the present version has filled already is not free.
+    least = -(-(len(cluster.durations) + per_update - 1) // per_update) - 1
+    cluster.run(StalenessBarrier(least + slack, gradients_per_update=per_update))
 
     assert cluster.read_waits == 0
 
@@ -361,9 +412,11 @@ def test_without_a_bound_nobody_waits(cluster: Cluster) -> None:
 
 
 @simulated
-@given(cluster=clusters(mortal=True), tau=st.none() | bounds, on_stale=modes)
-def test_a_worker_that_dies_never_blocks_the_rest(cluster: Cluster, tau: int | None, on_stale: str) -> None:
-    cluster.run(StalenessBarrier(tau, on_stale))  # type: ignore[arg-type]
+@given(cluster=clusters(mortal=True), tau=st.none() | bounds, on_stale=modes, per_update=dials)
+def test_a_worker_that_dies_never_blocks_the_rest(
+    cluster: Cluster, tau: int | None, on_stale: str, per_update: int
+) -> None:
+    cluster.run(StalenessBarrier(tau, on_stale, 0, per_update))  # type: ignore[arg-type]
 
     assert len(cluster.staleness) == cluster.updates
     assert tau is None or max(cluster.staleness, default=0) <= tau

@@ -319,7 +319,7 @@ def test_the_version_is_not_set_under_somebody_who_computes() -> None:
     exchange = build()
     pull(exchange, 0)
 
-    with pytest.raises(ValueError, match="hold an earlier one"):
+    with pytest.raises(ValueError, match="hold parameters"):
         exchange.holder.restore(5, [exchange.optimizers[0].state_dict()])
 
 

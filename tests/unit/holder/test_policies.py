@@ -21,10 +21,10 @@ def test_every_name_that_the_strategy_takes_has_a_policy() -> None:
 class OneAfterTheOther(StalenessPolicy):
     """Lets one worker read at a time, whatever the bound."""
 
-    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader]) -> bool:
+    def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader], filled: int = 0) -> bool:
         return not reads
 
-    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int) -> Decision:
+    def decide(self, worker: Reader, reads: Mapping[Reader, int], version: int, filled: int = 0) -> Decision:
         return Decision.APPLY
 
 

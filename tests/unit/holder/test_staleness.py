@@ -70,33 +70,60 @@ def test_resolve_max_staleness_refuses_an_empty_world() -> None:
         resolve_max_staleness("auto", world_size=0)
 
 
-def in_time_in_some_order(reads: Sequence[int], version: int, tau: int) -> bool:
-    """The definition itself: some order of applying them, one version each, keeps every deadline."""
-    return any(all(version + i <= read + tau for i, read in enumerate(order)) for order in permutations(reads))
+def in_time_in_some_order(reads: Sequence[int], version: int, tau: int, per_update: int = 1, filled: int = 0) -> bool:
+    """The definition itself: some order of taking them, ``per_update`` for each version, keeps every deadline."""
+    return any(
+        all(version + (filled + i) // per_update <= read + tau for i, read in enumerate(order))
+        for order in permutations(reads)
+    )
 
 
-def no_window_is_overfull(reads: Sequence[int], version: int, tau: int) -> bool:
-    """Hall's condition, for sets too large to permute: no deadline has too many updates due."""
-    return all(sum(read <= due for read in reads) <= due + tau - version + 1 for due in reads)
+def no_window_is_overfull(reads: Sequence[int], version: int, tau: int, per_update: int = 1, filled: int = 0) -> bool:
+    """Hall's condition, for sets too large to permute: no deadline has more gradients due than places."""
+    return all(sum(read <= due for read in reads) <= (due + tau - version + 1) * per_update - filled for due in reads)
+
+
+# Gradients that make a version, and how many of them it has already.
+places = st.integers(1, 5).flatmap(lambda per_update: st.tuples(st.just(per_update), st.integers(0, per_update - 1)))
 
 
 @given(
     reads=st.lists(st.integers(0, 8), max_size=6),
     version=st.integers(0, 8),
     tau=st.integers(0, 10),
+    place=places,
 )
-def test_feasible_means_that_some_order_keeps_every_deadline(reads: list[int], version: int, tau: int) -> None:
-    assert feasible(reads, version, tau) == in_time_in_some_order(reads, version, tau)
-    assert feasible(reads, version, tau) == no_window_is_overfull(reads, version, tau)
+def test_feasible_means_that_some_order_keeps_every_deadline(
+    reads: list[int], version: int, tau: int, place: tuple[int, int]
+) -> None:
+    assert feasible(reads, version, tau, *place) == in_time_in_some_order(reads, version, tau, *place)
+    assert feasible(reads, version, tau, *place) == no_window_is_overfull(reads, version, tau, *place)
 
 
 @given(
     reads=st.lists(st.integers(0, 8), max_size=8),
     version=st.integers(8, 12),
     tau=st.integers(0, 12),
+    place=places,
 )
-def test_the_oldest_reader_of_a_feasible_set_is_admissible(reads: list[int], version: int, tau: int) -> None:
-    if reads and feasible(reads, version, tau):
+def test_a_reader_fits_into_a_feasible_set_while_there_are_places_left(
+    reads: list[int], version: int, tau: int, place: tuple[int, int]
+) -> None:
+    per_update, filled = place
+    if feasible(reads, version, tau, *place):
+        assert readable(reads, version, tau, *place) == (len(reads) < (tau + 1) * per_update - filled)
+
+
+@given(
+    reads=st.lists(st.integers(0, 8), max_size=8),
+    version=st.integers(8, 12),
+    tau=st.integers(0, 12),
+    place=places,
+)
+def test_the_oldest_reader_of_a_feasible_set_is_admissible(
+    reads: list[int], version: int, tau: int, place: tuple[int, int]
+) -> None:
+    if reads and feasible(reads, version, tau, *place):
         rest = sorted(reads)[1:]
 
-        assert admissible(rest, version, tau)
+        assert admissible(rest, version, tau, *place)

@@ -8,20 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_async.monitoring.cpu_use import CpuUse
 from lightning_async.monitoring.diagnosis import RunFacts, conclusions, diagnosis_line, slow_ranks
-from lightning_async.monitoring.replay import free_bound, lock_step_factor, replay
+from lightning_async.monitoring.replay import free_bound, replay
 
-FAST, SLOW = [0.002] * 20, [0.0082] * 20
+FAST, SLOW, NOISY = [0.002] * 20, [0.0082] * 20, [0.001, 0.002, 0.009] * 7
 FACTS = RunFacts(
     max_staleness=16,
     on_stale="wait",
     shared=True,
     train_seconds=10.0,
-    updates=1000,
+    updates=15_500,
     dropped=0,
     steps=[FAST, FAST, FAST, SLOW],
     wait_seconds=[0.5] * 4,
     parked_seconds=[0.0] * 4,
+    cpu=[CpuUse("a", 8, 0.9)] * 4,
 )
 
 
@@ -51,11 +53,6 @@ def test_the_free_bound_is_the_smallest_that_costs_nothing() -> None:
     assert replay(steps, bound - 1, 1000).parked_fraction >= 0.005
 
 
-def test_lock_step_costs_what_the_slowest_of_each_round_takes() -> None:
-    assert lock_step_factor([[1.0, 3.0], [3.0, 1.0]]) == pytest.approx(1.5)
-    assert lock_step_factor([[2.0], [2.0]]) == 1.0
-
-
 def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
     assert slow_ranks(FACTS.steps) == {3: pytest.approx(4.1)}
     assert slow_ranks([FAST, SLOW]) == {1: pytest.approx(4.1)}
@@ -73,7 +70,7 @@ def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
         ({"max_staleness": 1}, "a bound of 1 lets only 2 of 4 ranks compute at a time"),
         ({"max_staleness": 4, "parked_seconds": [2.0] * 4}, "the barrier cost 20% of worker time; a bound of"),
         (
-            {"on_stale": "drop", "dropped": 1000, "max_staleness": 4},
+            {"on_stale": "drop", "dropped": 15_500, "max_staleness": 4},
             "50% of the gradients were dropped as too stale; a",
         ),
         ({"on_stale": "drop"}, "0.0% of the gradients were dropped as too stale"),
@@ -82,12 +79,22 @@ def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
         ({"steps": [FAST] * 3 + [[0.01]]}, "rank 3 made too few steps to tell how fast it is; the barrier cost"),
         ({"steps": [FAST] * 2 + [[], [0.01]], "max_staleness": None}, "ranks 2 and 3 made too few steps"),
         ({"steps": [[0.01]] * 4}, "too few steps on each rank to say anything"),
-        ({"shared": False}, "the slowest rank sets the pace, as in lock step: batches='shared' would"),
+        ({"shared": False, "updates": 4800}, "the slowest rank sets the pace, as in lock step: batches='shared' would"),
         ({"shared": False, "steps": [FAST] * 4}, "the ranks are about equally fast"),
         ({"train_seconds": 0.0, "wait_seconds": [4.0] * 4}, "took 100% of worker time"),
         ({"steps": [FAST] * 2 + [SLOW] * 2}, "ranks 2 and 3 take 4.1x the median step of the others; "),
         ({"steps": [FAST], "wait_seconds": [0.0], "parked_seconds": [0.0]}, "a single rank"),
         ({"updates": 0}, "no update was applied"),
+        ({"cpu": ()}, "what lock step would take is not known, since the ranks did not come to tell"),
+        (
+            {"cpu": [CpuUse("a", 2, 0.5)] * 4, "steps": [NOISY, NOISY[1:], NOISY[2:], NOISY]},
+            "ranks wait for cores, with 4 ranks on 2 cores, so what lock step would take cannot be told",
+        ),
+        ({"cpu": [CpuUse("a", 2, 0.02)] * 4}, "an estimated 3.2x as long (4 ranks on 2 cores)"),
+        (
+            {"cpu": [CpuUse("a", 2, 0.1)] * 4, "wait_seconds": [4.0] * 4},
+            "took 40% of worker time: with 4 ranks on 2 cores a part of that is waiting for a core",
+        ),
     ],
 )
 def test_the_diagnosis_says(changes: dict[str, object], said: str) -> None:
@@ -99,7 +106,8 @@ def test_the_diagnosis_names_slow_rank_barrier_and_gain_in_one_line() -> None:
 
     assert line == (
         f"Rank 3 takes 4.1x the median step of the others; the barrier cost 2% of worker time; a bound of "
-        f"{free_bound(FACTS.steps)} would cost none; in lock step the same batches would take about 3.3x as long."
+        f"{free_bound(FACTS.steps)} would cost none; in lock step the same batches would take an estimated 3.2x as "
+        "long."
     )
 
 

@@ -30,7 +30,13 @@ def record() -> RunRecord:
         finished=True,
         written_at="2026-01-01T00:00:00+00:00",
         evaluations=[Evaluation(1.0, 4, 4, 1.0, 1.5, 0.25, {"val/acc": 0.5})],
-        configuration={"ranks": 2, "max_staleness": None, "on_stale": "wait", "batches": "shared"},
+        configuration={
+            "ranks": 2,
+            "max_staleness": None,
+            "on_stale": "wait",
+            "batches": "shared",
+            "gradients_per_update": 1,
+        },
         stats=stats.as_dict(),
         step_seconds=[stats.step_seconds(0), stats.step_seconds(1)],
         series=[Point(1.0, 1.5, 4, 16, 0.25)],
@@ -118,12 +124,12 @@ def test_a_long_run_has_no_more_points_than_a_short_one() -> None:
         ("not json", "is not JSON"),
         ("[1]", "is not a record of a run"),
         ('{"format": "another"}', "is not a record of a run"),
-        ('{"finished": true, "points": [], "strategy": "DDPStrategy"}', "format version 2. Train the run anew"),
+        ('{"finished": true, "points": [], "strategy": "DDPStrategy"}', "format version 3. Train the run anew"),
         (
             json.dumps({"format": "lightning_async run", "format_version": 1}),
-            "format version 1;.*reads 2. Train the run",
+            "format version 1;.*reads 3. Train the run",
         ),
-        (json.dumps({"format": "lightning_async run", "format_version": 2}), "is damaged"),
+        (json.dumps({"format": "lightning_async run", "format_version": 3}), "is damaged"),
     ],
 )
 def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def record(**changes: object) -> RunRecord:
             "max_staleness": 8,
             "on_stale": "wait",
             "batches": "shared",
+            "gradients_per_update": 1,
             "worker_timeout_s": 60.0,
         },
         "stats": {
@@ -40,6 +41,9 @@ def record(**changes: object) -> RunRecord:
             "batches_by_rank": updates,
             "wait_seconds_by_rank": dict.fromkeys(range(RANKS), 0.4),
             "parked_seconds_by_rank": dict.fromkeys(range(RANKS), 0.02),
+            "host_by_rank": dict.fromkeys(range(RANKS), "node-1"),
+            "cores_by_rank": dict.fromkeys(range(RANKS), 8),
+            "cores_used_by_rank": dict.fromkeys(range(RANKS), 0.9),
             "dropped": 0,
             "rejected": 0,
             "evicted": [],

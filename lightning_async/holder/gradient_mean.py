@@ -1,0 +1,107 @@
+"""The mean of the gradients that make an update, where it takes more than one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gathered", "GradientMean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Gradients that wait for more to make an update with: a part of a checkpoint.
+
+    Args:
+        gradients: their weighted sum, for each parameter; None where none of them had one.
+        weight: sum of the weights.
+        count: their number.
+    """
+
+    gradients: list[Tensor | None]
+    weight: float
+    count: int
+
+
+class GradientMean:
+    r"""Adds up gradients and gives their mean: :math:`\sum_i n_i g_i / \sum_i n_i`, where :math:`n_i` counts samples.
+
+    That is the gradient of the mean over all samples, if each :math:`g_i` is that of a mean over its own. A parameter
+    that took no part in some of them counts with zero there, as under DDP; one that took part in none stays without.
+
+    Args:
+        buffer: flat memory for the sum; taken over.
+        views: the parts of it that belong to the parameters.
+
+    Examples:
+        >>> buffer = torch.zeros(2)
+        >>> mean = GradientMean(buffer, [buffer[:1], buffer[1:]])
+        >>> mean.add([torch.tensor([1.0]), None], samples=1)
+        >>> mean.add([torch.tensor([4.0]), None], samples=2)
+        >>> mean.take()
+        [tensor([3.]), None]
+    """
+
+    def __init__(self, buffer: Tensor, views: Sequence[Tensor]) -> None:
+        self._sum = buffer
+        self._views = [*views]
+        # Which parameters had a gradient in what was added; none of them where nothing was.
+        self._present: list[bool] = []
+        self._weight = 0.0
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None], samples: int, flat: Tensor | None = None) -> None:
+        """Adds a gradient; its tensors are the caller's again afterwards.
+
+        Args:
+            gradients: one per parameter, None where it takes no part.
+            samples: its weight; one if the number of samples is not known.
+            flat: what all the gradients are parts of, as the views are of the buffer; saves time.
+        """
+        weight = float(samples or 1)
+        present = [gradient is not None for gradient in gradients]
+        if flat is not None and all(present):
+            if self._present:
+                self._sum.add_(flat, alpha=weight)
+            else:
+                torch.mul(flat, weight, out=self._sum)
+        else:
+            if not self._present:
+                self._sum.zero_()
+            for view, gradient in zip(self._views, gradients, strict=True):
+                if gradient is not None:
+                    view.add_(gradient, alpha=weight)
+        earlier = self._present or [False] * len(present)
+        self._present = [before or now for before, now in zip(earlier, present, strict=True)]
+        self._weight += weight
+
+    @torch.no_grad()
+    def take(self) -> list[Tensor | None]:
+        """The mean of what was added, which begins anew; good until the next `add`."""
+        self._sum.mul_(1.0 / self._weight)
+        taken = self._parts()
+        self._present, self._weight = [], 0.0
+        return taken
+
+    def gathered(self, count: int) -> Gathered | None:
+        """A copy of what was added; None if that is nothing.
+
+        Args:
+            count: how many gradients.
+        """
+        if not self._present:
+            return None
+        return Gathered([None if one is None else one.clone() for one in self._parts()], self._weight, count)
+
+    def load(self, gathered: Gathered | None) -> None:
+        """Goes on from what `gathered` has returned."""
+        self._present, self._weight = [], 0.0
+        if gathered is not None:
+            self.add(gathered.gradients, samples=1)
+            self._weight = gathered.weight
+
+    def _parts(self) -> list[Tensor | None]:
+        return [view if there else None for view, there in zip(self._views, self._present, strict=True)]

@@ -1,0 +1,200 @@
+"""``gradients_per_update``: from the paper's method to DDP, with one clock, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch import nn
+from torch.utils.data import DistributedSampler
+
+from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
+from tests.launch import Launched, launch, report
+from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
+
+RANKS, SAMPLES, BATCH, EPOCHS = 3, 132, 4, 2  # 33 batches: 11 of each rank
+
+
+class Module(TinyClassifier):
+    """Has a schedule by steps, and reports how its fit has ended."""
+
+    def __init__(self, make_optimizer: Any = AMSGrad, sleep_s: tuple[float, ...] = ()) -> None:
+        super().__init__(sleep_s)
+        self.make_optimizer = make_optimizer
+        self.steps: list[int] = []
+        self.rates: list[float] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        # An epoch that is resumed in its middle does not begin.
+        self.seen = self.seen or [[]]
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        (group,) = self.trainer.optimizers[0].param_groups
+        report(
+            Path.cwd(),
+            self.global_rank,
+            parameters=self.flat_parameters(),
+            step=self.trainer.global_step,
+            planned=self.trainer.estimated_stepping_batches,
+            steps=self.steps,
+            lr=group["lr"],
+            version=getattr(self.trainer.strategy, "version", None),
+            seen=self.seen,
+        )
+
+
+def fit(folder: Path, strategy: Any, make_optimizer: Any = AMSGrad, samples: int = SAMPLES, **arguments: Any) -> None:
+    seed_everything(3, verbose=False)
+    trainer = fork_trainer(folder, RANKS, strategy, **({"max_epochs": EPOCHS} | arguments))
+    trainer.fit(Module(make_optimizer), loader(samples, BATCH, shuffle=True))
+
+
+def finished(run: Launched) -> list[dict[str, Any]]:
+    assert run.returncode == 0, run.output
+    return run.reports()
+
+
+def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=lr, amsgrad=True)
+
+
+@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize("kind", [momentum, adam], ids=["sgd", "amsgrad"])
+def test_a_gradient_of_each_rank_and_a_bound_of_zero_is_ddp(tmp_path: Path, kind: Any, holder: Any) -> None:
+    strategy = AsyncStrategy(0, gradients_per_update=RANKS, holder=holder, start_method="fork")
+    (tmp_path / "ddp").mkdir()
+    ddp = finished(launch(lambda folder: fit(folder, "ddp_fork", kind), tmp_path / "ddp"))
+    ours = finished(launch(lambda folder: fit(folder, strategy, kind), tmp_path))
+
+    for mine, theirs in zip(ours, ddp, strict=True):
+        # The mean of three is added up in another order.
+        assert torch.allclose(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-6)
+        assert [mine[name] for name in ("step", "planned", "lr")] == [
+            theirs[name] for name in ("step", "planned", "lr")
+        ]
+        # At a segment's last batch a rank goes on before it has heard of the others'.
+        ahead = [own - other for own, other in zip(mine["steps"], theirs["steps"], strict=True)]
+        assert [late for at, late in enumerate(ahead, 1) if late] in ([], [-1], [-1, -1])
+        assert all(not late for at, late in enumerate(ahead, 1) if at % 11)
+        assert mine["version"] == theirs["step"]
+    for epoch in range(EPOCHS):
+        # Each step is made of the same samples; which rank computes which of them differs.
+        for step in range(0, SAMPLES // RANKS, BATCH):
+            mine_then, theirs_then = (
+                sorted(sample for rank in ranks for sample in rank["seen"][epoch][step : step + BATCH])
+                for ranks in (ours, ddp)
+            )
+            assert mine_then == theirs_then
+
+
+@pytest.mark.parametrize("gradients_per_update", [1, 2, RANKS])
+@pytest.mark.parametrize("arguments", [{}, {"max_steps": 13, "max_epochs": -1}], ids=["epochs", "steps"])
+def test_the_clock_counts_gradients_whatever_a_version_is_made_of(
+    tmp_path: Path, gradients_per_update: int, arguments: dict[str, Any]
+) -> None:
+    strategy = AsyncStrategy(gradients_per_update=gradients_per_update, start_method="fork")
+    ranks = finished(launch(lambda folder: fit(folder, strategy, **arguments), tmp_path))
+
+    steps = arguments.get("max_steps", 22)
+    for rank in ranks:
+        assert (rank["step"], rank["planned"]) == (steps, steps)
+        assert rank["lr"] == 1e-2 * 0.5 ** (steps // 4)
+        assert rank["steps"] == sorted(rank["steps"])
+    gradients = [33, 33] if steps == 22 else [33, 6]
+    # An epoch's last version is made of what there is.
+    assert ranks[0]["version"] == sum(-(-count // gradients_per_update) for count in gradients)
+    seen = sorted(sample for rank in ranks for sample in rank["seen"][0])
+    assert seen == list(range(SAMPLES))
+
+
+class SavesHalfway(Module):
+    """One rank saves in the middle of an epoch, where one gradient waits for another."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            self.trainer.save_checkpoint("middle.ckpt")
+
+
+@pytest.mark.parametrize("resumed_with", [4, 1, 3], ids=["same", "one", "fewer"])
+@pytest.mark.parametrize("holder", ["thread", "process"])
+def test_gradients_that_wait_for_more_are_part_of_a_checkpoint(tmp_path: Path, holder: Any, resumed_with: int) -> None:
+    def go_on(folder: Path, module: Module, per_update: int, path: str | None) -> None:
+        seed_everything(3, verbose=False)
+        strategy = AsyncStrategy(0, gradients_per_update=per_update, holder=holder, start_method="fork")
+        # One rank at a time, so that a run is the same each time: its fellow's share is done first.
+        trainer = fork_trainer(folder, 2, strategy, max_epochs=1, limit_train_batches=8)
+        trainer.fit(module, loader(64, BATCH), ckpt_path=path)
+
+    whole = launch(lambda folder: go_on(folder, SavesHalfway(), 4, None), tmp_path)
+    assert whole.returncode == 0, whole.output
+    noted = torch.load(tmp_path / "middle.ckpt")["async_amsgrad"]
+    gathered = noted.get("gathered")
+    applied = sum(stop - start for start, stop in zip(noted["applied"][::2], noted["applied"][1::2], strict=True))
+    assert applied == noted["counts"][0] == 4 * noted["version"] + (0 if gathered is None else gathered["count"])
+    path = str(tmp_path / "middle.ckpt")
+    (tmp_path / "rest").mkdir()
+    rest = launch(lambda folder: go_on(folder, Module(), resumed_with, path), tmp_path / "rest")
+
+    for rank in finished(rest):
+        assert rank["step"] == 8
+    trained = sum(len(samples) for rank in rest.reports() for samples in rank["seen"])
+    assert trained == 64 - BATCH * applied
+
+
+def test_one_rank_averages_its_own_gradients(tmp_path: Path) -> None:
+    """Four gradients at one version, averaged: what `accumulate_grad_batches=4` does."""
+
+    def script(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        module = TinyClassifier()
+        alone = copy.deepcopy(module)
+        fork_trainer(folder, 1, AsyncStrategy(gradients_per_update=4)).fit(module, loader(32, BATCH))
+        accumulated = fork_trainer(folder, 1, "auto", accumulate_grad_batches=4)
+        order = DistributedSampler(indexed_data(32), 1, 0, seed=3)
+        accumulated.fit(alone, loader(32, BATCH, sampler=order))
+        report(folder, 0, mean=module.flat_parameters(), accumulated=alone.flat_parameters())
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    (values,) = run.reports()
+    assert torch.allclose(values["mean"], values["accumulated"], rtol=1e-5, atol=1e-6)
+
+
+class TwoOptimizers(TinyClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.head = nn.Linear(2, 2)
+
+    def configure_optimizers(self) -> Any:
+        return AMSGrad(self.net.parameters()), AMSGrad(self.head.parameters())
+
+
+def test_several_optimizers_are_refused_by_name(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        fork_trainer(folder, 2, AsyncAMSGradStrategy(gradients_per_update=2, start_method="fork")).fit(
+            TwoOptimizers(), loader()
+        )
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 1
+    assert "gradients_per_update=2 takes one optimizer and there are 2" in run.output

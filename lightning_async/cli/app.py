@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,7 +19,9 @@ from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
+from lightning_async.cli.demo import demo_main
 from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
+from lightning_async.cli.report_line import ReportAtTheEnd, add_monitor
 
 __all__ = ["AsyncCLI", "ConciseParser", "add_working_directory_to_path", "main"]
 
@@ -29,7 +31,7 @@ _DESCRIPTION = (
     "file or on the command line; classes in the working directory are found."
 )
 _EPILOGUE = (
-    "example: lightning-async fit --config recipes/lenet5_digits.yaml --trainer.max_epochs=5 "
+    "example: lightning-async demo --trainer.max_epochs=5 "
     "(JSONARGPARSE_DEBUG=1 in the environment shows the traceback behind a one-line error)"
 )
 _SUMMARIES = {
@@ -39,6 +41,7 @@ _SUMMARIES = {
     "predict": "let a model predict",
     "compare": "train one recipe in several variants; write a table and plots",
     "report": "show a finished run as one HTML page",
+    "demo": "train a small network with this strategy and with DDP, side by side",
 }
 
 
@@ -87,9 +90,16 @@ class AsyncCLI(LightningCLI):
         args: command line arguments without the program's name; `None` takes those of the process.
         run: whether the first argument is a subcommand (`fit`, `validate`, `test`, `predict`) that is
             run. If `False`, only `trainer`, `model` and `datamodule` are built.
+        on_fit: is called with the Trainer before a fit.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        on_fit: Callable[[Trainer], None] = lambda trainer: None,
+    ) -> None:
+        self._on_fit = on_fit
         commands = {
             name: {
                 "usage": f"{_PROGRAM} {name} --config FILE [options]",
@@ -105,7 +115,14 @@ class AsyncCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": _DESCRIPTION, "epilog": _EPILOGUE, "prog": _PROGRAM, **commands}
+            trainer_defaults={"strategy": "async_amsgrad"},
+            parser_kwargs={
+                "description": _DESCRIPTION,
+                "epilog": _EPILOGUE,
+                "prog": _PROGRAM,
+                "version": lightning_async.__version__,
+                **commands,
+            }
             if run
             else {},
             parser_class=ConciseParser,
@@ -166,8 +183,27 @@ class AsyncCLI(LightningCLI):
             self._get(self.config, "trainer")["strategy"] = named
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             self.parser.error(str(error), error)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer; an asynchronous one that fits leaves a record.
+
+        Args:
+            kwargs: arguments of the Trainer that override the configuration's.
+
+        Returns:
+            The Trainer.
+        """
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand in (None, "fit"):
+            add_monitor(trainer)
+        return trainer
+
+    def before_fit(self) -> None:
+        """Called by LightningCLI."""
+        self._on_fit(self.trainer)
 
 
 def _class_path(strategy: Any) -> str | None:
@@ -212,23 +248,27 @@ def _report(args: Sequence[str]) -> int:
     return int(report.report_main(list(args)))
 
 
-_OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"compare": compare_main, "report": _report}
+_OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": compare_main,
+    "report": _report,
+    "demo": demo_main,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|demo ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.
 
     Raises:
         SystemExit: with status 2 when the arguments or the configuration are wrong; with the status of
-            `compare` and `report` when they are done.
+            `compare`, `report` and `demo` when they are done.
     """
     add_working_directory_to_path()
     given = list(sys.argv[1:] if args is None else args)
-    with told_in_one_line():
+    with ReportAtTheEnd() as report, told_in_one_line():
         if given and given[0] in _OTHER_COMMANDS:
             sys.exit(_OTHER_COMMANDS[given[0]](given[1:]))
         set_parsing_settings(add_print_completion_argument=True)
-        AsyncCLI(args)
+        AsyncCLI(args, on_fit=report.expect)

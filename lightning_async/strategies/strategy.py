@@ -43,6 +43,7 @@ from lightning_async.holder.rebuild import check_steppable
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.loops.progress_bar import end_live_bars
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.monitoring.summary import print_summary
 from lightning_async.runtime.failure import RunFailure
@@ -432,6 +433,7 @@ class AsyncStrategy(PhasedCollectives):
         if fit.metrics is not None:
             fit.metrics.finish()
         if self.summary and self.is_global_zero:
+            end_live_bars(self._trainer)
             print_summary(self.configuration, self.stats)
 
     @override

@@ -19,7 +19,6 @@ from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
-from lightning_async.cli.demo import demo_main
 from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
 from lightning_async.cli.report_line import ReportAtTheEnd, add_monitor
 
@@ -248,10 +247,16 @@ def _report(args: Sequence[str]) -> int:
     return int(report.report_main(list(args)))
 
 
+def _demo(args: Sequence[str]) -> int:
+    # Imported when it is called: its trainings are command lines of this module.
+    demo: Any = importlib.import_module("lightning_async.cli.demo")
+    return int(demo.demo_main(list(args)))
+
+
 _OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare_main,
     "report": _report,
-    "demo": demo_main,
+    "demo": _demo,
 }
 
 

@@ -138,7 +138,9 @@ def _load_handwritten(split_seed: int) -> tuple[Tensor, Tensor, _Split]:
 def _draw(seed: int) -> tuple[Tensor, Tensor, _Split]:
     # In turn, so that every digit is as frequent in each part as in the whole.
     labels = torch.arange(_SAMPLES) % 10
-    train, val, test = torch.arange(_SAMPLES).split(
-        [_SAMPLES - 2 * EVALUATION_SAMPLES, EVALUATION_SAMPLES, EVALUATION_SAMPLES]
+    first_test = _SAMPLES - EVALUATION_SAMPLES
+    first_val = first_test - EVALUATION_SAMPLES
+    train, val, test = (
+        torch.arange(first, end) for first, end in ((0, first_val), (first_val, first_test), (first_test, _SAMPLES))
     )
     return draw_digits(labels, seed), labels, {"train": train, "val": val, "test": test}

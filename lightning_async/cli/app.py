@@ -19,8 +19,10 @@ from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
+from lightning_async.cli.completion import offer_strategy_names
 from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
 from lightning_async.cli.report_line import ReportAtTheEnd, add_monitor
+from lightning_async.cli.requirements import is_installed
 
 __all__ = ["AsyncCLI", "ConciseParser", "add_working_directory_to_path", "main"]
 
@@ -68,6 +70,21 @@ class ConciseParser(LightningArgumentParser):
         heading = {"title": "commands", "metavar": "COMMAND", "description": f"{_PROGRAM} COMMAND --help says more."}
         self.commands = super().add_subcommands(*args, **{"action": _Commands, **heading, **kwargs})
         return self.commands
+
+    @override
+    def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
+        """Write what a shell completes the arguments with, strategies by name included.
+
+        Args:
+            completion_type: `shtab-bash` and others, as `--print_completion` offers them.
+            kwargs: further arguments of jsonargparse.
+
+        Returns:
+            The script.
+        """
+        if self.commands is not None and completion_type.startswith("shtab-"):
+            offer_strategy_names(self.commands.choices.values())
+        return super().get_completion_script(completion_type, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -173,6 +190,8 @@ class AsyncCLI(LightningCLI):
         Raises:
             SystemExit: with status 2 if an argument's value is refused.
         """
+        if _logs_to(self._get(self.config, "trainer.logger"), "WandbLogger") and not is_installed("wandb"):
+            self.parser.error("WandbLogger logs with wandb, which is not installed: pip install wandb")
         path = _class_path(self._get(self.config, "trainer.strategy"))
         if path is not None:
             if problem := _problem(path):
@@ -203,6 +222,12 @@ class AsyncCLI(LightningCLI):
     def before_fit(self) -> None:
         """Called by LightningCLI."""
         self._on_fit(self.trainer)
+
+
+def _logs_to(loggers: Any, kind: str) -> bool:
+    """Whether a logger of the configuration is of a class with this name."""
+    paths = [getattr(logger, "class_path", "") for logger in (loggers if isinstance(loggers, list) else [loggers])]
+    return any(path.rpartition(".")[2] == kind for path in paths)
 
 
 def _class_path(strategy: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shlex
 import sys
@@ -102,6 +103,9 @@ def report_line(folder: Path) -> str:
     Returns:
         One line.
     """
+    with contextlib.suppress(ValueError):
+        # The logger's folder is an absolute one, which is long.
+        folder = folder.relative_to(Path.cwd())
     command = f"lightning-async report {shlex.quote(str(folder))}"
     if not is_installed("matplotlib"):
         return f"report: pip install matplotlib, then {command}"

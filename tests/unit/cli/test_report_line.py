@@ -119,6 +119,14 @@ def test_without_matplotlib_the_line_names_the_command_that_draws(
     assert report_line(folder) == f"report: pip install matplotlib, then lightning-async report '{folder}'"
 
 
+def test_a_report_under_the_working_directory_is_named_by_a_short_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert report_line(tmp_path / "runs" / "a") == "report: runs/a/report.html"
+
+
 def test_a_report_that_cannot_be_written_does_not_make_a_failure_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def compare_parser() -> ArgumentParser:
         usage="lightning-async compare --config FILE [options]",
         description="Train one recipe in several variants, each run in a process of its own; write a table and plots. "
         "Runs that are finished are left out, so that the same command goes on after an interruption.",
-        epilog="example: lightning-async compare --config recipes/compare_strategies.yaml",
+        epilog="example, in a checkout: lightning-async compare --config recipes/compare_strategies.yaml",
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="The comparison, a YAML file.")
     parser.add_argument("--dry_run", action="store_true", help="Print the commands and do nothing.")

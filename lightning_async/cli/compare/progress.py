@@ -79,7 +79,9 @@ class _Bar:
         self._name = name
         self._done = 0.0
         self._ticked_s = time.monotonic()
-        self._bar: Any = tqdm(total=total, leave=False, disable=None, dynamic_ncols=True, bar_format="{desc} {elapsed}")
+        # disable=None: not where stderr is no terminal.
+        looks: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "bar_format": "{desc} {elapsed}"}
+        self._bar: Any = tqdm(desc=name, total=total, leave=False, **looks)
         self.show(0, total)
 
     def show(self, done: float, total: int | None, unit: str = "") -> None:

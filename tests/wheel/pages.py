@@ -42,8 +42,9 @@ def blocks(page: str, heading: str) -> list[Block]:
 
 
 def commands(page: str, heading: str) -> list[str]:
-    """The lines of its shell blocks."""
-    lines = [line for block in blocks(page, heading) if block.language == "bash" for line in block.text.splitlines()]
+    """The lines of its shell blocks; one that ends with a backslash goes on with the next."""
+    shell = [block.text.replace("\\\n", " ") for block in blocks(page, heading) if block.language == "bash"]
+    lines = [" ".join(line.split()) for text in shell for line in text.splitlines()]
     return [line for line in lines if line.strip()]
 
 

@@ -89,11 +89,9 @@ def demo_main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(f"logs and measurements: {options.out}/")
-    reports = [options.out / name for name in (options.strategy, options.baseline)]
-    for folder in reports:
-        if (folder / RECORD_NAME).exists():
-            print(report_line(folder), flush=True)
-            break
+    folder = options.out / options.strategy
+    if (folder / RECORD_NAME).exists():
+        print(report_line(folder), flush=True)
     return status
 
 
@@ -130,9 +128,8 @@ def train(
     if outcome.failure is None and (folder / TEST_NAME).exists():
         return Run.read(strategy, folder, threshold)
     display.say(log.read_text(errors="replace").rstrip())
-    reason = outcome.failure or "ended before its test did"
     status = outcome.status if outcome.status > 0 else 1
-    raise RunFailedError(f"training with {strategy} failed: {reason}; its whole output is above", status)
+    raise RunFailedError(f"training with {strategy} failed with status {status}; its output is above", status)
 
 
 def _job(strategy: str, folder: Path, extra: Sequence[str], config: Path) -> Job:

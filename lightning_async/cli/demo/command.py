@@ -89,9 +89,10 @@ def demo_main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(f"logs and measurements: {options.out}/")
-    folder = options.out / options.strategy
-    if (folder / RECORD_NAME).exists():
-        print(report_line(folder), flush=True)
+    folders = [options.out / name for name in (options.strategy, options.baseline)]
+    recorded = next((folder for folder in folders if (folder / RECORD_NAME).exists()), None)
+    if recorded is not None:
+        print(report_line(recorded), flush=True)
     return status
 
 

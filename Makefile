@@ -4,12 +4,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-cuda-build test-lowest strangers lint docs docs-check table bench gpu-kit clean
+.PHONY: help demo test soak wheel-test test-cuda-build test-lowest strangers lint docs docs-check table bench gpu-kit clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
 	@echo "make test    the test suite"
 	@echo "make soak    the larger forms of some tests: more runs in a row, more fits, more seeds"
+	@echo "make wheel-test    installs the wheel in a fresh environment and does what README and quick start say; 1.5 GB"
 	@echo "make test-cuda-build    the test suite with the build of torch that pip installs on Linux; needs no GPU, 6 GB"
 	@echo "make test-lowest    the test suite with the oldest releases that pyproject.toml allows; 6 GB"
 	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m recipes.demo
+	$(BIN)/lightning-async demo
 
 # Two at a time: most tests wait for ranks that sleep.
 test: $(STAMP)
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
+
+wheel-test: $(STAMP)
+	$(BIN)/python -m pytest -m wheel tests/wheel
 
 # Without constraints.txt, which stands for the CPU build.
 test-cuda-build:

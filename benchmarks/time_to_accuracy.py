@@ -10,10 +10,11 @@ import argparse
 import statistics
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.record import save
-from recipes.demo import train
+from lightning_async.cli.compare.progress import RunsDisplay
+from lightning_async.cli.demo.command import train
+
+RECIPE = Path("recipes/lenet5_digits.yaml")
 
 
 def main() -> None:
@@ -25,21 +26,17 @@ def main() -> None:
     parser.add_argument("--ddp-lr", type=float, help="learning rate of DDP; the recipe's by default")
     parser.add_argument("--out", type=Path, default=Path("demo_results/time_to_accuracy"))
     arguments = parser.parse_args()
-    console = Console()
     found = []
     for seed in arguments.seeds:
         out = arguments.out / f"seed{seed}"
         out.mkdir(parents=True, exist_ok=True)
-        extra = [
-            f"--trainer.callbacks.threshold={arguments.threshold}",
-            f"--seed_everything={seed}",
-            f"--trainer.max_epochs={arguments.epochs}",
-        ]
+        extra = [f"--seed_everything={seed}", f"--trainer.max_epochs={arguments.epochs}"]
         own = [] if arguments.ddp_lr is None else [f"--model.init_args.lr={arguments.ddp_lr}"]
-        runs = {
-            "async_amsgrad": train("async_amsgrad", out, console, extra),
-            "ddp": train("ddp", out, console, [*extra, *own]),
-        }
+        with RunsDisplay(2) as display:
+            runs = {
+                strategy: train(strategy, out, display, [*extra, *more], RECIPE, threshold=arguments.threshold)
+                for strategy, more in (("async_amsgrad", []), ("ddp", own))
+            }
         seconds = {strategy: run.seconds_to_threshold for strategy, run in runs.items()}
         found.append({"seed": seed, **seconds})
         ours, theirs = seconds.values()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,7 +19,10 @@ from typing_extensions import override
 
 import lightning_async  # registers the strategy names too
 from lightning_async.cli.compare import compare_main, compare_parser
+from lightning_async.cli.completion import offer_strategy_names
 from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
+from lightning_async.cli.report_line import ReportAtTheEnd, add_monitor
+from lightning_async.cli.requirements import is_installed
 
 __all__ = ["AsyncCLI", "ConciseParser", "add_working_directory_to_path", "main"]
 
@@ -29,7 +32,7 @@ _DESCRIPTION = (
     "file or on the command line; classes in the working directory are found."
 )
 _EPILOGUE = (
-    "example: lightning-async fit --config recipes/lenet5_digits.yaml --trainer.max_epochs=5 "
+    "example: lightning-async demo --trainer.max_epochs=5 "
     "(JSONARGPARSE_DEBUG=1 in the environment shows the traceback behind a one-line error)"
 )
 _SUMMARIES = {
@@ -39,6 +42,7 @@ _SUMMARIES = {
     "predict": "let a model predict",
     "compare": "train one recipe in several variants; write a table and plots",
     "report": "show a finished run as one HTML page",
+    "demo": "train a small network with this strategy and with DDP, side by side",
 }
 
 
@@ -68,6 +72,21 @@ class ConciseParser(LightningArgumentParser):
         return self.commands
 
     @override
+    def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
+        """Write what a shell completes the arguments with, strategies by name included.
+
+        Args:
+            completion_type: `shtab-bash` and others, as `--print_completion` offers them.
+            kwargs: further arguments of jsonargparse.
+
+        Returns:
+            The script.
+        """
+        if self.commands is not None and completion_type.startswith("shtab-"):
+            offer_strategy_names(self.commands.choices.values())
+        return super().get_completion_script(completion_type, **kwargs)
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message to stderr and exit with status 2, or raise where the caller asked for that.
 
@@ -87,9 +106,16 @@ class AsyncCLI(LightningCLI):
         args: command line arguments without the program's name; `None` takes those of the process.
         run: whether the first argument is a subcommand (`fit`, `validate`, `test`, `predict`) that is
             run. If `False`, only `trainer`, `model` and `datamodule` are built.
+        on_fit: is called with the Trainer before a fit.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        on_fit: Callable[[Trainer], None] = lambda trainer: None,
+    ) -> None:
+        self._on_fit = on_fit
         commands = {
             name: {
                 "usage": f"{_PROGRAM} {name} --config FILE [options]",
@@ -105,7 +131,14 @@ class AsyncCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": _DESCRIPTION, "epilog": _EPILOGUE, "prog": _PROGRAM, **commands}
+            trainer_defaults={"strategy": "async_amsgrad"},
+            parser_kwargs={
+                "description": _DESCRIPTION,
+                "epilog": _EPILOGUE,
+                "prog": _PROGRAM,
+                "version": lightning_async.__version__,
+                **commands,
+            }
             if run
             else {},
             parser_class=ConciseParser,
@@ -157,6 +190,8 @@ class AsyncCLI(LightningCLI):
         Raises:
             SystemExit: with status 2 if an argument's value is refused.
         """
+        if _logs_to(self._get(self.config, "trainer.logger"), "WandbLogger") and not is_installed("wandb"):
+            self.parser.error("WandbLogger logs with wandb, which is not installed: pip install wandb")
         path = _class_path(self._get(self.config, "trainer.strategy"))
         if path is not None:
             if problem := _problem(path):
@@ -166,8 +201,33 @@ class AsyncCLI(LightningCLI):
             self._get(self.config, "trainer")["strategy"] = named
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             self.parser.error(str(error), error)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer; an asynchronous one that fits leaves a record.
+
+        Args:
+            kwargs: arguments of the Trainer that override the configuration's.
+
+        Returns:
+            The Trainer.
+        """
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand in (None, "fit"):
+            add_monitor(trainer)
+        return trainer
+
+    def before_fit(self) -> None:
+        """Called by LightningCLI."""
+        self._on_fit(self.trainer)
+
+
+def _logs_to(loggers: Any, kind: str) -> bool:
+    """Whether a logger of the configuration is of a class with this name."""
+    paths = [getattr(logger, "class_path", "") for logger in (loggers if isinstance(loggers, list) else [loggers])]
+    return any(path.rpartition(".")[2] == kind for path in paths)
 
 
 def _class_path(strategy: Any) -> str | None:
@@ -212,23 +272,33 @@ def _report(args: Sequence[str]) -> int:
     return int(report.report_main(list(args)))
 
 
-_OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"compare": compare_main, "report": _report}
+def _demo(args: Sequence[str]) -> int:
+    # Imported when it is called: its trainings are command lines of this module.
+    demo: Any = importlib.import_module("lightning_async.cli.demo")
+    return int(demo.demo_main(list(args)))
+
+
+_OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": compare_main,
+    "report": _report,
+    "demo": _demo,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|demo ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.
 
     Raises:
         SystemExit: with status 2 when the arguments or the configuration are wrong; with the status of
-            `compare` and `report` when they are done.
+            `compare`, `report` and `demo` when they are done.
     """
     add_working_directory_to_path()
     given = list(sys.argv[1:] if args is None else args)
-    with told_in_one_line():
+    with ReportAtTheEnd() as report, told_in_one_line():
         if given and given[0] in _OTHER_COMMANDS:
             sys.exit(_OTHER_COMMANDS[given[0]](given[1:]))
         set_parsing_settings(add_print_completion_argument=True)
-        AsyncCLI(args)
+        AsyncCLI(args, on_fit=report.expect)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lightning_async.loops.last_batch import LastBatch
 from lightning_async.loops.patching import set_until_closed
@@ -19,7 +19,7 @@ from lightning_async.loops.trainer_state import within_epoch
 from lightning_async.monitoring.diagnosis import slow_ranks
 from lightning_async.monitoring.stats import RunStats
 
-__all__ = ["BarMetrics", "bar_position", "show_all_ranks", "show_progress"]
+__all__ = ["BarMetrics", "bar_position", "end_live_bars", "show_all_ranks", "show_progress"]
 
 # Numbers that change faster cannot be read.
 _REFRESH_S = 0.5
@@ -98,6 +98,16 @@ def show_progress(trainer: Trainer) -> None:
         for bar in _bars(trainer):
             hook: Any = vars(bar)["on_train_batch_end"]
             hook.catch_up(trainer)
+
+
+def end_live_bars(trainer: Trainer) -> None:
+    """Ends what redraws itself, so that what is printed next stands under the bar's last state.
+
+    Rich's bar would stay until the trainer's teardown and move under every line that is printed before.
+    """
+    for bar in _bars(trainer):
+        if isinstance(bar, RichProgressBar) and bar.progress is not None:
+            bar.progress.stop()
 
 
 def _bars(trainer: Trainer) -> list[ProgressBar]:

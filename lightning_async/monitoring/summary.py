@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import get_console
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
 from lightning_async.monitoring.diagnosis import RunFacts, diagnosis_line
 from lightning_async.monitoring.stats import RunStats, staleness_text
+from lightning_async.monitoring.tables import printable, text_table
 
 __all__ = ["print_summary", "summary_table"]
 
@@ -21,7 +18,7 @@ _DISPENSABLE = ("batches", "share", "waiting", "median step")
 
 
 def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
-    """Prints the run's table and diagnosis to the console that Lightning's Rich progress bar uses too.
+    """Prints the run's table and diagnosis to stdout; no live progress bar may be there then.
 
     Args:
         configuration: the strategy's.
@@ -32,48 +29,32 @@ def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
         return
     steps = [stats.step_seconds(rank) for rank in numbers["updates_by_rank"]]
     facts = RunFacts.of(configuration, numbers, steps)
-    get_console().print(summary_table(numbers, diagnosis_line(facts)))
+    print(printable(summary_table(numbers, diagnosis_line(facts), shutil.get_terminal_size().columns)), flush=True)
 
 
-def summary_table(stats: Mapping[str, Any], diagnosis: str) -> RenderableType:
+def summary_table(stats: Mapping[str, Any], diagnosis: str, width: int = 80) -> str:
     """A row for each rank, one for all, and the diagnosis.
 
     Args:
         stats: ``RunStats.as_dict()`` of a run with updates.
-        diagnosis: a line.
+        diagnosis: a line; it is wrapped.
+        width: characters of a line. A narrow terminal gets fewer columns: a number that is cut off says nothing.
     """
-    return Group(_Ranks(stats), Text(diagnosis))
-
-
-class _Ranks:
-    """The table, without the columns that a narrow terminal has no room for: a number that is cut off says nothing."""
-
-    def __init__(self, stats: Mapping[str, Any]) -> None:
-        self._stats = stats
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = _columns(self._stats)
-        table = _table(self._stats, columns)
-        for name in _DISPENSABLE:
-            if Measurement.get(console, options.update(width=10_000), table).maximum <= options.max_width:
-                break
-            columns.pop(name)
-            table = _table(self._stats, columns)
-        yield table
-
-
-def _table(stats: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> Table:
+    columns = _columns(stats)
+    table = _table(columns)
+    for name in _DISPENSABLE:
+        if len(table.partition("\n")[0]) <= width:
+            break
+        columns.pop(name)
+        table = _table(columns)
     seconds, updates = stats["train_seconds"], stats["updates"]
     title = f"{updates} updates in {seconds:.1f} s of training: {updates / max(seconds, 1e-9):.1f} a second"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "rank" else "right", no_wrap=True)
+    return "\n".join([*textwrap.wrap(title, width), table, *textwrap.wrap(diagnosis, width)])
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> str:
     *ranks, all_of_them = zip(*columns.values(), strict=True)
-    for row in ranks:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*all_of_them)
-    return table
+    return text_table(list(columns), ranks, total=all_of_them)
 
 
 def _columns(stats: Mapping[str, Any]) -> dict[str, list[str]]:

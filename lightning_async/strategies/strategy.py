@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -43,8 +44,10 @@ from lightning_async.holder.rebuild import check_steppable
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.loops.progress_bar import end_live_bars
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.monitoring.summary import print_summary
+from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import open_exchange_group
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
@@ -52,6 +55,7 @@ from lightning_async.strategies.collectives import PhasedCollectives
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
+from lightning_async.strategies.notices import start_notices
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.signals import Signals
@@ -322,6 +326,8 @@ class AsyncStrategy(PhasedCollectives):
             return
         assert self.lightning_module is not None and self._loops is not None and self._supervisor is not None
         self.stats = RunStats(self.world_size)
+        for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
+            rank_zero_info(notice)
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
@@ -437,6 +443,7 @@ class AsyncStrategy(PhasedCollectives):
         if fit.metrics is not None:
             fit.metrics.finish()
         if self.summary and self.is_global_zero:
+            end_live_bars(self._trainer)
             print_summary(self.configuration, self.stats)
 
     @override

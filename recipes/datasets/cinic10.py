@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_async.cli.requirements import require
 from recipes.datasets.base import Part
 from recipes.datasets.cache import Chunk, cached_images, fingerprint
 from recipes.datasets.files import DamagedFileError, MissingDataError, find_files
@@ -32,6 +33,9 @@ class CINIC10DataModule(ImageDataModule):
             set's own validation images.
         split_seed: fixes which images are held out.
         num_workers: processes that load data, per rank.
+
+    Raises:
+        ModuleNotFoundError: if Pillow, which reads the files, is not installed and there is no cache yet.
     """
 
     mean = per_channel(0.47889522, 0.47227842, 0.43047404)
@@ -51,6 +55,8 @@ class CINIC10DataModule(ImageDataModule):
         super().__init__(batch_size, eval_batch_size, augment, validation_samples, split_seed, num_workers)
         self.data_dir = Path(data_dir)
         self.cache_dir = self.data_dir / "cache" if cache_dir is None else Path(cache_dir)
+        if not self.cache_dir.exists():
+            require("PIL", "pillow", "PNG files are read with Pillow")
 
     def prepare_data(self) -> None:
         """Decode what is not in the cache, on one rank of each machine."""
@@ -90,10 +96,8 @@ def _decode(files: list[tuple[Path, int]]) -> Iterator[Chunk]:
 
 
 def _read_png(path: Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("PNG files are read with Pillow: pip install 'lightning-async[recipes]'") from error
+    from PIL import Image
+
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.size != (32, 32):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_async.cli.requirements import require
 from recipes.datasets.base import Part, RecipeDataModule
 from recipes.datasets.files import DamagedFileError, find_files, open_binary
 
@@ -76,14 +77,9 @@ def read_libsvm(path: Path, num_features: int) -> SparseSet:
 
     Raises:
         DamagedFileError: if the file is something else.
-        ModuleNotFoundError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_svmlight_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "libsvm files are read with scikit-learn: pip install 'lightning-async[recipes]'"
-        ) from error
+    from sklearn.datasets import load_svmlight_file
+
     try:
         with open_binary(path) as file:
             matrix, signs = load_svmlight_file(file, n_features=num_features, dtype="float32", zero_based=False)
@@ -128,6 +124,9 @@ class RCV1DataModule(SparseDataModule):
         split_seed: fixes which rows are held out.
         num_workers: processes that load data, per rank.
         num_features: number of columns.
+
+    Raises:
+        ModuleNotFoundError: if scikit-learn, which reads the files, is not installed.
     """
 
     def __init__(
@@ -140,6 +139,7 @@ class RCV1DataModule(SparseDataModule):
         num_workers: int = 0,
         num_features: int = RCV1_FEATURES,
     ) -> None:
+        require("sklearn", "scikit-learn", "libsvm files are read with scikit-learn")
         super().__init__(batch_size, eval_batch_size, validation_samples, split_seed, num_workers)
         self.data_dir = Path(data_dir)
         self.num_features = num_features

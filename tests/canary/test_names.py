@@ -25,6 +25,7 @@ SCHEDULER = "torch.optim.lr_scheduler.LRScheduler"
 
 # Private attributes that are used, and what has them: something of a Trainer, a module or a class.
 USES = {
+    "_actions": ["argparse.ArgumentParser"],
     "_average_model": ["lightning.pytorch.callbacks.weight_averaging.WeightAveraging"],
     "_batches_that_stepped": ["trainer.fit_loop.epoch_loop"],
     "_call_children_scripts": ["lightning.pytorch.strategies.launchers._SubprocessScriptLauncher"],
@@ -77,6 +78,7 @@ USES = {
     "_step_supports_amp_scaling": ["lightning.fabric.plugins.precision.amp"],
     "_timeout": ["trainer.strategy", "torch.distributed.ProcessGroupGloo._Options"],
     "_trainer": ["lightning.pytorch.LightningModule"],
+    "_typehint": ["jsonargparse._typehints.ActionTypeHint"],
     "_update_count": ["torchmetrics.Metric"],
     "_update_learning_rates": [EPOCH_LOOP],
     "_val_check_time_interval": ["trainer"],

@@ -25,6 +25,28 @@ def bar_of(name: str) -> ProgressBar:
     return TQDMProgressBar(leave=True, refresh_rate=1 if name == "tqdm" else 4)
 
 
+def fit_with_summary(folder: Path, name: str) -> None:
+    arguments: dict[str, Any] = {"callbacks": [bar_of(name)], "enable_progress_bar": True, "max_epochs": 1}
+    trainer = fork_trainer(folder, 2, AsyncAMSGradStrategy(start_method="fork"), **arguments)
+    trainer.fit(TinyClassifier(), loader(samples=80))
+    print("after the fit")
+
+
+@pytest.mark.parametrize("name", ["tqdm", "rich"])
+def test_the_table_is_whole_and_under_the_last_bar(name: str, tmp_path: Path) -> None:
+    run = launch(partial(fit_with_summary, name=name), tmp_path)
+    assert run.returncode == 0, run.output
+
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", run.output)]
+    bar = max(number for number, line in enumerate(lines) if line.lstrip().startswith("Epoch 0"))
+    table = [line for line in lines[bar:] if line.startswith(("┌", "│", "├", "└"))]
+    assert len(table) == len([line for line in lines if "│" in line or "─┬─" in line or "─┼─" in line or "─┴─" in line])
+    # Three rules and a border, two lines of headings, two ranks, all of them.
+    assert len(table) == 9
+    assert len({len(line) for line in table}) == 1
+    assert "after the fit" in lines
+
+
 def fit(folder: Path, name: str) -> None:
     class Module(TinyClassifier):
         def on_train_end(self) -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from typing_extensions import override
 
 import lightning_async
 from lightning_async.cli.compare.config import Comparison, Plot, Sweep, Variant
 from lightning_async.cli.compare.plan import PlannedRun, argument_list, digest, plan_runs
 from lightning_async.cli.compare.plots import check_matplotlib, draw
+from lightning_async.cli.compare.progress import RunsDisplay
 from lightning_async.cli.compare.results import Result, summarize
 from lightning_async.cli.compare.runner import Job, Outcome, is_finished, only_one_at_a_time, run_jobs
 from lightning_async.cli.compare.tables import console_table, csv_table, markdown_table
 from lightning_async.cli.errors import is_debugging, one_line
 from lightning_async.monitoring.machine import machine_facts
 from lightning_async.monitoring.record import RecordError, RunRecord
+from lightning_async.monitoring.tables import printable
 
 __all__ = ["compare_main", "compare_parser", "fit_command", "read_comparison"]
 
@@ -53,7 +53,7 @@ def compare_parser() -> ArgumentParser:
         usage="lightning-async compare --config FILE [options]",
         description="Train one recipe in several variants, each run in a process of its own; write a table and plots. "
         "Runs that are finished are left out, so that the same command goes on after an interruption.",
-        epilog="example: lightning-async compare --config recipes/compare_strategies.yaml",
+        epilog="example, in a checkout: lightning-async compare --config recipes/compare_strategies.yaml",
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="The comparison, a YAML file.")
     parser.add_argument("--dry_run", action="store_true", help="Print the commands and do nothing.")
@@ -130,7 +130,6 @@ def compare_main(args: Sequence[str] | None = None) -> int:
     except UnicodeDecodeError as error:
         parser.error(f"the configuration is not text: {error}", error)
     comparison = read_comparison(config)
-    console = Console()
     out = Path(comparison.out)
     jobs: list[Job] = []
     try:
@@ -138,7 +137,7 @@ def compare_main(args: Sequence[str] | None = None) -> int:
         jobs = _jobs(comparison, planned, out)
         if config.dry_run:
             for job in jobs:
-                console.print(shlex.join(job.command), soft_wrap=True, markup=False, highlight=False)
+                print(printable(shlex.join(job.command)))
             return 0
         check_matplotlib()
         with only_one_at_a_time(out):
@@ -149,15 +148,13 @@ def compare_main(args: Sequence[str] | None = None) -> int:
             else:
                 if config.fresh:
                     _forget(jobs)
-                outcomes = _run(comparison, jobs, console)
-            _write_results(comparison, planned, outcomes, out, console)
+                outcomes = _run(comparison, jobs)
+            _write_results(comparison, planned, outcomes, out)
     except ValueError as error:
         parser.error(str(error), error)
     except KeyboardInterrupt:
         finished = sum(map(is_finished, jobs))
-        console.print(
-            f"interrupted: {finished} of {len(jobs)} runs are finished; the same command goes on with the rest"
-        )
+        print(f"interrupted: {finished} of {len(jobs)} runs are finished; the same command goes on with the rest")
         return _INTERRUPTED
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 
@@ -201,58 +198,18 @@ def _forget(jobs: Sequence[Job]) -> None:
         job.record.unlink(missing_ok=True)
 
 
-def _run(comparison: Comparison, jobs: Sequence[Job], console: Console) -> list[Outcome]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        display = _Display(progress, len(jobs), comparison.metric)
+def _run(comparison: Comparison, jobs: Sequence[Job]) -> list[Outcome]:
+    with RunsDisplay(len(jobs), lambda job: _result(comparison, job)) as display:
         return run_jobs(jobs, display, comparison.parallel, comparison.timeout_s)
 
 
-class _Display:
-    """Shows how many runs are done, how far the running ones are, and how each has ended."""
-
-    def __init__(self, progress: Progress, jobs: int, metric: str) -> None:
-        self._progress = progress
-        self._metric = metric
-        self._all = progress.add_task("runs", total=jobs, state=f"0 of {jobs}")
-        self._jobs = jobs
-        self._done = 0
-        self._tasks: dict[str, TaskID] = {}
-
-    def started(self, job: Job) -> None:
-        self._tasks[job.name] = self._progress.add_task(job.name, total=None, state="starts")
-
-    def progressed(self, job: Job, record: Mapping[str, Any]) -> None:
-        evaluations, epochs = record.get("evaluations"), record.get("max_epochs")
-        if evaluations:
-            done = evaluations[-1]["epoch"]
-            of = f" of {epochs}" if epochs and epochs > 0 else ""
-            self._progress.update(
-                self._tasks[job.name], completed=done, total=epochs if of else None, state=f"epoch {done:.3g}{of}"
-            )
-
-    def ended(self, outcome: Outcome) -> None:
-        self._done += 1
-        if outcome.job.name in self._tasks:
-            self._progress.remove_task(self._tasks.pop(outcome.job.name))
-        self._progress.update(self._all, completed=self._done, state=f"{self._done} of {self._jobs}")
-        self._progress.console.print(self._sentence(outcome), markup=False, highlight=False, soft_wrap=True)
-
-    def _sentence(self, outcome: Outcome) -> str:
-        if outcome.failure:
-            return f"✗ {outcome.job.name}: {outcome.failure}"
-        metric = RunRecord.read(outcome.job.record).last(self._metric)
-        value = f", {self._metric} {metric:.4f}" if metric is not None else ""
-        return f"✓ {outcome.job.name}: " + (f"{outcome.seconds:.0f} s" if outcome.seconds else "was finished") + value
+def _result(comparison: Comparison, job: Job) -> str:
+    metric = RunRecord.read(job.record).last(comparison.metric)
+    return "" if metric is None else f"{comparison.metric} {metric:.4f}"
 
 
 def _write_results(
-    comparison: Comparison, planned: Sequence[PlannedRun], outcomes: Sequence[Outcome], out: Path, console: Console
+    comparison: Comparison, planned: Sequence[PlannedRun], outcomes: Sequence[Outcome], out: Path
 ) -> None:
     results = [
         Result(run.variant, run.seed, None if outcome.failure else RunRecord.read(outcome.job.record), outcome.failure)
@@ -263,9 +220,9 @@ def _write_results(
     (out / "results.csv").write_text(csv_table(comparison, summaries))
     pictures = draw(comparison, summaries, out)
     (out / "results.md").write_text(_document(comparison, planned, table, pictures))
-    console.print(console_table(comparison, summaries))
+    print(printable(console_table(comparison, summaries)))
     written = ", ".join([str(out / "results.md"), str(out / "results.csv"), *map(str, pictures)])
-    console.print(f"written: {written}", soft_wrap=True, highlight=False)
+    print(printable(f"written: {written}"))
 
 
 def _document(comparison: Comparison, planned: Sequence[PlannedRun], table: str, pictures: Sequence[Path]) -> str:

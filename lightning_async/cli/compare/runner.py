@@ -17,11 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-__all__ = ["Job", "Outcome", "Watcher", "is_finished", "only_one_at_a_time", "run_jobs"]
+__all__ = ["LOG_NAME", "Job", "Outcome", "Watcher", "is_finished", "only_one_at_a_time", "run_jobs"]
 
 _POLL_S = 0.1
 _STATUS_FILE = "run.json"
-_LOG_FILE = "output.log"
+LOG_NAME = "output.log"
+_TIMED_OUT = 124
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Outcome:
         job: which.
         failure: why it has no result; `None` if it has one.
         seconds: how long it took, the start of its process included; 0 if it was finished before.
+        status: its process's exit status, negative if a signal ended it; 124 if it took too long.
     """
 
     job: Job
     failure: str | None = None
     seconds: float = 0.0
+    status: int = 0
 
 
 class Watcher(Protocol):
@@ -68,6 +71,9 @@ class Watcher(Protocol):
 
     def progressed(self, job: Job, record: Mapping[str, Any]) -> None:
         """The job's process has written its record anew."""
+
+    def waiting(self) -> None:
+        """Nothing new; called several times a second."""
 
     def ended(self, outcome: Outcome) -> None:
         """The job has ended, or was finished before."""
@@ -110,6 +116,7 @@ def run_jobs(jobs: Sequence[Job], watcher: Watcher, parallel: int, timeout_s: fl
                     running.append(_Running(waiting.pop(0)))
                     watcher.started(running[-1].job)
                 time.sleep(_POLL_S)
+                watcher.waiting()
                 for run in list(running):
                     if (record := run.news()) is not None:
                         watcher.progressed(run.job, record)
@@ -154,7 +161,7 @@ class _Running:
         job.folder.mkdir(parents=True)
         self._start_s = time.monotonic()
         self._seen_ns = 0
-        with (job.folder / _LOG_FILE).open("w") as log:
+        with (job.folder / LOG_NAME).open("w") as log:
             self._process = subprocess.Popen(
                 list(job.command),
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **job.environment},
@@ -191,7 +198,7 @@ class _Running:
             "seconds": seconds,
         }
         (self.job.folder / _STATUS_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        return Outcome(self.job, failure, seconds)
+        return Outcome(self.job, failure, seconds, _TIMED_OUT if status is None else status)
 
     def kill(self) -> None:
         """End what is left of the process and of what it has started."""
@@ -200,7 +207,7 @@ class _Running:
         self._process.wait()
 
     def _failure(self, status: int) -> str | None:
-        log = self.job.folder / _LOG_FILE
+        log = self.job.folder / LOG_NAME
         if status == 0:
             if _read_json(self.job.record).get("finished") is True:
                 return None

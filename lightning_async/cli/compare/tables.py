@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from lightning_async.cli.compare.config import Comparison
 from lightning_async.cli.compare.results import Estimate, Summary
+from lightning_async.monitoring.tables import text_table
 
 __all__ = ["console_table", "csv_table", "markdown_table", "ratio"]
 
@@ -69,7 +68,7 @@ def markdown_table(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def console_table(comparison: Comparison, summaries: Sequence[Summary]) -> Table:
+def console_table(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     """Write what matters most of the table for a terminal.
 
     Args:
@@ -77,20 +76,21 @@ def console_table(comparison: Comparison, summaries: Sequence[Summary]) -> Table
         summaries: one for each row.
 
     Returns:
-        A table that fits into 80 characters if the names are short.
+        A title and a table that fits into 80 characters if the names are short.
     """
     keys = ("metric", "updates", "epoch_seconds", "speedup", "target_seconds")
     columns = [
         column for column in _columns(comparison, summaries) if column.key in keys and any(map(column.value, summaries))
     ]
-    table = Table(title=comparison.title, title_justify="left")
-    table.add_column("variant")
-    for heading in ("runs", *(column.heading for column in columns)):
-        table.add_column(heading, justify="right")
-    for summary in summaries:
-        cells = (_cell(column, summary) for column in columns)
-        table.add_row(_plain(summary.variant.name), f"{len(summary.records)} of {summary.runs}", *cells)
-    return table
+    rows = [
+        [
+            summary.variant.name,
+            f"{len(summary.records)} of {summary.runs}",
+            *(_cell(column, summary) for column in columns),
+        ]
+        for summary in summaries
+    ]
+    return f"{comparison.title}\n{text_table(['variant', 'runs', *(column.heading for column in columns)], rows)}"
 
 
 def csv_table(comparison: Comparison, summaries: Sequence[Summary]) -> str:
@@ -176,11 +176,6 @@ def _how_many(summary: Summary) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    # Brackets in a name are not markup.
-    return text.replace("[", "\\[")
 
 
 def _blank(value: float | None) -> object:

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AsyncAMSGradStrategy, AsyncStrategy, WorkerFailedError
-from lightning_async.cli.app import AsyncCLI, add_working_directory_to_path, main
+import lightning_async
+from lightning_async import AsyncAMSGradStrategy, AsyncMonitor, AsyncStrategy, WorkerFailedError
+from lightning_async.cli.app import AsyncCLI, ConciseParser, add_working_directory_to_path, main
 from lightning_async.cli.errors import told_in_one_line
 from lightning_async.runtime.failure import RunFailure
 from recipes.callbacks import EmulatedStepTime
@@ -21,6 +23,7 @@ from recipes.models import LeNet5
 
 ROOT = Path(__file__).parents[3]
 RECIPE = str(ROOT / "recipes" / "lenet5_digits.yaml")
+DDP = "--trainer.strategy=ddp"
 QUICK = [
     "--trainer.strategy=auto",
     "--trainer.devices=1",
@@ -53,6 +56,56 @@ def test_the_recipe_trains_with_the_strategy_of_this_package() -> None:
     cli = AsyncCLI(["--config", RECIPE], run=False)
 
     assert isinstance(cli.trainer.strategy, AsyncAMSGradStrategy)
+
+
+MODEL = ["--model=recipes.classifier.Classifier", "--model.model=recipes.models.LeNet5"]
+DATA = "--data=recipes.digits.DigitsDataModule"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [([], AsyncAMSGradStrategy), (["--trainer.strategy=auto"], SingleDeviceStrategy), ([DDP], DDPStrategy)],
+    ids=["nothing", "auto", "ddp"],
+)
+def test_the_strategy_is_this_packages_unless_another_is_asked_for(given: list[str], kind: type) -> None:
+    cli = AsyncCLI([*MODEL, DATA, "--trainer.accelerator=cpu", "--trainer.devices=1", *given], run=False)
+
+    assert type(cli.trainer.strategy) is kind
+
+
+def test_a_run_without_a_monitor_gets_one_in_front_of_its_checkpoints(tmp_path: Path) -> None:
+    cli = AsyncCLI(["--config", RECIPE, f"--trainer.logger.init_args.save_dir={tmp_path}"], run=False)
+
+    kinds = [type(callback) for callback in cli.trainer.callbacks]
+    assert kinds.count(AsyncMonitor) == 1
+    assert kinds[-2:] == [AsyncMonitor, ModelCheckpoint]
+
+
+@pytest.mark.parametrize(
+    ("given", "monitors"),
+    [
+        (["--trainer.callbacks+=lightning_async.AsyncMonitor", "--trainer.callbacks.folder=mine"], ["mine"]),
+        # What compare runs has a record of its own.
+        (["--trainer.callbacks+=lightning_async.cli.compare.recorder.RunRecorder", "--trainer.callbacks.path=r"], []),
+        ([DDP], []),
+        (["--trainer.fast_dev_run=true"], []),
+        (["--trainer.logger=false", "--trainer.default_root_dir=memory://runs"], []),
+    ],
+    ids=["own monitor", "compare", "ddp", "fast_dev_run", "remote folder"],
+)
+def test_a_run_that_has_a_record_or_leaves_none_gets_no_monitor(given: list[str], monitors: list[str]) -> None:
+    cli = AsyncCLI(["--config", RECIPE, *given], run=False)
+
+    found = [callback.folder for callback in cli.trainer.callbacks if isinstance(callback, AsyncMonitor)]
+    assert found == monitors
+
+
+def test_the_monitor_prints_no_table_that_the_strategy_was_told_not_to_print() -> None:
+    strategy = ["--trainer.strategy=AsyncAMSGradStrategy", "--trainer.strategy.summary=false"]
+
+    cli = AsyncCLI(["--config", RECIPE, *strategy], run=False)
+
+    assert [own.summary for own in cli.trainer.callbacks if isinstance(own, AsyncMonitor)] == [False]
 
 
 def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
@@ -190,9 +243,33 @@ def test_help_lists_every_command_with_one_line(
     commands = help_text.partition("(required)\n")[2].partition("\n\n")[0].splitlines()
     assert exit_info.value.code == 0
     assert help_text.startswith("usage: lightning-async ")
-    assert [line.split()[0] for line in commands] == ["fit", "validate", "test", "predict", "compare", "report"]
+    assert [line.split()[0] for line in commands] == [
+        *("fit", "validate", "test", "predict", "compare", "report", "demo")
+    ]
     assert all(len(line.split()) > 3 for line in commands)
     assert "--print_completion" in help_text
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"lightning-async {lightning_async.__version__}\n"
+
+
+def test_completion_offers_the_names_of_strategies() -> None:
+    fit = ConciseParser()
+    # As LightningCLI has it; the whole parser takes minutes to complete.
+    fit.add_argument("--trainer.strategy", type=str | Strategy, default="auto")
+    parser = ConciseParser(prog="lightning-async")
+    parser.add_subcommands().add_subcommand("fit", fit)
+
+    script = parser.get_completion_script("shtab-bash")
+
+    (line,) = (line for line in script.splitlines() if "fit_trainer_strategy_typehint()" in line)
+    assert "'async_amsgrad async_amsgrad_spawn" in line
+    assert all(f" {name} " in line for name in ("async", "ddp", "auto", "lightning_async.AsyncAMSGradStrategy"))
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
@@ -225,6 +302,35 @@ def test_the_help_of_compare_explains_each_field(capsys: pytest.CaptureFixture[s
     assert exit_info.value.code == 0
     assert "usage: lightning-async compare --config FILE [options]" in help_text
     assert "--baseline BASELINE name of the variant that the others' speed is related to" in help_text
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("sklearn", ["--config", RECIPE], "pip install scikit-learn"),
+        ("sklearn", [*MODEL, "--data=recipes.datasets.RCV1DataModule"], "pip install scikit-learn"),
+        ("PIL", [*MODEL, "--data=recipes.datasets.CINIC10DataModule"], "pip install pillow"),
+        ("wandb", ["--config", RECIPE, "--trainer.logger=WandbLogger"], "pip install wandb"),
+    ],
+)
+def test_what_is_not_installed_is_one_line_before_ranks_start(
+    module: str,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", *arguments])
+
+    lines = capfd.readouterr().err.splitlines()
+    assert exit_info.value.code == 2
+    assert lines[-1].startswith("error: ") and lines[-1].endswith(f"which is not installed: {said}")
+    assert not [line for line in lines[:-1] if "Seed set" not in line]
 
 
 def test_report_gets_its_arguments_and_gives_its_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,9 @@ class Notes:
     def progressed(self, job: Job, record: Mapping[str, Any]) -> None:
         assert "finished" in record
 
+    def waiting(self) -> None:
+        assert self.running
+
     def ended(self, outcome: Outcome) -> None:
         self.running -= outcome.job.name in self.started_names
         self.outcomes[outcome.job.name] = outcome

@@ -135,7 +135,7 @@ def test_optimizer_and_hyperparameters_are_chosen_on_the_command_line(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_trains_validates_and_logs_on_two_ranks(name: str, tmp_path: Path) -> None:
+def test_a_recipe_trains_validates_logs_and_leaves_a_report_on_two_ranks(name: str, tmp_path: Path) -> None:
     write, arguments = SMALL[name]
     if write is not None:
         write(tmp_path / "data")
@@ -164,6 +164,8 @@ def test_a_recipe_trains_validates_and_logs_on_two_ranks(name: str, tmp_path: Pa
     run = launch(script, tmp_path)
 
     assert run.returncode == 0, run.output
+    assert run.output.splitlines()[-1] == f"report: {name}/version_0/report.html"
+    assert (tmp_path / name / "version_0" / "report.html").exists()
     with (tmp_path / name / "version_0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     versions = [float(row["async/version"]) for row in rows if row.get("async/version")]

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.emulated import LENET5_PARAMETERS, Step, measure
 from benchmarks.record import save
-from lightning_async.monitoring.cpu_use import available_cores
 from lightning_async.monitoring.lock_step import estimate
+from lightning_async.runtime.cores import usable_cores
 
 EQUAL, SLOWER = Step(products=100), Step(products=300)
 SCENARIOS: dict[str, list[Step]] = {
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(f"{available_cores()} cores; how many times as long as async_amsgrad's the same batches take")
+    print(f"{usable_cores()} cores; how many times as long as async_amsgrad's the same batches take")
     print("scenario                   estimate        DDP  estimate / DDP")
     found = {
         name: compare(name, steps, arguments.seconds) for name, steps in SCENARIOS.items() if arguments.only in name

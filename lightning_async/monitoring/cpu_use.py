@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from dataclasses import dataclass
 
-__all__ = ["CpuMeter", "CpuUse", "available_cores"]
+from lightning_async.runtime.cores import usable_cores
+
+__all__ = ["CpuMeter", "CpuUse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,4 @@ class CpuMeter:
             self._cpu_s += time.process_time() - cpu_s
             self._wall_s += time.perf_counter() - wall_s
             self._started = None
-        return CpuUse(socket.gethostname(), available_cores(), self._cpu_s / max(self._wall_s, 1e-9))
-
-
-def available_cores() -> int:
-    """Number of cores that this process may run on."""
-    # Only Linux can bind a process to some of them.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return CpuUse(socket.gethostname(), usable_cores(), self._cpu_s / max(self._wall_s, 1e-9))

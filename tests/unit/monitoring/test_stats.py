@@ -12,7 +12,8 @@ import pytest
 
 from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring import stats as monitor
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.monitoring.metrics import MetricsLogger
+from lightning_async.monitoring.stats import RunStats
 
 
 def update(

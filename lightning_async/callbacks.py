@@ -70,7 +70,7 @@ class AsyncMonitor(Callback):
         self._strategy: AsyncStrategy | None = None
         self._record: RecordFile | None = None
         self._timeline: Timeline | None = None
-        self._owes_report = False
+        self._ended_by: str | None = None
 
     @property
     def record_path(self) -> Path | None:
@@ -105,7 +105,7 @@ class AsyncMonitor(Callback):
         if strategy is None:
             return
         assert self._folder is not None
-        self._record, self._owes_report = RecordFile(trainer, self._folder, strategy.stats), False
+        self._record, self._ended_by = RecordFile(trainer, self._folder, strategy.stats), None
         if self not in strategy.monitors:
             strategy.monitors.append(self)
         if self.trace is None:
@@ -171,38 +171,35 @@ class AsyncMonitor(Callback):
 
     def break_off(self, error: BaseException) -> None:
         """Writes the record and the timeline of a fit that ends with an exception: what rank 0 knows by itself."""
-        strategy, timeline = self._strategy, self._timeline
+        strategy = self._strategy
         if strategy is None or self._record is None or not strategy.is_global_zero:
             return
-        ended_by = describe_error(error)
-        self._record.finish(ended_by)
-        if timeline is not None:
-            timeline.write_alone(self._trace_path, strategy.configuration, ended_by)
+        self._ended_by = describe_error(error)
+        self._record.finish(self._ended_by)
+        if not self._is_told_of_exceptions:
+            self._write_timeline_alone(self._ended_by)
 
     def closing_line(self, broken_off: bool) -> str | None:
         """Where the files are; writes the report, if it is wanted and there is time for it."""
-        strategy, folder = self._strategy, self._folder
-        if strategy is None or folder is None:
+        folder = self._folder
+        if self._strategy is None or folder is None or (broken_off and self._is_told_of_exceptions):
             return None
-        lines = []
-        if self.trace is not None:
-            lines.append(f"Timeline of the run: {self._trace_path}; open it in https://ui.perfetto.dev.")
-        # A failed run's process is ended soon, where `on_exception` does not come when it has got away.
-        self._owes_report = self.report and broken_off and isinstance(strategy.launcher, ScriptLauncher)
-        if self.report and not broken_off:
-            lines.append(self._write_report(folder))
-        elif not self._owes_report:
-            command = f"lightning-async report {shlex.quote(str(folder))}"
-            lines.append(f"Record of the run: {folder}; `{command}` makes a page of it.")
-        return "\n".join(lines)
+        lines = [self._timeline_line] if self.trace is not None else []
+        return "\n".join([*lines, self._report_line(folder, may_write=not broken_off)])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the report of a fit that has ended early; the record is there."""
+        """Writes what takes its time of a fit that has ended early; the record is there."""
+        ended_by, self._ended_by = self._ended_by, None
+        if ended_by is not None and self._is_told_of_exceptions and self._folder is not None:
+            try:
+                self._write_timeline_alone(ended_by)
+                lines = [self._timeline_line] if self.trace is not None else []
+                print("\n".join([*lines, self._report_line(self._folder, may_write=True)]), flush=True)
+            except Exception as error:
+                # Lightning would raise it in the place of what has ended the fit.
+                log.warning("lightning_async: the timeline or the report could not be written: %r", error)
         self._stop_looking()
-        if self._owes_report and self._folder is not None:
-            self._owes_report = False
-            print(self._write_report(self._folder), flush=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -222,7 +219,23 @@ class AsyncMonitor(Callback):
         if strategy is not None and timeline is not None and timeline.observe in strategy.observers:
             strategy.observers.remove(timeline.observe)
 
-    def _write_report(self, folder: Path) -> str:
+    @property
+    def _is_told_of_exceptions(self) -> bool:
+        """Whether `on_exception` comes: then a failed run's process has got away from what ends it soon."""
+        return self._strategy is not None and isinstance(self._strategy.launcher, ScriptLauncher)
+
+    def _write_timeline_alone(self, ended_by: str) -> None:
+        if self._timeline is not None and self._strategy is not None:
+            self._timeline.write_alone(self._trace_path, self._strategy.configuration, ended_by)
+
+    @property
+    def _timeline_line(self) -> str:
+        return f"Timeline of the run: {self._trace_path}; open it in https://ui.perfetto.dev."
+
+    def _report_line(self, folder: Path, may_write: bool) -> str:
+        if not (self.report and may_write):
+            command = f"lightning-async report {shlex.quote(str(folder))}"
+            return f"Record of the run: {folder}; `{command}` makes a page of it."
         # It draws, with a library that is of no use to a training rank.
         from lightning_async.monitoring.record import RecordError
         from lightning_async.monitoring.report import ReportError, write_report

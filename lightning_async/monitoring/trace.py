@@ -8,6 +8,7 @@ arrow leads there from each push. Pure but for the file.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_trace(
     configuration: Mapping[str, Any],
     ended_by: str | None = None,
 ) -> None:
-    """Writes the timeline, beginning at 0.
+    """Writes the timeline, beginning at 0; a reader sees the old file or the new one.
 
     Args:
         path: the file; its folder is made.
@@ -51,7 +52,8 @@ def write_trace(
     about: dict[str, Any] = {"configuration": dict(configuration), **_limits(ranks, begin_ns)}
     if ended_by is not None:
         about["ended_by"] = ended_by
-    with path.open("w", encoding="utf-8") as file:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms",\n"otherData": ')
         json.dump(about, file)
         file.write(',\n"traceEvents": [\n')
@@ -60,6 +62,7 @@ def write_trace(
             file.write(",\n" if number else "")
             file.write(encode(event))
         file.write("\n]}\n")
+    os.replace(partial, path)
 
 
 def _limits(ranks: Sequence[Recording | None], begin_ns: int) -> dict[str, Any]:

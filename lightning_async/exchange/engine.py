@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.local_service import HolderService
-from lightning_async.exchange.negotiation import dial
+from lightning_async.exchange.negotiation import dial, transport_of
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
@@ -60,6 +60,8 @@ class Engine:
         optimizers: the optimizers that it was built for.
         states: what they show of the holder's state.
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
+        transport: how this rank's gradients travel: "in process", "shm", "gloo" or "nccl".
+        holder_device: where the holder is, "cpu" or "cuda".
 
     Raises:
         ValueError: if the module or its optimizers cannot be exchanged so; the message says what can.
@@ -134,6 +136,8 @@ class Engine:
                 dial(Address.from_json(found), rank, layout, groups, slot=slot, devices=devices, overlaps=slots > 1)
                 for slot in range(slots)
             ]
+        self.transport = transport_of(channels[0])
+        self.holder_device = devices.holder
         own = [on_device(channel, devices.own) for channel in channels]
         tickets = None if predecessor is None else predecessor.worker.tickets
         self.worker: Worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1, tickets=tickets)

@@ -22,10 +22,11 @@ from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
 from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
+from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 
-__all__ = ["ChannelNegotiator", "WireNames", "dial"]
+__all__ = ["ChannelNegotiator", "WireNames", "dial", "transport_of"]
 
 # What gradients, and what parameters, are rounded to on a network.
 WireNames: TypeAlias = tuple[WireDtype, WireDtype]
@@ -215,6 +216,14 @@ def dial(
     store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
     return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
+
+
+def transport_of(channel: Channel) -> str:
+    """What a channel is called, as in `Transport`; "in process" for one that moves nothing between processes."""
+    for kind, name in ((SharedMemoryChannel, "shm"), (GlooChannel, "gloo"), (NcclChannel, "nccl")):
+        if isinstance(channel, kind):
+            return name
+    return "in process"
 
 
 def _expect_welcome(message: Message) -> Welcome:

@@ -6,6 +6,7 @@ Does no I/O and imports no Lightning.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -158,6 +159,7 @@ class Holder:
             if decision is Decision.WAIT:
                 return None
             applied = decision is Decision.APPLY
+            began_ns = time.monotonic_ns()
             if applied:
                 if self._mean is None:
                     self._optimizers[push.optimizer].apply(push.gradients, push.groups)
@@ -174,7 +176,8 @@ class Holder:
                 # A step whose gradient was dropped is none.
                 counts[STEPS] = max(0, counts[STEPS] - (not applied))
                 self._counts = add_counts(self._counts, counts)
-            update = Update(push, self._barrier.version, staleness, applied, parked_s)
+            now_ns = time.monotonic_ns()
+            update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, now_ns - began_ns)
             self._observer(update)
             self._tell()
             return update

@@ -61,6 +61,7 @@ class Update:
         applied: False if it was dropped as too stale.
         parked_s: seconds that the barrier held it back.
         at_ns: when, by the monotonic clock; now by default.
+        took_ns: how long the update itself took; with a holder on a GPU, to queue it.
     """
 
     push: Push
@@ -69,6 +70,7 @@ class Update:
     applied: bool
     parked_s: float
     at_ns: int = field(default_factory=time.monotonic_ns)
+    took_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,9 @@ class BarMetrics:
         if updates > 0 and seconds >= (_REFRESH_S if self._shown else _FIRST_AFTER_S):
             ages = sum(age * count for age, count in stats.counts()["staleness"].items())
             self._shown = {
-                "upd/s": f"{updates / seconds:.0f}" if updates >= 10 * seconds else f"{updates / seconds:.2g}",
                 "staleness": f"{(ages - self._ages) / updates:.1f}",
                 **_slow(stats),
+                "upd/s": f"{updates / seconds:.0f}" if updates >= 10 * seconds else f"{updates / seconds:.2g}",
             }
             self._seconds, self._updates, self._ages = self._seconds + seconds, self._updates + updates, ages
         return self._shown
@@ -61,8 +61,8 @@ def _slow(stats: RunStats) -> dict[str, str]:
     if not slow:
         return {}
     rank, factor = max(slow.items(), key=lambda item: item[1])
-    others = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-    return {"slow": f"rank {rank} {factor:.1f}x{others}"}
+    others = f"+{len(slow) - 1}" if len(slow) > 1 else ""
+    return {"slow": f"rank{rank}{others} {factor:.1f}x"}
 
 
 def bar_position(previous: int, now: int, every: int, total: float) -> int:
@@ -137,7 +137,9 @@ def _wrap(bar: ProgressBar, stats: Callable[[], RunStats], undo: ExitStack) -> N
             show(trainer, pl_module, outputs, batch, position - 1)
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {**tell(trainer, pl_module), **(metrics.current() if trainer.is_global_zero else {})}
+        # First, since a narrow terminal cuts off what comes last.
+        shown = metrics.current() if trainer.is_global_zero else {}
+        return {**shown, **tell(trainer, pl_module)}
 
     def catch_up(trainer: Trainer) -> None:
         done: int = trainer.fit_loop.epoch_loop.batches_of_all_ranks  # type: ignore[attr-defined]

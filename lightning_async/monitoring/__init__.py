@@ -3,7 +3,8 @@
 What is named here loads neither Lightning nor a plotting library; `loggers`, `recording` and `report` do.
 """
 
+from lightning_async.monitoring.metrics import MetricsLogger
 from lightning_async.monitoring.record import RecordError, RunRecord
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.monitoring.stats import RunStats
 
 __all__ = ["MetricsLogger", "RecordError", "RunRecord", "RunStats"]

@@ -32,7 +32,7 @@ class ScalarWriter:
         """Writes the metrics."""
         self._logger.log_metrics(metrics, step=step)
 
-    def summarize(self, summary: dict[str, float]) -> None:
+    def summarize(self, summary: dict[str, float], metrics: dict[str, float], step: int) -> None:
         """Nothing: the metrics are there."""
 
 
@@ -67,9 +67,10 @@ class WandbWriter(ScalarWriter):
         }
         self._logger.log_metrics(row, step=step)
 
-    def summarize(self, summary: dict[str, float]) -> None:
-        """Puts the final numbers into the run's summary, under names that no metric of a row has."""
-        self._run.summary.update({f"async_run/{name}": value for name, value in summary.items()})
+    def summarize(self, summary: dict[str, float], metrics: dict[str, float], step: int) -> None:
+        """Puts the final numbers into the run's summary, where wandb keeps the last row's by itself."""
+        numbers = {f"{self._prefix}{name}": value for name, value in metrics.items()}
+        self._run.summary.update({**numbers, **{f"async_run/{name}": value for name, value in summary.items()}})
 
 
 class TensorBoardWriter(ScalarWriter):
@@ -103,9 +104,10 @@ class TensorBoardWriter(ScalarWriter):
             global_step=step,
         )
 
-    def summarize(self, summary: dict[str, float]) -> None:
-        """Writes the final numbers as the text ``async/summary``."""
+    def summarize(self, summary: dict[str, float], metrics: dict[str, float], step: int) -> None:
+        """Writes the final numbers as the text ``async/summary``, and as scalars that HPARAMS can show."""
         self._writer.add_text("async/summary", _table({name: f"{value:.4g}" for name, value in summary.items()}))
+        self._logger.log_metrics({f"async_run/{name}": value for name, value in summary.items()}, step=step)
 
 
 def writer_for(logger: Logger, prefix: Callable[[WandbLogger], str]) -> ScalarWriter:

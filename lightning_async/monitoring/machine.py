@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["machine_facts"]
+__all__ = ["machine_facts", "package_version"]
 
 
 @functools.cache
@@ -30,6 +30,15 @@ def machine_facts() -> dict[str, str | int | None]:
         ['cores', 'processor', 'python', 'torch', 'lightning']
     """
     return dict(_facts())
+
+
+@functools.cache
+def package_version() -> str:
+    """The version of this package; "unknown" where it runs without being installed."""
+    try:
+        return version("lightning-async")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _processor() -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import shlex
+import socket
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_async.monitoring.machine import machine_facts
+from lightning_async.monitoring.machine import machine_facts, package_version
 from lightning_async.monitoring.record import RunRecord
 from lightning_async.monitoring.series import Evaluation, Evaluations, Series
 from lightning_async.monitoring.stats import RunStats
@@ -68,6 +71,7 @@ class FitRecorder:
     def __init__(self) -> None:
         self.clock = Stopwatch()
         self.series = Series()
+        self._started_at = _now()
         self._evaluations = Evaluations()
         self._loss = MeanLoss()
         self._new_batches = self._epoch_batches = self._batches = 0
@@ -106,13 +110,16 @@ class FitRecorder:
         if epoch_is_over:
             self._epoch_batches = 0
 
-    def record(self, trainer: Trainer, finished: bool) -> RunRecord:
+    def record(self, trainer: Trainer, finished: bool, ended_by: str | None = None) -> RunRecord:
         """The record of what is known now, on rank 0.
 
         Args:
             trainer: the trainer.
             finished: whether the fit has come to its end.
+            ended_by: what has ended it before; None while it goes on.
         """
+        now = _now()
+        over = {"ended_at": now} if finished or ended_by is not None else {}
         strategy: Any = trainer.strategy
         stats = getattr(strategy, "stats", None)
         record = RunRecord(
@@ -120,11 +127,16 @@ class FitRecorder:
             ranks=trainer.world_size,
             max_epochs=trainer.max_epochs,
             finished=finished,
-            written_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            written_at=now,
             evaluations=list(self._evaluations.kept),
             series=list(self.series.points),
             about={
                 "module": type(trainer.lightning_module).__name__,
+                "command": shlex.join(sys.argv),
+                "host": socket.gethostname(),
+                "started_at": self._started_at,
+                **over,
+                **({} if ended_by is None else {"ended_by": ended_by}),
                 "epochs": trainer.current_epoch + (not finished),
                 "global_step": trainer.global_step,
                 "batches per rank and epoch": str(trainer.num_training_batches),
@@ -132,6 +144,7 @@ class FitRecorder:
                 "precision": str(trainer.precision),
                 "loss": "mean of rank 0's batches",
                 **machine_facts(),
+                "lightning_async": package_version(),
             },
         )
         if isinstance(stats, RunStats):
@@ -141,6 +154,10 @@ class FitRecorder:
             ]
             record.configuration = dict(getattr(strategy, "configuration", {}))
         return record
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _updates(trainer: Trainer) -> int:

@@ -1,4 +1,4 @@
-"""What asynchrony does, in numbers: collected at the holder, logged on rank 0."""
+"""What asynchrony does, in numbers, collected at the holder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from lightning_async.holder.types import Update
 from lightning_async.monitoring.cpu_use import CpuUse
 
-__all__ = ["MetricsLogger", "MetricsWriter", "RunStats", "quantile", "staleness_text"]
+__all__ = ["RunStats", "quantile", "staleness_numbers", "staleness_text"]
 
 # Enough for a median within a few percent, whatever the run's length.
 _STEPS_KEPT = 1001
@@ -166,7 +166,7 @@ class RunStats:
         waited = stats["wait_seconds_by_rank"]
         summary = {
             "updates": float(updates),
-            **_staleness(Counter(stats["staleness"])),
+            **staleness_numbers(Counter(stats["staleness"])),
             "updates_per_second": updates / max(seconds, 1e-9),
             "wait_fraction": sum(waited.values()) / max(seconds * len(ranks), 1e-9),
             "train_seconds": seconds,
@@ -185,92 +185,13 @@ class RunStats:
         return self.train_seconds + running
 
 
-class MetricsWriter(Protocol):
-    """Where metrics go: one logger, and what it can show."""
+def staleness_numbers(counts: Counter[int]) -> dict[str, float]:
+    """Mean, 95th percentile and maximum of the staleness, by name.
 
-    def configure(self, configuration: dict[str, Any]) -> None:
-        """Notes how the run is set up."""
-
-    def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
-        """Writes metrics and the staleness counts behind them."""
-
-    def summarize(self, summary: dict[str, float]) -> None:
-        """Notes the run's final numbers."""
-
-
-class MetricsLogger:
-    """Logs the ``async/`` metrics: what has happened since they were last logged.
-
-    Args:
-        stats: the run's statistics.
-        writers: where the metrics go.
+    Examples:
+        >>> staleness_numbers(Counter({0: 1, 3: 2}))
+        {'staleness_mean': 2.0, 'staleness_p95': 3.0, 'staleness_max': 3.0}
     """
-
-    def __init__(self, stats: RunStats, writers: Sequence[MetricsWriter]) -> None:
-        self._stats = stats
-        self._writers = writers
-        self._seen = stats.counts()
-        self._since = time.perf_counter()
-
-    def configure(self, configuration: dict[str, Any]) -> None:
-        """Writes how the run is set up, once, before anything else."""
-        for writer in self._writers:
-            writer.configure(configuration)
-
-    def restart_clock(self) -> None:
-        """Leaves the time since the last logging out of the rates: validation is not training."""
-        self._since = time.perf_counter()
-
-    def log(self, version: int, step: int, epoch: int) -> None:
-        """Writes the metrics at ``step``; nothing if no update came in since.
-
-        Args:
-            version: the version that this rank has read.
-            step: the x-axis.
-            epoch: goes into the row, as into every row that Lightning writes: loggers rely on it.
-        """
-        now, stats = time.perf_counter(), self._stats.counts()
-        # The holder may be ahead of what this rank has read: its updates are counted here, and the last is in no other
-        # row.
-        version = max(version, self._stats.version)
-        updates = stats["updates"] - self._seen["updates"]
-        if updates == 0:
-            return
-        staleness = Counter(stats["staleness"]) - Counter(self._seen["staleness"])
-        metrics = self._metrics(stats, staleness, version, now - self._since)
-        self._seen, self._since = stats, now
-        for writer in self._writers:
-            # A copy for each: a logger may take something out of its row.
-            writer.log({**metrics, "epoch": epoch}, staleness, step)
-
-    def finish(self) -> None:
-        """Writes the run's final numbers; nothing if there was no update."""
-        summary = self._stats.summary()
-        if summary:
-            for writer in self._writers:
-                writer.summarize(summary)
-
-    def _metrics(
-        self, stats: dict[str, Any], staleness: Counter[int], version: int, seconds: float
-    ) -> dict[str, float]:
-        waited = sum(stats["wait_seconds_by_rank"].values()) - sum(self._seen["wait_seconds_by_rank"].values())
-        ranks, updates = stats["updates_by_rank"], staleness.total()
-        metrics = {
-            "async/version": float(version),
-            **{f"async/{name}": value for name, value in _staleness(staleness).items()},
-            "async/updates_per_second": updates / seconds,
-            "async/wait_fraction": waited / (seconds * len(ranks)),
-            "async/dropped": float(stats["dropped"]),
-            "async/rejected": float(stats["rejected"]),
-        }
-        for rank, count in ranks.items():
-            new = count - self._seen["updates_by_rank"][rank]
-            metrics[f"async/share_rank_{rank}"] = new / updates
-            metrics[f"async/updates_per_second_rank_{rank}"] = new / seconds
-        return metrics
-
-
-def _staleness(counts: Counter[int]) -> dict[str, float]:
     return {
         "staleness_mean": sum(age * count for age, count in counts.items()) / counts.total(),
         "staleness_p95": float(quantile(counts, 0.95)),
@@ -303,5 +224,5 @@ def staleness_text(counts: Mapping[int, int]) -> str:
     """
     if not counts:
         return "-"
-    mean, p95, largest = _staleness(Counter(counts)).values()
+    mean, p95, largest = staleness_numbers(Counter(counts)).values()
     return f"{mean:.1f} / {p95:.0f} / {largest:.0f}"

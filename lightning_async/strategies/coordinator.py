@@ -19,11 +19,13 @@ from lightning_async.loops.phase import Phase
 from lightning_async.loops.protocols import Collectives, SegmentEnd
 from lightning_async.loops.tensor_sync import average_unlike
 from lightning_async.monitoring.cpu_use import CpuMeter, CpuUse
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.monitoring.metrics import MetricsLogger
+from lightning_async.monitoring.stats import RunStats
 from lightning_async.strategies.by_hand import ByHand, Leftover
 from lightning_async.strategies.checkpointing import Checkpointing
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.gradient_exchange import GradientExchange
+from lightning_async.strategies.resolved import BatchSource
 from lightning_async.strategies.resume import EpochPlace, agree_on_order
 
 __all__ = ["Coordinator"]
@@ -45,6 +47,7 @@ class Coordinator(protocols.Coordinator):
         metric_sync: torchmetrics in phases.
         buffers: the module's buffers from meeting to meeting; None with one rank.
         sigterm_received: whether this rank was told to end gracefully.
+        resolve: told where the batches come from; tells how the run exchanges gradients, for the loggers.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Coordinator(protocols.Coordinator):
         metric_sync: MetricSync,
         buffers: BufferSync | None,
         sigterm_received: Callable[[], bool],
+        resolve: Callable[[BatchSource], dict[str, Any]],
     ) -> None:
         self._trainer = trainer
         self._collectives = collectives
@@ -75,6 +79,8 @@ class Coordinator(protocols.Coordinator):
         self._buffers = buffers
         self._sigterm_received = sigterm_received
         self._cpu = CpuMeter()
+        self._resolve = resolve
+        self._is_resolved = False
         # Ends the asynchronous phase.
         self._segment = ExitStack()
         # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
@@ -130,6 +136,11 @@ class Coordinator(protocols.Coordinator):
             MisconfigurationException: if the ranks' orders differ.
         """
         agree_on_order(self._collectives.gather_objects(order))
+        if not self._is_resolved:
+            self._is_resolved = True
+            configuration = self._resolve("shared order" if order else "stream per rank")
+            if self._metrics is not None:
+                self._metrics.configure(configuration)
         place = self._checkpointing.begin_epoch(self._trainer.current_epoch, order, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
         self._exchange.worker.begin_epoch()
@@ -169,7 +180,7 @@ class Coordinator(protocols.Coordinator):
             engine.service.open(tickets)
         # Every rank notes where it stands.
         if self._metrics is not None:
-            self._metrics.restart_clock()
+            self._metrics.begin(self._clock.log_step - 1)
         self._stats.start_segment()
         if self._buffers is not None:
             self._buffers.begin_segment()
@@ -265,3 +276,9 @@ class Coordinator(protocols.Coordinator):
             assert service is not None
             service.settle()
             self._metrics.log(self._exchange.worker.version, step, self._trainer.current_epoch)
+
+    def finish_metrics(self) -> None:
+        """Writes the last row of the metrics and the run's final numbers, on rank 0; no collective."""
+        if self._metrics is not None:
+            step = max(0, self._clock.log_step - 1)
+            self._metrics.finish(self._exchange.worker.version, step, self._trainer.current_epoch)

@@ -16,12 +16,13 @@ from lightning_async.loops.phase import Phase
 from lightning_async.loops.protocols import RunSignals
 from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import writer_for
-from lightning_async.monitoring.stats import MetricsLogger
+from lightning_async.monitoring.metrics import MetricsLogger
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.checkpointing import Checkpointing
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.coordinator import Coordinator
 from lightning_async.strategies.gradient_exchange import ExchangeContext, GradientExchange
+from lightning_async.strategies.resolved import Resolved
 
 __all__ = ["Fit", "set_up_fit"]
 
@@ -56,7 +57,7 @@ def set_up_fit(
     phase: Phase,
     loops: InstalledLoops,
     signals: RunSignals,
-    configuration: dict[str, Any],
+    resolve: Callable[[Resolved], dict[str, Any]],
 ) -> Fit:
     """Gives all ranks one module, and builds the parts of a fit; a collective call.
 
@@ -69,7 +70,7 @@ def set_up_fit(
         phase: the run's phase.
         loops: the trainer's loops, which follow the coordinator from here on.
         signals: what signals have asked for.
-        configuration: how the run exchanges gradients, for the loggers.
+        resolve: told what the ranks found when they met; tells how the run exchanges gradients, for the loggers.
 
     Raises:
         MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
@@ -78,12 +79,14 @@ def set_up_fit(
     buffers = _share(context)
     metrics: MetricsLogger | None = None
     if context.rank == 0 and trainer.loggers:
-        metrics = MetricsLogger(context.stats, [writer_for(logger, logger_prefix) for logger in trainer.loggers])
-        metrics.configure(configuration)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
+        writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
+        metrics = MetricsLogger(context.stats, writers, every)
     gradients_per_update = context.options.gradients_per_update
     version = gradients // gradients_per_update
     by_hand = ByHand(trainer, context.name, gradients, phase, counts_gradients=gradients_per_update > 1)
     exchange = GradientExchange(context, optimizers, take, by_hand, version)
+    transports = context.collectives.gather_objects(exchange.engine.transport)
     clock = SharedClock(
         lambda: exchange.worker.version,
         context.world_size,
@@ -106,6 +109,7 @@ def set_up_fit(
         metric_sync=loops.metrics,
         buffers=buffers,
         sigterm_received=lambda: signals.sigterm_received,
+        resolve=lambda source: resolve(Resolved(transports, exchange.engine.holder_device, source)),
     )
     loops.follow(coordinator)
     return Fit(exchange, by_hand, clock, checkpointing, coordinator, metrics)

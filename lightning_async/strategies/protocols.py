@@ -10,7 +10,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure
 
-__all__ = ["LaunchedStrategy", "Ranks", "RunGuard"]
+__all__ = ["FitMonitor", "LaunchedStrategy", "Ranks", "RunGuard"]
 
 _T = TypeVar("_T")
 
@@ -68,3 +68,16 @@ class LaunchedStrategy(Ranks, Protocol):
     """
 
     stats: RunStats
+
+    def break_off(self, error: BaseException) -> None:
+        """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing."""
+
+
+class FitMonitor(Protocol):
+    """What leaves something of a fit, such as `AsyncMonitor`."""
+
+    def break_off(self, error: BaseException) -> None:
+        """The fit ends with an exception on this rank, before anything is torn down; must run no collective."""
+
+    def closing_line(self, broken_off: bool) -> str | None:
+        """Where what was left is, for the last line under the run's table, on rank 0; None to say nothing yet."""

@@ -25,7 +25,8 @@ from lightning_async.holder.layout import all_parameters
 from lightning_async.holder.types import Push, Update
 from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import writer_for
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.monitoring.metrics import MetricsLogger
+from lightning_async.monitoring.stats import RunStats
 
 __all__ = ["Delays", "PastIterates", "SimulatedDelayStrategy"]
 
@@ -246,9 +247,11 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
             )
         self.stats = RunStats(workers=1)
         writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
-        self._metrics = MetricsLogger(self.stats, writers) if writers else None
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
+        self._metrics = MetricsLogger(self.stats, writers, every) if writers else None
         if self._metrics is not None:
             self._metrics.configure(self._configuration)
+            self._metrics.begin(trainer.global_step - 1)
         self.stats.start_segment()
         self._delay, self._batches = 0, 0
         if self.max_delay > 0:
@@ -265,8 +268,6 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         super().on_validation_end()
         if self._module.trainer.training:
             self.stats.start_segment()
-            if self._metrics is not None:
-                self._metrics.restart_clock()
 
     @override
     def on_train_end(self) -> None:
@@ -274,8 +275,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         self.stats.end_segment()
         if self._metrics is not None:
             version = self._module.trainer.global_step if self._iterates is None else self._iterates.version
-            self._metrics.log(version, version - 1, self._module.trainer.current_epoch)
-            self._metrics.finish()
+            self._metrics.finish(version, version - 1, self._module.trainer.current_epoch)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

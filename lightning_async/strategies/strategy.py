@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -41,23 +42,24 @@ from lightning_async.exchange.service import UpdateObserver
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
-from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
 from lightning_async.loops.progress_bar import end_live_bars
 from lightning_async.monitoring.stats import RunStats
-from lightning_async.monitoring.summary import print_summary
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import open_exchange_group
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
+from lightning_async.strategies.ending import do_each, print_end
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
 from lightning_async.strategies.notices import start_notices
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
+from lightning_async.strategies.protocols import FitMonitor
 from lightning_async.strategies.registration import register
+from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
 from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
 from lightning_async.strategies.validation import refuse_finders, refuse_sync_batchnorm
@@ -166,6 +168,8 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
+        # Told on every rank when a fit ends.
+        self.monitors: list[FitMonitor] = []
         self.summary = summary
         self._signals = Signals()
         self._supervisor: RunSupervisor | None = None
@@ -174,6 +178,9 @@ class AsyncStrategy(PhasedCollectives):
         self._undo = ExitStack()
         self._fit: Fit | None = None
         self._has_one_train_loader = True
+        self._resolved: Resolved | None = None
+        self._is_over = False
+        self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
         self._note: dict[str, Any] = {"version": 0}
 
@@ -328,6 +335,7 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
+        self._resolved, self._is_over = None, False
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
@@ -350,9 +358,13 @@ class AsyncStrategy(PhasedCollectives):
             phase=self.phase,
             loops=self._loops,
             signals=self._signals,
-            configuration=self.configuration,
+            resolve=self._resolve,
         )
         self._undo.callback(self._fit.by_hand.release)
+
+    def _resolve(self, resolved: Resolved) -> dict[str, Any]:
+        self._resolved = resolved
+        return self.configuration
 
     def _note_train_loaders(self, count: int) -> None:
         self._has_one_train_loader = count == 1
@@ -402,6 +414,7 @@ class AsyncStrategy(PhasedCollectives):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._saving_since_ns = time.monotonic_ns()
         state = super().lightning_module_state_dict()
         return state if self._fit is None else self._fit.checkpointing.module_state(state)
 
@@ -423,6 +436,8 @@ class AsyncStrategy(PhasedCollectives):
         else:
             checkpoint[CHECKPOINT_KEY] = {"world_size": self.world_size, **self._note}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self._fit is not None and self.is_global_zero and self.worker.on_span is not None:
+            self.worker.on_span("checkpoint", self._saving_since_ns, time.monotonic_ns())
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -440,11 +455,30 @@ class AsyncStrategy(PhasedCollectives):
             # As under DDP, user code finds the state on every rank after fit.
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
-        if fit.metrics is not None:
-            fit.metrics.finish()
-        if self.summary and self.is_global_zero:
+        self._is_over = True
+        if self.is_global_zero:
+            fit.coordinator.finish_metrics()
             end_live_bars(self._trainer)
-            print_summary(self.configuration, self.stats)
+            print_end(self.configuration, self.stats, self.monitors, self.summary)
+
+    def break_off(self, error: BaseException) -> None:
+        """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing.
+
+        Args:
+            error: the exception.
+        """
+        if self._fit is None or self._is_over:
+            return
+        self._is_over = True
+        self.stats.end_segment()
+        steps: list[Callable[[], object]] = [partial(monitor.break_off, error) for monitor in self.monitors]
+        if self.is_global_zero:
+            # A failure's own words are not to be buried under a table.
+            wanted = self.summary and isinstance(error, (KeyboardInterrupt, SIGTERMException))
+            steps.append(partial(end_live_bars, self._trainer))
+            steps.append(partial(print_end, self.configuration, self.stats, self.monitors, wanted, broken_off=True))
+            steps.append(self._fit.coordinator.finish_metrics)
+        do_each(steps)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -472,15 +506,8 @@ class AsyncStrategy(PhasedCollectives):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """How this run exchanges gradients: the strategy's arguments and the number of ranks; ready for JSON."""
-        options = self.options
-        bound = resolve_max_staleness(options.max_staleness, self.world_size, options.gradients_per_update)
-        return {
-            "strategy": type(self).__name__,
-            "ranks": self.world_size,
-            **asdict(options),
-            "max_staleness": bound,
-        }
+        """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
+        return describe_run(type(self).__name__, self.world_size, self.options, self._resolved)
 
     @classmethod
     @override

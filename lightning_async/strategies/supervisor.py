@@ -73,6 +73,10 @@ class RunSupervisor:
         with membership.guard():
             try:
                 yield
+            except BaseException as error:
+                # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
+                self._ranks.break_off(error)
+                raise
             finally:
                 # Lightning does not tear a spawned rank down that fails.
                 self.end_holder_process()

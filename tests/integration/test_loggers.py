@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import struct
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_async import AsyncAMSGradStrategy
-from lightning_async.strategies import strategy as strategy_module
+from lightning_async.strategies import fit as fit_module
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -97,13 +100,16 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "max_staleness": 7,
         "on_stale": "wait",
         "batches": "shared",
-        "transport": "auto",
+        "transport": "shm",
+        "transport_by_rank": ["in process", "shm", "shm"],
+        "batch_source": "shared order",
         "worker_timeout_s": 60.0,
         "overlap": False,
         "wire_dtype": "fp32",
         "parameter_wire_dtype": "fp32",
-        "holder_device": "auto",
+        "holder_device": "cpu",
         "holder": "thread",
+        "requested": {"transport": "auto", "holder_device": "auto"},
     }
 
     rows = [row for r in records if r.HasField("history") and "p-async/version" in (row := values(r.history.item))]
@@ -121,6 +127,13 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
     summary: dict[str, Any] = {}
     for record in records:
         summary |= values(record.summary.update)
+    # What the runs table shows is the run's, and not the last row's.
+    numbers = expected["summary"]
+    for name in ("staleness_mean", "staleness_p95", "staleness_max", "share_rank_0", "share_rank_1", "share_rank_2"):
+        assert summary[f"p-async/{name}"] == numbers[name]
+    assert summary["p-async/version"] == UPDATES
+    assert summary["p-async/updates_per_second"] == pytest.approx(summary["async_run/updates_per_second"])
+    assert summary["p-async/wait_fraction"] == pytest.approx(summary["async_run/wait_fraction"])
     for name, value in expected["summary"].items():
         # What this fit waited until its end is in the statistics by now.
         if "seconds" not in name and "fraction" not in name and "per_second" not in name:
@@ -144,21 +157,101 @@ def test_tensorboard_shows_histograms_and_other_loggers_scalars(tmp_path: Path) 
     assert max(h.max for h in histograms) == max(staleness)
     assert [event.value for event in board.Scalars("async/version")][-1] == UPDATES
     assert {"async/configuration/text_summary", "async/summary/text_summary"} <= set(board.Tags()["tensors"])
+    assert [event.value for event in board.Scalars("async_run/updates")] == [UPDATES]
     text = board.Tensors("async/configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| max_staleness | 7 |" in text
+    assert "| transport | shm |" in text
 
     with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["async/version"]) for row in rows if row["async/version"]][-1] == UPDATES
+    rows_of_the_run = [row for row in rows if row["async/version"]]
+    assert float(rows_of_the_run[-1]["async/version"]) == UPDATES
     assert "async/updates_per_second_rank_2" in rows[0]
     assert "async/staleness" not in rows[0]
+
+
+def validating_often(folder: Path, ends_by: type[BaseException] | None = None, ranks: int = RANKS) -> None:
+    class Module(TinyClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if ends_by is not None and self.global_rank == 0 and self.trainer.global_step >= 20:
+                raise ends_by("meant to end")
+            return super().training_step(batch, batch_idx)
+
+    trainer = fork_trainer(
+        folder,
+        ranks,
+        "async_amsgrad_fork" if ranks > 1 else "async_amsgrad",
+        logger=[
+            WandbLogger(offline=True, save_dir=folder, project="async"),
+            CSVLogger(folder, name="csv", flush_logs_every_n_steps=1),
+        ],
+        log_every_n_steps=8,
+        val_check_interval=3,
+        limit_val_batches=1,
+        max_epochs=2,
+    )
+    data = loader(samples=4 * ranks * 13)
+    trainer.fit(Module(sleep_s=(0.001, 0.004, 0.001)), data, data)
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["async/version"]]
+
+
+def wandb_summary(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        for record in wandb_records(path):
+            summary |= values(record.summary.update)
+    return summary
+
+
+def test_a_validation_makes_no_row_of_a_few_updates(tmp_path: Path) -> None:
+    run = launch(validating_often, tmp_path)
+    assert run.returncode == 0, run.output
+    versions = [float(row["async/version"]) for row in csv_rows(tmp_path)]
+
+    assert versions[-1] == 2 * RANKS * 13
+    # Half of log_every_n_steps on every rank, or one update less on each that rank 0 had not read.
+    windows = [late - early for early, late in itertools.pairwise([0.0, *versions[:-1]])]
+    assert min(windows) >= 3 * RANKS
+    assert len(versions) < 2 * 13 / 3  # of that many validations
+
+
+@pytest.mark.parametrize("ends_by", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_early_has_a_last_row_of_a_whole_window(ends_by: type[BaseException], tmp_path: Path) -> None:
+    run = launch(partial(validating_often, ends_by=ends_by), tmp_path)
+    assert run.returncode != 0
+
+    *_, before, last = (float(row["async/version"]) for row in csv_rows(tmp_path))
+    assert last >= 20 * RANKS
+    assert before < last
+
+
+@pytest.mark.parametrize("ends_by", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_early_has_the_whole_runs_summary_too(ends_by: type[BaseException], tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        # In one process, where wandb gets to its end by itself.
+        try:
+            validating_often(folder, ends_by, ranks=1)
+        finally:
+            sys.modules["wandb"].finish()
+
+    run = launch(script, tmp_path)
+    assert run.returncode != 0
+
+    summary = wandb_summary(tmp_path)
+    assert summary["async/version"] == summary["async_run/updates"] == float(csv_rows(tmp_path)[-1]["async/version"])
+    assert summary["async_run/updates"] >= 20
+    assert summary["async/updates_per_second"] == pytest.approx(summary["async_run/updates_per_second"])
 
 
 def without_a_logger(folder: Path) -> None:
     def refuse(*arguments: Any) -> None:
         raise AssertionError("metrics are computed for nobody")
 
-    strategy_module.MetricsLogger = refuse  # type: ignore[assignment,misc]
+    fit_module.MetricsLogger = refuse  # type: ignore[assignment,misc]
     fork_trainer(folder, 2, logger=False).fit(TinyClassifier(), loader(16))
 
 
@@ -175,7 +268,7 @@ class Broken(TensorBoardLogger):
         def add_text(*arguments: Any) -> None:
             raise ConnectionError("the tracking server does not answer")
 
-        return SimpleNamespace(add_text=add_text)
+        return SimpleNamespace(add_text=add_text, flush=lambda: None)
 
     def finalize(self, status: str) -> None:
         """Nothing: there is no writer."""

@@ -49,6 +49,10 @@ def test_the_table_is_whole_and_under_the_last_bar(name: str, tmp_path: Path) ->
 
 def fit(folder: Path, name: str) -> None:
     class Module(TinyClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("own", 1.0, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
         def on_train_end(self) -> None:
             report(folder, self.global_rank, batches=self.batches)
 
@@ -86,3 +90,5 @@ def test_the_bars_show_all_ranks_and_never_more_than_there_is(name: str, tmp_pat
     last = lines[-1]
     assert re.search(r"upd/s[=:] ?\d+", last)
     assert re.search(r"staleness[=:] ?\d+\.\d", last)
+    # A narrow terminal cuts off what comes last.
+    assert last.index("staleness") < last.index("slow") < last.index("upd/s") < last.index("own")

@@ -11,20 +11,28 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async import AsyncAMSGradStrategy, AsyncMonitor
 from lightning_async.monitoring.record import RunRecord
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
+from tests.trace_rules import check_trace, slices, tracks
 
 RANKS, UPDATES = 3, 60
+# In the timeline, after the ranks.
+HOLDER = RANKS
 SLEEP_S = (0.002, 0.002, 0.05)
 
 
 def monitored(folder: Path) -> None:
     strategy = AsyncAMSGradStrategy(start_method="fork", max_staleness=5, batches="sharded")
     monitor = AsyncMonitor(trace="run.json", folder=folder / "seen")
-    trainer = fork_trainer(folder, RANKS, strategy, callbacks=[monitor], max_epochs=2, limit_val_batches=1)
+    callbacks = [monitor, ModelCheckpoint(folder / "checkpoints")]
+    trainer = fork_trainer(
+        folder, RANKS, strategy, callbacks=callbacks, max_epochs=2, limit_val_batches=1, enable_checkpointing=True
+    )
     data = loader(samples=4 * UPDATES // 2)
     trainer.fit(TinyClassifier(sleep_s=SLEEP_S), data, data)
     report(folder, 0, stats=trainer.strategy.stats.as_dict())  # type: ignore[attr-defined]
@@ -37,66 +45,91 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     return launched
 
 
-def tracks(run: Launched) -> dict[tuple[int, int], list[tuple[float, float, str]]]:
-    found = defaultdict(list)
-    for event in json.loads((run.folder / "seen" / "run.json").read_text())["traceEvents"]:
-        if event["ph"] == "X":
-            found[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"], event["name"]))
-    return {track: sorted(spans, key=lambda span: (span[0], -span[1])) for track, spans in found.items()}
+def events(run: Launched) -> list[dict[str, Any]]:
+    return list(json.loads((run.folder / "seen" / "run.json").read_text())["traceEvents"])
 
 
-def test_spans_of_a_track_nest_or_follow_one_another(run: Launched) -> None:
-    assert {rank for rank, track in tracks(run) if track == 0} == set(range(RANKS))
-    for spans in tracks(run).values():
-        open_spans: list[tuple[float, float, str]] = []
-        for start, stop, name in spans:
-            while open_spans and open_spans[-1][1] <= start + 1e-3:
-                open_spans.pop()
-            if open_spans:
-                outer = open_spans[-1]
-                assert stop <= outer[1] + 1e-3, f"{name} {start}-{stop} reaches out of {outer}"
-                assert outer[2] in ("data", "sync") and name in ("draw", "wait", "pull")
-            open_spans.append((start, stop, name))
+def test_the_timeline_keeps_the_rules_of_its_format(run: Launched) -> None:
+    found = events(run)
+
+    check_trace(found)
+    assert {rank for rank, track in tracks(found) if track == 0} == {*range(RANKS), HOLDER}
 
 
-def test_a_rank_computes_and_waits_as_long_as_it_trains(run: Launched) -> None:
+def test_spans_lie_only_in_what_they_are_a_part_of(run: Launched) -> None:
+    for (rank, _), on_track in tracks(events(run)).items():
+        outer: dict[str, Any] | None = None
+        for event in slices(on_track):
+            if outer is None or event["ts"] >= outer["ts"] + outer["dur"] - 1e-3:
+                outer = event
+            else:
+                assert rank != HOLDER
+                assert outer["name"] in ("data", "sync"), (outer, event)
+                assert event["name"] in ("draw", "wait", "pull", "checkpoint"), (outer, event)
+
+
+def test_each_batch_is_computed_and_pushed_once_for_as_long_as_it_takes(run: Launched) -> None:
     batches = run.report(0)["stats"]["batches_by_rank"]
-    for (rank, track), spans in tracks(run).items():
-        if track != 0:
-            continue
+    for rank in range(RANKS):
+        own = slices(tracks(events(run))[rank, 0])
         totals: dict[str, float] = defaultdict(float)
-        for start, stop, name in spans:
-            totals[name] += (stop - start) / 1e6
-        assert sum(name == "compute" for _, _, name in spans) == batches[rank]
-        assert sum(name == "push" for _, _, name in spans) == batches[rank]
+        for event in own:
+            totals[event["name"]] += event["dur"] / 1e6
+        computed = [event["args"]["batch"] for event in slices(own, "compute")]
+        assert len(computed) == batches[rank]
+        assert computed == [event["args"]["batch"] for event in slices(own, "push")]
+        # From 0 on in each of the two epochs.
+        assert computed == 2 * list(range(batches[rank] // 2))
         assert totals["compute"] >= batches[rank] * SLEEP_S[rank]
-        covered = sum(totals[name] for name in ("data", "compute", "sync")) + _exchange(spans)
-        assert covered <= (max(stop for _, stop, _ in spans) - spans[0][0]) / 1e6
-        # What is left is Lightning's own work between the two.
-        assert covered >= 0.6 * run.report(0)["stats"]["train_seconds"]
+        # What is left of the time is Lightning's own work between two of them.
+        covered = sum(totals[name] for name in ("data", "compute", "sync", "validation")) + _exchange(own)
+        assert covered <= (max(event["ts"] + event["dur"] for event in own) - own[0]["ts"]) / 1e6
 
 
-def _exchange(spans: list[tuple[float, float, str]]) -> float:
+def _exchange(found: list[Any]) -> float:
     """Seconds of push, wait and pull that lie in no other span."""
     seconds, end = 0.0, 0.0
-    for start, stop, name in spans:
-        if name in ("push", "wait", "pull") and start >= end:
-            seconds += (stop - start) / 1e6
-        end = max(end, stop)
+    for event in found:
+        if event["name"] in ("push", "wait", "pull") and event["ts"] >= end:
+            seconds += event["dur"] / 1e6
+        end = max(end, event["ts"] + event["dur"])
     return seconds
 
 
+def test_an_arrow_leads_from_each_push_to_its_update(run: Launched) -> None:
+    found = events(run)
+    updates = [event for event in slices(found) if event["pid"] == HOLDER]
+
+    assert [event["args"]["version"] for event in updates] == list(range(1, UPDATES + 1))
+    ends = {event["id"]: event["ts"] for event in found if event["ph"] == "f"}
+    by_time = {event["ts"]: event["args"] for event in updates}
+    pushes = {(event["pid"], event["ts"]): event["args"] for event in slices(found, "push")}
+    starts = [event for event in found if event["ph"] == "s"]
+    assert len(starts) == len(pushes) == UPDATES
+    for start in starts:
+        push, update = pushes[start["pid"], start["ts"]], by_time[ends[start["id"]]]
+        assert update["rank"] == start["pid"]
+        assert update["version read"] == push["version"]
+        assert update["staleness"] == push["staleness"] == update["version"] - 1 - push["version"]
+
+
+def test_validations_and_checkpoints_have_their_spans(run: Launched) -> None:
+    for rank in range(RANKS):
+        own = slices(tracks(events(run))[rank, 0])
+        assert len(slices(own, "validation")) == 2
+        assert (len(slices(own, "checkpoint")) > 0) == (rank == 0)
+
+
 def test_every_update_has_its_staleness_and_every_parked_gradient_its_span(run: Launched) -> None:
-    events = json.loads((run.folder / "seen" / "run.json").read_text())["traceEvents"]
     stats = run.report(0)["stats"]
     counted: dict[int, list[int]] = defaultdict(list)
-    for event in events:
+    for event in events(run):
         if event["ph"] == "C":
             counted[event["pid"]].append(event["args"]["updates"])
     by_rank = {rank: {age: ages.count(age) for age in ages} for rank, ages in counted.items()}
 
     assert by_rank == stats["staleness_by_rank"]
-    parked = sum(event["dur"] for event in events if event["name"] == "parked") / 1e6
+    parked = sum(event["dur"] for event in slices(events(run), "parked")) / 1e6
     assert parked == pytest.approx(sum(stats["parked_seconds_by_rank"].values()), abs=2e-5 * UPDATES)
     assert parked > 0.0
 
@@ -107,6 +140,11 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
     assert record.finished
     assert {**record.stats, "median_step_seconds_by_rank": None} == {**stats, "median_step_seconds_by_rank": None}
     assert record.configuration["max_staleness"] == 5
+    assert record.configuration["transport"] == "shm"
+    assert record.configuration["transport_by_rank"] == ["in process", "shm", "shm"]
+    assert record.configuration["requested"] == {"transport": "auto", "holder_device": "auto"}
+    assert record.about["started_at"] <= record.about["ended_at"] == record.written_at
+    assert {"command", "host", "python", "torch", "lightning", "lightning_async"} <= record.about.keys()
     assert median(record.step_seconds[2]) >= 0.9 * SLEEP_S[2]
     assert record.series[-1].updates == UPDATES
     assert [point.updates for point in record.series] == sorted(point.updates for point in record.series)
@@ -145,21 +183,48 @@ def test_the_loss_of_accumulated_batches_is_the_one_that_the_module_returned(tmp
     assert losses == [pytest.approx(3.0)] * len(losses) != []
 
 
-def without_a_table(folder: Path, **arguments: Any) -> None:
-    callbacks = [AsyncMonitor(summary=False)] if arguments.pop("monitor") else []
+def test_the_last_line_names_the_record_and_the_command(run: Launched) -> None:
+    lines = [line for line in run.output.splitlines() if "seen" in line]
+    assert f"lightning-async report {run.folder / 'seen'}" in lines[-1]
+    assert str(run.folder / "seen" / "run.json") in lines[-2]
+
+
+def fit_quietly(folder: Path, monitor: AsyncMonitor | None, **arguments: Any) -> None:
     strategy = AsyncAMSGradStrategy(start_method="fork", **arguments)
+    callbacks = [] if monitor is None else [monitor]
     fork_trainer(folder, 2, strategy, callbacks=callbacks).fit(TinyClassifier(), loader(16))
 
 
-def test_the_table_can_be_turned_off(tmp_path: Path) -> None:
-    def script(folder: Path) -> None:
-        without_a_table(folder, monitor=True)
-        assert (folder / "async_run.json").exists()
-        without_a_table(folder, monitor=False, summary=False)
-
-    run = launch(script, tmp_path)
+@pytest.mark.parametrize(
+    ("monitor", "strategy", "shown"),
+    [
+        (AsyncMonitor(summary=False), {}, False),
+        (AsyncMonitor(), {"summary": False}, False),
+        (None, {"summary": False}, False),
+        (AsyncMonitor(summary=True), {"summary": False}, True),
+        (AsyncMonitor(), {}, True),
+    ],
+)
+def test_the_monitor_leaves_the_table_to_the_strategy_unless_told(
+    monitor: AsyncMonitor | None, strategy: dict[str, Any], shown: bool, tmp_path: Path
+) -> None:
+    run = launch(partial(fit_quietly, monitor=monitor, **strategy), tmp_path)
     assert run.returncode == 0, run.output
-    assert "updates in" not in run.output
+    assert ("updates in" in run.output) == shown
+    assert (tmp_path / "async_run.json").exists() == (monitor is not None)
+
+
+def test_without_a_monitor_the_last_line_says_how_to_get_a_report(tmp_path: Path) -> None:
+    run = launch(partial(fit_quietly, monitor=None), tmp_path)
+    assert run.returncode == 0, run.output
+    assert "AsyncMonitor" in run.output.splitlines()[-1]
+
+
+def test_the_report_is_written_if_it_is_wanted(tmp_path: Path) -> None:
+    run = launch(partial(fit_quietly, monitor=AsyncMonitor(report=True)), tmp_path)
+    assert run.returncode == 0, run.output
+    assert run.output.splitlines()[-1] == f"Report of the run: {tmp_path / 'report.html'}"
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_the_monitor_leaves_other_strategies_alone(tmp_path: Path) -> None:
@@ -178,27 +243,75 @@ def test_the_monitor_leaves_other_strategies_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def failing(folder: Path, devices: int, strategy: str, after: int) -> None:
+def ending_early(
+    folder: Path, devices: int, strategy: str, culprit: int, error: type[BaseException], holder: Any = "thread"
+) -> None:
     class Failing(TinyClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if self.batches == after and self.global_rank == 0:
-                raise RuntimeError("meant to fail")
+            if self.batches == 20 and self.global_rank == culprit:
+                raise error("meant to end")
             return super().training_step(batch, batch_idx)
 
-    trainer = fork_trainer(folder, devices, strategy, callbacks=[AsyncMonitor()], max_epochs=99)
-    trainer.fit(Failing(), loader(64))
+    chosen = AsyncAMSGradStrategy(start_method="fork", holder=holder) if devices > 1 else strategy
+    monitor = AsyncMonitor(trace="run.json", report=True)
+    trainer = fork_trainer(folder, devices, chosen, callbacks=[monitor], max_epochs=99)
+    try:
+        trainer.fit(Failing(), loader(64))
+    finally:
+        assert devices > 1 or monitor.record_path == folder / "async_run.json"
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SIGTERMException])
 @pytest.mark.parametrize(
-    ("devices", "strategy", "after"),
-    [
-        (2, "async_amsgrad_fork", 20),  # Lightning tells callbacks nothing in forked ranks; the first epoch is there
-        (1, "async_amsgrad", 4),
-    ],
+    ("devices", "strategy", "culprit", "holder"),
+    [(1, "async_amsgrad", 0, "thread"), (2, "", 0, "thread"), (2, "", 1, "thread"), (2, "", 1, "process")],
 )
-def test_a_run_that_fails_leaves_a_record(devices: int, strategy: str, after: int, tmp_path: Path) -> None:
-    run = launch(partial(failing, devices=devices, strategy=strategy, after=after), tmp_path)
+def test_a_run_that_ends_early_leaves_its_record_and_timeline(
+    devices: int, strategy: str, culprit: int, holder: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    script = partial(ending_early, devices=devices, strategy=strategy, culprit=culprit, error=error, holder=holder)
+    run = launch(script, tmp_path)
+
     assert run.returncode != 0
     record = RunRecord.read(tmp_path)
     assert not record.finished
-    assert record.stats["updates"] >= min(after, 16)
+    # On another rank than the culprit the name is that of the failure.
+    assert culprit > 0 or record.about["ended_by"].startswith(error.__name__)
+    assert record.stats["updates"] >= 16
+    assert record.series[-1].updates == record.stats["updates"]
+    assert record.configuration["transport"] in ("shm", "in process")
+    trace = json.loads((tmp_path / "run.json").read_text())
+    check_trace(trace["traceEvents"])
+    assert trace["otherData"]["ended_by"] == record.about["ended_by"]
+    at_the_holder = [event for event in slices(trace["traceEvents"]) if event["pid"] == devices]
+    # Another rank may push between the two.
+    assert len(at_the_holder) >= record.stats["updates"]
+    # A failure's own words are not buried under a table.
+    assert ("updates in" in run.output) == (culprit == 0 and error is not RuntimeError)
+    if devices == 1:
+        assert (tmp_path / "report.html").exists()
+        assert f"Report of the run: {tmp_path / 'report.html'}" in run.output
+    else:
+        assert f"lightning-async report {tmp_path}" in run.output
+
+
+def test_a_folder_that_cannot_be_written_costs_no_error_its_message(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        class Failing(TinyClassifier):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                if self.batches == 5:
+                    (folder / "seen" / "async_run.json").unlink()
+                    (folder / "seen").rmdir()
+                    (folder / "seen").write_text("in the way")
+                    raise RuntimeError("meant to fail")
+                return super().training_step(batch, batch_idx)
+
+        fork_trainer(folder, 1, "async_amsgrad", callbacks=[AsyncMonitor(folder=folder / "seen")]).fit(
+            Failing(), loader(64)
+        )
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode != 0
+    assert "RuntimeError: meant to fail" in run.output
+    assert (tmp_path / "seen").read_text() == "in the way"

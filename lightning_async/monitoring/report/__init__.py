@@ -3,6 +3,6 @@
 Drawing needs matplotlib, which is loaded when a report is written.
 """
 
-from lightning_async.monitoring.report.command import report_main, write_report
+from lightning_async.monitoring.report.command import ReportError, report_main, write_report
 
-__all__ = ["report_main", "write_report"]
+__all__ = ["ReportError", "report_main", "write_report"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_async.monitoring.diagnosis import RunFacts, conclusions
 from lightning_async.monitoring.record import RunRecord
+from lightning_async.monitoring.report.wording import metric_names, readable
 from lightning_async.monitoring.stats import staleness_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ p, ul { margin: 0; }
 .scroll { overflow-x: auto; margin-top: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .pairs td:first-child { color: var(--soft); width: 36%; }
@@ -57,19 +58,21 @@ tr:last-child td { border-bottom: 0; }
 """
 
 
-def page(record: RunRecord, plots: Sequence[Plot]) -> str:
+def page(record: RunRecord, plots: Sequence[Plot], refresh_s: int | None = None) -> str:
     """The whole page.
 
     Args:
         record: of the run.
         plots: its figures.
+        refresh_s: seconds after which the browser asks for it anew while the run goes on; None if that is of no use.
     """
     stats = record.stats
     facts = RunFacts.of(record.configuration, stats, record.step_seconds)
-    sentences = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in conclusions(facts))
+    is_over = record.finished or "ended_by" in record.about
+    said = conclusions(facts) if stats["updates"] or is_over else ["no update was applied yet"]
+    sentences = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in said)
+    refresh = "" if is_over or refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n'
     module = escape(str(record.about.get("module", "a run")))
-    state = "finished" if record.finished else "did not finish, or goes on"
-    written = escape(record.written_at.replace("T", " ").replace("+00:00", " UTC"))
     ranks = len(stats["updates_by_rank"])
     heading = f"What asynchrony did: {module} on {ranks} rank{'' if ranks == 1 else 's'}"
     figures = "".join(
@@ -82,26 +85,44 @@ def page(record: RunRecord, plots: Sequence[Plot]) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{heading}</title>
+{refresh}<title>{heading}</title>
 <link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
 <header><h1>{heading}</h1>
-<p class="soft">{written} &middot; the run {state}</p></header>
+<p class="soft">{_state(record)}</p></header>
 <section class="diagnosis" aria-label="diagnosis"><h2>Diagnosis</h2><ul>{sentences}</ul></section>
 <section class="tiles" aria-label="totals">{_tiles(stats)}</section>
 <section class="grid" aria-label="figures">{figures}</section>
 <section class="card wide"><h2>Ranks</h2><div class="scroll" tabindex="0">{_ranks(stats)}</div></section>
 {_evaluated(record.evaluations)}<section class="halves">
-<div class="card"><h2>Configuration</h2>{_pairs(record.configuration)}</div>
+<div class="card"><h2>Configuration</h2>{_pairs(readable(record.configuration))}</div>
 <div class="card"><h2>Run</h2>{_pairs(record.about)}</div>
 </section>
 </main>
 </body>
 </html>
 """
+
+
+def _state(record: RunRecord) -> str:
+    """When the run was, and how it ended; with when it was written if it goes on, which a killed run seems to."""
+    about = record.about
+    started = f"Started {_time(about['started_at'])}" if "started_at" in about else "The run"
+    host = f" on {escape(str(about['host']))}" if "host" in about else ""
+    ended = _time(str(about.get("ended_at", record.written_at)))
+    if record.finished:
+        return f"{started}{host} &middot; finished {ended}"
+    if "ended_by" in about:
+        reason = escape(str(about["ended_by"]).partition("\n")[0])
+        return f"{started}{host} &middot; ended early {ended}: {reason}"
+    return f"{started}{host} &middot; goes on, or was killed; last heard of {_time(record.written_at)}"
+
+
+def _time(moment: str) -> str:
+    return escape(moment.replace("T", " ").replace("+00:00", " UTC"))
 
 
 def _tiles(stats: Mapping[str, Any]) -> str:
@@ -125,17 +146,18 @@ def _tiles(stats: Mapping[str, Any]) -> str:
 
 def _ranks(stats: Mapping[str, Any]) -> str:
     seconds, updates = max(stats["train_seconds"], 1e-9), max(1, stats["updates"])
-    head = ("rank", "updates", "share", "batches", "median step", "waiting", "barrier", "staleness mean / p95 / max")
+    # A phone shows the first of them.
+    head = ("rank", "share", "waiting", "staleness mean / p95 / max", "median step", "barrier", "updates", "batches")
     rows = [
         (
             str(rank),
-            f"{own:,}",
             f"{own / updates:.0%}",
-            f"{stats['batches_by_rank'][rank]:,}",
-            f"{1000 * stats['median_step_seconds_by_rank'][rank]:.1f} ms",
             f"{stats['wait_seconds_by_rank'][rank] / seconds:.0%}",
-            f"{stats['parked_seconds_by_rank'][rank] / seconds:.1%}",
             staleness_text(stats["staleness_by_rank"][rank]),
+            f"{1000 * stats['median_step_seconds_by_rank'][rank]:.1f} ms",
+            f"{stats['parked_seconds_by_rank'][rank] / seconds:.1%}",
+            f"{own:,}",
+            f"{stats['batches_by_rank'][rank]:,}",
         )
         for rank, own in stats["updates_by_rank"].items()
     ]
@@ -148,18 +170,18 @@ def _evaluated(evaluations: Sequence[Evaluation]) -> str:
         return ""
     every = -(-len(evaluations) // _MOST_ROWS)
     shown = evaluations[::-1][::every][::-1]
-    metrics = list(dict.fromkeys(name for evaluation in shown for name in sorted(evaluation.metrics)))[:_MOST_METRICS]
+    metrics = metric_names(shown)[:_MOST_METRICS]
     rows = [
         (
             f"{evaluation.epoch:.4g}",
+            *(_four_digits(evaluation.metrics.get(name)) for name in metrics),
+            _four_digits(evaluation.train_loss),
             f"{evaluation.updates:,}",
             f"{evaluation.seconds:,.1f} s",
-            _four_digits(evaluation.train_loss),
-            *(_four_digits(evaluation.metrics.get(name)) for name in metrics),
         )
         for evaluation in shown
     ]
-    table = _table(("epoch", "updates", "of training", "train loss", *metrics), rows)
+    table = _table(("epoch", *metrics, "train loss", "updates", "of training"), rows)
     return f'<section class="card wide"><h2>Evaluations</h2><div class="scroll" tabindex="0">{table}</div></section>\n'
 
 

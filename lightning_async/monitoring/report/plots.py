@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -17,8 +20,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lightning_async.monitoring.loggers import staleness_histogram
 from lightning_async.monitoring.record import RunRecord
+from lightning_async.monitoring.report.wording import metric_names
 
 __all__ = ["Plot", "draw"]
+
+# More validation metrics are in the table.
+_MOST_METRICS = 4
 
 # Drawn in these, and then replaced by the page's own, which differ between its light and its dark form.
 _COLOURS = {
@@ -90,8 +97,14 @@ def draw(record: RunRecord) -> list[Plot]:
         plots.append(_plot("Step time", note, _steps, record))
     if len(record.series) > 1:
         plots.append(_plot("Updates a second", "Over all ranks; validation left out.", _speed, record))
+        note = "Mean over all ranks' updates, against training time."
+        plots.append(_plot("Staleness over time", note, _staleness_over_time, record))
     if sum(point.loss is not None for point in record.series) > 1:
         plots.append(_plot("Training loss", "Rank 0's batches, against wall-clock time.", _loss, record))
+    validated = [name for name in metric_names(record.evaluations) if name.startswith("val")]
+    for name in [name for name in validated if len(_finite(record, name)) > 1][:_MOST_METRICS]:
+        note = "At each validation or epoch's end, against wall-clock time."
+        plots.append(_plot(name, note, partial(_metric, name=name), record))
     return plots
 
 
@@ -109,7 +122,7 @@ def _plot(title: str, note: str, paint: Callable[[Axes, RunRecord], None], recor
     svg = re.sub(r'<svg([^>]*?) (?:width|height)="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) (?:width|height)="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return Plot(title, note, svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
+    return Plot(title, note, svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
 
 
 def _staleness(axes: Axes, record: RunRecord) -> None:
@@ -174,12 +187,27 @@ def _speed(axes: Axes, record: RunRecord) -> None:
     _label(axes, "seconds of training", "updates a second")
 
 
-def _speeds(seconds: Sequence[float], updates: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _staleness_over_time(axes: Axes, record: RunRecord) -> None:
+    seconds = [0.0, *(point.seconds for point in record.series)]
+    updates = [0, *(point.updates for point in record.series)]
+    middles, speed = _speeds(seconds, updates)
+    # The sum of the ages grows as the updates do, each time by its age.
+    _, ages = _speeds(seconds, [0, *(point.staleness_sum for point in record.series)], stretches=len(middles))
+    known = speed > 0.0
+    axes.plot(middles[known], ages[known] / speed[known], color=_ONE, linewidth=1.8)
+    axes.set_ylim(bottom=0.0)
+    _label(axes, "seconds of training", "mean staleness")
+
+
+def _speeds(
+    seconds: Sequence[float], updates: Sequence[int], stretches: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Updates a second in stretches of equal length, at most 60, with about ten updates each or more.
 
     Args:
         seconds: of training, not decreasing.
         updates: so far, at each of them.
+        stretches: how many, if not that many.
 
     Returns:
         The middle of each stretch, and the speed in it.
@@ -189,7 +217,7 @@ def _speeds(seconds: Sequence[float], updates: Sequence[int]) -> tuple[np.ndarra
         >>> middles.tolist(), speeds.tolist()
         ([0.5, 1.5, 2.5, 3.5], [10.0, 10.0, 10.0, 10.0])
     """
-    stretches = min(60, max(2, updates[-1] // 10))
+    stretches = stretches or min(60, max(2, updates[-1] // 10))
     edges = np.linspace(0.0, seconds[-1], stretches + 1)
     counts = np.interp(edges, seconds, updates)
     return (edges[:-1] + edges[1:]) / 2, np.diff(counts) / max(edges[1], 1e-9)
@@ -206,6 +234,17 @@ def _loss(axes: Axes, record: RunRecord) -> None:
         axes.plot(seconds[(width - 1) // 2 :][: len(smooth)], smooth, color=_ONE, linewidth=1.8, label="running mean")
         axes.legend()
     _label(axes, "seconds since the start", "loss")
+
+
+def _metric(axes: Axes, record: RunRecord, name: str) -> None:
+    seconds, values = zip(*_finite(record, name), strict=True)
+    axes.plot(seconds, values, color=_ONE, linewidth=1.8, marker="o" if len(values) <= 40 else None, markersize=3)
+    _label(axes, "seconds since the start", "")
+
+
+def _finite(record: RunRecord, name: str) -> list[tuple[float, float]]:
+    """Wall-clock seconds and values of a metric, where it is a number."""
+    return [(point.wall_seconds, value) for point, value in record.curve(name) if math.isfinite(value)]
 
 
 def _label_ranks(axes: Axes, y: str) -> None:

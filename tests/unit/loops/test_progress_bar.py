@@ -30,10 +30,12 @@ def test_a_bar_tells_the_last_stretch_and_the_slowest_rank(monkeypatch: pytest.M
         stats.end_segment()
 
     train(staleness=2)
-    assert metrics.current() == {"upd/s": "270", "staleness": "2.0", "slow": "rank 3 5.0x and 1 more"}
+    assert metrics.current() == {"staleness": "2.0", "slow": "rank3+1 5.0x", "upd/s": "270"}
+    # The first to be cut off comes last.
+    assert list(metrics.current()) == ["staleness", "slow", "upd/s"]
     now[0] += 1000.0  # a validation
     train(staleness=4)
-    assert metrics.current() == {"upd/s": "270", "staleness": "4.0", "slow": "rank 3 5.0x and 1 more"}
+    assert metrics.current() == {"staleness": "4.0", "slow": "rank3+1 5.0x", "upd/s": "270"}
     train(staleness=9, ticks=10)
     assert metrics.current()["staleness"] == "4.0"  # too soon to be read
 

@@ -6,14 +6,18 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import lightning_async.monitoring.report
 from lightning_async.monitoring.record import RECORD_NAME, RunRecord
 from lightning_async.monitoring.report import report_main, write_report
-from lightning_async.monitoring.report.plots import _speeds, draw
+from lightning_async.monitoring.report.page import page
+from lightning_async.monitoring.report.plots import _speeds, _staleness_over_time, draw
 from lightning_async.monitoring.series import Evaluation, Point
 
 RANKS = 4
@@ -98,7 +102,8 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     assert "script" not in reader.seen
     assert all(reference.startswith(("#", "data:")) for reference in reader.references)
     assert not re.search(r"url\((?!#)|@import", text)
-    assert reader.seen.count("svg") == 6
+    assert reader.seen.count("svg") == 8
+    assert "http-equiv" not in text
     assert 'name="viewport" content="width=device-width' in text
     assert "prefers-color-scheme: dark" in text
 
@@ -109,13 +114,16 @@ def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
 
     assert "Rank 3 takes 4.1x the median step of the others." in text
     assert "The barrier cost 2% of worker time; a bound of" in text
-    assert "<td>3</td><td>25</td><td>8%</td><td>25</td><td>41.0 ms</td><td>40%</td><td>2.0%</td>" in text
+    assert (
+        "<td>3</td><td>8%</td><td>40%</td><td>3.0 / 3 / 3</td><td>41.0 ms</td><td>2.0%</td><td>25</td><td>25</td>"
+        in text
+    )
     assert "<b>3.7 / 8 / 8</b>" in text
     assert "&lt;script&gt;alert(1)" in text
     assert "<td>worker timeout (s)</td><td>60.0</td>" in text
-    assert "<th>train loss</th><th>val/acc</th><th>&lt;b&gt;</th>" in text
-    assert "<td>1</td><td>150</td><td>0.5 s</td><td>0.7</td><td>0.5</td><td>-</td>" in text
-    assert "<td>2</td><td>310</td><td>1.0 s</td><td>-</td><td>0.75</td><td>1e-06</td>" in text
+    assert "<th>epoch</th><th>val/acc</th><th>&lt;b&gt;</th><th>train loss</th>" in text
+    assert "<td>1</td><td>0.5</td><td>-</td><td>0.7</td><td>150</td><td>0.5 s</td>" in text
+    assert "<td>2</td><td>0.75</td><td>1e-06</td><td>-</td><td>310</td><td>1.0 s</td>" in text
 
 
 def test_a_long_run_shows_evaluations_at_even_distances_and_the_last(tmp_path: Path) -> None:
@@ -138,7 +146,9 @@ def test_the_figures_take_their_colours_from_the_page() -> None:
         "Share of the updates",
         "Step time",
         "Updates a second",
+        "Staleness over time",
         "Training loss",
+        "val/acc",
     ]
     for plot in plots:
         root = ElementTree.fromstring(plot.svg.replace("xlink:href", "href"))
@@ -154,9 +164,71 @@ def test_a_moment_without_updates_at_the_end_is_not_drawn_as_a_standstill() -> N
     assert speed.min() > 59.0 and speed.max() < 61.0
 
 
+def test_staleness_over_time_is_the_mean_of_each_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ages of 2 in the first half, of 6 in the second."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.update(x=x, y=y))
+    series = [Point(0.1 * i, 0.1 * i, 10 * i, 20 * min(i, 10) + 60 * max(0, i - 10), None) for i in range(1, 21)]
+
+    _staleness_over_time(Figure().add_subplot(), record(series=series))
+
+    middle = len(drawn["y"]) // 2
+    assert drawn["y"][:middle] == pytest.approx([2.0] * middle)
+    assert drawn["y"][middle:] == pytest.approx([6.0] * middle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"finished": True, "about": {}}, "The run &middot; finished 2026-01-01 00:00:00 UTC"),
+        (
+            {"finished": False, "about": {"started_at": "2026-01-01T00:00:00+00:00", "host": "<h>"}},
+            "Started 2026-01-01 00:00:00 UTC on &lt;h&gt; &middot; goes on, or was killed; last heard of 2026-01-01",
+        ),
+        (
+            {"finished": False, "about": {"ended_by": "ValueError: <no>\nand more", "ended_at": "2026-01-02"}},
+            "The run &middot; ended early 2026-01-02: ValueError: &lt;no&gt;<",
+        ),
+    ],
+)
+def test_the_page_says_when_the_run_was_and_how_it_ended(changes: dict[str, Any], said: str) -> None:
+    assert said in page(record(**changes), [])
+
+
+def test_only_a_page_of_a_run_that_goes_on_asks_for_itself_again() -> None:
+    asking = '<meta http-equiv="refresh" content="7">'
+
+    assert asking in page(record(finished=False), [], refresh_s=7)
+    assert asking not in page(record(finished=True), [], refresh_s=7)
+    assert asking not in page(record(finished=False, about={"ended_by": "KeyboardInterrupt"}), [], refresh_s=7)
+
+
+def test_a_run_that_has_just_begun_has_a_page() -> None:
+    ranks = {name: dict.fromkeys(range(RANKS), 0) for name in record().stats if name.endswith("_by_rank")}
+    nothing = {**record().stats, **ranks, "updates": 0, "staleness": {}, "train_seconds": 0.0}
+    nothing["staleness_by_rank"] = {rank: {} for rank in range(RANKS)}
+    begun = record(finished=False, stats=nothing, step_seconds=[[]] * RANKS, series=[], evaluations=[])
+
+    assert "No update was applied yet." in page(begun, draw(begun))
+
+
+def test_a_metric_that_is_no_number_is_drawn_where_it_is_one() -> None:
+    values = [0.5, float("nan"), 0.7]
+    evaluations = [Evaluation(i, 1, i, i, i, None, {"val<b>": value}) for i, value in enumerate(values)]
+
+    (plot,) = [plot for plot in draw(record(evaluations=evaluations)) if plot.title == "val<b>"]
+
+    assert 'aria-label="val&lt;b&gt;"' in plot.svg
+
+
 def test_a_run_without_losses_or_steps_has_fewer_figures() -> None:
     poor = record(step_seconds=[[]] * RANKS, series=[])
-    assert [plot.title for plot in draw(poor)] == ["Staleness", "Where the time went", "Share of the updates"]
+    assert [plot.title for plot in draw(poor)] == [
+        "Staleness",
+        "Where the time went",
+        "Share of the updates",
+        "val/acc",
+    ]
     assert draw(record(stats={**record().stats, "updates": 0})) == []
 
 
@@ -202,4 +274,4 @@ def test_without_matplotlib_the_command_says_what_to_install(
     monkeypatch.delattr(lightning_async.monitoring.report, "plots")
 
     assert report_main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err == ("error: a report draws with matplotlib: pip install 'lightning-async[report]'\n")
+    assert capsys.readouterr().err == ("error: a report draws with matplotlib, which is not installed: pip install matplotlib\n")

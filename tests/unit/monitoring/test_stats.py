@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import Counter
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring import stats as monitor
-from lightning_async.monitoring.stats import MetricsLogger, RunStats
+from lightning_async.monitoring.stats import RunStats
 
 
 def update(
@@ -70,103 +68,6 @@ class Clock:
         monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
-class Writer:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.configured: list[dict[str, Any]] = []
-        self.logged: list[tuple[int, dict[str, float]]] = []
-        self.staleness: list[dict[int, int]] = []
-        self.summaries: list[dict[str, float]] = []
-
-    def configure(self, configuration: dict[str, Any]) -> None:
-        self.configured.append(configuration)
-
-    def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
-        self.logged.append((step, metrics))
-        self.staleness.append(dict(staleness))
-
-    def summarize(self, summary: dict[str, float]) -> None:
-        self.summaries.append(summary)
-
-
-def test_each_log_covers_what_has_happened_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, writer, stats = Clock(monkeypatch), Writer(), RunStats(workers=2)
-    metrics = MetricsLogger(stats, [writer])
-    for staleness in [0] * 19 + [10]:
-        stats.record(update(0, staleness, waited_s=0.05))
-    clock.now += 2.0
-    metrics.log(version=20, step=10, epoch=0)
-
-    stats.record(update(1, 4, waited_s=0.4))
-    stats.record(update(0, 2, waited_s=0.2))
-    stats.record(update(0, 5, applied=False))
-    clock.now += 1.0
-    metrics.log(version=22, step=11, epoch=1)
-
-    (first_step, first), (second_step, second) = writer.logged
-    assert (first_step, second_step) == (10, 11)
-    assert first == {
-        "epoch": 0,
-        "async/version": 20.0,
-        "async/staleness_mean": 0.5,
-        "async/staleness_p95": 0.0,
-        "async/staleness_max": 10.0,
-        "async/updates_per_second": 10.0,
-        "async/wait_fraction": pytest.approx(1.0 / (2.0 * 2)),
-        "async/dropped": 0.0,
-        "async/rejected": 0.0,
-        "async/share_rank_0": 1.0,
-        "async/share_rank_1": 0.0,
-        "async/updates_per_second_rank_0": 10.0,
-        "async/updates_per_second_rank_1": 0.0,
-    }
-    assert second["epoch"] == 1
-    assert second["async/staleness_mean"] == 3.0
-    assert second["async/staleness_max"] == 4.0
-    assert second["async/staleness_p95"] == 4.0
-    assert second["async/updates_per_second"] == 2.0
-    assert second["async/wait_fraction"] == pytest.approx(0.6 / 2)
-    assert second["async/dropped"] == 1.0
-    assert second["async/share_rank_0"] == second["async/share_rank_1"] == 0.5
-    assert second["async/updates_per_second_rank_1"] == 1.0
-    assert writer.staleness == [{0: 19, 10: 1}, {4: 1, 2: 1}]
-
-
-def test_nothing_is_logged_where_nothing_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, writer, stats = Clock(monkeypatch), Writer(), RunStats(workers=1)
-    metrics = MetricsLogger(stats, [writer])
-
-    metrics.log(version=0, step=0, epoch=0)
-    metrics.finish()
-    assert writer.summaries == []
-    clock.now += 100.0  # a validation
-    metrics.restart_clock()
-    stats.record(update(0, 0))
-    clock.now += 0.5
-    metrics.log(version=1, step=1, epoch=0)
-    metrics.log(version=1, step=2, epoch=0)
-
-    assert [step for step, _ in writer.logged] == [1]
-    assert writer.logged[0][1]["async/updates_per_second"] == 2.0
-
-
-def test_all_loggers_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stats = Clock(monkeypatch), RunStats(workers=1)
-    writers = [Writer(), Writer()]
-    metrics = MetricsLogger(stats, writers)
-    metrics.configure({"ranks": 1})
-    stats.record(update(0, 0))
-    clock.now += 1.0
-
-    metrics.log(version=1, step=1, epoch=0)
-    metrics.finish()
-
-    assert vars(writers[0]) == vars(writers[1])
-    assert writers[0].configured == [{"ranks": 1}]
-    assert writers[0].logged and writers[0].summaries
-
-
 def test_a_step_is_timed_without_its_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes for 2 s, then waits 0.3 s for the way there, a parked time, and 0.5 s for the way back."""
     clock, stats = Clock(monkeypatch), RunStats(workers=2)
@@ -215,29 +116,3 @@ def test_the_summary_is_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert summary["wait_fraction"] == pytest.approx(2.0 / 8.0)
     assert (summary["updates_rank_0"], summary["share_rank_1"]) == (3.0, 0.25)
     assert summary["wait_fraction_rank_0"] == pytest.approx(1.5 / 4.0)
-
-
-def test_the_last_row_has_the_last_version_though_its_rank_had_not_read_it() -> None:
-    stats = RunStats(workers=2)
-    rows: list[dict[str, float]] = []
-
-    class Writer:
-        def configure(self, configuration: dict[str, Any]) -> None:
-            """Nothing."""
-
-        def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
-            rows.append(metrics)
-
-        def summarize(self, summary: dict[str, float]) -> None:
-            """Nothing."""
-
-    metrics = MetricsLogger(stats, [Writer()])
-    for version in (1, 2):
-        push = Push(worker=version - 1, optimizer=0, version_read=0, gradients=(), groups=())
-        stats.record(Update(push, version, staleness=version - 1, applied=True, parked_s=0.0))
-
-    # Rank 0 logs between the other rank's update and its own next look; no update comes after it.
-    metrics.log(version=1, step=1, epoch=0)
-    metrics.log(version=2, step=1, epoch=0)
-
-    assert [row["async/version"] for row in rows] == [2.0]

@@ -273,7 +273,7 @@ def test_the_loggers_get_the_configuration_and_what_the_whole_run_did(
         def log(self, metrics: dict[str, float], staleness: Counter[int], step: int) -> None:
             told["versions"].append(metrics["async/version"])
 
-        def summarize(self, summary: dict[str, float]) -> None:
+        def summarize(self, summary: dict[str, float], metrics: dict[str, float], step: int) -> None:
             told["summary"] = summary
 
     skipped = [0.0]

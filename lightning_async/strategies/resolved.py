@@ -1,0 +1,62 @@
+"""What a run's "auto" became, beside what was asked for, in a form that machines read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.holder.staleness import resolve_max_staleness
+
+__all__ = ["BatchSource", "Resolved", "describe_run"]
+
+BatchSource = Literal["shared order", "stream per rank"]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What the ranks found when they met.
+
+    Args:
+        transports: of each rank, how its gradients travel.
+        holder_device: where the holder is, ``"cpu"`` or ``"cuda"``.
+        batch_source: whether all ranks draw from one order of batches, or each has a stream of its own.
+    """
+
+    transports: Sequence[str]
+    holder_device: str
+    batch_source: BatchSource
+
+
+def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: Resolved | None) -> dict[str, Any]:
+    """How a run exchanges gradients, ready for JSON.
+
+    Args:
+        strategy: name of the strategy's class.
+        ranks: their number.
+        options: what was asked for.
+        resolved: what became of it; None before the first epoch, when "auto" is still "auto".
+
+    Examples:
+        >>> resolved = Resolved(("in process", "shm", "gloo"), "cpu", "shared order")
+        >>> run = describe_run("AsyncStrategy", 3, ExchangeOptions(holder_device="cpu"), resolved)
+        >>> run["transport"], run["transport_by_rank"], run["max_staleness"]
+        ('shm, gloo', ['in process', 'shm', 'gloo'], 12)
+        >>> run["requested"]
+        {'max_staleness': 'auto', 'transport': 'auto'}
+    """
+    asked: Mapping[str, Any] = asdict(options)
+    bound = resolve_max_staleness(options.max_staleness, ranks, options.gradients_per_update)
+    found: dict[str, Any] = {"max_staleness": bound}
+    if resolved is not None:
+        # Rank 0's own gradients mostly travel nowhere.
+        kinds = dict.fromkeys(kind for kind in resolved.transports if kind != "in process")
+        found |= {
+            "transport": ", ".join(kinds) or "in process",
+            "transport_by_rank": list(resolved.transports),
+            "holder_device": resolved.holder_device,
+            "batch_source": resolved.batch_source,
+        }
+    requested = {name: value for name, value in asked.items() if value == "auto" and found.get(name, value) != value}
+    return {"strategy": strategy, "ranks": ranks, **asked, **found, "requested": requested}

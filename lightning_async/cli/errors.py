@@ -15,6 +15,8 @@ from lightning_async.runtime.failure import WorkerFailedError
 
 __all__ = ["is_debugging", "one_line", "told_in_one_line"]
 
+_DEBUG = "JSONARGPARSE_DEBUG"
+
 # Lines of jsonargparse's messages that say how it went about parsing, and nothing about the argument.
 _BOILERPLATE = re.compile(
     r"Does not validate against any of the Union subtypes$|Subtypes: |Errors:$"
@@ -53,12 +55,13 @@ def one_line(message: str) -> str:
         # What is wrong with the value says more than which other types would do.
         told = [text for text in told if not re.fullmatch(r"Expected a <class '\w+'>", text)] or told
     joined = "".join(text + (" " if text.endswith(":") else "; ") for text in told).rstrip("; ")
+    joined = re.sub(r"\ba typing\.Literal\[([^\]]*)\]", r"one of \1", joined)
     return re.sub(r"\ba? ?<class '([^']+)'>", r"\1", joined) or message.strip() or "no reason was given"
 
 
 def is_debugging() -> bool:
     """Whether the environment asks for tracebacks, with jsonargparse's variable ``JSONARGPARSE_DEBUG``."""
-    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() not in ("", "0", "false", "no")
+    return os.environ.get(_DEBUG, "").lower() not in ("", "0", "false", "no")
 
 
 @contextmanager
@@ -71,6 +74,9 @@ def told_in_one_line() -> Iterator[None]:
     Raises:
         SystemExit: with the status.
     """
+    if _DEBUG in os.environ:
+        # jsonargparse raises at any other spelling.
+        os.environ[_DEBUG] = "true" if is_debugging() else "false"
     try:
         yield
     except (MisconfigurationException, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

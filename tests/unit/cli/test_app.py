@@ -94,7 +94,7 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
         # No abbreviation of an argument passes for it.
         (["fit", "--config", RECIPE, "--trainer.max_epoch=1"], "--trainer.max_epoch=1"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
-        ([], "subcommand"),
+        ([], "a command is missing"),
         (["fitt"], "'compare', 'report'"),
         (["fit", "--config", RECIPE, "--trainer.max_epochs=abc"], "trainer.max_epochs"),
         (["fit", "--config", RECIPE, "--model=recipes.nowhere.Model"], "no attribute 'nowhere'"),
@@ -121,7 +121,7 @@ def test_a_wrong_argument_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy='nosuch'"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy 'nosuch'"),
         (["fit", "--config", RECIPE, "--trainer.devices=0"], "devices='0'"),
         (["test", "--config", RECIPE, *QUICK[:2], "--ckpt_path=missing.ckpt"], "missing.ckpt"),
         (["fit", "--config", RECIPE, "--trainer.strategy=lightning_async.Nope"], "no class lightning_async.Nope"),

@@ -34,6 +34,7 @@ from typing_extensions import override
 
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
+from lightning_async.strategies.registration import STRATEGIES
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
@@ -58,7 +59,18 @@ class ScriptLauncher(_SubprocessScriptLauncher):
     def __init__(self, strategy: LaunchedStrategy, guard: RunGuard) -> None:
         assert strategy.cluster_environment is not None
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self._strategy = strategy
         self._guard = guard
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        """Lightning asks in interactive sessions only, and its own refusal names a strategy of its own.
+
+        Raises:
+            MisconfigurationException: always; names the strategy of this package that works there.
+        """
+        raise _no_script_here(self._strategy, "running the script again for each rank")
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -154,6 +166,19 @@ class ProcessLauncher(_MultiProcessingLauncher):
         launched: Any = strategy
         super().__init__(launched, start_method=start_method)
         self._guard = guard
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        """Whether the ranks are forked: then they know what was typed.
+
+        Raises:
+            MisconfigurationException: if they are not; names the strategy of this package that works there.
+        """
+        if self._start_method != "fork":
+            strategy: Any = self._strategy
+            raise _no_script_here(strategy, f"{self._start_method}, which imports the script again")
+        return True
 
     def describe_start(self, num_nodes: int) -> str:
         """What starts the ranks; whatever the environment says of LOCAL_RANK, they are started here."""
@@ -305,6 +330,15 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _no_script_here(strategy: LaunchedStrategy, how: str) -> MisconfigurationException:
+    kind, name = type(strategy).__name__, strategy.strategy_name
+    by_name = f'strategy="{name}_notebook", or with options ' if STRATEGIES.get(name) == kind else ""
+    return MisconfigurationException(
+        f"{kind} starts its ranks by {how}, and in an interactive session (a notebook, python -i) there is none. Take "
+        f'{by_name}strategy={kind}(start_method="fork", ...), or run the code as a script.'
+    )
 
 
 def _describe_own_start(num_nodes: int) -> str:

@@ -64,7 +64,9 @@ class LaunchedStrategy(Ranks, Protocol):
     """A strategy, as its launcher sees it.
 
     Attributes:
+        strategy_name: the name under which Lightning knows it.
         stats: what the ranks' process gives to the one that has started them.
     """
 
+    strategy_name: str
     stats: RunStats

@@ -15,6 +15,12 @@ RECIPE = str(RECIPES / "lenet5_digits.yaml")
 COMPARISON = str(RECIPES / "compare_strategies.yaml")
 
 
+@pytest.fixture(autouse=True)
+def no_arguments_of_the_test_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-async"])
+    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
+
+
 @pytest.mark.parametrize("word", ["horovod", "", "x"])
 def test_nothing_is_suggested_that_is_not_close(word: str) -> None:
     assert did_you_mean(word, ["ddp", "async", "fsdp"]) == ""
@@ -36,11 +42,8 @@ def test_nothing_is_suggested_that_is_not_close(word: str) -> None:
     ],
 )
 def test_what_was_meant_is_told_in_one_line_with_status_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-async"])
-    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
-
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
 
@@ -51,9 +54,8 @@ def test_what_was_meant_is_told_in_one_line_with_status_2(
 
 
 def test_a_misspelt_key_of_a_file_is_told_with_what_was_meant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
     (tmp_path / "typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
 
     with pytest.raises(SystemExit):
@@ -64,7 +66,6 @@ def test_a_misspelt_key_of_a_file_is_told_with_what_was_meant(
 
 @pytest.mark.parametrize("spelt", ["1", "true", "yes"])
 def test_any_spelling_of_yes_asks_for_tracebacks(spelt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-async"])
     monkeypatch.setenv("JSONARGPARSE_DEBUG", spelt)
 
     with pytest.raises(Exception, match=r"unrecognized arguments: --trainer.max_epoch=1"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.runtime.failure import WorkerFailedError, tell
+from lightning_async.runtime.interrupts import leave_interrupted, rank_of_environment
 
 __all__ = ["is_debugging", "one_line", "told_in_one_line"]
 
@@ -86,15 +86,17 @@ def told_in_one_line() -> Iterator[None]:
     except WorkerFailedError as error:
         if is_debugging():
             raise
-        _leave(str(error), 1)
+        traceback, line = tell(error)
+        if error.failure.reason.startswith(f"{MisconfigurationException.__name__}: "):
+            _leave(line.partition("; its ")[0], 2)
+        sys.stderr.write(f"{traceback}\n\n" if traceback else "")
+        _leave(line, 1)
     except KeyboardInterrupt:
-        # A second Ctrl+C must not interrupt the interpreter's own clearing up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.exit(128 + signal.SIGINT)
+        leave_interrupted()
 
 
 def _leave(message: str, status: int) -> None:
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    rank = rank_of_environment()
     sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {one_line(message)}\n")
     # Without the chain of exceptions: an exit status is all that is left to say.
     raise SystemExit(status) from None

@@ -95,7 +95,7 @@ class Engine:
         slots = options.slots(world_size)
         if slots > 1:
             bound = resolve_max_staleness(options.max_staleness, world_size)
-            _check_overlap(bound, slots * world_size, len(optimizers))
+            check_overlap(bound, slots * world_size, len(optimizers))
         local: HolderService | None = None
         if rank == 0:
             origins = None if predecessor is None else self._origins(predecessor)
@@ -249,7 +249,7 @@ class Engine:
             observer(update, tickets)
 
 
-def _check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
+def check_overlap(bound: int | None, readers: int, optimizers: int) -> None:
     if optimizers > 1:
         raise ValueError(
             f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "

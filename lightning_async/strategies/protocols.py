@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch import Trainer
 
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure
@@ -70,3 +71,10 @@ class LaunchedStrategy(Ranks, Protocol):
 
     strategy_name: str
     stats: RunStats
+
+    def refuse_before_launch(self, trainer: Trainer) -> None:
+        """Refuses what is known to fail before there are ranks that would all say so.
+
+        Raises:
+            MisconfigurationException: if something is.
+        """

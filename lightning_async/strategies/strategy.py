@@ -56,7 +56,7 @@ from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, r
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.signals import Signals
 from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
-from lightning_async.strategies.validation import refuse_finders, refuse_sync_batchnorm
+from lightning_async.strategies.validation import check_module, refuse_finders, refuse_options, refuse_sync_batchnorm
 
 __all__ = ["AsyncStrategy"]
 
@@ -221,6 +221,25 @@ class AsyncStrategy(PhasedCollectives):
         self._launcher = self._supervisor.launcher
         self._signals.launcher = self._launcher
 
+    def refuse_before_launch(self, trainer: Trainer) -> None:
+        """Refuses what is known to fail before there are ranks that would all say so.
+
+        Args:
+            trainer: the trainer, with the module that it is to train.
+
+        Raises:
+            MisconfigurationException: if something is.
+        """
+        refuse_finders(trainer, self.strategy_name)
+        module = self.lightning_module
+        if trainer.state.fn != TrainerFn.FITTING or module is None:
+            return
+        refuse_options(self.options, self.strategy_name, self.root_device, self.world_size)
+        try:
+            check_module(module)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}.") from None
+
     @override
     def _get_process_group_backend(self) -> str:
         devices = self.parallel_devices or []
@@ -233,7 +252,6 @@ class AsyncStrategy(PhasedCollectives):
     def setup_environment(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
-        refuse_finders(self._trainer, self.strategy_name)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()

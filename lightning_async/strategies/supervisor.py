@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.runtime.failure import FailureLatch, RunFailure
+from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
@@ -142,7 +143,9 @@ class RunSupervisor:
         timer.daemon = True
         timer.start()
         try:
-            yield
+            # A rendezvous is a call that no signal interrupts.
+            with interruptible(self.launcher.interrupt):
+                yield
         finally:
             timer.cancel()
 

@@ -11,9 +11,20 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_async.exchange.engine import check_overlap
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.layout import all_parameters, exchanged
+from lightning_async.holder.staleness import resolve_max_staleness
+from lightning_async.transport.devices import place_holder
 
-__all__ = ["check_module", "check_parameters", "describe_gradient", "refuse_finders", "refuse_sync_batchnorm"]
+__all__ = [
+    "check_module",
+    "check_parameters",
+    "describe_gradient",
+    "refuse_finders",
+    "refuse_options",
+    "refuse_sync_batchnorm",
+]
 
 _ADVICE = {
     "SyncBatchNorm": "Use BatchNorm: its running statistics are averaged over the ranks at each stop",
@@ -67,6 +78,28 @@ def refuse_finders(trainer: Trainer, name: str) -> None:
             f"{name} cannot run the {what} finder: {reason}. Run it first on one device, "
             f'`Tuner(Trainer(devices=1, strategy="auto")).{method}(model)`, then train with what it has found.'
         )
+
+
+def refuse_options(options: ExchangeOptions, name: str, device: torch.device, world_size: int) -> None:
+    """Refuses options that this machine or this number of ranks cannot have.
+
+    Args:
+        options: the strategy's.
+        name: the strategy's name.
+        device: what this rank computes on.
+        world_size: number of ranks.
+
+    Raises:
+        MisconfigurationException: if there are such; the message says what can be had.
+    """
+    try:
+        if device.type != "cuda":
+            place_holder(options.holder_device, options.transport, ())
+        if options.overlap:
+            bound = resolve_max_staleness(options.max_staleness, world_size)
+            check_overlap(bound, world_size * options.slots(world_size), optimizers=1)
+    except ValueError as error:
+        raise MisconfigurationException(f"{name} cannot train here: {error}.") from None
 
 
 def check_module(module: nn.Module) -> None:

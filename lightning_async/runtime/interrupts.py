@@ -29,9 +29,9 @@ _GRACE_S = 1.0
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Holds Ctrl+C back, and has the processes that are started meanwhile hold it back until `let_through`.
+    """Has the processes that are started meanwhile hold Ctrl+C back until `let_through`.
 
-    A process that is importing can only answer it with a traceback.
+    A process that is importing can only answer it with a traceback. In this one another thread may hear of it.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

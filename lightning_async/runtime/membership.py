@@ -111,9 +111,6 @@ class Membership:
             # There may be no memory left even to say so.
             self.latch.free_reserve()
             explained = self._explain_somehow(error)
-            if isinstance(explained, WorkerFailedError):
-                # Where this rank has waited says nothing about the other's failure.
-                raise explained.with_traceback(None) from None
             if explained is error:
                 raise
             raise explained from error

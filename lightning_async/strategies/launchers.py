@@ -82,7 +82,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         world_size = self.num_processes * self.num_nodes
         if self.cluster_environment.creates_processes_externally:
             if isinstance(self.cluster_environment, LightningEnvironment):
-                _refuse_another_number_of_ranks(world_size)
+                _refuse_another_number_of_ranks(world_size, self._strategy)
         elif world_size > 1:
             # For one rank there is nobody to start, and the variables that Lightning sets for the others would keep
             # this process's next run from starting any.
@@ -393,7 +393,7 @@ def _describe_own_start(num_nodes: int) -> str:
     )
 
 
-def _refuse_another_number_of_ranks(world_size: int) -> None:
+def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:
     """Refuses a run that would wait for ranks which nobody starts: each rank runs the script once, for all Trainers.
 
     Raises:
@@ -405,7 +405,7 @@ def _refuse_another_number_of_ranks(world_size: int) -> None:
             f"An earlier Trainer of this script has started {started} ranks, and each of them runs the whole script; "
             f"a Trainer for {world_size} would wait for ranks that do not exist. Give all of a script's Trainers the "
             "same number of devices, or start ranks for each anew: "
-            'AsyncAMSGradStrategy(start_method="spawn"), or strategy="async_amsgrad_spawn".'
+            f'{type(strategy).__name__}(start_method="spawn"), or strategy="{strategy.strategy_name}_spawn".'
         )
 
 

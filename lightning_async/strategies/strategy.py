@@ -18,7 +18,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -52,6 +52,7 @@ from lightning_async.strategies.collectives import PhasedCollectives
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
+from lightning_async.strategies.new_folders import NewFolders, log_folders
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.signals import Signals
@@ -106,6 +107,7 @@ class AsyncStrategy(PhasedCollectives):
     """
 
     strategy_name = "async"
+    _example_optimizer = "torch.optim.Adam(...), or any other of torch's,"
 
     def __init__(
         self,
@@ -270,6 +272,9 @@ class AsyncStrategy(PhasedCollectives):
         super().connect(model)
         if self._is_fitting:
             self._signals.forget()
+            if self.is_global_zero:
+                new_folders = NewFolders(log_folders(self._trainer.loggers))
+                self._undo.callback(lambda: None if self._has_trained else new_folders.remove_empty())
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -293,8 +298,7 @@ class AsyncStrategy(PhasedCollectives):
         super().setup_optimizers(trainer)
         if not any(map(trainer_state.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
-                f"{self.strategy_name} needs an optimizer. Return lightning_async.AMSGrad(...) from "
-                "configure_optimizers."
+                f"{self.strategy_name} needs an optimizer. Return {self._example_optimizer} from configure_optimizers."
             )
         for optimizer in self.optimizers:
             self._take_optimizer(optimizer)
@@ -360,6 +364,10 @@ class AsyncStrategy(PhasedCollectives):
             configuration=self.configuration,
         )
         self._undo.callback(self._fit.by_hand.release)
+
+    @property
+    def _has_trained(self) -> bool:
+        return self.stats.updates > 0 or self._trainer.state.status != TrainerStatus.INTERRUPTED
 
     def _note_train_loaders(self, count: int) -> None:
         self._has_one_train_loader = count == 1

@@ -111,7 +111,8 @@ def check_module(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
             raise ValueError(
-                f"{name or 'the module itself'} has sparse gradients, which Adam cannot use. Set sparse=False"
+                f"{name or 'the module itself'} has sparse gradients, and gradients are exchanged as dense tensors. "
+                "Set sparse=False"
             )
         # By name: the packages are large, and not all of them are installed.
         for kind in type(part).__mro__:

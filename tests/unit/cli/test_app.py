@@ -149,8 +149,18 @@ def test_what_lightning_refuses_is_one_line_and_status_2(
     ("error", "status", "said"),
     [
         (WorkerFailedError(RunFailure(2, "ValueError: no")), 1, "error: rank 2 failed: ValueError: no\n"),
+        (
+            WorkerFailedError(RunFailure(2, "ValueError: no\n\nTraceback:\nValueError: no")),
+            1,
+            "Traceback:\nValueError: no\n\nerror: rank 2 failed: ValueError: no; its traceback is above\n",
+        ),
+        (
+            WorkerFailedError(RunFailure(2, "MisconfigurationException: no", traced=True)),
+            2,
+            "error: rank 2 failed: MisconfigurationException: no\n",
+        ),
         (MisconfigurationException("two\n  lines"), 2, "error: two; lines\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_an_error_without_need_of_a_traceback_becomes_an_exit_status(

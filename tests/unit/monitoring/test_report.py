@@ -163,12 +163,12 @@ def test_the_command_refuses_in_one_line(
     if content is not None:
         (tmp_path / RECORD_NAME).write_text(content)
 
-    assert report_main([str(tmp_path)]) == 1
+    assert report_main([str(tmp_path)]) == 2
 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert report_main([str(tmp_path / "nowhere")]) == 1
+    assert report_main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 

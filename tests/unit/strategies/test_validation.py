@@ -83,7 +83,7 @@ def test_plain_modules_and_classes_of_the_same_name_pass() -> None:
     ],
 )
 def test_options_that_cannot_be_had_are_refused_under_the_strategys_name(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MisconfigurationException, match="^async cannot train here: ") as error:
+    with pytest.raises(MisconfigurationException, match=r"^async cannot train here: ") as error:
         refuse_options(ExchangeOptions(**options), "async", torch.device("cpu"), world_size=4)
 
     assert said in str(error.value)

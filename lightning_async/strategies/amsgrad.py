@@ -49,7 +49,7 @@ class AsyncAMSGradStrategy(AsyncStrategy):
         try:
             is_amsgrad = check_optimizer(optimizer)
         except UnsupportedOptimizerError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(str(error)) from None
         if not is_amsgrad:
             if self.is_global_zero:
                 warn_at(

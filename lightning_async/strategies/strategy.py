@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
             )
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(str(error)) from None
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
@@ -274,7 +275,9 @@ class AsyncStrategy(PhasedCollectives):
             self._signals.forget()
             if self.is_global_zero:
                 new_folders = NewFolders(log_folders(self._trainer.loggers))
-                self._undo.callback(lambda: None if self._has_trained else new_folders.remove_empty())
+                assert self._supervisor is not None
+                self._supervisor.on_failure = partial(self._remove_empty, new_folders)
+                self._undo.callback(self._remove_empty_if_interrupted, new_folders)
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -313,7 +316,7 @@ class AsyncStrategy(PhasedCollectives):
         try:
             check_steppable(optimizer)
         except UnsupportedOptimizerError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(str(error)) from None
 
     @property
     @override
@@ -365,9 +368,13 @@ class AsyncStrategy(PhasedCollectives):
         )
         self._undo.callback(self._fit.by_hand.release)
 
-    @property
-    def _has_trained(self) -> bool:
-        return self.stats.updates > 0 or self._trainer.state.status != TrainerStatus.INTERRUPTED
+    def _remove_empty_if_interrupted(self, new_folders: NewFolders) -> None:
+        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
+            self._remove_empty(new_folders)
+
+    def _remove_empty(self, new_folders: NewFolders) -> None:
+        if not self.stats.updates:
+            new_folders.remove_empty()
 
     def _note_train_loaders(self, count: int) -> None:
         self._has_one_train_loader = count == 1

@@ -42,6 +42,7 @@ class RunSupervisor:
     Attributes:
         launcher: what starts the ranks.
         holder_process: the holder's own process, on rank 0, where it has one.
+        on_failure: called in a spawned rank that fails.
     """
 
     def __init__(self, strategy: LaunchedStrategy, start_method: StartMethod, worker_timeout_s: float) -> None:
@@ -49,6 +50,7 @@ class RunSupervisor:
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
         self.holder_process: HolderProcess | None = None
+        self.on_failure: Callable[[], object] = lambda: None
         self.launcher: ScriptLauncher | ProcessLauncher
         if start_method == "popen":
             self.launcher = ScriptLauncher(strategy, self)
@@ -74,8 +76,12 @@ class RunSupervisor:
         with membership.guard():
             try:
                 yield
-            finally:
+            except BaseException:
                 # Lightning does not tear a spawned rank down that fails.
+                if isinstance(self.launcher, ProcessLauncher):
+                    self.on_failure()
+                raise
+            finally:
                 self.end_holder_process()
 
     @property

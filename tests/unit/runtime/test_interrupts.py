@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def test_a_call_that_does_not_return_for_a_signal_is_ended_by_another_thread() -
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "waits\n"
 
+    # By then it is in the call.
+    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=25)
 

@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 
 def _register(pytorch: Any) -> None:
     registration: Any = importlib.import_module("lightning_async.strategies.registration")
-    for kind, name in (("AsyncAMSGradStrategy", "async_amsgrad"), ("AsyncStrategy", "async")):
+    for name, kind in registration.STRATEGIES.items():
         # By a function: a half imported module of this package may be what imports Lightning.
         registration.register(kind, name, functools.partial(_make, kind), pytorch.strategies.StrategyRegistry)
 

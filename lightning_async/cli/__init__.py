@@ -5,18 +5,26 @@ The outermost room: it imports the package, and nothing imports it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from lightning_async.cli.app import main
+from lightning_async.runtime.interrupts import leave_interrupted, let_through
 
 __all__ = ["main"]
 
 
-def __getattr__(name: str) -> Any:
-    # Looked up when it is used: what imports `cli.compare.recorder` alone is no command line.
-    if name != "main":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lightning_async.cli.app import main
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs `lightning-async`; see `lightning_async.cli.app.main`, which takes seconds to import.
 
-    return main
+    Args:
+        args: arguments without the program's name; `None` takes those of the process.
+
+    Raises:
+        SystemExit: with the command's status; with 130 after Ctrl+C.
+    """
+    try:
+        # A rank's process was started with Ctrl+C held back, and here it can be answered well.
+        let_through()
+        from lightning_async.cli.app import main as run
+    except KeyboardInterrupt:
+        leave_interrupted()
+    run(args)

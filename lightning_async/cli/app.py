@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import pickle
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionSubCommands, Namespace, set_parsing_settings
+from jsonargparse import ActionSubCommands, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-import lightning_async  # registers the strategy names too
+import lightning_async  # registers the strategy names
 from lightning_async.cli.compare import compare_main, compare_parser
+from lightning_async.cli.compare.config import find_config, is_comparison
 from lightning_async.cli.completion import offer_strategy_names
 from lightning_async.cli.errors import is_debugging, one_line, told_in_one_line
 from lightning_async.cli.report_line import ReportAtTheEnd, add_monitor
 from lightning_async.cli.requirements import is_installed
+from lightning_async.cli.strategy_argument import accept_options_of_names, checked_strategy, explain_option
+from lightning_async.cli.suggestions import with_suggestions
 
 __all__ = ["AsyncCLI", "ConciseParser", "add_working_directory_to_path", "main"]
 
@@ -41,7 +42,7 @@ _SUMMARIES = {
     "test": "evaluate a model on the test set",
     "predict": "let a model predict",
     "compare": "train one recipe in several variants; write a table and plots",
-    "report": "show a finished run as one HTML page",
+    "report": "show a run as one HTML page; --serve shows one that goes on",
     "demo": "train a small network with this strategy and with DDP, side by side",
 }
 
@@ -96,7 +97,10 @@ class ConciseParser(LightningArgumentParser):
         """
         if not self.exit_on_error or is_debugging():
             super().error(message, ex)
-        self.exit(2, f"error: {one_line(message)}\n")
+        if self.commands is not None and "but it was not provided" in message:
+            message = f"a command is missing: one of {', '.join(self.commands.choices)}"
+        said = explain_option(message) or with_suggestions(one_line(message), getattr(ex, "subcommand_parser", self))
+        self.exit(2, f"error: {said}\n")
 
 
 class AsyncCLI(LightningCLI):
@@ -160,6 +164,11 @@ class AsyncCLI(LightningCLI):
                 commands.add_subcommand(name, parser)
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let options follow a strategy's name."""
+        accept_options_of_names(parser)
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; a command that runs no Trainer is not for this class.
 
@@ -192,14 +201,9 @@ class AsyncCLI(LightningCLI):
         """
         if _logs_to(self._get(self.config, "trainer.logger"), "WandbLogger") and not is_installed("wandb"):
             self.parser.error("WandbLogger logs with wandb, which is not installed: pip install wandb")
-        path = _class_path(self._get(self.config, "trainer.strategy"))
-        if path is not None:
-            if problem := _problem(path):
-                self.parser.error(f"trainer.strategy: {problem}")
-            no_arguments: Any = Namespace()  # type: ignore[no-untyped-call]
-            named: Any = Namespace(class_path=path, init_args=no_arguments)  # type: ignore[no-untyped-call]
-            self._get(self.config, "trainer")["strategy"] = named
+        trainer = self._get(self.config, "trainer")
         try:
+            trainer["strategy"] = checked_strategy(trainer["strategy"])
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             self.parser.error(str(error), error)
@@ -228,31 +232,6 @@ def _logs_to(loggers: Any, kind: str) -> bool:
     """Whether a logger of the configuration is of a class with this name."""
     paths = [getattr(logger, "class_path", "") for logger in (loggers if isinstance(loggers, list) else [loggers])]
     return any(path.rpartition(".")[2] == kind for path in paths)
-
-
-def _class_path(strategy: Any) -> str | None:
-    """The class path, if that is what a text is; without arguments it passes as a name, which Lightning refuses."""
-    if not isinstance(strategy, str):
-        return None
-    path = f"lightning_async.{strategy}" if strategy in lightning_async.__all__ else strategy
-    return path if "." in path else None
-
-
-def _problem(path: str) -> str | None:
-    """Why no strategy can be built of a class without arguments."""
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        return f"there is no class {path}: {error}"
-    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
-        return f"{path} is no strategy"
-    missing = [
-        parameter.name
-        for parameter in inspect.signature(kind).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return f"{path} needs init_args: {', '.join(missing)}" if missing else None
 
 
 def add_working_directory_to_path() -> None:
@@ -300,5 +279,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with ReportAtTheEnd() as report, told_in_one_line():
         if given and given[0] in _OTHER_COMMANDS:
             sys.exit(_OTHER_COMMANDS[given[0]](given[1:]))
+        if (comparison := find_config(given, is_comparison)) is not None:
+            told = f"{comparison} is a comparison, of several runs: lightning-async compare --config {comparison}"
+            raise MisconfigurationException(told)
         set_parsing_settings(add_print_completion_argument=True)
         AsyncCLI(args, on_fit=report.expect)

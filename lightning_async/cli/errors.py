@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.runtime.failure import WorkerFailedError, tell
+from lightning_async.runtime.interrupts import leave_interrupted, rank_of_environment
 
 __all__ = ["is_debugging", "one_line", "told_in_one_line"]
+
+_DEBUG = "JSONARGPARSE_DEBUG"
 
 # Lines of jsonargparse's messages that say how it went about parsing, and nothing about the argument.
 _BOILERPLATE = re.compile(
@@ -53,12 +55,13 @@ def one_line(message: str) -> str:
         # What is wrong with the value says more than which other types would do.
         told = [text for text in told if not re.fullmatch(r"Expected a <class '\w+'>", text)] or told
     joined = "".join(text + (" " if text.endswith(":") else "; ") for text in told).rstrip("; ")
+    joined = re.sub(r"\ba typing\.Literal\[([^\]]*)\]", r"one of \1", joined)
     return re.sub(r"\ba? ?<class '([^']+)'>", r"\1", joined) or message.strip() or "no reason was given"
 
 
 def is_debugging() -> bool:
     """Whether the environment asks for tracebacks, with jsonargparse's variable ``JSONARGPARSE_DEBUG``."""
-    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() not in ("", "0", "false", "no")
+    return os.environ.get(_DEBUG, "").lower() not in ("", "0", "false", "no")
 
 
 @contextmanager
@@ -71,6 +74,9 @@ def told_in_one_line() -> Iterator[None]:
     Raises:
         SystemExit: with the status.
     """
+    if _DEBUG in os.environ:
+        # jsonargparse raises at any other spelling.
+        os.environ[_DEBUG] = "true" if is_debugging() else "false"
     try:
         yield
     except (MisconfigurationException, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -80,15 +86,17 @@ def told_in_one_line() -> Iterator[None]:
     except WorkerFailedError as error:
         if is_debugging():
             raise
-        _leave(str(error), 1)
+        traceback, line = tell(error)
+        if error.failure.reason.startswith(f"{MisconfigurationException.__name__}: "):
+            _leave(line.partition("; its ")[0], 2)
+        sys.stderr.write(f"{traceback}\n\n" if traceback else "")
+        _leave(line, 1)
     except KeyboardInterrupt:
-        # A second Ctrl+C must not interrupt the interpreter's own clearing up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.exit(128 + signal.SIGINT)
+        leave_interrupted()
 
 
 def _leave(message: str, status: int) -> None:
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    rank = rank_of_environment()
     sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {one_line(message)}\n")
     # Without the chain of exceptions: an exit status is all that is left to say.
     raise SystemExit(status) from None

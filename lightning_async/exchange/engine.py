@@ -97,7 +97,7 @@ class Engine:
         slots = options.slots(world_size)
         if slots > 1:
             bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
-            _check_overlap(bound, slots * world_size, len(optimizers), options.gradients_per_update)
+            check_overlap(bound, slots * world_size, len(optimizers), options.gradients_per_update)
         if options.gradients_per_update > 1 and len(optimizers) > 1:
             raise ValueError(
                 f"gradients_per_update={options.gradients_per_update} takes one optimizer and there are "
@@ -258,7 +258,7 @@ class Engine:
             observer(update, tickets)
 
 
-def _check_overlap(bound: int | None, readers: int, optimizers: int, gradients_per_update: int) -> None:
+def check_overlap(bound: int | None, readers: int, optimizers: int, gradients_per_update: int = 1) -> None:
     if optimizers > 1:
         raise ValueError(
             f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "

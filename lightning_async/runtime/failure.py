@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import TracebackType
 
 from lightning_async.runtime.alarms import Alarm
 
@@ -27,6 +28,8 @@ __all__ = [
     "describe_exit",
     "end_process",
     "say",
+    "tell",
+    "tell_in_one_line",
 ]
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 # Address space only: nothing of it is ever touched. Enough to describe an error, to send it, and for the interpreter
 # and Lightning to print a traceback.
 _RESERVE_BYTES = 32 * 2**20
+_TRACEBACK = "\n\nTraceback"
 # How long the heartbeat's news (who failed, and why) may trail a lost connection.
 _NEWS_TIMEOUT_S = 3.0
 
@@ -46,11 +50,13 @@ class RunFailure:
         rank: the rank at fault.
         reason: what happened to it, in words that stand behind "rank 2 failed: ".
         announced: True if another process already tells the user, so that this one ends quietly.
+        traced: True if the rank at fault has said so itself, and shows its traceback.
     """
 
     rank: int
     reason: str
     announced: bool = False
+    traced: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"rank {self.rank} failed: {self.reason}"
@@ -65,6 +71,43 @@ class WorkerFailedError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[WorkerFailedError], tuple[RunFailure]]:
         return type(self), (self.failure,)
+
+
+def tell(error: WorkerFailedError) -> tuple[str, str]:
+    """What another rank's failure is told with: its traceback, if it comes with one, and one line.
+
+    Examples:
+        >>> tell(WorkerFailedError(RunFailure(1, "ValueError: no", traced=True)))
+        ('', 'rank 1 failed: ValueError: no; its own traceback says where')
+    """
+    failure = error.failure
+    reason, traceback = failure.reason, ""
+    if (at := reason.find(_TRACEBACK)) >= 0:
+        # Of a process that was started from this one and does not print it.
+        reason, traceback = reason[:at], reason[at:].strip()
+    where = "; its own traceback says where" if failure.traced else ""
+    return traceback, f"rank {failure.rank} failed: {reason}{'; its traceback is above' if traceback else where}"
+
+
+def tell_in_one_line() -> None:
+    """Has the interpreter end with one line where another rank's failure is what ends this process.
+
+    The rank at fault shows its traceback, and that of this one would show where it has waited.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "tells_in_one_line", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, WorkerFailedError):
+            previous(kind, error, traceback)
+            return
+        theirs, line = tell(error)
+        sys.stderr.write(f"{theirs}\n\n" if theirs else "")
+        sys.stderr.write(f"{kind.__name__}: {line}\n")
+
+    hook.tells_in_one_line = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
 
 
 def say(rank: int, text: str) -> None:

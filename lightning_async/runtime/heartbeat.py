@@ -219,7 +219,8 @@ class Heartbeats:
             if message.worker == peer.rank:
                 # Its end of the connection is about to vanish, which is then no news.
                 self._forget(peer)
-            self._latch.trip(RunFailure(message.worker, message.reason, announced=self._rank != 0))
+            by_itself = message.worker == peer.rank
+            self._latch.trip(RunFailure(message.worker, message.reason, self._rank != 0, by_itself))
         elif isinstance(message, Beat):
             if self._collectives is not None:
                 self._collectives.hear(peer.rank, message.waits_in)

@@ -35,6 +35,8 @@ _SURVIVOR_DELAY_S = 2.0
 _GRACE_S = 5.0
 # What the interpreter and Gloo may take to shut down after a failure.
 _SHUTDOWN_S = 5.0
+# How much later than this one rank 0 may come to the same failure.
+_COMMON_FAILURE_S = 1.0
 _LOST_PEER_WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "store")
 
 _a_run_has_failed = threading.Event()
@@ -147,6 +149,10 @@ class Membership:
         if isinstance(error, WorkerFailedError):
             self.latch.trip(error.failure)
         failure = self.latch.failure
+        if failure is None and self.rank > 0 and self._heartbeats is not None and _may_be_common(error):
+            # A mistake that all ranks make is told by rank 0.
+            common = self.latch.wait(_COMMON_FAILURE_S)
+            failure = common if common is not None and common.reason == describe_error(error) else None
         if failure is None and _may_be_lost_peer(error):
             failure = self.latch.explain_loss(lambda: RunFailure(self.rank, describe_error(error), announced=True))
         if failure is None or failure.rank == self.rank:
@@ -179,6 +185,10 @@ def _end_now() -> None:
         sys.stderr.flush()
     finally:
         end_process()
+
+
+def _may_be_common(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, MemoryError)
 
 
 def _may_be_lost_peer(error: BaseException) -> bool:

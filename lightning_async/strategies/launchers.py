@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
-from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit, tell_in_one_line
+from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
+from lightning_async.strategies.registration import STRATEGIES
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
@@ -58,30 +61,64 @@ class ScriptLauncher(_SubprocessScriptLauncher):
     def __init__(self, strategy: LaunchedStrategy, guard: RunGuard) -> None:
         assert strategy.cluster_environment is not None
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self._strategy = strategy
         self._guard = guard
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        """Lightning asks in interactive sessions only, and its own refusal names a strategy of its own.
+
+        Raises:
+            MisconfigurationException: always; names the strategy of this package that works there.
+        """
+        raise _no_script_here(self._strategy, "running the script again for each rank")
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            self._strategy.refuse_before_launch(trainer)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         world_size = self.num_processes * self.num_nodes
         if self.cluster_environment.creates_processes_externally:
             if isinstance(self.cluster_environment, LightningEnvironment):
-                _refuse_another_number_of_ranks(world_size)
+                _refuse_another_number_of_ranks(world_size, self._strategy)
         elif world_size > 1:
             # For one rank there is nobody to start, and the variables that Lightning sets for the others would keep
             # this process's next run from starting any.
             os.environ[_STARTED_RANKS] = str(world_size)
-            self._call_children_scripts()
-            _started[:] = self.procs
+            with held_back():
+                self._call_children_scripts()
+                _started[:] = self.procs
         # A script's later Trainers train with the ranks that the first has started.
         self.procs = list(_started)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             with self._watching(), self._guard.guard_run():
+                let_through()
                 return function(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                # For those that are still importing; the others hear of Ctrl+C themselves.
+                super().kill(signal.SIGTERM)
+            elif isinstance(error, WorkerFailedError):
+                tell_in_one_line()
             self.end_children(_END_TIMEOUT_S)
             raise
+
+    @override
+    def kill(self, signum: int) -> None:
+        super().kill(signum)
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            # Lightning, which asks for this last, would exit with status 1.
+            raise SystemExit(INTERRUPTED)
+
+    def interrupt(self) -> None:
+        """Ends this process and those that were started from here at once, after Ctrl+C."""
+        if self.procs or self._strategy.global_rank == 0:
+            say_interrupted()
+        self.end_children(0.0)
+        os._exit(INTERRUPTED)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -155,6 +192,19 @@ class ProcessLauncher(_MultiProcessingLauncher):
         super().__init__(launched, start_method=start_method)
         self._guard = guard
 
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        """Whether the ranks are forked: then they know what was typed.
+
+        Raises:
+            MisconfigurationException: if they are not; names the strategy of this package that works there.
+        """
+        if self._start_method != "fork":
+            strategy: Any = self._strategy
+            raise _no_script_here(strategy, f"{self._start_method}, which imports the script again")
+        return True
+
     def describe_start(self, num_nodes: int) -> str:
         """What starts the ranks; whatever the environment says of LOCAL_RANK, they are started here."""
         return _describe_own_start(num_nodes)
@@ -163,9 +213,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """None: a rank's process cannot see how another one has ended."""
         return None
 
+    def interrupt(self) -> None:
+        """Ends this process at once, after Ctrl+C; the one that has started it says so."""
+        os._exit(INTERRUPTED)
+
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         # As in the base class, but for who waits for the ranks.
+        if trainer is not None:
+            strategy_to_ask: Any = self._strategy
+            strategy_to_ask.refuse_before_launch(trainer)
         if self._start_method == "spawn":
             _check_missing_main_guard()
         else:
@@ -179,17 +236,27 @@ class ProcessLauncher(_MultiProcessingLauncher):
         os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
         results = mp.get_context(self._start_method).SimpleQueue()
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
-        context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
-            self._wrapping_function,
-            args=[trainer, function, args, kwargs, results, *states],
-            nprocs=strategy.num_processes,
-            start_method=self._start_method,
-            join=False,
-        )
-        self.procs = context.processes
+        with held_back():
+            context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+                self._wrapping_function,
+                args=[trainer, function, args, kwargs, results, *states],
+                nprocs=strategy.num_processes,
+                start_method=self._start_method,
+                join=False,
+            )
+            self.procs = context.processes
         try:
             with self._passing_on_sigterm():
                 result = self._wait(results, context.error_files)
+        except KeyboardInterrupt:
+            # For those that are still importing; the others hear of Ctrl+C themselves.
+            self.kill(signal.SIGTERM)
+            say_interrupted()
+            # Lightning would exit with status 1.
+            raise SystemExit(INTERRUPTED) from None
+        except WorkerFailedError:
+            tell_in_one_line()
+            raise
         finally:
             self._end_children()
             for path in context.error_files:
@@ -207,6 +274,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 with guard.guard_run():
+                    let_through()
                     return function(*args, **kwargs)
             except BaseException:
                 # Only rank 0 writes to the queue: a rank that is killed while it writes leaves it locked.
@@ -307,6 +375,15 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 process.join()
 
 
+def _no_script_here(strategy: LaunchedStrategy, how: str) -> MisconfigurationException:
+    kind, name = type(strategy).__name__, strategy.strategy_name
+    by_name = f'strategy="{name}_notebook", or with options ' if STRATEGIES.get(name) == kind else ""
+    return MisconfigurationException(
+        f"{kind} starts its ranks by {how}, and in an interactive session (a notebook, python -i) there is none. Take "
+        f'{by_name}strategy={kind}(start_method="fork", ...), or run the code as a script.'
+    )
+
+
 def _describe_own_start(num_nodes: int) -> str:
     if num_nodes == 1:
         return "they are started from here and may still be importing"
@@ -316,7 +393,7 @@ def _describe_own_start(num_nodes: int) -> str:
     )
 
 
-def _refuse_another_number_of_ranks(world_size: int) -> None:
+def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:
     """Refuses a run that would wait for ranks which nobody starts: each rank runs the script once, for all Trainers.
 
     Raises:
@@ -328,7 +405,7 @@ def _refuse_another_number_of_ranks(world_size: int) -> None:
             f"An earlier Trainer of this script has started {started} ranks, and each of them runs the whole script; "
             f"a Trainer for {world_size} would wait for ranks that do not exist. Give all of a script's Trainers the "
             "same number of devices, or start ranks for each anew: "
-            'AsyncAMSGradStrategy(start_method="spawn"), or strategy="async_amsgrad_spawn".'
+            f'{type(strategy).__name__}(start_method="spawn"), or strategy="{strategy.strategy_name}_spawn".'
         )
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch import Trainer
 
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure
@@ -64,13 +65,22 @@ class LaunchedStrategy(Ranks, Protocol):
     """A strategy, as its launcher sees it.
 
     Attributes:
+        strategy_name: the name under which Lightning knows it.
         stats: what the ranks' process gives to the one that has started them.
     """
 
+    strategy_name: str
     stats: RunStats
 
     def break_off(self, error: BaseException) -> None:
         """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing."""
+
+    def refuse_before_launch(self, trainer: Trainer) -> None:
+        """Refuses what is known to fail before there are ranks that would all say so.
+
+        Raises:
+            MisconfigurationException: if something is.
+        """
 
 
 class FitMonitor(Protocol):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["START_METHODS", "register"]
+__all__ = ["START_METHODS", "STRATEGIES", "register"]
+
+# The plain names of the strategies, and their classes.
+STRATEGIES = {"async_amsgrad": "AsyncAMSGradStrategy", "async": "AsyncStrategy"}
 
 # What stands behind a strategy's plain name, and how its ranks are started then.
 START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}

@@ -19,7 +19,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ from lightning_async.strategies.ending import do_each, print_end
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
+from lightning_async.strategies.new_folders import NewFolders, log_folders
 from lightning_async.strategies.notices import start_notices
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
 from lightning_async.strategies.protocols import FitMonitor
@@ -62,7 +63,7 @@ from lightning_async.strategies.registration import register
 from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
 from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
-from lightning_async.strategies.validation import refuse_finders, refuse_sync_batchnorm
+from lightning_async.strategies.validation import check_module, refuse_finders, refuse_options, refuse_sync_batchnorm
 
 __all__ = ["AsyncStrategy"]
 
@@ -115,6 +116,7 @@ class AsyncStrategy(PhasedCollectives):
     """
 
     strategy_name = "async"
+    _example_optimizer = "torch.optim.Adam(...), or any other of torch's,"
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
             )
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(str(error)) from None
         self.stats = RunStats(workers=0)
         # Called on rank 0 with every update and the tickets (batches) that it covers; see `Engine`.
         self.observers: list[UpdateObserver] = []
@@ -237,6 +239,25 @@ class AsyncStrategy(PhasedCollectives):
         self._launcher = self._supervisor.launcher
         self._signals.launcher = self._launcher
 
+    def refuse_before_launch(self, trainer: Trainer) -> None:
+        """Refuses what is known to fail before there are ranks that would all say so.
+
+        Args:
+            trainer: the trainer, with the module that it is to train.
+
+        Raises:
+            MisconfigurationException: if something is.
+        """
+        refuse_finders(trainer, self.strategy_name)
+        module = self.lightning_module
+        if trainer.state.fn != TrainerFn.FITTING or module is None:
+            return
+        refuse_options(self.options, self.strategy_name, self.root_device, self.world_size)
+        try:
+            check_module(module)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.strategy_name} cannot train this module: {error}.") from None
+
     @override
     def _get_process_group_backend(self) -> str:
         devices = self.parallel_devices or []
@@ -249,7 +270,6 @@ class AsyncStrategy(PhasedCollectives):
     def setup_environment(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
-        refuse_finders(self._trainer, self.strategy_name)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
@@ -268,6 +288,11 @@ class AsyncStrategy(PhasedCollectives):
         super().connect(model)
         if self._is_fitting:
             self._signals.forget()
+            if self.is_global_zero:
+                new_folders = NewFolders(log_folders(self._trainer.loggers))
+                assert self._supervisor is not None
+                self._supervisor.on_failure = partial(self._remove_empty, new_folders)
+                self._undo.callback(self._remove_empty_if_interrupted, new_folders)
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -291,8 +316,7 @@ class AsyncStrategy(PhasedCollectives):
         super().setup_optimizers(trainer)
         if not any(map(trainer_state.is_optimizer, self.optimizers)):
             raise MisconfigurationException(
-                f"{self.strategy_name} needs an optimizer. Return lightning_async.AMSGrad(...) from "
-                "configure_optimizers."
+                f"{self.strategy_name} needs an optimizer. Return {self._example_optimizer} from configure_optimizers."
             )
         for optimizer in self.optimizers:
             self._take_optimizer(optimizer)
@@ -307,7 +331,7 @@ class AsyncStrategy(PhasedCollectives):
         try:
             check_steppable(optimizer)
         except UnsupportedOptimizerError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(str(error)) from None
 
     @property
     @override
@@ -365,6 +389,14 @@ class AsyncStrategy(PhasedCollectives):
     def _resolve(self, resolved: Resolved) -> dict[str, Any]:
         self._resolved = resolved
         return self.configuration
+
+    def _remove_empty_if_interrupted(self, new_folders: NewFolders) -> None:
+        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
+            self._remove_empty(new_folders)
+
+    def _remove_empty(self, new_folders: NewFolders) -> None:
+        if not self.stats.updates:
+            new_folders.remove_empty()
 
     def _note_train_loaders(self, count: int) -> None:
         self._has_one_train_loader = count == 1

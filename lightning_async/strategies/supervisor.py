@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.runtime.failure import FailureLatch, RunFailure
+from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
@@ -41,6 +42,7 @@ class RunSupervisor:
     Attributes:
         launcher: what starts the ranks.
         holder_process: the holder's own process, on rank 0, where it has one.
+        on_failure: called in a spawned rank that fails.
     """
 
     def __init__(self, strategy: LaunchedStrategy, start_method: StartMethod, worker_timeout_s: float) -> None:
@@ -48,6 +50,7 @@ class RunSupervisor:
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
         self.holder_process: HolderProcess | None = None
+        self.on_failure: Callable[[], object] = lambda: None
         self.launcher: ScriptLauncher | ProcessLauncher
         if start_method == "popen":
             self.launcher = ScriptLauncher(strategy, self)
@@ -76,9 +79,11 @@ class RunSupervisor:
             except BaseException as error:
                 # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
                 self._ranks.break_off(error)
+                # Lightning does not tear a spawned rank down that fails.
+                if isinstance(self.launcher, ProcessLauncher):
+                    self.on_failure()
                 raise
             finally:
-                # Lightning does not tear a spawned rank down that fails.
                 self.end_holder_process()
 
     @property
@@ -146,7 +151,9 @@ class RunSupervisor:
         timer.daemon = True
         timer.start()
         try:
-            yield
+            # A rendezvous is a call that no signal interrupts.
+            with interruptible(self.launcher.interrupt):
+                yield
         finally:
             timer.cancel()
 

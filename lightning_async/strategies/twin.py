@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async.strategies.registration import START_METHODS
+from lightning_async.strategies.registration import START_METHODS, STRATEGIES
 
 __all__ = ["explain_to_twin"]
 
@@ -22,7 +22,7 @@ def explain_to_twin(strategies: Any) -> None:
     Args:
         strategies: the module ``pytorch_lightning.strategies``.
     """
-    for name in [f"{plain}{suffix}" for plain in ("async", "async_amsgrad") for suffix in START_METHODS]:
+    for name in [f"{plain}{suffix}" for plain in STRATEGIES for suffix in START_METHODS]:
         strategies.StrategyRegistry.register(
             name, _refuse, description="works with lightning.pytorch", override=True, strategy_name=name
         )

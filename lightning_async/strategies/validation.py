@@ -11,9 +11,20 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_async.exchange.engine import check_overlap
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.layout import all_parameters, exchanged
+from lightning_async.holder.staleness import resolve_max_staleness
+from lightning_async.transport.devices import place_holder
 
-__all__ = ["check_module", "check_parameters", "describe_gradient", "refuse_finders", "refuse_sync_batchnorm"]
+__all__ = [
+    "check_module",
+    "check_parameters",
+    "describe_gradient",
+    "refuse_finders",
+    "refuse_options",
+    "refuse_sync_batchnorm",
+]
 
 _ADVICE = {
     "SyncBatchNorm": "Use BatchNorm: its running statistics are averaged over the ranks at each stop",
@@ -69,6 +80,29 @@ def refuse_finders(trainer: Trainer, name: str) -> None:
         )
 
 
+def refuse_options(options: ExchangeOptions, name: str, device: torch.device, world_size: int) -> None:
+    """Refuses options that this machine or this number of ranks cannot have.
+
+    Args:
+        options: the strategy's.
+        name: the strategy's name.
+        device: what this rank computes on.
+        world_size: number of ranks.
+
+    Raises:
+        MisconfigurationException: if there are such; the message says what can be had.
+    """
+    try:
+        if device.type != "cuda":
+            place_holder(options.holder_device, options.transport, ())
+        if options.overlap:
+            bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
+            readers = world_size * options.slots(world_size)
+            check_overlap(bound, readers, 1, options.gradients_per_update)
+    except ValueError as error:
+        raise MisconfigurationException(f"{name} cannot train here: {error}.") from None
+
+
 def check_module(module: nn.Module) -> None:
     """Refuses a module in which ranks would wait for one another, or whose gradients cannot be exchanged.
 
@@ -78,7 +112,8 @@ def check_module(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
             raise ValueError(
-                f"{name or 'the module itself'} has sparse gradients, which Adam cannot use. Set sparse=False"
+                f"{name or 'the module itself'} has sparse gradients, and gradients are exchanged as dense tensors. "
+                "Set sparse=False"
             )
         # By name: the packages are large, and not all of them are installed.
         for kind in type(part).__mro__:

@@ -60,6 +60,7 @@ USES = {
     "_new_group_with_tag": ["torch.distributed.distributed_c10d"],
     "_on_after_step": ["lightning.pytorch.core.optimizer.LightningOptimizer"],
     "_opt_called": [SCHEDULER],
+    "_option_string_actions": ["argparse.ArgumentParser"],
     "_optimizer_step": ["lightning.pytorch.loops.optimization.automatic._AutomaticOptimization"],
     "_Options": ["torch.distributed.ProcessGroupGloo"],
     "_prefix": ["lightning.pytorch.loggers.WandbLogger", "lightning.pytorch.loggers.CSVLogger"],

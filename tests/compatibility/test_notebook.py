@@ -10,6 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+REFUSED_CELL = """
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+try:
+    Trainer(**(arguments | {"strategy": "async_amsgrad"}))
+except MisconfigurationException as error:
+    refusal = str(error)
+'strategy="async_amsgrad_notebook"' in refusal, 'AsyncAMSGradStrategy(start_method="fork", ...)' in refusal
+"""
+
 CELLS = [
     """
 import os
@@ -58,6 +68,7 @@ Trainer(max_epochs=2, **arguments).fit(module, data)
 after = Trainer(**arguments).validate(module, data, verbose=False)[0]["loss"]
 before > between > after
 """,
+    REFUSED_CELL,
 ]
 
 
@@ -82,7 +93,7 @@ def test_cells_train_a_module_of_the_notebook_again_and_again(tmp_path: Path, mo
         for output in cell["outputs"]
         if output["output_type"] == "execute_result"
     ]
-    assert results == ["(64, 64)", "True"]
+    assert results == ["(64, 64)", "True", "(True, True)"]
     ranks = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(set(ranks)) == 4
     assert gone(ranks)

@@ -60,8 +60,9 @@ def start_interpreters(run: Run, folder: Path, *runner: str) -> Launched:
 
 
 def explanations(output: str) -> list[str]:
-    """What was said about the failure: who and why."""
-    return re.findall(r"rank \d+ failed: .*", output)
+    """What was said about the failure: who and why, without where the traceback is."""
+    said = re.findall(r"rank \d+ failed: .*", output)
+    return [re.sub(r"; its (own )?traceback (is above|says where)$", "", line) for line in said]
 
 
 def assert_ended_well(run: Launched) -> None:

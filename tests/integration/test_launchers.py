@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,51 @@ def test_forked_ranks_give_parameters_and_statistics_to_the_process_that_started
     stats, parameters = torch.load(tmp_path / "after.pt")
     assert stats["updates"] == sum(stats["updates_by_rank"].values()) == BATCHES
     assert all(torch.equal(rank["parameters"], parameters) for rank in run.reports())
+
+
+TYPED = """
+from pathlib import Path
+import lightning_async
+from lightning.pytorch import Trainer
+from lightning_async import AsyncAMSGradStrategy
+
+class Mine(AsyncAMSGradStrategy): strategy_name = "mine"
+
+def ask(strategy):
+    try:
+        Trainer(strategy=strategy, devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    except Exception as error:
+        return str(error)
+
+strategies = ["async_amsgrad", "async", "async_spawn", AsyncAMSGradStrategy(max_staleness=3), Mine()]
+strategies += ["async_amsgrad_notebook", AsyncAMSGradStrategy(start_method="fork")]
+Path("answers").write_text("\\n".join(str(ask(each)) for each in strategies))
+"""
+
+
+def test_an_interactive_session_is_told_which_strategy_works_there(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-i", "-q"],
+        input=TYPED,
+        env=os.environ | ENVIRONMENT,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+
+    plain, any_optimizer, spawned, instance, mine, notebook, forked = (tmp_path / "answers").read_text().split("\n")
+    by_name = (
+        'Take strategy="async_amsgrad_notebook", or with options strategy=AsyncAMSGradStrategy(start_method="fork"'
+    )
+    assert by_name in plain
+    assert by_name in instance
+    for answer in (any_optimizer, spawned):
+        assert 'Take strategy="async_notebook", or with options strategy=AsyncStrategy(start_method="fork"' in answer
+    # It is registered under no name.
+    assert 'Take strategy=Mine(start_method="fork"' in mine
+    assert notebook == forked == "None"
 
 
 def write_config(folder: Path, strategy: Any) -> str:

@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 from typing_extensions import override
 
 import lightning_async
-from lightning_async.cli.compare.config import Comparison, Plot, Sweep, Variant
+from lightning_async.cli.compare.config import Comparison, Plot, Sweep, Variant, find_config, is_recipe
 from lightning_async.cli.compare.plan import PlannedRun, argument_list, digest, plan_runs
 from lightning_async.cli.compare.plots import check_matplotlib, draw
 from lightning_async.cli.compare.progress import RunsDisplay
@@ -22,6 +22,7 @@ from lightning_async.cli.compare.results import Result, summarize
 from lightning_async.cli.compare.runner import Job, Outcome, is_finished, only_one_at_a_time, run_jobs
 from lightning_async.cli.compare.tables import console_table, csv_table, markdown_table
 from lightning_async.cli.errors import is_debugging, one_line
+from lightning_async.cli.suggestions import with_suggestions
 from lightning_async.monitoring.machine import machine_facts
 from lightning_async.monitoring.record import RecordError, RunRecord
 from lightning_async.monitoring.tables import printable
@@ -39,7 +40,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if is_debugging():
             super().error(message, ex)
-        self.exit(2, f"error: {one_line(message)}\n")
+        self.exit(2, f"error: {with_suggestions(one_line(message), self)}\n")
 
 
 def compare_parser() -> ArgumentParser:
@@ -125,8 +126,14 @@ def compare_main(args: Sequence[str] | None = None) -> int:
         SystemExit: with status 2 when the arguments or the configuration are wrong.
     """
     parser = compare_parser()
+    given = list(sys.argv[2:] if args is None else args)
+    if (recipe := find_config(given, is_recipe)) is not None:
+        parser.error(
+            f"{recipe} is a recipe, of one run, and no comparison: `lightning-async fit --config {recipe}` trains it. "
+            f"A comparison is a file of its own, with `recipe: {recipe}`, `out`, and `variants` or `grid`"
+        )
     try:
-        config = parser.parse_args(list(sys.argv[2:] if args is None else args))
+        config = parser.parse_args(given)
     except UnicodeDecodeError as error:
         parser.error(f"the configuration is not text: {error}", error)
     comparison = read_comparison(config)

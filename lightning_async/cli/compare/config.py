@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Union
 
+import yaml
 from jsonargparse.typing import register_type
 
-__all__ = ["Arguments", "Comparison", "Label", "Plot", "Sweep", "Variant"]
+__all__ = [
+    "Arguments",
+    "Comparison",
+    "Label",
+    "Plot",
+    "Sweep",
+    "Variant",
+    "find_config",
+    "is_comparison",
+    "is_recipe",
+]
 
 # Unions as jsonargparse reads them on Python 3.10.
 Label = Union[int, float, str]  # noqa: UP007
@@ -205,3 +218,46 @@ def _check_plot(plot: Plot, axes: Mapping[str, list[Variant]]) -> None:
     words = [variant.name for variant in axes[plot.against] if isinstance(variant.name, str)]
     if words:
         raise ValueError(f"a plot has the axis {plot.against!r} along x, but {words} are not numbers")
+
+
+def is_recipe(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of `lightning-async fit`.
+
+    Examples:
+        >>> is_recipe({"trainer": {"devices": 4}}), is_recipe({"recipe": "lenet5.yaml"})
+        (True, False)
+    """
+    return not is_comparison(config) and any(key in config for key in ("trainer", "model", "data", "fit"))
+
+
+def is_comparison(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of `lightning-async compare`.
+
+    Examples:
+        >>> is_comparison({"recipe": "lenet5.yaml", "out": "runs"}), is_comparison({"trainer": {"devices": 4}})
+        (True, False)
+    """
+    return "recipe" in config and any(field.name in config for field in fields(Comparison) if field.name != "recipe")
+
+
+def find_config(args: Sequence[str], matches: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    """The first configuration file that a command line names and that is of a kind; None if there is none.
+
+    What cannot be read is left to the parser, which says why.
+
+    Args:
+        args: the command line.
+        matches: whether a file's content is of the kind.
+    """
+    for word, following in itertools.pairwise([*args, ""]):
+        option, _, value = word.partition("=")
+        path = value or following
+        if option not in ("-c", "--config") or not Path(path).is_file():
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
+        if isinstance(content, Mapping) and matches(content):
+            return path
+    return None

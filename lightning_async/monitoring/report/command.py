@@ -71,7 +71,7 @@ def report_main(argv: Sequence[str]) -> int:
         argv: the arguments after ``report``.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr that says what is wrong.
+        The exit status: 0; after one line on stderr 2 if that is no run's folder, 1 if the page cannot be written.
 
     Raises:
         SystemExit: with status 2 if the arguments are wrong, with 0 after ``--help``.
@@ -98,7 +98,7 @@ def report_main(argv: Sequence[str]) -> int:
         path = write_report(arguments.run_dir, arguments.out)
     except (RecordError, ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RecordError) else 1
     print(path)
     return 0
 

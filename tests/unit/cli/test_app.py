@@ -147,7 +147,7 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
         # No abbreviation of an argument passes for it.
         (["fit", "--config", RECIPE, "--trainer.max_epoch=1"], "--trainer.max_epoch=1"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
-        ([], "subcommand"),
+        ([], "a command is missing"),
         (["fitt"], "'compare', 'report'"),
         (["fit", "--config", RECIPE, "--trainer.max_epochs=abc"], "trainer.max_epochs"),
         (["fit", "--config", RECIPE, "--model=recipes.nowhere.Model"], "no attribute 'nowhere'"),
@@ -174,7 +174,7 @@ def test_a_wrong_argument_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy='nosuch'"),
+        (["fit", "--config", RECIPE, "--trainer.strategy=nosuch"], "strategy 'nosuch'"),
         (["fit", "--config", RECIPE, "--trainer.devices=0"], "devices='0'"),
         (["test", "--config", RECIPE, *QUICK[:2], "--ckpt_path=missing.ckpt"], "missing.ckpt"),
         (["fit", "--config", RECIPE, "--trainer.strategy=lightning_async.Nope"], "no class lightning_async.Nope"),
@@ -202,8 +202,18 @@ def test_what_lightning_refuses_is_one_line_and_status_2(
     ("error", "status", "said"),
     [
         (WorkerFailedError(RunFailure(2, "ValueError: no")), 1, "error: rank 2 failed: ValueError: no\n"),
+        (
+            WorkerFailedError(RunFailure(2, "ValueError: no\n\nTraceback:\nValueError: no")),
+            1,
+            "Traceback:\nValueError: no\n\nerror: rank 2 failed: ValueError: no; its traceback is above\n",
+        ),
+        (
+            WorkerFailedError(RunFailure(2, "MisconfigurationException: no", traced=True)),
+            2,
+            "error: rank 2 failed: MisconfigurationException: no\n",
+        ),
         (MisconfigurationException("two\n  lines"), 2, "error: two; lines\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_an_error_without_need_of_a_traceback_becomes_an_exit_status(

@@ -239,12 +239,12 @@ def test_the_command_refuses_in_one_line(
     if content is not None:
         (tmp_path / RECORD_NAME).write_text(content)
 
-    assert report_main([str(tmp_path)]) == 1
+    assert report_main([str(tmp_path)]) == 2
 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert report_main([str(tmp_path / "nowhere")]) == 1
+    assert report_main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -274,4 +274,6 @@ def test_without_matplotlib_the_command_says_what_to_install(
     monkeypatch.delattr(lightning_async.monitoring.report, "plots")
 
     assert report_main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err == ("error: a report draws with matplotlib, which is not installed: pip install matplotlib\n")
+    assert capsys.readouterr().err == (
+        "error: a report draws with matplotlib, which is not installed: pip install matplotlib\n"
+    )

@@ -272,12 +272,14 @@ def test_a_run_that_would_wait_for_ranks_nobody_starts_is_refused(
     monkeypatch.delenv(launchers._STARTED_RANKS, raising=False)
     if started is not None:
         monkeypatch.setenv(launchers._STARTED_RANKS, started)
-    strategy: Any = SimpleNamespace(cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1, strategy_name="async"
+    )
     guard: Any = SimpleNamespace(guard_run=nullcontext)
     launcher = ScriptLauncher(strategy, guard)
 
     if refused:
-        with pytest.raises(MisconfigurationException, match="started 2 ranks"):
+        with pytest.raises(MisconfigurationException, match=r'started 2 ranks.* strategy="async_spawn"'):
             launcher.launch(lambda: "ran")
     else:
         assert launcher.launch(lambda: "ran") == "ran"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_async.strategies.validation import check_module
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.strategies.validation import check_module, refuse_options
 
 
 def unbuilt(kind: Any) -> nn.Module:
@@ -69,3 +72,26 @@ def test_plain_modules_and_classes_of_the_same_name_pass() -> None:
     own = type("DeepSpeedEngine", (nn.Module,), {})()
 
     check_module(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), own))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"transport": "nccl"}, 'transport="nccl" was asked for, and rank 0 does not compute on a CUDA device'),
+        ({"holder_device": "cuda"}, 'holder_device="cuda" was asked for'),
+        ({"overlap": True, "max_staleness": 2}, "Take max_staleness of at least 7, or leave overlap out"),
+    ],
+)
+def test_options_that_cannot_be_had_are_refused_under_the_strategys_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(MisconfigurationException, match=r"^async cannot train here: ") as error:
+        refuse_options(ExchangeOptions(**options), "async", torch.device("cpu"), world_size=4)
+
+    assert said in str(error.value)
+
+
+def test_options_that_can_be_had_are_not_refused() -> None:
+    refuse_options(ExchangeOptions(overlap=True), "async", torch.device("cpu"), world_size=4)
+
+
+def test_a_gpu_is_asked_for_what_it_can_do_later() -> None:
+    refuse_options(ExchangeOptions(transport="nccl"), "async", torch.device("cuda", 0), world_size=4)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -224,6 +225,20 @@ def test_a_step_that_takes_the_loaders_iterator_is_refused(tmp_path: Path) -> No
 
     assert "`dataloader_iter`" in message
     assert "Take `batch` (and `batch_idx`) instead" in message
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_fit_that_fails_before_its_first_batch_leaves_no_empty_folder(tmp_path: Path, fails: bool) -> None:
+    def script(folder: Path) -> None:
+        optimizer = torch.optim.SGD if fails else AMSGrad
+        module = WithOptimizers(lambda module: optimizer(module.parameters(), lr=0.1))
+        logger = CSVLogger(folder / "runs", name="digits")
+        fork_trainer(folder, 2, logger=logger).fit(module, loader())
+
+    run = launch(script, tmp_path)
+
+    assert (run.returncode != 0) == fails
+    assert (tmp_path / "runs").exists() != fails
 
 
 def test_a_refusal_ends_all_ranks_soon_and_is_told_once(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Folders that a fit has made and, where it fails before its first batch, leaves with nothing in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NewFolders", "log_folders"]
+
+
+def log_folders(loggers: Iterable[Any]) -> list[Path]:
+    """Where loggers write, as far as they write to folders of their own."""
+    folders = (getattr(logger, "log_dir", None) for logger in loggers)
+    return [Path(folder) for folder in folders if isinstance(folder, (str, Path)) and folder]
+
+
+class NewFolders:
+    """Folders, and those around them, that do not exist when this is made.
+
+    Args:
+        folders: the innermost ones.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        missing = {place for folder in folders for place in (folder, *folder.parents) if not place.exists()}
+        self._missing = sorted(missing, key=lambda place: len(place.parts), reverse=True)
+
+    def remove_empty(self) -> None:
+        """Removes those that exist now and have nothing in them."""
+        for folder in self._missing:
+            try:
+                os.rmdir(folder)
+            except OSError:  # noqa: PERF203  # it has something in it, or was never made
+                continue

@@ -1,0 +1,110 @@
+"""Ctrl+C is held back where it cannot be answered, and acted on where the main thread cannot hear it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_async.runtime.interrupts import held_back, interruptible, leave_interrupted, let_through
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    # A shell's background job, which this may be, ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_started_meanwhile_hears_of_it_when_it_lets_it_through(tmp_path: Path) -> None:
+    text = (
+        "import sys; print('started', flush=True); sys.stdin.readline()\n"
+        "from lightning_async.runtime.interrupts import let_through\n"
+        "try:\n    let_through()\nexcept KeyboardInterrupt:\n    print('heard')\n"
+    )
+    with held_back():
+        process = subprocess.Popen(
+            [sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate("\n", timeout=25)
+
+    assert (output, process.returncode) == ("heard\n", 0)
+
+
+def test_letting_through_what_was_never_pressed_does_nothing() -> None:
+    let_through()
+
+
+def test_a_call_that_does_not_return_for_a_signal_is_ended_by_another_thread() -> None:
+    # A mutex, taken twice: the main thread never comes back from C.
+    text = (
+        "import ctypes, os\n"
+        "from lightning_async.runtime.interrupts import interruptible\n"
+        "lock = ctypes.CDLL(None).pthread_mutex_lock\n"
+        "lock.argtypes = [ctypes.c_void_p]\n"
+        "mutex = ctypes.create_string_buffer(64)\n"
+        "with interruptible(lambda: os._exit(130), grace_s=0.1):\n"
+        "    print('waits', flush=True)\n"
+        "    lock(mutex)\n"
+        "    lock(mutex)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+
+    # By then it is in the call.
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=25)
+
+    assert process.returncode == 130
+
+
+def test_a_main_thread_that_hears_of_it_itself_is_left_alone() -> None:
+    acted = threading.Event()
+
+    with pytest.raises(KeyboardInterrupt), interruptible(acted.set, grace_s=20.0):
+        press()
+
+    assert not acted.is_set()
+    assert "interrupts" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_without_ctrl_c_nothing_is_left_behind() -> None:
+    with interruptible(lambda: None):
+        pass
+
+    assert signal.set_wakeup_fd(-1) == -1
+    assert "interrupts" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, "interrupted\n"), ("0", "interrupted\n"), ("1", "")])
+def test_only_the_first_process_says_so(
+    rank: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+
+    with pytest.raises(SystemExit) as exit_info:
+        leave_interrupted()
+
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == said

@@ -5,17 +5,80 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_async.loops.progress_bar import end_live_bars
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.monitoring.summary import print_summary
 from lightning_async.strategies.protocols import FitMonitor
 
-__all__ = ["do_each", "print_end"]
+__all__ = ["FitEnding"]
 
 log = logging.getLogger(__name__)
 
 _HINT = "For a report of a run: Trainer(callbacks=[lightning_async.AsyncMonitor()]), then `lightning-async report`."
+
+
+class FitEnding:
+    """Says and leaves what is known of a fit at its end, once, whether it has come to its end or not.
+
+    Args:
+        trainer: the trainer.
+        stats: the run's statistics.
+        configuration: tells how the run exchanges gradients.
+        monitors: what leaves something of the fit.
+        wants_table: tells whether rank 0 prints a table.
+        finish_metrics: hands what is left to the loggers.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        stats: RunStats,
+        configuration: Callable[[], Mapping[str, Any]],
+        monitors: Sequence[FitMonitor],
+        wants_table: Callable[[], bool],
+        finish_metrics: Callable[[], None],
+    ) -> None:
+        self._trainer = trainer
+        self._stats = stats
+        self._configuration = configuration
+        self._monitors = monitors
+        self._wants_table = wants_table
+        self._finish_metrics = finish_metrics
+        self._is_over = False
+
+    def finish(self) -> None:
+        """The fit has come to its end."""
+        self._is_over = True
+        if self._trainer.is_global_zero:
+            self._finish_metrics()
+            self._say(self._wants_table(), broken_off=False)
+
+    def break_off(self, error: BaseException) -> None:
+        """The fit ends with an exception; runs no collective, and raises nothing.
+
+        Args:
+            error: the exception.
+        """
+        if self._is_over:
+            return
+        self._is_over = True
+        self._stats.end_segment()
+        steps: list[Callable[[], object]] = [partial(monitor.break_off, error) for monitor in self._monitors]
+        if self._trainer.is_global_zero:
+            # A failure's own words are not to be buried under a table.
+            with_table = self._wants_table() and isinstance(error, (KeyboardInterrupt, SIGTERMException))
+            steps += [partial(self._say, with_table, broken_off=True), self._finish_metrics]
+        do_each(steps)
+
+    def _say(self, with_table: bool, broken_off: bool) -> None:
+        end_live_bars(self._trainer)
+        print_end(self._configuration(), self._stats, self._monitors, with_table, broken_off)
 
 
 def print_end(

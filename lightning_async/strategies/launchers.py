@@ -35,8 +35,8 @@ from typing_extensions import override
 
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit, tell_in_one_line
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
+from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
-from lightning_async.strategies.registration import STRATEGIES
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
@@ -72,7 +72,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         Raises:
             MisconfigurationException: always; names the strategy of this package that works there.
         """
-        raise _no_script_here(self._strategy, "running the script again for each rank")
+        raise no_script_here(self._strategy, "running the script again for each rank")
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             return f"{starter} starts them; see in what they print whether all of them have come so far"
         if _STARTED_RANKS not in os.environ and environment.creates_processes_externally:
             return "LOCAL_RANK is set, so Lightning takes it that something else starts them (unset it if nothing does)"
-        return _describe_own_start(num_nodes)
+        return describe_own_start(num_nodes)
 
     def end_children(self, timeout_s: float) -> None:
         """Gives the ranks that were started from here ``timeout_s`` to end, then kills them."""
@@ -202,12 +202,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """
         if self._start_method != "fork":
             strategy: Any = self._strategy
-            raise _no_script_here(strategy, f"{self._start_method}, which imports the script again")
+            raise no_script_here(strategy, f"{self._start_method}, which imports the script again")
         return True
 
     def describe_start(self, num_nodes: int) -> str:
         """What starts the ranks; whatever the environment says of LOCAL_RANK, they are started here."""
-        return _describe_own_start(num_nodes)
+        return describe_own_start(num_nodes)
 
     def describe_end(self, local_rank: int) -> str | None:
         """None: a rank's process cannot see how another one has ended."""
@@ -373,24 +373,6 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def _no_script_here(strategy: LaunchedStrategy, how: str) -> MisconfigurationException:
-    kind, name = type(strategy).__name__, strategy.strategy_name
-    by_name = f'strategy="{name}_notebook", or with options ' if STRATEGIES.get(name) == kind else ""
-    return MisconfigurationException(
-        f"{kind} starts its ranks by {how}, and in an interactive session (a notebook, python -i) there is none. Take "
-        f'{by_name}strategy={kind}(start_method="fork", ...), or run the code as a script.'
-    )
-
-
-def _describe_own_start(num_nodes: int) -> str:
-    if num_nodes == 1:
-        return "they are started from here and may still be importing"
-    return (
-        f"those of this host are started from here and may still be importing; the script must run on all {num_nodes} "
-        "hosts, with the same MASTER_ADDR and MASTER_PORT and with a NODE_RANK of its own"
-    )
 
 
 def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:

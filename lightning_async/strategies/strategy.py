@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,14 +43,13 @@ from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
-from lightning_async.loops.progress_bar import end_live_bars
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import open_exchange_group
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.ending import do_each, print_end
+from lightning_async.strategies.ending import FitEnding
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -181,7 +179,7 @@ class AsyncStrategy(PhasedCollectives):
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
-        self._is_over = False
+        self._ending: FitEnding | None = None
         self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
         self._note: dict[str, Any] = {"version": 0}
@@ -289,10 +287,10 @@ class AsyncStrategy(PhasedCollectives):
         if self._is_fitting:
             self._signals.forget()
             if self.is_global_zero:
-                new_folders = NewFolders(log_folders(self._trainer.loggers))
                 assert self._supervisor is not None
-                self._supervisor.on_failure = partial(self._remove_empty, new_folders)
-                self._undo.callback(self._remove_empty_if_interrupted, new_folders)
+                new_folders = NewFolders(log_folders(self._trainer.loggers), are_used=lambda: self.stats.updates > 0)
+                self._supervisor.on_failure = new_folders.remove_empty
+                self._undo.callback(new_folders.remove_empty_if_interrupted, self._trainer)
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -359,7 +357,7 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        self._resolved, self._is_over = None, False
+        self._resolved = None
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
@@ -385,18 +383,18 @@ class AsyncStrategy(PhasedCollectives):
             resolve=self._resolve,
         )
         self._undo.callback(self._fit.by_hand.release)
+        self._ending = FitEnding(
+            trainer,
+            self.stats,
+            configuration=lambda: self.configuration,
+            monitors=self.monitors,
+            wants_table=lambda: self.summary,
+            finish_metrics=self._fit.coordinator.finish_metrics,
+        )
 
     def _resolve(self, resolved: Resolved) -> dict[str, Any]:
         self._resolved = resolved
         return self.configuration
-
-    def _remove_empty_if_interrupted(self, new_folders: NewFolders) -> None:
-        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
-            self._remove_empty(new_folders)
-
-    def _remove_empty(self, new_folders: NewFolders) -> None:
-        if not self.stats.updates:
-            new_folders.remove_empty()
 
     def _note_train_loaders(self, count: int) -> None:
         self._has_one_train_loader = count == 1
@@ -487,11 +485,8 @@ class AsyncStrategy(PhasedCollectives):
             # As under DDP, user code finds the state on every rank after fit.
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
-        self._is_over = True
-        if self.is_global_zero:
-            fit.coordinator.finish_metrics()
-            end_live_bars(self._trainer)
-            print_end(self.configuration, self.stats, self.monitors, self.summary)
+        assert self._ending is not None
+        self._ending.finish()
 
     def break_off(self, error: BaseException) -> None:
         """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing.
@@ -499,18 +494,8 @@ class AsyncStrategy(PhasedCollectives):
         Args:
             error: the exception.
         """
-        if self._fit is None or self._is_over:
-            return
-        self._is_over = True
-        self.stats.end_segment()
-        steps: list[Callable[[], object]] = [partial(monitor.break_off, error) for monitor in self.monitors]
-        if self.is_global_zero:
-            # A failure's own words are not to be buried under a table.
-            wanted = self.summary and isinstance(error, (KeyboardInterrupt, SIGTERMException))
-            steps.append(partial(end_live_bars, self._trainer))
-            steps.append(partial(print_end, self.configuration, self.stats, self.monitors, wanted, broken_off=True))
-            steps.append(self._fit.coordinator.finish_metrics)
-        do_each(steps)
+        if self._fit is not None and self._ending is not None:
+            self._ending.break_off(error)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

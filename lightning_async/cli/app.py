@@ -117,7 +117,7 @@ class AsyncCLI(LightningCLI):
         self,
         args: Sequence[str] | None = None,
         run: bool = True,
-        on_fit: Callable[[Trainer], None] = lambda trainer: None,
+        on_fit: Callable[[Trainer], None] | None = None,
     ) -> None:
         self._on_fit = on_fit
         commands = {
@@ -225,7 +225,8 @@ class AsyncCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Called by LightningCLI."""
-        self._on_fit(self.trainer)
+        if self._on_fit is not None:
+            self._on_fit(self.trainer)
 
 
 def _logs_to(loggers: Any, kind: str) -> bool:

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 60.0
 
 
+def _do_nothing() -> None:
+    """For a hook that is not in use; spawned ranks get it with the strategy, which takes a function with a name."""
+
+
 class RunSupervisor:
     """Watches over one run, whether it trains or evaluates: every rank ends well, or all of them know why not.
 
@@ -50,7 +54,7 @@ class RunSupervisor:
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
         self.holder_process: HolderProcess | None = None
-        self.on_failure: Callable[[], object] = lambda: None
+        self.on_failure: Callable[[], object] = _do_nothing
         self.launcher: ScriptLauncher | ProcessLauncher
         if start_method == "popen":
             self.launcher = ScriptLauncher(strategy, self)

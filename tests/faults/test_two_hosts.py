@@ -94,6 +94,7 @@ def test_spawned_ranks_of_two_hosts_train_together(tmp_path: Path) -> None:
     assert "updates in" not in other
 
 
+@pytest.mark.soak
 def test_a_spawned_rank_that_is_killed_is_named_on_both_hosts(tmp_path: Path) -> None:
     spawn = {"start_method": "spawn", "worker_timeout": 600.0}
     trainer = {"max_epochs": 200, "num_nodes": HOSTS}

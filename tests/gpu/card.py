@@ -18,6 +18,7 @@ import torch
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
 from lightning_async.holder import placement
+from lightning_async.strategies import strategy as strategy_module
 from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.transport.base import Channel
 from lightning_async.transport.devices import RankDevices, place_holder
@@ -72,6 +73,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return channel if there else StagedChannel(channel, device)
 
     monkeypatch.setattr(GradientExchange, "_devices", devices)
+    # It looks at the device that ranks compute on.
+    monkeypatch.setattr(strategy_module, "refuse_options", lambda *arguments: None)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
     monkeypatch.setattr(placement, "CudaHolderStream", lambda device: PassingStream())
     monkeypatch.setattr(engine, "on_device", for_worker)

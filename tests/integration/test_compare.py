@@ -117,7 +117,7 @@ def test_a_comparison_trains_reports_and_goes_on(
     assert statuses == [1, 1]
     assert len(re.findall(r"✓ async, seed 0: \d+ s", printed)) == 1
     assert printed.count("✓ async, seed 0: was finished") == 1
-    assert printed.count("✗ wrong, seed 0: exit status 2: error: You selected an invalid strategy name") == 2
+    assert printed.count("✗ wrong, seed 0: exit status 2: error: trainer.strategy: there is no strategy 'nosuch'") == 2
     assert "| async | 1 of 1 |" in document and "| wrong | 0 of 1 |" in document
     assert "lightning-async fit --config recipes/lenet5_digits.yaml --trainer.max_epochs=2" in document
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -24,6 +24,7 @@ from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange import engine
 from lightning_async.exchange import nccl_negotiation as nccl_office
 from lightning_async.holder import placement as placement
+from lightning_async.strategies import strategy as strategy_module
 from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.transport.devices import RankDevices, place_holder
 from lightning_async.transport.staged import StagedChannel
@@ -99,6 +100,8 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         return RankDevices(host, facts[context.rank], place)
 
     monkeypatch.setattr(GradientExchange, "_devices", devices)
+    # It looks at the device that ranks compute on.
+    monkeypatch.setattr(strategy_module, "refuse_options", lambda *arguments: None)
     monkeypatch.setattr(nccl_office, "nccl_communicator", GlooCommunicator)
     monkeypatch.setattr(placement, "CudaHolderStream", PassingStream)
     made = placement.HolderPlacement

@@ -100,6 +100,7 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "max_staleness": 7,
         "on_stale": "wait",
         "batches": "shared",
+        "gradients_per_update": 1,
         "transport": "shm",
         "transport_by_rank": ["in process", "shm", "shm"],
         "batch_source": "shared order",

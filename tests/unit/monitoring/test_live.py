@@ -110,7 +110,7 @@ def test_a_taken_port_and_a_missing_folder_are_said_in_one_line(
     with LiveServer(LivePage(tmp_path, str)) as server:
         port = str(server.server_address[1])
         assert report_main([str(tmp_path), "--serve", "--port", port]) == 1
-    assert report_main([str(tmp_path / "nowhere"), "--serve"]) == 1
+    assert report_main([str(tmp_path / "nowhere"), "--serve"]) == 2
 
     lines = capsys.readouterr().err.splitlines()
     assert ["already in use" in lines[0], "does not exist" in lines[1]] == [True, True]

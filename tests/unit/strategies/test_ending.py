@@ -10,7 +10,7 @@ from lightning_async.holder.types import Push, Update
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.strategies.ending import do_each, print_end
 
-CONFIGURATION = {"max_staleness": 4, "on_stale": "wait", "batches": "shared"}
+CONFIGURATION = {"max_staleness": 4, "on_stale": "wait", "batches": "shared", "gradients_per_update": 1}
 
 
 class Monitor:

@@ -46,7 +46,8 @@ def conclusions(facts: RunFacts) -> list[str]:
         >>> from lightning_async.monitoring.cpu_use import CpuUse
         >>> facts = RunFacts(8, "wait", True, train_seconds=100.0, updates=250, dropped=0,
         ...                  steps=[[1.0] * 20, [1.0] * 20, [4.0] * 20], wait_seconds=[0.1] * 3,
-        ...                  parked_seconds=[0.0] * 3, cpu=[CpuUse("a", 8, 1.0)] * 3)
+        ...                  parked_seconds=[0.0] * 3, all_reduce_s=0.001,
+        ...                  cpu=[CpuUse("a", 8, 1.0)] * 3)
         >>> for sentence in conclusions(facts):
         ...     print(sentence)
         rank 2 takes 4.0x the median step of the others
@@ -89,8 +90,8 @@ def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str
     """What lock step would have taken, where that can be told."""
     lock_step = estimate(facts)
     if not lock_step.known:
-        if not facts.cpu:
-            return "what lock step would take is not known, since the ranks did not come to tell what they computed"
+        if not facts.cpu or not facts.all_reduce_s:
+            return "what lock step would take is not known, since the run ended before its ranks met"
         where = f", with {crowded[0]}" if crowded else ""
         return f"ranks wait for cores{where}, so what lock step would take cannot be told from this run"
     gain = lock_step.factor

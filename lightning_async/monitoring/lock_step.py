@@ -2,7 +2,8 @@
 
 The step times are clock times. Where ranks share cores, a part of them is waiting for a core, which lock step would
 have too, but not for the same steps: a rank that waits for the others leaves its core to them. So there is an estimate
-only where the most and the least that it may be are close together. `benchmarks/lock_step.py` compares it with DDP.
+only where the most and the least that it may be are close together. What an all-reduce takes is measured, once in a
+fit. `benchmarks/lock_step.py` compares the estimate with DDP.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ __all__ = ["LockStep", "estimate"]
 
 # The middle of a range up to this wide is at most 15 % off its ends.
 _KNOWN_WITHIN = 1.32
+# A part of it may be hidden behind the backward pass; ranks that come out of a step have to wake up for it.
+_ALL_REDUCES = (0.7, 1.3)
 # A host whose cores are used more than this has ranks that wait for a core.
 _BUSY = 0.7
+# What a rank gets of a core at a time, roughly, where others wait for it.
+_SLICE_S = 0.005
+# Rank 0 takes a little more than one core, since it serves the others.
+_ROOM = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +58,18 @@ def estimate(facts: RunFacts) -> LockStep:
         facts: of a run with updates; every rank made steps.
 
     Returns:
-        A range; from 0 to infinity where it is not known what the ranks used of their hosts.
+        A range; from 0 to infinity where it is not known what the ranks used of their hosts, or what an all-reduce
+        takes.
 
     Examples:
         >>> from lightning_async.monitoring.cpu_use import CpuUse
         >>> facts = RunFacts(8, "wait", True, train_seconds=100.0, updates=325, dropped=0,
         ...                  steps=[[1.0], [1.0], [1.0], [4.0]], wait_seconds=[0.0] * 4, parked_seconds=[0.0] * 4,
-        ...                  cpu=[CpuUse("a", 8, 1.0)] * 4)
-        >>> estimate(facts).factor
+        ...                  all_reduce_s=0.001, cpu=[CpuUse("a", 8, 1.0)] * 4)
+        >>> print(f"{estimate(facts).factor:.2f}")
         3.25
     """
-    if not facts.cpu:
+    if not facts.cpu or not facts.all_reduce_s:
         return LockStep(0.0, math.inf)
     hosts: dict[str, list[int]] = {}
     for rank, use in enumerate(facts.cpu):
@@ -70,10 +78,9 @@ def estimate(facts: RunFacts) -> LockStep:
     rounds = max(map(len, facts.steps))
     low = sum(max(host.least_s(turn) for host in ranges) for turn in range(rounds)) / rounds
     high = sum(max(host.most_s(turn) for host in ranges) for turn in range(rounds)) / rounds
-    # All-reduce may be hidden behind the backward pass, or cost what handing in gradients costs here.
-    exchanged_s = (sum(facts.wait_seconds) - sum(facts.parked_seconds)) / max(facts.updates, 1)
     scale = facts.updates / facts.ranks / max(facts.train_seconds, 1e-12)
-    return LockStep(low * scale, (high + max(0.0, exchanged_s)) * scale)
+    least_s, most_s = (part * facts.all_reduce_s for part in _ALL_REDUCES)
+    return LockStep((low + least_s) * scale, (high + most_s) * scale)
 
 
 class _Host:
@@ -83,14 +90,15 @@ class _Host:
         self._steps = [facts.steps[rank] for rank in ranks]
         uses = [facts.cpu[rank] for rank in ranks]
         self._cores = max(use.cores for use in uses)
-        total = sum(use.used for use in uses)
-        self._shared = len(ranks) > self._cores or total > _BUSY * self._cores
-        self._busy = total > _BUSY * self._cores
-        # Part of a rank's step in which it computes.
-        self._computing = [
-            min(1.0, use.used * facts.train_seconds / max(facts.train_seconds - facts.wait_seconds[rank], 1e-12))
+        # Cores that a rank takes while it computes.
+        demands = [
+            use.used * facts.train_seconds / max(facts.train_seconds - facts.wait_seconds[rank], 1e-12)
             for rank, use in zip(ranks, uses, strict=True)
         ]
+        # Part of a rank's step in which it computes.
+        self._computing = [min(1.0, demand) for demand in demands]
+        self._shared = sum(max(1.0, demand) for demand in demands) > _ROOM * self._cores
+        self._busy = self._shared and sum(use.used for use in uses) > _BUSY * self._cores
         computed_s = [part * _mean(own) for part, own in zip(self._computing, self._steps, strict=True)]
         # The quickest steps are those that waited least for a core: what they did not compute, the rank slept.
         alone_s = [
@@ -111,6 +119,9 @@ class _Host:
         taken = self._turn(turn)
         if not self._shared:
             return max(taken)
+        if self._busy and self._cores_s < _SLICE_S:
+            # How the cores are dealt decides, and nobody knows that.
+            return math.inf
         if self._busy:
             return max(*taken, self._cores_s)
         # All compute at the same time, where they came one after the other.

@@ -26,6 +26,7 @@ class RunFacts:
         wait_seconds: for each rank: spent in push and pull.
         parked_seconds: for each rank: the part of it in which the barrier held its gradient back.
         gradients_per_update: gradients that made a version.
+        all_reduce_s: seconds that an all-reduce of the parameters takes; 0.0 if that was not measured.
         cpu: for each rank what it used of its host; empty if that is not known.
     """
 
@@ -39,6 +40,7 @@ class RunFacts:
     wait_seconds: Sequence[float]
     parked_seconds: Sequence[float]
     gradients_per_update: int = 1
+    all_reduce_s: float = 0.0
     cpu: Sequence[CpuUse] = ()
 
     @classmethod
@@ -59,6 +61,7 @@ class RunFacts:
             wait_seconds=list(stats["wait_seconds_by_rank"].values()),
             parked_seconds=list(stats["parked_seconds_by_rank"].values()),
             gradients_per_update=configuration["gradients_per_update"],
+            all_reduce_s=stats["all_reduce_seconds"],
             cpu=cpu if all(use.cores > 0 for use in cpu) else (),
         )
 

@@ -36,6 +36,7 @@ class RunStats:
         host_by_rank: rank -> name of its host, once the ranks have met after some training.
         cores_by_rank: rank -> cores that its process may run on.
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
+        all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
         evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
@@ -55,6 +56,7 @@ class RunStats:
         self.host_by_rank: dict[int, str] = dict.fromkeys(range(workers), "")
         self.cores_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
         self.cores_used_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
+        self.all_reduce_seconds = 0.0
         self.dropped = 0
         self.rejected = 0
         self.evicted: list[int] = []
@@ -145,6 +147,7 @@ class RunStats:
                 "host_by_rank": dict(self.host_by_rank),
                 "cores_by_rank": dict(self.cores_by_rank),
                 "cores_used_by_rank": dict(self.cores_used_by_rank),
+                "all_reduce_seconds": self.all_reduce_seconds,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
                 "evicted": list(self.evicted),

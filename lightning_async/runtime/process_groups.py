@@ -7,14 +7,20 @@ Process-wide, like the default group.
 
 from __future__ import annotations
 
+import time
 import weakref
 from datetime import timedelta
+from statistics import median
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["exchange_group", "open_exchange_group"]
+__all__ = ["exchange_group", "open_exchange_group", "time_all_reduce"]
 
+# 16 MB.
+_MOST_ELEMENTS = 1 << 22
+_APART_S = 0.005
 _Group: TypeAlias = "dist.ProcessGroup"
 
 # The default group and the group that was opened beside it. Weak: torch alone decides how long they live, and Gloo's
@@ -40,6 +46,29 @@ def exchange_group() -> _Group | None:
     if _pair is None or not dist.is_initialized() or _pair[0]() is not _default_group():
         return None
     return _pair[1]()
+
+
+def time_all_reduce(elements: int, device: torch.device, repetitions: int = 7) -> float:
+    """Seconds that an all-reduce of float32 values takes, as DDP makes one in each step; a collective call.
+
+    The ranks come to each from something else, as to the one of a step: one after the other takes a fraction of that.
+
+    Args:
+        elements: how many; of a large number a part is reduced, and the time scaled.
+        device: where they are.
+        repetitions: how often it is measured; the median counts.
+    """
+    part = min(max(elements, 1), _MOST_ELEMENTS)
+    values = torch.zeros(part, device=device)
+    seconds = []
+    for _ in range(repetitions + 1):
+        time.sleep(_APART_S)
+        started = time.perf_counter()
+        dist.all_reduce(values, group=exchange_group())
+        # Waits for a device that reduces by itself.
+        values[0].item()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:]) * max(elements, 1) / part
 
 
 def _default_group() -> _Group:

@@ -21,6 +21,7 @@ from lightning_async.loops.tensor_sync import average_unlike
 from lightning_async.monitoring.cpu_use import CpuMeter, CpuUse
 from lightning_async.monitoring.metrics import MetricsLogger
 from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.process_groups import time_all_reduce
 from lightning_async.strategies.by_hand import ByHand, Leftover
 from lightning_async.strategies.checkpointing import Checkpointing
 from lightning_async.strategies.clock import SharedClock
@@ -214,6 +215,10 @@ class Coordinator(protocols.Coordinator):
             any(wish) for wish in zip(*(wishes for wishes, _, _ in ranks), strict=True)
         )
         self._stats.end_segment()
+        if trainer.world_size > 1 and not self._stats.all_reduce_seconds:
+            # DDP makes one in each step: what lock step would take is estimated with it.
+            elements = self._exchange.engine.layout.numel
+            self._stats.all_reduce_seconds = time_all_reduce(elements, trainer.strategy.root_device)
         self._stats.note_cpu_use([use for _, _, use in ranks])
         if sigterm:
             trainer_state.set_received_sigterm(trainer)

@@ -75,8 +75,7 @@ def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, amsgrad=True)
 
 
-@pytest.mark.parametrize("holder", ["thread", "process"])
-@pytest.mark.parametrize("kind", [momentum, adam], ids=["sgd", "amsgrad"])
+@pytest.mark.parametrize(("kind", "holder"), [(momentum, "thread"), (adam, "process")], ids=["sgd", "amsgrad-process"])
 def test_a_gradient_of_each_rank_and_a_bound_of_zero_is_ddp(tmp_path: Path, kind: Any, holder: Any) -> None:
     strategy = AsyncStrategy(0, gradients_per_update=RANKS, holder=holder, start_method="fork")
     (tmp_path / "ddp").mkdir()
@@ -132,8 +131,9 @@ class SavesHalfway(Module):
             self.trainer.save_checkpoint("middle.ckpt")
 
 
-@pytest.mark.parametrize("resumed_with", [4, 1, 3], ids=["same", "one", "fewer"])
-@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize(
+    ("holder", "resumed_with"), [("process", 4), ("thread", 1), ("thread", 3)], ids=["same-process", "one", "fewer"]
+)
 def test_gradients_that_wait_for_more_are_part_of_a_checkpoint(tmp_path: Path, holder: Any, resumed_with: int) -> None:
     def go_on(folder: Path, module: Module, per_update: int, path: str | None) -> None:
         seed_everything(3, verbose=False)

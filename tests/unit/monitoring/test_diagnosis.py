@@ -23,6 +23,7 @@ FACTS = RunFacts(
     steps=[FAST, FAST, FAST, SLOW],
     wait_seconds=[0.5] * 4,
     parked_seconds=[0.0] * 4,
+    all_reduce_s=1e-4,
     cpu=[CpuUse("a", 8, 0.9)] * 4,
 )
 
@@ -85,7 +86,7 @@ def test_a_slow_rank_is_one_that_the_others_are_not() -> None:
         ({"steps": [FAST] * 2 + [SLOW] * 2}, "ranks 2 and 3 take 4.1x the median step of the others; "),
         ({"steps": [FAST], "wait_seconds": [0.0], "parked_seconds": [0.0]}, "a single rank"),
         ({"updates": 0}, "no update was applied"),
-        ({"cpu": ()}, "what lock step would take is not known, since the ranks did not come to tell"),
+        ({"cpu": ()}, "what lock step would take is not known, since the run ended before its ranks met"),
         (
             {"cpu": [CpuUse("a", 2, 0.5)] * 4, "steps": [NOISY, NOISY[1:], NOISY[2:], NOISY]},
             "ranks wait for cores, with 4 ranks on 2 cores, so what lock step would take cannot be told",

@@ -15,7 +15,9 @@ from lightning_async.monitoring.run_facts import RunFacts
 EVEN, UNEVEN = [[0.01] * 50] * 4, [[0.01] * 50] * 3 + [[0.04] * 50]
 
 
-def facts(steps: list[list[float]], cores: int, used: float, wait_s: float = 0.0) -> RunFacts:
+def facts(
+    steps: list[list[float]], cores: int, used: float, wait_s: float = 0.0, all_reduce_s: float = 1e-6
+) -> RunFacts:
     """Ten seconds of ranks that never wait for one another, on one host."""
     rate = sum(len(own) / sum(own) for own in steps)
     return RunFacts(
@@ -28,14 +30,15 @@ def facts(steps: list[list[float]], cores: int, used: float, wait_s: float = 0.0
         steps=steps,
         wait_seconds=[wait_s] * len(steps),
         parked_seconds=[0.0] * len(steps),
+        all_reduce_s=all_reduce_s,
         cpu=[CpuUse("a", cores, used)] * len(steps),
     )
 
 
 def test_with_a_core_each_a_round_takes_what_its_slowest_rank_takes() -> None:
-    assert estimate(facts(UNEVEN, cores=8, used=1.0)).factor == pytest.approx(3.25)
-    assert estimate(facts(EVEN, cores=8, used=1.0)).factor == pytest.approx(1.0)
-    assert estimate(facts([[1.0, 3.0], [3.0, 1.0]], cores=8, used=1.0)).factor == pytest.approx(1.5)
+    assert estimate(facts(UNEVEN, cores=8, used=1.0)).factor == pytest.approx(3.25, rel=1e-3)
+    assert estimate(facts(EVEN, cores=8, used=1.0)).factor == pytest.approx(1.0, rel=1e-3)
+    assert estimate(facts([[1.0, 3.0], [3.0, 1.0]], cores=8, used=1.0)).factor == pytest.approx(1.5, rel=1e-3)
 
 
 def test_ranks_that_sleep_on_few_cores_are_as_on_hardware_of_their_own() -> None:
@@ -48,7 +51,7 @@ def test_ranks_that_sleep_on_few_cores_are_as_on_hardware_of_their_own() -> None
 def test_ranks_that_share_cores_evenly_gain_nothing() -> None:
     found = estimate(facts(EVEN, cores=2, used=0.5))
 
-    assert found.low == pytest.approx(1.0)
+    assert found.low == pytest.approx(1.0, rel=1e-3)
     assert found.known
 
 
@@ -66,19 +69,24 @@ def test_hosts_with_cores_enough_are_not_touched_by_one_that_has_too_few() -> No
     run = facts(UNEVEN, cores=8, used=1.0)
     crowded = replace(run, cpu=[CpuUse("a", 1, 0.5)] * 2 + [CpuUse("b", 8, 1.0)] * 2)
 
-    assert estimate(crowded).factor == pytest.approx(3.25)
+    assert estimate(crowded).factor == pytest.approx(3.25, rel=1e-3)
     assert crowded.shared_cores() == [(2, 1)]
 
 
-def test_an_exchange_that_takes_long_widens_the_range() -> None:
-    narrow, wide = (estimate(facts(EVEN, cores=8, used=1.0, wait_s=wait_s)) for wait_s in (0.5, 4.0))
+def test_an_all_reduce_is_a_part_of_each_step() -> None:
+    found = estimate(facts(EVEN, cores=8, used=1.0, all_reduce_s=0.002))
 
-    assert narrow.known
-    assert not wide.known
+    assert found.known
+    assert found.factor == pytest.approx(1.2, abs=0.02)
+
+
+def test_an_all_reduce_that_takes_longer_than_the_steps_leaves_little_to_tell() -> None:
+    assert not estimate(facts(EVEN, cores=8, used=1.0, all_reduce_s=0.04)).known
 
 
 def test_nothing_is_known_of_ranks_that_did_not_tell_what_they_used() -> None:
     assert not estimate(replace(facts(EVEN, cores=8, used=1.0), cpu=())).known
+    assert not estimate(replace(facts(EVEN, cores=8, used=1.0), all_reduce_s=0.0)).known
 
 
 @given(

@@ -48,6 +48,7 @@ def record(**changes: object) -> RunRecord:
             "host_by_rank": dict.fromkeys(range(RANKS), "node-1"),
             "cores_by_rank": dict.fromkeys(range(RANKS), 8),
             "cores_used_by_rank": dict.fromkeys(range(RANKS), 0.9),
+            "all_reduce_seconds": 1e-4,
             "dropped": 0,
             "rejected": 0,
             "evicted": [],

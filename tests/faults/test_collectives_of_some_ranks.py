@@ -50,7 +50,11 @@ class OnRankZeroOnly(TinyClassifier):
 )
 @pytest.mark.parametrize(
     ("hook", "call"),
-    [("on_train_start", "torch"), ("on_validation_epoch_end", "strategy"), ("on_train_epoch_end", "torch")],
+    [
+        ("on_train_start", "torch"),
+        pytest.param("on_validation_epoch_end", "strategy", marks=pytest.mark.soak),
+        ("on_train_epoch_end", "torch"),
+    ],
 )
 def test_a_collective_that_only_rank_0_calls_ends_the_run_by_its_name(tmp_path: Path, hook: str, call: str) -> None:
     def script(folder: Path) -> None:

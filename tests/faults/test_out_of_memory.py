@@ -27,7 +27,7 @@ def options(exchange: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("place", ["training_step", "validation_step"])
+@pytest.mark.parametrize("place", ["training_step", pytest.param("validation_step", marks=pytest.mark.soak)])
 def test_a_rank_without_memory_is_named_and_ends_everyone(tmp_path: Path, exchange: str, rank: int, place: str) -> None:
     run = start(Run((Fault(rank, 5, "exhaust", place),), strategy=options(exchange)), tmp_path, timeout_s=40)
 
@@ -37,7 +37,7 @@ def test_a_rank_without_memory_is_named_and_ends_everyone(tmp_path: Path, exchan
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("kind", ["raise", "kill"])
+@pytest.mark.parametrize("kind", ["raise", pytest.param("kill", marks=pytest.mark.soak)])
 def test_a_failing_rank_is_named_where_no_thread_can_be_started(
     tmp_path: Path, exchange: str, rank: int, kind: Any
 ) -> None:

@@ -50,7 +50,7 @@ def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launc
     return launch(script, folder, timeout_s)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.soak), 3])
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("raise", "InjectedError: injected into training_step"), ("kill", "its process ")],

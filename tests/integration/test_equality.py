@@ -258,7 +258,7 @@ def train_and_replay(
         ({"max_staleness": "auto", "overlap": True}, {"accumulate_grad_batches": 2}),
         ({"max_staleness": 5, "overlap": True, "on_stale": "drop", "batches": "sharded"}, {}),
         ({"max_staleness": 2, "gradients_per_update": 3}, {}),
-        ({"max_staleness": 1, "gradients_per_update": 2, "on_stale": "drop"}, {}),
+        pytest.param({"max_staleness": 1, "gradients_per_update": 2, "on_stale": "drop"}, {}, marks=pytest.mark.soak),
         ({"max_staleness": 1, "gradients_per_update": 7, "overlap": True}, {"accumulate_grad_batches": 2}),
     ],
     ids=[

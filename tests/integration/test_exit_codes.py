@@ -43,12 +43,12 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "status"),
     [
         ([], 2),
-        (["fitt"], 2),
+        pytest.param(["fitt"], 2, marks=pytest.mark.soak),
         (["fit", "--config", "missing.yaml"], 2),
         (["compare", "--config", RECIPE], 2),
-        (["report"], 2),
+        pytest.param(["report"], 2, marks=pytest.mark.soak),
         (["report", "nowhere"], 2),
-        (["--help"], 0),
+        pytest.param(["--help"], 0, marks=pytest.mark.soak),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

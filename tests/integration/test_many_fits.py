@@ -107,7 +107,9 @@ def test_a_process_that_fits_alone_keeps_nothing(tmp_path: Path, fits: int) -> N
 
 
 @many
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS][:1] + [pytest.param(name, marks=pytest.mark.soak) for name in [*OPTIONS][1:]]
+)
 def test_ranks_that_fit_many_times_keep_nothing(tmp_path: Path, options: str, fits: int) -> None:
     run = launch(
         lambda folder: run_on_every_rank(2, lambda: fit_many_times(folder, 2, fits, **OPTIONS[options])),

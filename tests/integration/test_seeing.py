@@ -261,7 +261,9 @@ def ending_early(
         assert devices > 1 or monitor.record_path == folder / "async_run.json"
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SIGTERMException])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyboardInterrupt, pytest.param(SIGTERMException, marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize(
     ("devices", "strategy", "culprit", "holder"),
     [(1, "async_amsgrad", 0, "thread"), (2, "", 0, "thread"), (2, "", 1, "thread"), (2, "", 1, "process")],

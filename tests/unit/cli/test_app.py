@@ -450,7 +450,7 @@ def test_fit_runs_the_recipe_and_saves_its_configuration(tmp_path: Path) -> None
     assert (run / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("entry", ["module", "script"])
+@pytest.mark.parametrize("entry", ["module", pytest.param("script", marks=pytest.mark.soak)])
 def test_a_class_beside_the_config_resolves_in_launched_ranks_too(tmp_path: Path, entry: str) -> None:
     (tmp_path / "mine.py").write_text(
         "import os\n"

@@ -82,7 +82,9 @@ class EmulatedModule(LightningModule):
         return lightning_async.AMSGrad(self.parameters(), lr=1e-4, fused=True)
 
 
-def measure(strategy: Any, steps: Sequence[float | Step], batches: int, parameters: int) -> dict[str, Any]:
+def measure(
+    strategy: Any, steps: Sequence[float | Step], batches: int, parameters: int, with_facts: bool = False
+) -> dict[str, Any]:
     """Trains in ranks of their own and returns rank 0's view of it.
 
     Args:
@@ -90,11 +92,12 @@ def measure(strategy: Any, steps: Sequence[float | Step], batches: int, paramete
         steps: each rank's, or the seconds that it sleeps.
         batches: batches over all ranks.
         parameters: number of parameters of the model.
+        with_facts: whether to return what the diagnosis looks at, which JSON cannot hold.
 
     Returns:
         ``batches_per_second`` over all ranks, ``start_s`` from the call of fit to the first batch, and for
         asynchronous strategies ``waiting``, the fraction of its time that the mean rank spent in push and pull, and
-        ``facts``, what the diagnosis looks at.
+        ``facts``, if they are wanted.
     """
     taken = [step if isinstance(step, Step) else Step(sleep_s=step) for step in steps]
     # A process per measurement, so that none inherits the threads and process groups of another.
@@ -105,7 +108,8 @@ def measure(strategy: Any, steps: Sequence[float | Step], batches: int, paramete
     process.join()
     if process.exitcode != 0:
         raise SystemExit(f"the measurement of {strategy} failed with exit code {process.exitcode}")
-    return dict(queue.get())
+    found = dict(queue.get())
+    return found if with_facts else {name: value for name, value in found.items() if name != "facts"}
 
 
 def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, parameters: int) -> None:

@@ -49,7 +49,7 @@ def compare(name: str, steps: list[Step], seconds: float) -> dict[str, Any]:
     """One scenario, printed and returned."""
     first = measure("async_amsgrad_fork", steps, 100, LENET5_PARAMETERS)
     batches = max(200, int(first["batches_per_second"] * seconds))
-    asynchronous = measure("async_amsgrad_fork", steps, batches, LENET5_PARAMETERS)
+    asynchronous = measure("async_amsgrad_fork", steps, batches, LENET5_PARAMETERS, with_facts=True)
     in_lock_step = measure("ddp_fork", steps, batches, LENET5_PARAMETERS)
     measured = asynchronous["batches_per_second"] / in_lock_step["batches_per_second"]
     found = estimate(asynchronous["facts"])

@@ -258,7 +258,18 @@ class Engine:
             observer(update, tickets)
 
 
-def check_overlap(bound: int | None, readers: int, optimizers: int, gradients_per_update: int = 1) -> None:
+def check_overlap(bound: int | None, readers: int, optimizers: int, gradients_per_update: int) -> None:
+    """Refuses ``overlap=True`` where the bound would leave it nothing to overlap.
+
+    Args:
+        bound: the staleness bound; None bounds nothing.
+        readers: slots of all ranks.
+        optimizers: their number.
+        gradients_per_update: gradients that make an update.
+
+    Raises:
+        ValueError: if it is refused; the message says what to do.
+    """
     if optimizers > 1:
         raise ValueError(
             f"overlap=True takes one optimizer and there are {optimizers}: the second one's gradient would be from "

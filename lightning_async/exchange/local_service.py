@@ -166,6 +166,8 @@ class HolderService(Service):
 
     def _inherit(self, predecessor: HolderService, origins: Origins, states: Sequence[StateByPlace | None]) -> None:
         """Gives the holder what the predecessor's has made of the parameters that it had."""
+        # Gradients that wait for more are of the parameters and the optimizer that were there.
+        predecessor.holder.complete_version()
         before, mine = predecessor.holder.snapshot(), self.holder.snapshot()
         values = [self.layout.views(mine.parameters, index) for index in range(len(origins))]
         known = [predecessor.layout.views(before.parameters, index) for index in range(len(before.optimizer_states))]

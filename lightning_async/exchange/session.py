@@ -119,11 +119,7 @@ class Session:
         """Answers what the barrier never holds back."""
         match message:
             case wire.Draw():
-                drawn = self._ledger.draw(self.worker)
-                if not drawn:
-                    # If it was expected to read, it has nothing to compute.
-                    self._holder.excuse(self.worker, self.slot)
-                self._channel.send(wire.Tickets(self.worker, drawn))
+                self._channel.send(wire.Tickets(self.worker, self._ledger.draw(self.worker)))
             case wire.Read(counts=counts):
                 self._count(counts)
                 self._send_parameters(self._holder.read(self._parameters), counted=bool(counts))

@@ -181,8 +181,12 @@ class Slot:
     def leave(self) -> None:
         """Gives the parameters back that nothing will be pushed for."""
         if self.reading:
-            self.request(Leave(self._rank), Ack)
-            self.reading = False
+            self.finish()
+
+    def finish(self) -> None:
+        """Leaves the barrier, also where this slot has read nothing: the holder may count on it to read."""
+        self.request(Leave(self._rank), Ack)
+        self.reading = False
 
     def say_goodbye(self) -> None:
         """Ends the conversation in order.

@@ -190,7 +190,7 @@ class Worker:
         self._turns.settle()
         self.skip()
         for slot in self._turns.slots:
-            slot.leave()
+            slot.finish()
         # They came with the answer to a push that ended the segment, after another rank had given them back.
         self._release_waiting()
         self.tickets.finish_segment()

@@ -253,18 +253,13 @@ class Holder:
             self._tell()
 
     def expect(self, workers: Iterable[int]) -> None:
-        """Puts workers into the queue of readers before they ask, so that none can be overtaken on its way here."""
+        """Puts workers into the queue of readers before they ask, so that none can be overtaken on its way here.
+
+        One that computes nothing must `leave`, or those behind it wait for ever.
+        """
         with self._lock:
             for worker in workers:
                 self._barrier.ask((worker, 0))
-
-    def excuse(self, worker: int, slot: int = 0) -> None:
-        """Takes ``worker`` out of the queue of readers, if it is in it: it has nothing to compute."""
-        with self._lock:
-            reader = (worker, slot)
-            if self._barrier.held(reader) is None and reader in self._barrier.waiting:
-                self._barrier.leave(reader)
-                self._tell()
 
     def read(self, out: Tensor) -> int:
         """Copies the parameters into ``out`` past the barrier, for the synchronous phase; returns their version."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from torch import nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
 from tests.launch import Launched, launch, report
@@ -200,3 +200,50 @@ def test_several_optimizers_are_refused_by_name(tmp_path: Path) -> None:
 
     assert run.returncode == 1
     assert "gradients_per_update=2 takes one optimizer and there are 2" in run.output
+
+
+class UnequalStream(IterableDataset[Any]):
+    """Each rank's own, of unlike lengths."""
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank()
+        for index in range(BATCH * (3, 8, 11)[rank]):
+            yield torch.full((6,), index / 40), rank % 2, index
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("arguments", [{}, {"val_check_interval": 2}], ids=["epochs", "validations"])
+def test_ranks_whose_streams_end_earlier_hold_nobody_up_in_lock_step(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    def script(folder: Path) -> None:
+        strategy = AsyncStrategy(0, gradients_per_update=RANKS, start_method="fork")
+        trainer = fork_trainer(folder, RANKS, strategy, **({"max_epochs": EPOCHS} | arguments))
+        trainer.fit(Module(), DataLoader(UnequalStream(), batch_size=BATCH), loader(12, BATCH))
+
+    ranks = finished(launch(script, tmp_path, timeout_s=40.0))
+
+    assert [[len(samples) // BATCH for samples in rank["seen"]] for rank in ranks] == [[3] * 2, [8] * 2, [11] * 2]
+
+
+class ReplacesTheOptimizer(Module):
+    """Takes a new optimizer at a validation, where a gradient waits for another."""
+
+    def on_validation_end(self) -> None:
+        if self.trainer.sanity_checking or self.current_epoch > 0 or self.replaced:
+            return
+        self.replaced = True
+        before = self.trainer.strategy.version
+        self.trainer.optimizers = [AMSGrad(self.parameters(), lr=1e-2)]
+        self.before = before
+
+    replaced = False
+
+
+def test_gradients_that_wait_for_more_are_not_lost_with_an_optimizer_that_is_replaced(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        strategy = AsyncStrategy(gradients_per_update=4, start_method="fork")
+        trainer = fork_trainer(folder, 2, strategy, val_check_interval=5)
+        trainer.fit(ReplacesTheOptimizer(), loader(80, BATCH), loader(12, BATCH))
+
+    # Ten gradients: two versions, and one of the two that wait; then ten more.
+    for rank in finished(launch(script, tmp_path)):
+        assert rank["version"] == 3 + 3

@@ -71,6 +71,11 @@ class AsyncMonitor(Callback):
         self._record: RecordFile | None = None
         self._timeline: Timeline | None = None
         self._ended_by: str | None = None
+        self._tells = True
+
+    def leave_the_last_line(self) -> None:
+        """Leaves it to the program to write a report and to say where it is; called before the fit."""
+        self._tells, self.report = False, False
 
     @property
     def record_path(self) -> Path | None:
@@ -184,8 +189,7 @@ class AsyncMonitor(Callback):
         folder = self._folder
         if self._strategy is None or folder is None or (broken_off and self._is_told_of_exceptions):
             return None
-        lines = [self._timeline_line] if self.trace is not None else []
-        return "\n".join([*lines, self._report_line(folder, may_write=not broken_off)])
+        return self._lines(folder, may_write=not broken_off)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -194,8 +198,8 @@ class AsyncMonitor(Callback):
         if ended_by is not None and self._is_told_of_exceptions and self._folder is not None:
             try:
                 self._write_timeline_alone(ended_by)
-                lines = [self._timeline_line] if self.trace is not None else []
-                print("\n".join([*lines, self._report_line(self._folder, may_write=True)]), flush=True)
+                if lines := self._lines(self._folder, may_write=True):
+                    print(lines, flush=True)
             except Exception as error:
                 # Lightning would raise it in the place of what has ended the fit.
                 log.warning("lightning_async: the timeline or the report could not be written: %r", error)
@@ -228,9 +232,12 @@ class AsyncMonitor(Callback):
         if self._timeline is not None and self._strategy is not None:
             self._timeline.write_alone(self._trace_path, self._strategy.configuration, ended_by)
 
-    @property
-    def _timeline_line(self) -> str:
-        return f"Timeline of the run: {self._trace_path}; open it in https://ui.perfetto.dev."
+    def _lines(self, folder: Path, may_write: bool) -> str | None:
+        timeline = (
+            f"Timeline of the run: {self._trace_path}; open it in https://ui.perfetto.dev." if self.trace else None
+        )
+        report = self._report_line(folder, may_write) if self._tells else None
+        return "\n".join(filter(None, (timeline, report))) or None
 
     def _report_line(self, folder: Path, may_write: bool) -> str:
         if not (self.report and may_write):

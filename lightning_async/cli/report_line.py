@@ -61,6 +61,7 @@ class ReportAtTheEnd:
         monitor = next((callback for callback in _callbacks(trainer) if isinstance(callback, AsyncMonitor)), None)
         if monitor is None or not trainer.is_global_zero:
             return
+        monitor.leave_the_last_line()
         folder = _folder(trainer) if monitor.folder is None else monitor.folder
         self._record = Path(folder) / RECORD_NAME
         self._before_ns = self._written_ns()

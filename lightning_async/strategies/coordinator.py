@@ -224,16 +224,18 @@ class Coordinator(protocols.Coordinator):
             trainer_state.set_received_sigterm(trainer)
         # Rank 0 tells what became of the tickets, and what the holder's steps have changed in the param groups.
         service = self._exchange.engine.service
-        told: Any = None
-        if service is not None:
-            done, left = service.progress()
-            if not left or skip_rest or self._is_over():
-                # No gradient follows that those which wait for more could wait for.
-                service.complete_version()
-            told = (done, left), service.take_adapted()
-        (done, left), adapted = self._collectives.broadcast(told)
+        (done, left), adapted = self._collectives.broadcast(
+            ((0, 0), []) if service is None else (service.progress(), service.take_adapted())
+        )
         # Every rank's last push was answered before it came here, so these parameters are final.
         worker.refresh()
+        # But for gradients that wait for more, where none will follow; all ranks know the same of that.
+        if self._exchange.averages and (not left or skip_rest or self._is_over()):
+            self._exchange.engine.show_adapted(adapted)
+            if service is not None:
+                service.complete_version()
+            adapted = self._collectives.broadcast([] if service is None else service.take_adapted())
+            worker.refresh()
         self._by_hand.agree(leftover for _, leftover, _ in ranks)
         if trainer.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())

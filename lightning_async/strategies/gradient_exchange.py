@@ -91,6 +91,11 @@ class GradientExchange:
         """This rank's worker."""
         return self.engine.worker
 
+    @property
+    def averages(self) -> bool:
+        """Whether several gradients make an update."""
+        return self._context.options.gradients_per_update > 1
+
     def push(self, optimizer: Optimizer) -> None:
         """Pushes an optimizer's gradients, and takes fresh parameters for them.
 

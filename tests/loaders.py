@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -16,6 +17,14 @@ from tests.harness import LoaderRank
 Mode = Literal["shared", "sharded"]
 DATA = TensorDataset(torch.arange(42))
 SEED = 3
+
+# For modules whose tests use real loaders.
+uses_loaders = [
+    pytest.mark.timeout(100),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("no_loader_outlives_its_test"),
+]
+modes = pytest.mark.parametrize("mode", ["shared", "sharded"])
 
 
 # --- ranks in one process --------------------------------------------------------------------------------------------

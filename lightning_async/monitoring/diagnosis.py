@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from lightning_async.monitoring.lock_step import estimate
+from lightning_async.monitoring.number_runs import runs_of
 from lightning_async.monitoring.replay import free_bound
 from lightning_async.monitoring.run_facts import RunFacts
 
@@ -122,14 +123,10 @@ def _named(ranks: Sequence[int]) -> str:
         >>> _named([3]), _named([1, 3]), _named([0, 2, 3, 4, 5, 9])
         ('rank 3', 'ranks 1 and 3', 'ranks 0, 2 to 5 and 9')
     """
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
     words = [
-        word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
+        word
+        for run in runs_of(ranks)
+        for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
     ]
     listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_async.monitoring.number_runs import runs_of
 from lightning_async.monitoring.series import Evaluation
 
 __all__ = ["metric_names", "ranges", "readable"]
@@ -50,13 +51,7 @@ def ranges(numbers: Sequence[int]) -> str:
         >>> ranges([1, 2, 3, 7]), ranges([0])
         ('1 to 3, 7', '0')
     """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs_of(numbers))
 
 
 def _ranks_of(kind: str, by_rank: Sequence[str]) -> list[int]:

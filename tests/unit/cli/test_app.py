@@ -20,6 +20,7 @@ from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
 from recipes.digits import DigitsDataModule
 from recipes.models import LeNet5
+from tests.refusals import refused_in_one_line
 
 ROOT = Path(__file__).parents[3]
 RECIPE = str(ROOT / "recipes" / "lenet5_digits.yaml")
@@ -162,13 +163,7 @@ def test_the_strategy_for_any_optimizer_can_be_given_by_name_and_by_class(named:
 def test_a_wrong_argument_is_one_line_and_status_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-
-    message = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert said in message
-    assert len(message.splitlines()) == 1
+    assert said in refused_in_one_line(arguments, capsys)
 
 
 @pytest.mark.parametrize(

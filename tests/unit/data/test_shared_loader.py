@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,21 +21,10 @@ from tests.loaders import (
     make,
     one_order,
     run_epoch,
+    uses_loaders,
 )
 
-pytestmark = [
-    pytest.mark.timeout(100),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
-modes = pytest.mark.parametrize("mode", ["shared", "sharded"])
-
-
-@pytest.fixture(autouse=True)
-def no_loader_outlives_its_test() -> Iterator[None]:
-    """Dropped loaders end here: their workers would hold up the test in which the garbage is collected."""
-    yield
-    gc.collect()
+pytestmark = uses_loaders
 
 
 def ddp_share(rank: int, epoch: int, **arguments: Any) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -26,24 +25,14 @@ from tests.loaders import (
     Threaded,
     join,
     make,
+    modes,
     one_order,
     run_epoch,
     train,
+    uses_loaders,
 )
 
-pytestmark = [
-    pytest.mark.timeout(100),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
-modes = pytest.mark.parametrize("mode", ["shared", "sharded"])
-
-
-@pytest.fixture(autouse=True)
-def no_loader_outlives_its_test() -> Iterator[None]:
-    """Dropped loaders end here: their workers would hold up the test in which the garbage is collected."""
-    yield
-    gc.collect()
+pytestmark = uses_loaders
 
 
 KINDS = [DataLoader, Kept, Looking, LookingToItsLength, OwnIterator, Direct, Threaded]

@@ -51,6 +51,7 @@ class Membership:
         describe_end: asked how a rank's process ended, on rank 0.
         graceful: exception types with which all ranks leave together; they are no failure.
         exit_process: see `ExitGuard`.
+        has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Membership:
         describe_end: Callable[[int], str | None] = lambda rank: None,
         graceful: tuple[type[BaseException], ...] = (),
         exit_process: Callable[[int], object] = os._exit,
+        has_stepped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank = rank
         self.latch = FailureLatch()
@@ -81,6 +83,10 @@ class Membership:
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
         self._graceful = graceful
+        self._has_stepped = has_stepped
+
+    def _may_be_common(self, error: BaseException) -> bool:
+        return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
     def meet(self, world_size: int, host: str, broadcast: Callable[[str], str]) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
@@ -149,7 +155,7 @@ class Membership:
         if isinstance(error, WorkerFailedError):
             self.latch.trip(error.failure)
         failure = self.latch.failure
-        if failure is None and self.rank > 0 and self._heartbeats is not None and _may_be_common(error):
+        if failure is None and self.rank > 0 and self._heartbeats is not None and self._may_be_common(error):
             # A mistake that all ranks make is told by rank 0.
             common = self.latch.wait(_COMMON_FAILURE_S)
             failure = common if common is not None and common.reason == describe_error(error) else None
@@ -185,10 +191,6 @@ def _end_now() -> None:
         sys.stderr.flush()
     finally:
         end_process()
-
-
-def _may_be_common(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, MemoryError)
 
 
 def _may_be_lost_peer(error: BaseException) -> bool:

@@ -66,10 +66,12 @@ class LaunchedStrategy(Ranks, Protocol):
 
     Attributes:
         strategy_name: the name under which Lightning knows it.
+        has_stepped: whether this rank has trained on a batch in this fit.
         stats: what the ranks' process gives to the one that has started them.
     """
 
     strategy_name: str
+    has_stepped: bool
     stats: RunStats
 
     def break_off(self, error: BaseException) -> None:

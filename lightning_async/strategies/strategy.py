@@ -171,6 +171,7 @@ class AsyncStrategy(PhasedCollectives):
         # Told on every rank when a fit ends.
         self.monitors: list[FitMonitor] = []
         self.summary = summary
+        self.has_stepped = False
         self._signals = Signals()
         self._supervisor: RunSupervisor | None = None
         # While a fit is under way: its loops, what undoes all changes, and its parts once they are set up.
@@ -357,7 +358,7 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        self._resolved = None
+        self._resolved, self.has_stepped = None, False
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
@@ -434,6 +435,7 @@ class AsyncStrategy(PhasedCollectives):
 
     def _push(self, optimizer: Optimizer) -> None:
         self._parts.exchange.push(optimizer)
+        self.has_stepped = True
 
     @property
     def _parts(self) -> Fit:

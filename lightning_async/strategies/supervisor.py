@@ -71,6 +71,7 @@ class RunSupervisor:
             self._worker_timeout_s,
             describe_end=self._describe_end,
             graceful=(SIGTERMException,),
+            has_stepped=lambda: self._ranks.has_stepped,
             exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
         )
         return self._guarded(self._membership)

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lightning_async.runtime import membership
 from tests.faults.train import Run, as_rank_0_of_a_script, exec_script, train
 from tests.launch import Launched, launch
 
@@ -43,8 +42,6 @@ def start(run: Run, folder: Path, **arguments: Any) -> Launched:
     def script(folder: Path) -> None:
         tempfile.tempdir = str(folder / "tmp")
         os.mkdir(tempfile.tempdir)
-        # Its ranks begin at one moment, and come to a common mistake at one moment too.
-        membership._COMMON_FAILURE_S = 0.1
         train(run, folder)
 
     launched = launch(script, folder, **arguments)

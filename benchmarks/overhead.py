@@ -4,8 +4,10 @@ Run ``python -m benchmarks.overhead``. Ranks of one speed train LeNet-5 and ResN
 For the asynchronous runs the time that rank 0 spends in each part of the exchange is added up and divided by its steps.
 With more than one rank the holder is also given a process of its own (``holder="process"``).
 
-With ``--device cuda`` all ranks share the first GPU. Parameters then travel as `docs/gpu.md` says, and DDP reduces over
-``--backend``: NCCL takes several ranks on one GPU only where NCCL_MULTI_RANK_GPU_ENABLE=1 is set and understood.
+With ``--device cuda`` all ranks share the first GPU, and the holder on the GPU and ``overlap=True`` are measured too
+(overlap alone where NCCL carries, since the holder is on the GPU then). Parameters then travel as `docs/gpu.md` says,
+and DDP reduces over ``--backend``: NCCL takes several ranks on one GPU only where NCCL_MULTI_RANK_GPU_ENABLE=1 is set
+and understood.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +36,14 @@ from lightning_async.holder.holder import Holder
 from recipes.models import LeNet5, ResNet18
 
 ASYNC, APART, DDP = "async_amsgrad", "async_amsgrad, holder apart", "ddp"
+ON_GPU, OVERLAP = "async_amsgrad, holder on the GPU", "async_amsgrad, overlap"
+# What each kind of run gives the strategy.
+OPTIONS: dict[str, dict[str, Any]] = {
+    ASYNC: {},
+    APART: {"holder": "process"},
+    ON_GPU: {"holder_device": "cuda"},
+    OVERLAP: {"overlap": True},
+}
 # Model, image shape, batch size.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "LeNet-5": (LeNet5, (1, 28, 28), 64),
@@ -124,7 +134,7 @@ def main() -> None:
         for ranks in arguments.ranks:
             runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for _ in range(arguments.repeats):
-                for strategy in (ASYNC, DDP, APART) if ranks > 1 else (ASYNC, DDP):
+                for strategy in kinds(ranks, arguments.device, arguments.backend):
                     runs[strategy].append(measure(model, ranks, strategy, step_s, arguments))
             rates = {
                 strategy: sorted(run["samples_per_second"] for run in repeats)[len(repeats) // 2]
@@ -133,7 +143,7 @@ def main() -> None:
             theirs = rates[DDP]
             row: dict[str, Any] = {"model": model, "ranks": ranks, "ddp": theirs}
             print(f"{model}, {ranks} rank(s): ddp {theirs:.0f} samples/s")
-            for strategy in [ASYNC, APART] if ranks > 1 else [ASYNC]:
+            for strategy in [one for one in runs if one != DDP]:
                 ours, repeats = rates[strategy], runs[strategy]
                 row[strategy] = {"samples_per_second": ours, "parts_us": repeats[-1]["parts_us"]}
                 print(f"   {strategy} {ours:.0f} samples/s, {ours / theirs:.3f}")
@@ -146,6 +156,15 @@ def main() -> None:
             found.append(row)
     name = "overhead" if arguments.device == "cpu" else f"overhead_{arguments.device}_{arguments.backend}"
     save(name, vars(arguments), found)
+
+
+def kinds(ranks: int, device: str, backend: str) -> list[str]:
+    """What is measured, in turns."""
+    if ranks == 1:
+        return [ASYNC, DDP]
+    if device == "cpu":
+        return [ASYNC, DDP, APART]
+    return [ASYNC, DDP, OVERLAP] if backend == "nccl" else [ASYNC, DDP, APART, ON_GPU, OVERLAP]
 
 
 def measure(model: str, ranks: int, strategy: str, step_s: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -203,9 +222,8 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, step_s: float, a
 def _strategy(name: str, devices: list[torch.device], backend: str) -> DDPStrategy:
     if name == DDP:
         return DDPStrategy(parallel_devices=devices, process_group_backend=backend, start_method="fork")
-    holder: Literal["thread", "process"] = "process" if name == APART else "thread"
     return lightning_async.AsyncAMSGradStrategy(
-        parallel_devices=devices, holder=holder, start_method="fork", summary=False
+        parallel_devices=devices, start_method="fork", summary=False, **OPTIONS[name]
     )
 
 

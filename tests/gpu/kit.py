@@ -103,11 +103,11 @@ def steps(folder: Path, dry: bool) -> list[Step]:
 
 
 def _full_steps(folder: Path) -> list[Step]:
-    cuda = ["--device", "cuda", "--models", "ResNet18", "--batch-size", "64", "--seconds", "5", "--repeats", "1"]
+    cuda = ["--device", "cuda", "--models", "ResNet18", "--batch-size", "64", "--seconds", "4", "--repeats", "1"]
     suite = [*_left_out(), *INTEGRATION, "tests/unit"]
     return [
-        _tests(folder, "gpu tests", 150, ["tests/gpu"], processes=6),
-        _benchmark(folder, "ddp overhead", 120, "overhead", *cuda, "--ranks", "1", "3"),
+        _tests(folder, "gpu tests", 170, ["tests/gpu"], processes=8),
+        _benchmark(folder, "ddp overhead", 140, "overhead", *cuda, "--ranks", "1", "3"),
         Step(PROBE, [sys.executable, "-m", "tests.gpu.share_probe"], 45, SHARING),
         _tests(folder, "nccl tests", 100, ["-k", "nccl or auto", "tests/gpu"], processes=4, needs=PROBE),
         _benchmark(folder, "nccl overhead", 60, "overhead", *cuda, "--ranks", "3", "--backend", "nccl", needs=PROBE),

@@ -63,6 +63,17 @@ WAYS = [
     pytest.param({"transport": "nccl"}, True, NCCL, id="nccl", marks=needs_nccl),
     pytest.param({"transport": "auto"}, True, NCCL, id="auto", marks=needs_nccl),
 ]
+# An update of more than one gradient, which are added up where the holder is.
+MEANS = [
+    pytest.param({"transport": "shm", "gradients_per_update": 2}, False, STAGED, id="staged-mean"),
+    pytest.param(
+        {"transport": "shm", "holder_device": "cuda", "gradients_per_update": 2},
+        False,
+        STAGED_ON_GPU,
+        id="staged-mean-on-gpu",
+    ),
+    pytest.param({"transport": "nccl", "gradients_per_update": 2}, True, NCCL, id="nccl-mean", marks=needs_nccl),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +82,7 @@ def without_gpus() -> None:
 
 
 def chosen(*names: str) -> list[Any]:
-    return [way for way in WAYS if way.id in names]
+    return [way for way in (*WAYS, *MEANS) if way.id in names]
 
 
 def gpu_trainer(folder: Path, ranks: int, apart: bool, options: dict[str, Any], **arguments: Any) -> Any:
@@ -117,7 +128,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(first[name], second[name].cpu(), rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("options", "apart", "kinds"), WAYS)
+@pytest.mark.parametrize(("options", "apart", "kinds"), [*WAYS, *MEANS])
 def test_a_recorded_run_replayed_on_one_gpu_gives_the_same_parameters(
     tmp_path: Path, options: dict[str, Any], apart: bool, kinds: list[tuple[str, str]]
 ) -> None:
@@ -140,7 +151,8 @@ def test_a_recorded_run_replayed_on_one_gpu_gives_the_same_parameters(
         strategy.observers.append(recorder)
         trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
         alone.to(card.FIRST)
-        replay(alone, torch.load(folder / "updates.pt"), samples)
+        per_update = options.get("gradients_per_update", 1)
+        replay(alone, torch.load(folder / "updates.pt"), samples, gradients_per_update=per_update)
         torch.save({name: p.detach().cpu() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
     run = launch(script, tmp_path, timeout_s=RUN_S)

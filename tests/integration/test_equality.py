@@ -177,7 +177,7 @@ def replay(
     gradients lack to an update is left out of it.
     """
     layout = FlatLayout([list(module.parameters())])
-    total = layout.buffer()
+    total = layout.buffer().to(next(module.parameters()).device)
     mean, gathered = GradientMean(total, layout.views(total, 0)), 0
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)

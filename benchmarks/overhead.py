@@ -128,34 +128,40 @@ def main() -> None:
     # Counts GPUs without CUDA, which does not survive the fork that starts the ranks.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ["OMP_NUM_THREADS"] = "1"
-    found = []
+    name = "overhead" if arguments.device == "cpu" else f"overhead_{arguments.device}_{arguments.backend}"
+    found: list[dict[str, Any]] = []
     for model in arguments.models:
         step_s = float(_in_process("a step", _measure_step, model, arguments))
         for ranks in arguments.ranks:
             runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for _ in range(arguments.repeats):
                 for strategy in kinds(ranks, arguments.device, arguments.backend):
-                    runs[strategy].append(measure(model, ranks, strategy, step_s, arguments))
-            rates = {
-                strategy: sorted(run["samples_per_second"] for run in repeats)[len(repeats) // 2]
-                for strategy, repeats in runs.items()
-            }
-            theirs = rates[DDP]
-            row: dict[str, Any] = {"model": model, "ranks": ranks, "ddp": theirs}
-            print(f"{model}, {ranks} rank(s): ddp {theirs:.0f} samples/s")
-            for strategy in [one for one in runs if one != DDP]:
-                ours, repeats = rates[strategy], runs[strategy]
-                row[strategy] = {"samples_per_second": ours, "parts_us": repeats[-1]["parts_us"]}
-                print(f"   {strategy} {ours:.0f} samples/s, {ours / theirs:.3f}")
-                parts = (f"{name} {value:.0f} us" for name, value in repeats[-1]["parts_us"].items() if value)
-                print("      " + ", ".join(parts), flush=True)
-                if ranks > 1:
-                    rank_0 = sorted(run["rank_0"] for run in repeats)[len(repeats) // 2]
-                    row[strategy]["rank_0"] = rank_0
-                    print(f"      rank 0 makes {rank_0:.3f} of another rank's samples a second", flush=True)
-            found.append(row)
-    name = "overhead" if arguments.device == "cpu" else f"overhead_{arguments.device}_{arguments.backend}"
-    save(name, vars(arguments), found)
+                    run = measure(model, ranks, strategy, step_s, arguments)
+                    runs[strategy].append(run)
+                    print(f"   {strategy}: {run['samples_per_second']:.0f} samples/s", flush=True)
+            found.append(compare(model, ranks, runs))
+            save(name, vars(arguments), found)
+
+
+def compare(model: str, ranks: int, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Prints and returns what runs of each kind have come to: medians, and each kind beside DDP."""
+    rates = {
+        strategy: sorted(run["samples_per_second"] for run in repeats)[len(repeats) // 2]
+        for strategy, repeats in runs.items()
+    }
+    row: dict[str, Any] = {"model": model, "ranks": ranks, "ddp": rates[DDP]}
+    print(f"{model}, {ranks} rank(s): ddp {rates[DDP]:.0f} samples/s")
+    for strategy in [one for one in runs if one != DDP]:
+        ours, repeats = rates[strategy], runs[strategy]
+        row[strategy] = {"samples_per_second": ours, "parts_us": repeats[-1]["parts_us"]}
+        print(f"   {strategy} {ours:.0f} samples/s, {ours / rates[DDP]:.3f}")
+        parts = (f"{name} {value:.0f} us" for name, value in repeats[-1]["parts_us"].items() if value)
+        print("      " + ", ".join(parts), flush=True)
+        if ranks > 1:
+            rank_0 = sorted(run["rank_0"] for run in repeats)[len(repeats) // 2]
+            row[strategy]["rank_0"] = rank_0
+            print(f"      rank 0 makes {rank_0:.3f} of another rank's samples a second", flush=True)
+    return row
 
 
 def kinds(ranks: int, device: str, backend: str) -> list[str]:
@@ -189,7 +195,8 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, step_s: float, a
     make, shape, batch_size = MODELS[model]
     batch_size = arguments.batch_size or batch_size
     results: Any = multiprocessing.get_context("fork").SimpleQueue()
-    per_rank = max(10, int(arguments.seconds / step_s))
+    # Those that share a GPU take turns on it.
+    per_rank = max(10, int(arguments.seconds / step_s / (ranks if arguments.device == "cuda" else 1)))
     warm_up = per_rank // 5
     spent = _time_parts()
 

@@ -49,6 +49,13 @@ _SLOWEST_BYTES_PER_S = 10e6
 _LOOK_S = 0.1
 # Held by the thread that has changed the environment for a moment.
 _ENVIRONMENT = threading.Lock()
+_OWN_ENVIRONMENT = {
+    # By default the watchdog ends the whole process when one communicator is lost, which here is the loss of one
+    # worker, and is dealt with elsewhere.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    # That sends and receives follow one another is what is wanted here.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+}
 
 
 class Communicator(Protocol):
@@ -115,7 +122,7 @@ class NcclCommunicator(Communicator):
         with self._lock:
             if self._aborted:
                 raise ChannelClosedError("the communicator was aborted")
-            with _watchdog_that_leaves_the_process_alone():
+            with _own_environment():
                 self._group = nccl(self._store, self._side, 2, options)
         self._group.eager_connect_single_device(self._device)
         # Some versions of torch make another communicator for the first message between two ranks.
@@ -312,17 +319,16 @@ class NcclChannel(Channel):
 
 
 @contextlib.contextmanager
-def _watchdog_that_leaves_the_process_alone() -> Iterator[None]:
-    # A process group reads this once, when it is made. By default its watchdog ends the whole process when one
-    # communicator is lost, which here is the loss of one worker, and is dealt with elsewhere.
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+def _own_environment() -> Iterator[None]:
+    # A process group reads these once, when it is made.
     with _ENVIRONMENT:
-        before = os.environ.get(name)
-        os.environ[name] = "0"
+        before = {name: os.environ.get(name) for name in _OWN_ENVIRONMENT}
+        os.environ.update(_OWN_ENVIRONMENT)
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -107,10 +107,10 @@ def _full_steps(folder: Path) -> list[Step]:
     suite = [*_left_out(), *INTEGRATION, "tests/unit"]
     return [
         _tests(folder, "gpu tests", 170, ["tests/gpu"], processes=8),
-        _benchmark(folder, "ddp overhead", 140, "overhead", *cuda, "--ranks", "1", "3"),
+        _benchmark(folder, "ddp overhead", 170, "overhead", *cuda, "--ranks", "1", "3"),
         Step(PROBE, [sys.executable, "-m", "tests.gpu.share_probe"], 45, SHARING),
         _tests(folder, "nccl tests", 100, ["-k", "nccl or auto", "tests/gpu"], processes=4, needs=PROBE),
-        _benchmark(folder, "nccl overhead", 60, "overhead", *cuda, "--ranks", "3", "--backend", "nccl", needs=PROBE),
+        _benchmark(folder, "nccl overhead", 100, "overhead", *cuda, "--ranks", "2", "--backend", "nccl", needs=PROBE),
         _tests(folder, "suite", 150, suite, processes=14, environment=NO_GPU),
         _benchmark(folder, "scaling", 75, "scaling", "--seconds", "3", "--ranks", "1", "4", "16"),
         _benchmark(folder, "ceiling", 60, "ceiling", "--seconds", "1.5", "--workers", "1", "12"),

@@ -181,6 +181,7 @@ class Group:
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
         assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+        assert os.environ["TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"] == "false"
         assert options._timeout.total_seconds() > 1000
         self.place = (store, rank, size)
         self.did: list[str] = []
@@ -241,7 +242,7 @@ def test_a_communicator_sends_behind_what_has_been_computed_and_from_one_thread(
     # The first exchange shows that the pair works.
     assert first.did == ["sends", "receives", "the host waits", "waits for MainThread at 1", "sends", "the host waits"]
     assert [sorted(group.did) for group in Group.made] == [["aborted", "connects cpu"]] * 2
-    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
+    assert not [name for name in os.environ if name.startswith("TORCH_NCCL_")]
 
 
 def test_a_communicator_that_is_aborted_before_it_connects_never_does(

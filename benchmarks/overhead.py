@@ -170,7 +170,7 @@ def kinds(ranks: int, device: str, backend: str) -> list[str]:
         return [ASYNC, DDP]
     if device == "cpu":
         return [ASYNC, DDP, APART]
-    return [ASYNC, DDP, OVERLAP] if backend == "nccl" else [ASYNC, DDP, APART, ON_GPU, OVERLAP]
+    return [ASYNC, DDP, OVERLAP] if backend == "nccl" else [ASYNC, DDP, ON_GPU, OVERLAP, APART]
 
 
 def measure(model: str, ranks: int, strategy: str, step_s: float, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def _tests(
     needs: str | None = None,
 ) -> Step:
     # Warnings are no errors here: another torch may have others.
-    options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--maxfail=25"]
+    # A line for each test that ends, so that the log names them also where the step is stopped.
+    options = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--maxfail=25"]
     # Most of their time goes into starting processes, which is why there may be more of them than cores.
     parallel = ["-n", str(processes), "--dist", "worksteal"]
     command = [sys.executable, "-m", "pytest", *options, *parallel, f"--junitxml={folder / name}.xml", *chosen]

@@ -14,7 +14,7 @@ from tests.launch import ENVIRONMENT, launch
 
 pytestmark = [
     pytest.mark.skipif(card.GPUS == 0, reason="needs a CUDA device"),
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(100),
 ]
 
 SCRIPT = """
@@ -92,7 +92,7 @@ def test_a_script_trains_validates_and_saves_on_ranks_that_share_a_gpu(
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "train.py", start_method, way]
 
-    run = launch(lambda folder: os.execve(command[0], command, os.environ | ENVIRONMENT), tmp_path, timeout_s=120.0)
+    run = launch(lambda folder: os.execve(command[0], command, os.environ | ENVIRONMENT), tmp_path, timeout_s=75.0)
 
     assert run.returncode == 0, run.output
     first, second = run.reports()

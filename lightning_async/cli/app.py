@@ -43,6 +43,7 @@ _SUMMARIES = {
     "predict": "let a model predict",
     "compare": "train one recipe in several variants; write a table and plots",
     "report": "show a run as one HTML page; --serve shows one that goes on",
+    "plan": "say what asynchronous training would do with given step times",
     "demo": "train a small network with this strategy and with DDP, side by side",
 }
 
@@ -252,6 +253,12 @@ def _report(args: Sequence[str]) -> int:
     return int(report.report_main(list(args)))
 
 
+def _plan(args: Sequence[str]) -> int:
+    # Imported when it is called: training ranks do not need it.
+    plan: Any = importlib.import_module("lightning_async.cli.plan")
+    return int(plan.plan_main(list(args)))
+
+
 def _demo(args: Sequence[str]) -> int:
     # Imported when it is called: its trainings are command lines of this module.
     demo: Any = importlib.import_module("lightning_async.cli.demo")
@@ -261,12 +268,13 @@ def _demo(args: Sequence[str]) -> int:
 _OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare_main,
     "report": _report,
+    "plan": _plan,
     "demo": _demo,
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report|demo ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.

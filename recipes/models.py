@@ -1,4 +1,4 @@
-"""Models of the recipes: those of the paper's experiments."""
+"""Models of the recipes: those of the paper's experiments, a small language model and a factorization."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torch.nn.functional import embedding_bag, relu
 from lightning_async.cli.demo.model import LeNet5
 from recipes.datasets.sparse import SparseRows
 
-__all__ = ["AllCNN", "AllCNNC", "LeNet5", "ResNet18", "SparseLinear", "WideResNet"]
+__all__ = ["AllCNN", "AllCNNC", "Factorization", "LeNet5", "ResNet18", "SmallGPT", "SparseLinear", "WideResNet"]
 
 
 class SparseLinear(nn.Module):
@@ -27,6 +27,76 @@ class SparseLinear(nn.Module):
         weights = rows.values.to(self.weight.dtype)
         logits = embedding_bag(rows.columns, self.weight, rows.starts, mode="sum", per_sample_weights=weights)
         return logits.squeeze(1)
+
+
+class Factorization(nn.Module):
+    """A factorization of ratings: the product of a user's and an item's vector, and a bias of each.
+
+    Args:
+        users: number of users.
+        items: number of items.
+        factors: length of a vector.
+    """
+
+    def __init__(self, users: int = 2_000, items: int = 1_000, factors: int = 8) -> None:
+        super().__init__()
+        self.users = nn.Embedding(users, factors)
+        self.items = nn.Embedding(items, factors)
+        self.user_bias = nn.Embedding(users, 1)
+        self.item_bias = nn.Embedding(items, 1)
+        for vectors in (self.users, self.items):
+            nn.init.normal_(vectors.weight, std=0.1)
+        for bias in (self.user_bias, self.item_bias):
+            nn.init.zeros_(bias.weight)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Map pairs of a user and an item, shape (batch, 2), to logits of shape (batch,)."""
+        users, items = pairs.unbind(1)
+        both = (self.users(users) * self.items(items)).sum(1)
+        logits: Tensor = both + self.user_bias(users).squeeze(1) + self.item_bias(items).squeeze(1)
+        return logits
+
+
+class SmallGPT(nn.Module):
+    """A decoder that predicts each next character; 0.8 million parameters with four layers of width 128.
+
+    Layers normalize first, as GPT-2's do; the output shares no weights with the input.
+
+    Args:
+        vocabulary: number of characters.
+        block: the most characters that it sees at once.
+        width: of a character's vector.
+        layers: number of layers.
+        heads: of each layer's attention.
+    """
+
+    def __init__(
+        self, vocabulary: int = 96, block: int = 64, width: int = 128, layers: int = 4, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(vocabulary, width)
+        self.places = nn.Embedding(block, width)
+        for embedding in (self.characters, self.places):
+            nn.init.normal_(embedding.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        # The layers are copies of one: each gets values of its own.
+        for parameter in self.layers.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+        self.logits = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.logits.weight, std=0.02)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Map characters of shape (batch, length) to logits of shape (batch, vocabulary, length)."""
+        length = characters.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=characters.device)
+        places = torch.arange(length, device=characters.device)
+        hidden = self.layers(self.characters(characters) + self.places(places), mask, is_causal=True)
+        logits: Tensor = self.logits(hidden)
+        return logits.transpose(1, 2)
 
 
 class AllCNN(nn.Module):

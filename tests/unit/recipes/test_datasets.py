@@ -21,12 +21,15 @@ from recipes.datasets import (
     CIFAR10DataModule,
     CINIC10DataModule,
     DamagedFileError,
+    HelpTextDataModule,
     ImageNet32DataModule,
     MissingDataError,
     MNISTDataModule,
     RCV1DataModule,
+    SyntheticInteractionsDataModule,
 )
 from recipes.datasets.pickles import load_pickle
+from recipes.datasets.text import help_text
 from tests.data_files import (
     dense,
     idx,
@@ -388,3 +391,34 @@ def test_idx_files_begin_as_the_format_says() -> None:
     # The writer of these tests, held against the published description of the format.
     assert idx(np.zeros((60_000 // 10_000, 28, 28), np.uint8))[:16] == struct.pack(">IIII", 2051, 6, 28, 28)
     assert idx(np.zeros(6, np.uint8))[:8] == struct.pack(">II", 2049, 6)
+
+
+def test_windows_of_a_text_do_not_overlap_and_their_targets_come_one_later() -> None:
+    data = HelpTextDataModule(block=8, batch_size=4)
+    data.setup("fit")
+    windows = data.load("train")
+
+    inputs, targets = windows.__getitems__([0, 1])
+
+    assert torch.equal(inputs.flatten()[1:], targets.flatten()[:-1])
+    assert 0 <= int(inputs.min()) <= int(inputs.max()) < data.vocabulary
+    text = help_text()
+    assert len(windows) + len(data.load("val")) + len(data.load("test")) >= len(text) // 8 - 3
+
+
+def test_ratings_are_the_same_again_and_another_part_has_others() -> None:
+    data = SyntheticInteractionsDataModule(users=20, items=10, train_samples=50, eval_samples=50)
+
+    first, again, other = data.load("train"), data.load("train"), data.load("val")
+
+    assert torch.equal(first.pairs, again.pairs) and torch.equal(first.liked, again.liked)
+    assert not torch.equal(first.pairs, other.pairs)
+    assert first.pairs.max(0).values.tolist() <= [19, 9]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: HelpTextDataModule(block=0), lambda: SyntheticInteractionsDataModule(users=0)]
+)
+def test_sizes_below_one_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        make()

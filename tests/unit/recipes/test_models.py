@@ -18,7 +18,7 @@ import lightning_async
 from recipes.classifier import Classifier
 from recipes.datasets import SyntheticImagesDataModule, SyntheticSparseDataModule
 from recipes.datasets.sparse import SparseRows
-from recipes.models import AllCNN, AllCNNC, LeNet5, ResNet18, SparseLinear, WideResNet
+from recipes.models import AllCNN, AllCNNC, Factorization, LeNet5, ResNet18, SmallGPT, SparseLinear, WideResNet
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,26 @@ def test_an_image_model_has_the_papers_number_of_parameters(
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert f"{parameters:,} parameters" in (model.__doc__ or "")
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+def test_a_character_is_predicted_from_those_before_it_alone() -> None:
+    net = SmallGPT(vocabulary=5, block=6, width=8, layers=2, heads=2).eval()
+    first, second = torch.tensor([[0, 1, 2, 3, 4, 0]]), torch.tensor([[0, 1, 2, 4, 0, 1]])
+
+    one, other = net(first), net(second)
+
+    assert one.shape == (1, 5, 6)
+    assert torch.allclose(one[..., :3], other[..., :3], atol=1e-6)
+    assert not torch.allclose(one[..., 3:], other[..., 3:], atol=1e-6)
+
+
+def test_a_factorization_is_the_product_of_two_vectors_and_two_biases() -> None:
+    net = Factorization(users=3, items=4, factors=2)
+    nn.init.constant_(net.user_bias.weight, 0.5)
+
+    (logit,) = net(torch.tensor([[2, 1]]))
+
+    assert torch.isclose(logit, net.users.weight[2] @ net.items.weight[1] + 0.5)
 
 
 @pytest.mark.parametrize("model", [partial(AllCNN, width=8), partial(ResNet18, width=8), partial(WideResNet, 10, 1)])

@@ -48,6 +48,25 @@ SMALL: dict[str, tuple[Callable[[Path], object] | None, list[str]]] = {
             "--model.init_args.model.init_args.width=2",
         ],
     ),
+    "factorization": (
+        None,
+        [
+            "--data.init_args.train_samples=64",
+            "--data.init_args.eval_samples=8",
+            "--data.init_args.batch_size=4",
+        ],
+    ),
+    # AdamW is no AMSGrad.
+    "gpt_help": (
+        None,
+        [
+            "--trainer.strategy=async_fork",
+            "--data.init_args.train_samples=16",
+            "--data.init_args.batch_size=2",
+            "--model.init_args.model.init_args.width=16",
+            "--model.init_args.model.init_args.layers=1",
+        ],
+    ),
     "wrn28_5_imagenet32": (
         write_imagenet32,
         [

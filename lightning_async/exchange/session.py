@@ -157,19 +157,26 @@ class Session:
             unpack_counts(message.counts),
             self._segments[message.optimizer],
         )
+        tickets = range(0)
+
+        def draw_next() -> bool:
+            # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none,
+            # it has nothing to wait at the barrier for.
+            nonlocal tickets
+            if message.wants_tickets:
+                tickets = self._ledger.draw(self.worker)
+            return bool(tickets) or not message.wants_tickets
+
         try:
-            update = self._holder.try_push(push)
+            update = self._holder.try_push(push, reads_next=draw_next)
             if update is None:
                 arrived = time.monotonic()
                 while update is None:
                     yield
-                    update = self._holder.try_push(push, time.monotonic() - arrived)
+                    update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
         except ValueError as error:
             self._refuse(str(error))
         outcome = Outcome.APPLIED if update.applied else Outcome.DROPPED
-        # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none, it
-        # has nothing to wait at the barrier for.
-        tickets = self._ledger.draw(self.worker) if message.wants_tickets else range(0)
         if message.wants_tickets and not tickets:
             self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
         else:

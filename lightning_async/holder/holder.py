@@ -136,12 +136,16 @@ class Holder:
             self._tell()
             return version
 
-    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+    def try_push(
+        self, push: Push, parked_s: float = 0.0, reads_next: Callable[[], bool] = lambda: False
+    ) -> Update | None:
         """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
 
         Args:
             push: the gradient.
             parked_s: seconds that the barrier has held it back so far.
+            reads_next: called under the lock once the gradient is applied or dropped; tells whether the worker pulls
+                next. It then has its place in the queue of readers from here on, and none can overtake it on its way.
 
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
@@ -179,6 +183,8 @@ class Holder:
             now_ns = time.monotonic_ns()
             update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, now_ns - began_ns)
             self._observer(update)
+            if reads_next():
+                self._barrier.ask(reader)
             self._tell()
             return update
 

@@ -81,9 +81,11 @@ class DeviceHolder(Holder):
             return super().try_pull(worker, out, slot)
 
     @override
-    def try_push(self, push: Push, parked_s: float = 0.0) -> Update | None:
+    def try_push(
+        self, push: Push, parked_s: float = 0.0, reads_next: Callable[[], bool] = lambda: False
+    ) -> Update | None:
         with self._stream.entered():
-            return super().try_push(push, parked_s)
+            return super().try_push(push, parked_s, reads_next)
 
     @override
     def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:

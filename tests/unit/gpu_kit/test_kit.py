@@ -227,7 +227,7 @@ def test_the_gpu_tests_run_with_the_host_in_the_gpus_place(tmp_path: Path) -> No
     )
 
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 def test_only_what_is_missing_or_too_old_is_taken_from_the_kit() -> None:

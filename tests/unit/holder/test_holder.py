@@ -336,3 +336,20 @@ def test_a_run_does_not_keep_a_holder_that_another_has_taken_the_place_of() -> N
 
     assert kept() is None
     latch.trip(RunFailure(1, "its process was killed by SIGKILL"))
+
+
+def test_a_worker_that_reads_next_has_its_place_from_its_push_on() -> None:
+    # Two gradients make a version, and worker 1 is late with asking for the one that its own has completed.
+    exchange = Exchange(SIZES, barrier=StalenessBarrier(0, gradients_per_update=2))
+    holder, out = exchange.holder, exchange.layout.buffer()
+    gradients = [torch.ones(size) for size in SIZES]
+    for worker in (0, 1):
+        holder.try_pull(worker, out)
+    for worker in (0, 1):
+        holder.try_push(Push(worker, 0, 0, gradients, ()), reads_next=lambda: True)
+    assert holder.try_pull(0, out) == 1
+    holder.try_push(Push(0, 0, 1, gradients, ()), reads_next=lambda: True)
+
+    # Else the version would be made of two gradients of worker 0 and of none of worker 1.
+    assert holder.try_pull(0, out) is None
+    assert holder.try_pull(1, out) == 1

@@ -1,4 +1,4 @@
-"""From arriving gradients to updates: what the staleness policy makes of them, their mean, and the optimizers' steps."""
+"""From arriving gradients to updates: what the staleness policy makes of them, their mean, the optimizers' steps."""
 
 from __future__ import annotations
 
@@ -218,9 +218,9 @@ class GradientIntake:
             held.step(gradients)
             self._call(self._policy.after_step, held.optimizer, late)
 
-    def _factor(self, method: Callable[..., float], argument: object) -> float:
+    def _factor(self, method: Callable[..., object], argument: object) -> float:
         factor = self._call(method, argument)
-        if not 0 <= factor < math.inf:
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise PolicyError(
                 f"{method.__name__} of the staleness policy {self._policy!r} returned {factor!r}, and must return a "
                 "finite number of at least 0"

@@ -25,8 +25,8 @@ class LookAhead(StalenessPolicy):
     r"""Answers a worker with the parameters moved along the momentum by the expected delay d.
 
     - SGD: :math:`x - \alpha\, d\, m`;
-    - Adam and AMSGrad: :math:`x - \alpha_t\, d\, m / (\sqrt{\hat v} / c_t + \epsilon)`, with the bias corrections of the
-      last step.
+    - Adam and AMSGrad: :math:`x - \alpha_t\, d\, m / (\sqrt{\hat v} / c_t + \epsilon)`, with the bias corrections of
+      the last step.
 
     Nesterov's method with a look-ahead that is as long as the delay is what `arXiv:2505.01099
     <https://arxiv.org/abs/2505.01099>`_ takes for asynchronous pipelines; its use with a parameter server is ours. The

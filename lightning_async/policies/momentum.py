@@ -94,7 +94,7 @@ def corrected_group(group: Mapping[str, Any], rule: Callable[[float], float]) ->
     Examples:
         >>> corrected_group({"lr": 1.0, "betas": (0.5, 0.999)}, lambda beta: beta / 2)
         {'betas': (0.25, 0.999)}
-        >>> corrected_group({"momentum": 0.5}, lambda beta: beta / 2), corrected_group({"momentum": 0}, lambda beta: 0.0)
+        >>> corrected_group({"momentum": 0.5}, lambda beta: beta / 2), corrected_group({"lr": 1.0}, lambda beta: 0.0)
         ({'momentum': 0.25}, {})
     """
     if "betas" in group:
@@ -113,7 +113,7 @@ def check_has_momentum(optimizer: torch.optim.Optimizer) -> None:
     Examples:
         >>> check_has_momentum(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))]))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: momentum_correction changes beta1 or momentum, and Adagrad has neither. Leave momentum_correction out
+        ValueError: momentum_correction changes beta1 or momentum, and Adagrad has neither. Leave it out, or ...
     """
     for group in optimizer.param_groups:
         betas = group.get("betas")
@@ -123,5 +123,6 @@ def check_has_momentum(optimizer: torch.optim.Optimizer) -> None:
     if any("momentum" in group for group in optimizer.param_groups):
         without = "momentum 0"
     raise ValueError(
-        f"momentum_correction changes beta1 or momentum, and {name} has {without}. Leave momentum_correction out"
+        f"momentum_correction changes beta1 or momentum, and {name} has {without}. Leave it out, or "
+        "return Adam, AMSGrad or SGD(momentum=...) from configure_optimizers"
     )

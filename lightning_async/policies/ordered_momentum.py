@@ -40,8 +40,8 @@ class OrderedMomentum(StalenessPolicy):
     - SGD with Nesterov momentum: the same, with :math:`\frac{b^2}{1 - b}`;
     - Adam and AMSGrad, by the same reasoning, which is ours and not the paper's:
       :math:`m \leftarrow m - (1 - \beta_1)\, l` and
-      :math:`x \leftarrow x - \alpha_t\, \beta_1 l / (\sqrt{\hat v} / c_t + \epsilon)`, with the bias corrections and the
-      denominator of the step itself; v stays as it is.
+      :math:`x \leftarrow x - \alpha_t\, \beta_1 l / (\sqrt{\hat v} / c_t + \epsilon)`, with the bias corrections and
+      the denominator of the step itself; v stays as it is.
 
     With several gradients in an update, l is the mean of their late parts, weighted as the gradients are; b is the
     momentum in force as each is taken. Coupled weight decay has no age and no part in l. At age 0 nothing changes.

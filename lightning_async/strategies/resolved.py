@@ -53,7 +53,7 @@ def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: 
     bound = resolve_max_staleness(options.max_staleness, ranks, options.gradients_per_update)
     found: dict[str, Any] = {"max_staleness": bound}
     if options.momentum_correction == "auto":
-        found["implicit_momentum"] = implicit_momentum(ranks, options.gradients_per_update)
+        found["implicit_momentum"] = round(implicit_momentum(ranks, options.gradients_per_update), 4)
     if resolved is not None:
         # Rank 0's own gradients mostly travel nowhere.
         kinds = dict.fromkeys(kind for kind in resolved.transports if kind != "in process")

@@ -47,7 +47,7 @@ Make = Callable[[Any], Optimizer]
 
 
 def sgd(parameters: Any, **more: Any) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=LR, **({"momentum": 0.8} | more))
+    return torch.optim.SGD(parameters, **({"lr": LR, "momentum": 0.8} | more))
 
 
 def adam(parameters: Any, **more: Any) -> Optimizer:
@@ -415,6 +415,22 @@ def test_a_learning_rate_is_scaled_for_one_step_and_stays_the_users() -> None:
     (group,) = cluster.holder.snapshot().optimizer_states[0]["param_groups"]
     assert group["lr"] == LR
     assert cluster.holder.take_adapted() == [[{}]]
+
+
+class HalfOrdered(OrderedMomentum):
+    """Two rules in one."""
+
+    @override
+    def step_factor(self, arrivals: Sequence[Arrival]) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_scaled_learning_rate_is_that_of_the_correction_too(k: int) -> None:
+    ours = Cluster(sgd, HalfOrdered(), gradients_per_update=k).run()
+    theirs = Cluster(lambda own: sgd(own, lr=LR / 2), OrderedMomentum(), gradients_per_update=k).run()
+
+    assert_close(ours.parameters, theirs.parameters)
 
 
 class Own(StalenessPolicy):

@@ -142,7 +142,7 @@ class AsyncStrategy(PhasedCollectives):
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
         gradients_per_update: int = 1,
-        staleness_policy: str | StalenessPolicy = "plain",
+        staleness_policy: StalenessPolicy | str = "plain",
         momentum_correction: MomentumCorrection = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,

@@ -184,7 +184,7 @@ def replay(
     mean, late = (GradientMean(total, layout.views(total, 0)) for total in (layout.buffer().to(device) for _ in "ab"))
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     policy = policy or StalenessPolicy()
     arrivals: list[Arrival] = []
     worker = copy.deepcopy(module)

@@ -27,7 +27,7 @@ class RescaledByFrequency(StalenessPolicy):
     Rescaled ASGD (`arXiv:2605.13434 <https://arxiv.org/abs/2605.13434>`_) scales each rank's step size in proportion
     to the time of its steps, which is this for SGD, with counts in the place of known times and a bound b. With
     Adam and AMSGrad it is ours: the first moment is a mean in which each rank weighs the same. Where all ranks
-    come equally often, the factor is 1 at the end of each round. In the first round it rises from 1 / b to 1.
+    come equally often, the factor is 1 at the end of each round; within the first it rises from 1 / N to 1.
 
     Args:
         bound: :math:`b`, the largest factor, and the inverse of the smallest; at least 1.

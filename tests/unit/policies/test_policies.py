@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.intake import PolicyError
 from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.placement import DeviceHolder, HolderStream
 from lightning_async.holder.types import Push
 from lightning_async.policies import (
     POLICIES,
@@ -31,6 +33,7 @@ from lightning_async.policies import (
     RescaledByFrequency,
     StalenessPolicy,
     make_policy,
+    momentum_state,
 )
 from lightning_async.policies.momentum import check_has_momentum, corrected_momentum, momentum_rule
 from lightning_async.runtime.failure import FailureLatch
@@ -396,6 +399,43 @@ def test_gathered_gradients_of_different_ages_are_corrected_after_a_resume_that_
 
     torch.testing.assert_close(resumed.parameters, half.parameters)
     assert resumed.holder.version == half.holder.version
+
+
+class NoStream(HolderStream):
+    """Stands for a GPU's."""
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("policy", [OrderedMomentum, LookAhead])
+def test_a_holder_on_a_device_reads_no_step_count_and_takes_what_waits_there_and_back(
+    policy: Callable[[], StalenessPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_host = Cluster(amsgrad, policy(), gradients_per_update=4).run()
+    # A count on a GPU stays a tensor.
+    monkeypatch.setattr(momentum_state, "_correction", lambda beta, step: 1.0 - beta**step)
+    monkeypatch.setattr(f"{__name__}.Holder", lambda *own, **more: DeviceHolder(NoStream(), *own, **more))
+    half = Cluster(amsgrad, policy(), gradients_per_update=4).run(ORDER[:6])
+    snapshot = half.holder.snapshot()
+    for worker in range(3):
+        half.holder.leave(worker)
+
+    half.holder.restore(snapshot.version, snapshot.optimizer_states, snapshot.gathered, snapshot.policy)
+
+    assert isinstance(half.holder, DeviceHolder)
+    assert snapshot.gathered is not None
+    again = half.holder.snapshot().gathered
+    assert again is not None
+    assert again.arrivals == snapshot.gathered.arrivals
+    for before, after in ((snapshot.gathered.gradients, again.gradients), (snapshot.gathered.late, again.late)):
+        assert [one is not None and one.equal(other) for one, other in zip(before or (), after or (), strict=True)] == (
+            [True] * len(before or ())
+        )
+    on_device = Cluster(amsgrad, policy(), gradients_per_update=4).run()
+    assert_close(on_device.parameters, on_host.parameters)
+    assert_close(on_device.reads[0][1], on_host.reads[0][1])
 
 
 def test_the_state_of_another_policy_is_left() -> None:

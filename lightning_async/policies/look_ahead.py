@@ -11,10 +11,9 @@ from typing_extensions import override
 
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.momentum_state import (
-    adam_denominators,
-    adam_scales,
     family_of,
     group_states,
+    move_along_adam,
     refuse_optimizer,
 )
 
@@ -62,9 +61,8 @@ class LookAhead(StalenessPolicy):
             return
         if family_of(optimizer) == "adam":
             for chosen in group_states(optimizer, out, "exp_avg"):
-                steps = torch._foreach_div([state["exp_avg"] for state in chosen.states], adam_denominators(chosen))
-                torch._foreach_mul_(steps, adam_scales(chosen, self._delay))
-                torch._foreach_sub_(chosen.others, steps)
+                momenta = [state["exp_avg"] for state in chosen.states]
+                move_along_adam(chosen, chosen.others, momenta, self._delay)
             return
         for chosen in group_states(optimizer, out, "momentum_buffer"):
             buffers = [state["momentum_buffer"] for state in chosen.states]

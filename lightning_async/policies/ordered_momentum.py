@@ -12,10 +12,9 @@ from typing_extensions import override
 from lightning_async.policies.base import Arrival, StalenessPolicy
 from lightning_async.policies.momentum_state import (
     GroupState,
-    adam_denominators,
-    adam_scales,
     family_of,
     group_states,
+    move_along_adam,
     refuse_optimizer,
 )
 
@@ -88,9 +87,7 @@ def _correct_sgd(chosen: GroupState) -> None:
 def _correct_adam(chosen: GroupState) -> None:
     sign, beta = _sign(chosen.group), chosen.group["betas"][0]
     torch._foreach_add_([state["exp_avg"] for state in chosen.states], chosen.others, alpha=-sign * (1.0 - beta))
-    steps = torch._foreach_div(chosen.others, adam_denominators(chosen))
-    torch._foreach_mul_(steps, adam_scales(chosen, beta))
-    torch._foreach_add_(chosen.parameters, steps, alpha=-sign)
+    move_along_adam(chosen, chosen.parameters, chosen.others, sign * beta)
 
 
 def _sign(group: Mapping[str, Any]) -> float:

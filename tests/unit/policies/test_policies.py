@@ -415,7 +415,7 @@ def test_a_holder_on_a_device_reads_no_step_count_and_takes_what_waits_there_and
 ) -> None:
     on_host = Cluster(amsgrad, policy(), gradients_per_update=4).run()
     # A count on a GPU stays a tensor.
-    monkeypatch.setattr(momentum_state, "_correction", lambda beta, step: 1.0 - beta**step)
+    monkeypatch.setattr(momentum_state, "_can_read", lambda steps: False)
     monkeypatch.setattr(f"{__name__}.Holder", lambda *own, **more: DeviceHolder(NoStream(), *own, **more))
     half = Cluster(amsgrad, policy(), gradients_per_update=4).run(ORDER[:6])
     snapshot = half.holder.snapshot()

@@ -103,7 +103,7 @@ def refuse_options(options: ExchangeOptions, name: str, device: torch.device, wo
             bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
             readers = world_size * options.slots(world_size)
             check_overlap(bound, readers, 1, options.gradients_per_update)
-        if options.holder == "process":
+        if options.holder == "process" and world_size > 1:
             check_policy_can_travel(make_policy(options.staleness_policy))
     except ValueError as error:
         raise MisconfigurationException(f"{name} cannot train here: {error}.") from None

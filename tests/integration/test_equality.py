@@ -181,7 +181,7 @@ def replay(
     """
     layout = FlatLayout([list(module.parameters())])
     device = next(module.parameters()).device
-    mean, late = (GradientMean(total, layout.views(total, 0)) for total in (layout.buffer().to(device) for _ in "ab"))
+    mean, late = (GradientMean(total, layout.views(total, 0)) for total in layout.buffer().to(device).repeat(2, 1))
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
     group = optimizer.param_groups[0]

@@ -102,7 +102,6 @@ class GradientIntake:
         late = None if self._late is None or not self._late.weight else self._late.take(weight)
         self._update(0, self._mean.take(), self._groups, late)
 
-    @torch.no_grad()
     def copy(self, out: Tensor) -> None:
         """Copies the parameters into ``out``, as the policy has a worker see them."""
         if out is self._flat:
@@ -111,7 +110,7 @@ class GradientIntake:
         if not self._moves:
             return
         for index, held in enumerate(self._optimizers):
-            with held.in_force():
+            with held.in_force(), torch.no_grad():
                 self._call(self._policy.look_ahead, self._layout.views(out, index), held.optimizer)
 
     def gathered(self, count: int) -> Gathered | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_async.callbacks import AsyncMonitor
     from lightning_async.holder.amsgrad import AMSGrad
     from lightning_async.monitoring.stats import RunStats
+    from lightning_async.policies.base import StalenessPolicy
     from lightning_async.runtime.failure import WorkerFailedError
     from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
     from lightning_async.strategies.simulated_delay import SimulatedDelayStrategy
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncStrategy",
     "RunStats",
     "SimulatedDelayStrategy",
+    "StalenessPolicy",
     "WorkerFailedError",
 ]
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ _HOMES = {
     "AsyncStrategy": "lightning_async.strategies.strategy",
     "RunStats": "lightning_async.monitoring.stats",
     "SimulatedDelayStrategy": "lightning_async.strategies.simulated_delay",
+    "StalenessPolicy": "lightning_async.policies.base",
     "WorkerFailedError": "lightning_async.runtime.failure",
 }
 

@@ -211,7 +211,7 @@ def explain_option(message: str) -> str | None:
         message: the parser's, which lists types.
     """
     found = _WRONG_VALUE.search(message)
-    if found is None or found["kind"] not in STRATEGIES.values():
+    if found is None or found["kind"] not in STRATEGIES.values() or found["value"].startswith("NestedArg("):
         return None
     try:
         getattr(lightning_async, found["kind"])(**{found["name"]: found["value"]})

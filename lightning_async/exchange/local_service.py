@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
+from lightning_async.policies.momentum import momentum_rule
+from lightning_async.policies.registry import make_policy
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.listener import Listener
@@ -66,8 +69,19 @@ class HolderService(Service):
             for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                 view.copy_(parameter.detach())
         barrier = StalenessBarrier(bound, options.on_stale, spec.version, options.gradients_per_update)
+        # A copy: another fit begins with what the user has given, not with what this one has learned.
+        policy = copy.deepcopy(make_policy(options.staleness_policy))
+        policy.bind(spec.world_size, options.gradients_per_update)
         self.holder = placement.make_holder(
-            layout, initial.to(placement.device), spec.optimizers, barrier, latch, self._complete, states=spec.states
+            layout,
+            initial.to(placement.device),
+            spec.optimizers,
+            barrier,
+            latch,
+            self._complete,
+            states=spec.states,
+            policy=policy,
+            momentum_rule=momentum_rule(options.momentum_correction, spec.world_size, options.gradients_per_update),
         )
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
@@ -145,9 +159,13 @@ class HolderService(Service):
 
     @override
     def restore(
-        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+        self,
+        version: int,
+        optimizer_states: Sequence[Mapping[str, Any]],
+        gathered: Gathered | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> bool:
-        return self.holder.restore(version, optimizer_states, gathered)
+        return self.holder.restore(version, optimizer_states, gathered, policy)
 
     @override
     def set_counts(self, counts: Sequence[int]) -> None:
@@ -182,5 +200,5 @@ class HolderService(Service):
                 former = before.optimizer_states[origin[0]]["state"]
                 if origin[1] in former and not begins_anew:
                     state["state"][position] = former[origin[1]]
-        self.holder.restore(before.version, mine.optimizer_states)
+        self.holder.restore(before.version, mine.optimizer_states, policy=before.policy)
         self.holder.load_parameters(values)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from lightning_async.data.ledger import Batches
-from lightning_async.holder.policies import OnStale
+from lightning_async.holder.barrier_policies import OnStale
 from lightning_async.holder.staleness import MaxStaleness
+from lightning_async.policies.base import StalenessPolicy
+from lightning_async.policies.momentum import MomentumCorrection, check_momentum_correction
+from lightning_async.policies.registry import make_policy
 from lightning_async.transport.devices import HolderDevice
 
 __all__ = [
@@ -17,7 +20,9 @@ __all__ = [
     "HolderDevice",
     "HolderPlace",
     "MaxStaleness",
+    "MomentumCorrection",
     "OnStale",
+    "StalenessPolicy",
     "Transport",
     "WireDtype",
 ]
@@ -51,6 +56,8 @@ class ExchangeOptions:
     holder_device: HolderDevice = "auto"
     holder: HolderPlace = "thread"
     gradients_per_update: int = 1
+    staleness_policy: str | StalenessPolicy = "plain"
+    momentum_correction: MomentumCorrection = None
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -62,6 +69,8 @@ class ExchangeOptions:
         count: object = self.gradients_per_update
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"gradients_per_update must be an int of at least 1, not {count!r}.")
+        make_policy(self.staleness_policy)
+        check_momentum_correction(self.momentum_correction)
         choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("on_stale", self.on_stale, get_args(OnStale)),
             ("batches", self.batches, get_args(Batches)),

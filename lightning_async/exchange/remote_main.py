@@ -177,7 +177,7 @@ class RpcServer:
             self._shared_payload = None
 
     def restore(self, version: int, shared_payload: str) -> bool:
-        """Loads the optimizer states and gathered gradients in a shared payload, and the version."""
+        """Loads the version, and what is in a shared payload: optimizer states, gathered gradients, policy."""
         return self.service.restore(version, *unpack(shared_payload))
 
     @property
@@ -262,6 +262,6 @@ def _unpack_held(shared_payload: str) -> Any:
         return unpack(shared_payload)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f'holder="process" cannot rebuild the optimizer in the holder\'s process: {error}. Define it in a module '
-            'that can be imported, or take holder="thread"'
+            f'holder="process" cannot rebuild the optimizer or the staleness policy in the holder\'s process: {error}. '
+            'Define it in a module that can be imported, or take holder="thread"'
         ) from error

@@ -32,13 +32,15 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
 from lightning_async.holder.types import Push, Snapshot, Update
+from lightning_async.policies.base import StalenessPolicy
+from lightning_async.policies.registry import make_policy
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.connection import ControlConnection
 
-__all__ = ["HolderProcess", "HolderProcessError"]
+__all__ = ["HolderProcess", "HolderProcessError", "check_policy_can_travel"]
 
 log = logging.getLogger(__name__)
 
@@ -208,9 +210,13 @@ class HolderProcess(Service):
 
     @override
     def restore(
-        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+        self,
+        version: int,
+        optimizer_states: Sequence[Mapping[str, Any]],
+        gathered: Gathered | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> bool:
-        with SharedPayload((list(optimizer_states), gathered)) as shared_payload:
+        with SharedPayload((list(optimizer_states), gathered, policy)) as shared_payload:
             return bool(self._call("restore", version, shared_payload.address))
 
     @override
@@ -354,7 +360,26 @@ class HolderProcess(Service):
         return describe_exit(code, "its holder process")
 
 
+def check_policy_can_travel(policy: StalenessPolicy) -> None:
+    """Refuses a staleness policy that cannot be sent to the holder's own process.
+
+    Raises:
+        ValueError: if it cannot; the message says why, and what to do.
+    """
+    kind = type(policy)
+    try:
+        if kind.__module__ == "__main__":
+            raise pickle.PicklingError("it is defined in the script itself, which is not run there")
+        pickle.dumps(policy)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f'holder="process" sends the staleness policy to another process, and {kind.__name__} cannot go there: '
+            f'{error}. Define it in a module that can be imported, or take holder="thread"'
+        ) from error
+
+
 def _payload_of(spec: HolderSpec) -> SharedPayload:
+    check_policy_can_travel(make_policy(spec.options.staleness_policy))
     kinds = [type(optimizer) for optimizer in spec.optimizers]
     try:
         if any(kind.__module__ == "__main__" for kind in kinds):

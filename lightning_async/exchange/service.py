@@ -92,7 +92,11 @@ class Service(Protocol):
         """Makes an update of the gradients that wait for more, if any; see `Holder.complete_version`."""
 
     def restore(
-        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+        self,
+        version: int,
+        optimizer_states: Sequence[Mapping[str, Any]],
+        gathered: Gathered | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> bool:
         """Loads optimizer states, in torch's format, and the version; see `Holder.restore`."""
 

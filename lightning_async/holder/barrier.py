@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_async.holder.policies import POLICIES, Decision, OnStale, Reader
+from lightning_async.holder.barrier_policies import POLICIES, Decision, OnStale, Reader
 
 __all__ = ["StalenessBarrier"]
 
@@ -14,7 +14,7 @@ class StalenessBarrier:
 
     Owns the version counter, the outstanding workers and the queue of readers. It never waits: the holder calls it
     under its own lock, parks those that are told to wait, and asks again after every `apply`, `discard` and `leave`.
-    What it answers is the policy's decision (`policies.py`).
+    What it answers is the policy's decision (`barrier_policies.py`).
 
     Args:
         max_staleness: the bound :math:`\tau` in updates; None bounds nothing.

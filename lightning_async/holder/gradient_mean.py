@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,11 +19,15 @@ class Gathered:
         gradients: their weighted sum, for each parameter; None where none of them had one.
         weight: sum of the weights.
         count: their number.
+        late: weighted sum of their late parts, which the staleness policy corrects by; None if it has none.
+        arrivals: of each its worker, staleness, version and samples, where a staleness policy asks.
     """
 
     gradients: list[Tensor | None]
     weight: float
     count: int
+    late: list[Tensor | None] | None = None
+    arrivals: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 class GradientMean:
@@ -52,36 +56,55 @@ class GradientMean:
         self._present: list[bool] = []
         self._weight = 0.0
 
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of what was added."""
+        return self._weight
+
     @torch.no_grad()
-    def add(self, gradients: Sequence[Tensor | None], samples: int, flat: Tensor | None = None) -> None:
+    def add(
+        self,
+        gradients: Sequence[Tensor | None],
+        samples: int,
+        flat: Tensor | None = None,
+        factors: float | Sequence[float] = 1.0,
+    ) -> None:
         """Adds a gradient; its tensors are the caller's again afterwards.
 
         Args:
             gradients: one per parameter, None where it takes no part.
             samples: its weight; one if the number of samples is not known.
             flat: what all the gradients are parts of, as the views are of the buffer; saves time.
+            factors: what it is multiplied by, which leaves its weight in the denominator; one for all, or for each
+                parameter its own.
         """
         weight = float(samples or 1)
         present = [gradient is not None for gradient in gradients]
-        if flat is not None and all(present):
+        if flat is not None and all(present) and isinstance(factors, float):
             if self._present:
-                self._sum.add_(flat, alpha=weight)
+                self._sum.add_(flat, alpha=weight * factors)
             else:
-                torch.mul(flat, weight, out=self._sum)
+                torch.mul(flat, weight * factors, out=self._sum)
         else:
             if not self._present:
                 self._sum.zero_()
-            for view, gradient in zip(self._views, gradients, strict=True):
+            each = [factors] * len(present) if isinstance(factors, float) else factors
+            for view, gradient, factor in zip(self._views, gradients, each, strict=True):
                 if gradient is not None:
-                    view.add_(gradient, alpha=weight)
+                    view.add_(gradient, alpha=weight * factor)
         earlier = self._present or [False] * len(present)
         self._present = [before or now for before, now in zip(earlier, present, strict=True)]
         self._weight += weight
 
     @torch.no_grad()
-    def take(self) -> list[Tensor | None]:
-        """The mean of what was added, which begins anew; good until the next `add`."""
-        self._sum.mul_(1.0 / self._weight)
+    def take(self, weight: float | None = None) -> list[Tensor | None]:
+        """The mean of what was added, which begins anew; good until the next `add`.
+
+        Args:
+            weight: what the sum is divided by; None takes the weights of what was added.
+        """
+        if self._present:
+            self._sum.mul_(1.0 / (self._weight if weight is None else weight))
         taken = self._parts()
         self._present, self._weight = [], 0.0
         return taken
@@ -92,9 +115,8 @@ class GradientMean:
         Args:
             count: how many gradients.
         """
-        if not self._present:
-            return None
-        return Gathered([None if one is None else one.clone() for one in self._parts()], self._weight, count)
+        sums = self.sums()
+        return None if sums is None else Gathered(sums, self._weight, count)
 
     def load(self, gathered: Gathered | None) -> None:
         """Goes on from what `gathered` has returned."""
@@ -102,6 +124,10 @@ class GradientMean:
         if gathered is not None:
             self.add(gathered.gradients, samples=1)
             self._weight = gathered.weight
+
+    def sums(self) -> list[Tensor | None] | None:
+        """A copy of the weighted sums; None if nothing was added."""
+        return [None if one is None else one.clone() for one in self._parts()] if self._present else None
 
     def _parts(self) -> list[Tensor | None]:
         return [view if there else None for view, there in zip(self._views, self._present, strict=True)]

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.gradient_mean import Gathered, GradientMean
+from lightning_async.holder.barrier_policies import Decision
+from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
+from lightning_async.holder.intake import GradientIntake
 from lightning_async.holder.layout import FlatLayout, exchanged
-from lightning_async.holder.policies import Decision
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.holder.update import HeldOptimizer
+from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
 __all__ = ["Holder"]
@@ -42,6 +44,8 @@ class Holder:
         latch: the run's failure latch.
         observer: called under the lock with every applied or dropped push; must be quick.
         states: for each optimizer the state to begin with; None for what its template has.
+        policy: what is done with a gradient because of its age, bound to the run; owned by the holder from here on.
+        momentum_rule: what steps use in place of the user's momentum; None leaves it.
 
     Raises:
         ValueError: if several gradients are to make an update, and there are several optimizers.
@@ -56,6 +60,8 @@ class Holder:
         latch: FailureLatch,
         observer: Callable[[Update], None] = lambda update: None,
         states: Sequence[StateByPlace | None] = (),
+        policy: StalenessPolicy | None = None,
+        momentum_rule: Callable[[float], float] | None = None,
     ) -> None:
         self._layout = layout
         self._flat = parameters.detach().clone()
@@ -68,14 +74,6 @@ class Holder:
         self._waiting = 0
         self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
-        self._mean: GradientMean | None = None
-        # Of the last push that has not become an update yet.
-        self._groups: Sequence[float] = ()
-        if barrier.gradients_per_update > 1:
-            if len(optimizers) > 1:
-                raise ValueError("With several optimizers each gradient is an update: gradients_per_update must be 1.")
-            buffer = torch.zeros_like(self._flat)
-            self._mean = GradientMean(buffer, layout.views(buffer, 0))
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -83,7 +81,10 @@ class Holder:
                 [torch.nn.Parameter(next(views)) for parameter in group["params"] if exchanged(parameter)]
                 for group in template.param_groups
             ]
-            self._optimizers.append(HeldOptimizer(template, groups))
+            self._optimizers.append(HeldOptimizer(template, groups, momentum_rule))
+        self._intake = GradientIntake(
+            layout, self._flat, self._optimizers, policy or StalenessPolicy(), barrier.gradients_per_update
+        )
         self.load_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
         this = weakref.ref(self)
@@ -131,7 +132,7 @@ class Holder:
             if not self._barrier.may_read(reader):
                 return None
             version = self._barrier.read(reader)
-            self._copy(out)
+            self._intake.copy(out)
             # The next reader in the queue may go too: nobody else would tell it.
             self._tell()
             return version
@@ -165,13 +166,8 @@ class Holder:
             applied = decision is Decision.APPLY
             began_ns = time.monotonic_ns()
             if applied:
-                if self._mean is None:
-                    self._optimizers[push.optimizer].apply(push.gradients, push.groups)
-                else:
-                    self._mean.add(push.gradients, push.samples, push.flat)
-                    self._groups = push.groups
-                    if self._barrier.filled + 1 == self._barrier.gradients_per_update:
-                        self._optimizers[push.optimizer].apply(self._mean.take(), push.groups)
+                version = self._barrier.version
+                self._intake.take(push, version - held, version, self._barrier.filled)
                 staleness = self._barrier.apply(reader)
             else:
                 staleness = self._barrier.discard(reader)
@@ -195,9 +191,9 @@ class Holder:
             Whether there were any.
         """
         with self._lock:
-            if self._mean is None or not self._barrier.filled:
+            if not self._barrier.filled:
                 return False
-            self._optimizers[0].apply(self._mean.take(), self._groups)
+            self._intake.complete()
             self._barrier.complete()
             self._tell()
             return True
@@ -284,11 +280,15 @@ class Holder:
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
-            gathered = None if self._mean is None else self._mean.gathered(self._barrier.filled)
-            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts, gathered)
+            gathered, policy = self._intake.gathered(self._barrier.filled), self._intake.policy_state()
+            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts, gathered, policy)
 
     def restore(
-        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+        self,
+        version: int,
+        optimizer_states: Sequence[Mapping[str, Any]],
+        gathered: Gathered | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> bool:
         """Loads optimizer states, in torch's format, and the version; nobody may be computing.
 
@@ -296,6 +296,7 @@ class Holder:
             version: the version.
             optimizer_states: each optimizer's state dict.
             gathered: gradients that wait for more; where they are enough by now, they are an update.
+            policy: what a staleness policy has learned; ignored if it is of another class.
 
         Returns:
             True if a state came from Adam without AMSGrad, whose maximum was then started from its ``exp_avg_sq``.
@@ -304,21 +305,16 @@ class Holder:
         with self._lock:
             for optimizer, state in zip(self._optimizers, optimizer_states, strict=True):
                 converted |= optimizer.load(state)
-            self._barrier.version, self._barrier.filled, self._groups = version, 0, ()
+            self._barrier.version, self._barrier.filled = version, 0
+            self._intake.forget()
+            if policy is not None:
+                self._intake.load_policy_state(policy)
             if gathered is not None:
-                self._take_over(gathered)
+                if self._intake.load(gathered):
+                    self._barrier.filled = gathered.count
+                else:
+                    self._barrier.version += 1
         return converted
-
-    def _take_over(self, gathered: Gathered) -> None:
-        if len(self._optimizers) > 1:
-            raise ValueError("The checkpoint has gradients that wait for more, which several optimizers cannot have.")
-        if self._mean is not None and gathered.count < self._barrier.gradients_per_update:
-            self._mean.load(gathered)
-            self._barrier.filled = gathered.count
-            return
-        mean = [None if one is None else one / gathered.weight for one in gathered.gradients]
-        self._optimizers[0].apply(mean, ())
-        self._barrier.version += 1
 
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""

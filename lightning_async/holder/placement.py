@@ -125,8 +125,7 @@ class DeviceHolder(Holder):
                 parameters=taken.parameters.cpu(),
                 optimizer_states=_on_host(taken.optimizer_states),
                 adapted=_on_host(taken.adapted),
-                gathered=taken.gathered
-                and dataclasses.replace(taken.gathered, gradients=_on_host(taken.gathered.gradients)),
+                gathered=taken.gathered and _on_device(taken.gathered, torch.device("cpu")),
             )
 
     @override
@@ -136,15 +135,16 @@ class DeviceHolder(Holder):
 
     @override
     def restore(
-        self, version: int, optimizer_states: Sequence[Mapping[str, Any]], gathered: Gathered | None = None
+        self,
+        version: int,
+        optimizer_states: Sequence[Mapping[str, Any]],
+        gathered: Gathered | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> bool:
         with self._stream.entered():
             if gathered is not None:
-                gathered = dataclasses.replace(
-                    gathered,
-                    gradients=[None if one is None else one.to(self._flat.device) for one in gathered.gradients],
-                )
-            return super().restore(version, optimizer_states, gathered)
+                gathered = _on_device(gathered, self._flat.device)
+            return super().restore(version, optimizer_states, gathered, policy)
 
 
 class HolderPlacement:
@@ -184,6 +184,13 @@ class HolderPlacement:
     def stage(self, channel: Channel) -> Channel:
         """The channel with its buffers on this device."""
         return on_device(channel, self.device)
+
+
+def _on_device(gathered: Gathered, device: torch.device) -> Gathered:
+    gradients, late = (
+        [None if one is None else one.to(device) for one in sums or ()] for sums in (gathered.gradients, gathered.late)
+    )
+    return dataclasses.replace(gathered, gradients=gradients, late=None if gathered.late is None else late)
 
 
 def _on_host(value: Any) -> Any:

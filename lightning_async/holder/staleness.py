@@ -1,4 +1,4 @@
-r"""The staleness bound: pure rules, which `policies.py` applies.
+r"""The staleness bound: pure rules, which `barrier_policies.py` applies.
 
 A worker that was given the parameters of version :math:`r` and has not been answered since is
 *outstanding*. Its gradient must be taken while the holder's version :math:`k` is at most

@@ -85,6 +85,7 @@ class Snapshot:
         applied: the tickets of this epoch that are applied, as ranges ``(start, stop)``.
         counts: what all workers have counted.
         gathered: gradients that wait for more to make an update with; None if there are none.
+        policy: what the staleness policy has learned, and its class; empty where nobody asks.
     """
 
     version: int
@@ -94,3 +95,4 @@ class Snapshot:
     applied: tuple[tuple[int, int], ...] = ()
     counts: tuple[int, ...] = ()
     gathered: Gathered | None = None
+    policy: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_async.holder.held_state import StateByPlace, same_state
 from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
 from lightning_async.holder.layout import all_parameters
 from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
+from lightning_async.policies.momentum import corrected_group
 
 __all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
 
@@ -27,9 +29,16 @@ class HeldOptimizer:
         template: the module's optimizer, with no state that matters.
         params: for every param group of the template, the tensors that take the place of its parameters that are
             exchanged; the others are left out.
+        momentum_rule: what a step uses in place of the momentum in its param groups; None leaves it.
     """
 
-    def __init__(self, template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        template: torch.optim.Optimizer,
+        params: Sequence[Sequence[nn.Parameter]],
+        momentum_rule: Callable[[float], float] | None = None,
+    ) -> None:
+        self._momentum_rule = momentum_rule
         self.hyperparams = HyperparamLayout(template)
         self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
         self._update = _update_of(self.optimizer)
@@ -42,18 +51,59 @@ class HeldOptimizer:
         self._assigned: Sequence[float] = self.hyperparams.read(template.param_groups)
         self._before_steps = self._own_values()
 
-    def apply(self, gradients: Sequence[Tensor | None], hyperparams: Sequence[float]) -> None:
+    def apply(self, gradients: Sequence[Tensor | None], hyperparams: Sequence[float], step_factor: float = 1.0) -> None:
         """Applies one update.
 
         Args:
             gradients: one per parameter, None where it takes no part.
             hyperparams: the hyperparameters of all param groups, in the order of `HyperparamLayout`; none for those of
-            before.
+                before.
+            step_factor: what the learning rate is multiplied by.
         """
+        self.assign(hyperparams)
+        if step_factor == 1.0 and self._momentum_rule is None:
+            self.step(gradients)
+            return
+        with self.in_force(step_factor):
+            self.step(gradients)
+
+    def assign(self, hyperparams: Sequence[float]) -> None:
+        """Sets the hyperparameters of all param groups, as `apply` does."""
         if hyperparams and hyperparams != self._assigned:
             self.hyperparams.assign(self.optimizer.param_groups, hyperparams, self._assigned)
             self._assigned = hyperparams
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """Applies one update with the hyperparameters that are there."""
         self._update(gradients)
+
+    @contextmanager
+    def in_force(self, step_factor: float = 1.0) -> Iterator[None]:
+        """Shows the learning rate and the momentum that a step uses, in place of the user's, for a while.
+
+        What a step itself changes in them stays.
+
+        Raises:
+            RuntimeError: if a learning rate is to be scaled and there is none.
+        """
+        changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        for group in self.optimizer.param_groups:
+            now = {} if self._momentum_rule is None else corrected_group(group, self._momentum_rule)
+            if step_factor != 1.0:
+                if "lr" not in group:
+                    kind = type(self.optimizer).__name__
+                    raise RuntimeError(
+                        f"a staleness policy's step_factor scales the learning rate, and {kind} has none"
+                    )
+                now["lr"] = group["lr"] * step_factor
+            changed.append((group, {key: group[key] for key in now}, now))
+        for group, _, now in changed:
+            group.update(now)
+        try:
+            yield
+        finally:
+            for group, before, now in changed:
+                group.update({key: before[key] for key, value in now.items() if group[key] is value})
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the optimizer's state dict, whose tensors own no more memory than their values take."""

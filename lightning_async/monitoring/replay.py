@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.policies import Decision
+from lightning_async.holder.barrier_policies import Decision
 
 __all__ = ["Replay", "free_bound", "replay"]
 

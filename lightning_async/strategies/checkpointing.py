@@ -7,14 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.tally import STEPS
 from lightning_async.holder.types import Snapshot
 from lightning_async.loops.phase import Phase
+from lightning_async.policies.registry import describe_policy, kind_of, make_policy
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.gradient_exchange import GradientExchange
@@ -46,7 +48,7 @@ class Checkpointing:
         by_hand: what user code does by hand.
         phase: the run's phase.
         scheduled_steps: tells the steps that the learning-rate schedulers have made.
-        gradients_per_update: gradients that make a version.
+        options: how gradients are exchanged.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Checkpointing:
         by_hand: ByHand,
         phase: Phase,
         scheduled_steps: Callable[[], int],
-        gradients_per_update: int,
+        options: ExchangeOptions,
     ) -> None:
         self._module = module
         self._exchange = exchange
@@ -65,7 +67,8 @@ class Checkpointing:
         self._by_hand = by_hand
         self._phase = phase
         self._scheduled_steps = scheduled_steps
-        self._gradients_per_update = gradients_per_update
+        self._gradients_per_update = options.gradients_per_update
+        self._options = options
         self._snapshot: Snapshot | None = None
         # The epoch and the order of its batches, as checkpoints record them.
         self._epoch_order: tuple[int, str] | None = None
@@ -128,6 +131,7 @@ class Checkpointing:
         noted = self.note(version, world_size)
         if snapshot is not None:
             noted |= {"version": snapshot.version, "counts": [*snapshot.counts]}
+            noted |= {"policy": snapshot.policy}
             if snapshot.gathered is not None:
                 # Applied batches, too, whose gradients are in no parameter yet.
                 noted["gathered"] = asdict(snapshot.gathered)
@@ -141,7 +145,11 @@ class Checkpointing:
     def note(self, version: int, world_size: int) -> dict[str, Any]:
         """What a checkpoint that has no snapshot notes under `CHECKPOINT_KEY`; see `complete`."""
         counts = [*self._by_hand.tally.totals]
-        made_of = {"gradients_per_update": self._gradients_per_update}
+        made_of = {
+            "gradients_per_update": self._gradients_per_update,
+            "staleness_policy": describe_policy(self._options.staleness_policy),
+            "momentum_correction": self._options.momentum_correction,
+        }
         return {"version": version, "world_size": world_size, **made_of, **self._by_hand.state(), "counts": counts}
 
     # --- loading -----------------------------------------------------------------------------------------------------
@@ -160,7 +168,7 @@ class Checkpointing:
         engine, states = self._exchange.engine, checkpoint["optimizer_states"]
         held = [held_state(optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
         gathered = Gathered(**saved["gathered"]) if "gathered" in saved else None
-        if engine.service is not None and engine.service.restore(version, held, gathered):
+        if engine.service is not None and engine.service.restore(version, held, gathered, self._policy_state(saved)):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
@@ -170,6 +178,18 @@ class Checkpointing:
         engine.states.reset()
         engine.worker.version = version
         self._by_hand.load(saved, counts, gradients)
+
+    def _policy_state(self, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What a checkpoint's staleness policy had learned, if it is of the class that this run has."""
+        policy = make_policy(self._options.staleness_policy)
+        state: Mapping[str, Any] | None = saved.get("policy")
+        if state is None or state["kind"] == kind_of(policy):
+            return state
+        rank_zero_info(
+            f"The checkpoint is from a run with staleness_policy={saved['staleness_policy']}; this one begins with "
+            f"{describe_policy(self._options.staleness_policy)}, which takes nothing over from it."
+        )
+        return None
 
     def _progress(
         self, checkpoint: Mapping[str, Any], saved: Mapping[str, Any], world_size: int

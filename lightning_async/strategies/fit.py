@@ -94,7 +94,7 @@ def set_up_fit(
         accumulate=lambda: int(trainer.accumulate_grad_batches),
     )
     checkpointing = Checkpointing(
-        context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps, gradients_per_update
+        context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps, context.options
     )
     coordinator = Coordinator(
         trainer=trainer,

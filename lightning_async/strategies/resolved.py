@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.staleness import resolve_max_staleness
+from lightning_async.policies.momentum import implicit_momentum
+from lightning_async.policies.registry import describe_policy
 
 __all__ = ["BatchSource", "Resolved", "describe_run"]
 
@@ -46,9 +48,12 @@ def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: 
         >>> run["requested"]
         {'max_staleness': 'auto', 'transport': 'auto'}
     """
-    asked: Mapping[str, Any] = asdict(options)
+    asked: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
+    asked["staleness_policy"] = describe_policy(options.staleness_policy)
     bound = resolve_max_staleness(options.max_staleness, ranks, options.gradients_per_update)
     found: dict[str, Any] = {"max_staleness": bound}
+    if options.momentum_correction == "auto":
+        found["implicit_momentum"] = round(implicit_momentum(ranks, options.gradients_per_update), 4)
     if resolved is not None:
         # Rank 0's own gradients mostly travel nowhere.
         kinds = dict.fromkeys(kind for kind in resolved.transports if kind != "in process")

@@ -33,7 +33,9 @@ from lightning_async.exchange.options import (
     HolderDevice,
     HolderPlace,
     MaxStaleness,
+    MomentumCorrection,
     OnStale,
+    StalenessPolicy,
     Transport,
     WireDtype,
 )
@@ -61,7 +63,13 @@ from lightning_async.strategies.registration import register
 from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
 from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
-from lightning_async.strategies.validation import check_module, refuse_finders, refuse_options, refuse_sync_batchnorm
+from lightning_async.strategies.validation import (
+    check_module,
+    check_momentum,
+    refuse_finders,
+    refuse_options,
+    refuse_sync_batchnorm,
+)
 
 __all__ = ["AsyncStrategy"]
 
@@ -100,6 +108,10 @@ class AsyncStrategy(PhasedCollectives):
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
             less than DDP. Gradients are weighted by their samples.
+        staleness_policy: what is done with a gradient because of its age: ``"plain"`` (nothing), ``"damping"``,
+            ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, or a `StalenessPolicy`.
+        momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
+            what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -130,6 +142,8 @@ class AsyncStrategy(PhasedCollectives):
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
         gradients_per_update: int = 1,
+        staleness_policy: StalenessPolicy | str = "plain",
+        momentum_correction: MomentumCorrection = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -162,6 +176,8 @@ class AsyncStrategy(PhasedCollectives):
                 parameter_wire_dtype=parameter_wire_dtype,
                 holder_device=holder_device,
                 holder=holder,
+                staleness_policy=staleness_policy,
+                momentum_correction=momentum_correction,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
@@ -322,6 +338,7 @@ class AsyncStrategy(PhasedCollectives):
 
     def _take_optimizer(self, optimizer: Optimizer) -> None:
         self._accept_optimizer(optimizer)
+        check_momentum(self.options, optimizer)
         make_proxy(optimizer, self._push, lambda: self.engine is not None and self.engine.shares_parameters)
         self._undo.callback(remove_proxy, optimizer)
 

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from lightning_async.exchange.engine import check_overlap
 from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.exchange.remote_service import check_policy_can_travel
 from lightning_async.holder.layout import all_parameters, exchanged
 from lightning_async.holder.staleness import resolve_max_staleness
+from lightning_async.policies.momentum import check_has_momentum
+from lightning_async.policies.registry import make_policy
 from lightning_async.transport.devices import place_holder
 
 __all__ = [
     "check_module",
+    "check_momentum",
     "check_parameters",
     "describe_gradient",
     "refuse_finders",
@@ -99,8 +103,28 @@ def refuse_options(options: ExchangeOptions, name: str, device: torch.device, wo
             bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
             readers = world_size * options.slots(world_size)
             check_overlap(bound, readers, 1, options.gradients_per_update)
+        if options.holder == "process" and world_size > 1:
+            check_policy_can_travel(make_policy(options.staleness_policy))
     except ValueError as error:
         raise MisconfigurationException(f"{name} cannot train here: {error}.") from None
+
+
+def check_momentum(options: ExchangeOptions, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that the staleness policy or the momentum correction cannot work with.
+
+    Args:
+        options: the strategy's.
+        optimizer: the module's.
+
+    Raises:
+        MisconfigurationException: if they cannot; the message says what can be had.
+    """
+    try:
+        make_policy(options.staleness_policy).check(optimizer)
+        if options.momentum_correction is not None:
+            check_has_momentum(optimizer)
+    except ValueError as error:
+        raise MisconfigurationException(f"{error}.") from None
 
 
 def check_module(module: nn.Module) -> None:

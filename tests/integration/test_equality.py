@@ -17,6 +17,8 @@ from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.exchange import param_views as binding
 from lightning_async.holder.gradient_mean import GradientMean
 from lightning_async.holder.layout import FlatLayout
+from lightning_async.policies import Arrival, StalenessPolicy, make_policy
+from lightning_async.policies.momentum import corrected_momentum
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 
@@ -170,6 +172,7 @@ def replay(
     optimizer: torch.optim.Optimizer | None = None,
     wire: Wire = UNROUNDED,
     gradients_per_update: int = 1,
+    policy: StalenessPolicy | None = None,
 ) -> None:
     """Trains ``module`` in this process as the record says, each gradient at the version that was read.
 
@@ -177,12 +180,22 @@ def replay(
     gradients lack to an update is left out of it.
     """
     layout = FlatLayout([list(module.parameters())])
-    total = layout.buffer().to(next(module.parameters()).device)
-    mean, gathered = GradientMean(total, layout.views(total, 0)), 0
+    device = next(module.parameters()).device
+    mean, late = (GradientMean(total, layout.views(total, 0)) for total in layout.buffer().to(device).repeat(2, 1))
     data = indexed_data(samples)
     optimizer = optimizer or AMSGrad(module.parameters(), lr=module.lr, fused=True)
+    group = optimizer.param_groups[0]
+    policy = policy or StalenessPolicy()
+    arrivals: list[Arrival] = []
     worker = copy.deepcopy(module)
-    versions = [copy.deepcopy(module.state_dict())]
+
+    def answer() -> dict[str, Tensor]:
+        answered = copy.deepcopy(module)
+        with torch.no_grad():
+            policy.look_ahead(list(answered.parameters()), optimizer)
+        return answered.state_dict()
+
+    versions = [answer()]
     order = global_order(data)
     per_epoch = -(-samples // BATCH_SIZE)
     computed, batches = 0, []
@@ -199,19 +212,33 @@ def replay(
             for ticket in update["tickets"]:
                 (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
             arrived = [source.grad.to(gradients).to(source.dtype) for source in worker.parameters()]  # type: ignore[union-attr]
-            mean.add(arrived, sum(len(batches[ticket]) for ticket in update["tickets"]))
-            gathered += 1
-        is_full, is_last = gathered == gradients_per_update, computed % per_epoch == 0
-        if is_full or (is_last and gathered):
-            taken = mean.take() if gradients_per_update > 1 else arrived
+            count = sum(len(batches[ticket]) for ticket in update["tickets"])
+            arrivals.append(Arrival(update["worker"], update["staleness"], len(versions) - 1, count))
+            factor, lateness = policy.gradient_factor(arrivals[-1]), policy.lateness(arrivals[-1], group)
+            mean.add(arrived, count, factors=factor)
+            if lateness:
+                late.add(arrived, count, factors=factor * lateness)
+        is_full, is_last = len(arrivals) == gradients_per_update, computed % per_epoch == 0
+        if is_full or (is_last and arrivals):
+            too_late = late.take(mean.weight) if late.weight else None
+            taken = mean.take()
+            if gradients_per_update == 1:
+                # Not divided by its own weight.
+                taken = arrived if factor == 1.0 else [gradient * factor for gradient in arrived]
+                too_late = [gradient * lateness for gradient in taken if gradient is not None] if lateness else None
             for parameter, gradient in zip(module.parameters(), taken, strict=True):
                 parameter.grad = gradient
+            lr = group["lr"]
+            group["lr"] = lr * policy.step_factor(arrivals)
             optimizer.step()
-            versions.append(copy.deepcopy(module.state_dict()))
+            if too_late is not None:
+                with torch.no_grad():
+                    policy.after_step(optimizer, too_late)
+            group["lr"] = lr
+            versions.append(answer())
             # The epoch's end completes a version after the push has been told of.
             assert len(versions) - 1 == update["version"] + (not is_full)
-            gathered = 0
-            mean.load(None)
+            arrivals.clear()
     assert computed == per_epoch * 2
 
 
@@ -236,7 +263,11 @@ def train_and_replay(
     trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **(arguments or {}))
     trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
     made_of = options.get("gradients_per_update", 1)
-    replay(alone, torch.load(folder / "updates.pt"), samples, wire=wire, gradients_per_update=made_of)
+    policy = make_policy(options.get("staleness_policy", "plain"))
+    policy.bind(3, made_of)
+    beta = 0.9 if options.get("momentum_correction") is None else corrected_momentum(0.9, 3, made_of)
+    optimizer = AMSGrad(alone.parameters(), lr=1e-2, betas=(beta, 0.999), fused=True)
+    replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, made_of, policy)
     torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
 

@@ -123,6 +123,50 @@ def test_a_strategy_can_be_given_by_class_path_with_options() -> None:
     assert cli.trainer.strategy.options.max_staleness == 7
 
 
+@pytest.mark.parametrize(
+    ("arguments", "policy", "correction"),
+    [
+        (["staleness_policy=damping", "momentum_correction=0.5"], "damping", 0.5),
+        (
+            ["staleness_policy=lightning_async.policies.AgeDamping", "momentum_correction=auto"],
+            "AgeDamping(rate=0.2)",
+            "auto",
+        ),
+        (
+            ["staleness_policy=lightning_async.policies.LookAhead", "staleness_policy.delay=3"],
+            "LookAhead(delay=3.0)",
+            None,
+        ),
+    ],
+    ids=["name", "default-arguments", "arguments"],
+)
+def test_a_staleness_policy_can_be_given_by_name_and_by_class_path(
+    arguments: list[str], policy: str, correction: object
+) -> None:
+    cli = AsyncCLI(
+        ["--config", RECIPE, *(f"--trainer.strategy.{argument}" for argument in arguments)],
+        run=False,
+    )
+
+    configuration = cli.trainer.strategy.configuration
+    assert configuration["staleness_policy"] == policy
+    assert configuration["momentum_correction"] == correction
+
+
+def test_a_configuration_file_has_a_staleness_policy_with_its_arguments(tmp_path: Path) -> None:
+    config = tmp_path / "policy.yaml"
+    config.write_text(
+        "trainer:\n  strategy:\n    class_path: lightning_async.AsyncStrategy\n    init_args:\n"
+        "      staleness_policy:\n        class_path: lightning_async.policies.AgeDamping\n"
+        "        init_args: {rate: 0.5}\n      momentum_correction: auto\n"
+    )
+
+    cli = AsyncCLI(["--config", RECIPE, "--config", str(config)], run=False)
+
+    assert repr(cli.trainer.strategy.options.staleness_policy) == "AgeDamping(rate=0.5)"
+    assert cli.trainer.strategy.options.momentum_correction == "auto"
+
+
 @pytest.mark.parametrize("named", ["lightning_async.AsyncAMSGradStrategy", "AsyncAMSGradStrategy"])
 def test_a_strategy_can_be_given_by_class_path_without_options(named: str) -> None:
     cli = AsyncCLI(["--config", RECIPE, f"--trainer.strategy={named}"], run=False)

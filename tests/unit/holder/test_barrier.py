@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.policies import Decision
+from lightning_async.holder.barrier_policies import Decision
 from tests.unit.holder.test_staleness import in_time_in_some_order, no_window_is_overfull
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.policies import POLICIES, Decision, OnStale, Reader, StalenessPolicy
+from lightning_async.holder.barrier_policies import POLICIES, BarrierPolicy, Decision, OnStale, Reader
 
 
 def test_every_name_that_the_strategy_takes_has_a_policy() -> None:
@@ -18,7 +18,7 @@ def test_every_name_that_the_strategy_takes_has_a_policy() -> None:
         ExchangeOptions(on_stale="hope")  # type: ignore[arg-type]
 
 
-class OneAfterTheOther(StalenessPolicy):
+class OneAfterTheOther(BarrierPolicy):
     """Lets one worker read at a time, whatever the bound."""
 
     def may_read(self, worker: Reader, reads: Mapping[Reader, int], queue: Iterable[Reader], filled: int = 0) -> bool:
@@ -43,6 +43,6 @@ def test_the_barrier_goes_by_a_policy_that_it_has_never_seen(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_a_policy_takes_no_bound_below_zero(policy: type[StalenessPolicy]) -> None:
+def test_a_policy_takes_no_bound_below_zero(policy: type[BarrierPolicy]) -> None:
     with pytest.raises(ValueError, match="-1"):
         policy(-1)

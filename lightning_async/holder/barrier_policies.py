@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_async.holder.staleness import admissible, check_bound, is_stale
 
-__all__ = ["POLICIES", "Decision", "DropPolicy", "OnStale", "Reader", "StalenessPolicy", "WaitPolicy"]
+__all__ = ["POLICIES", "BarrierPolicy", "Decision", "DropPolicy", "OnStale", "Reader", "WaitPolicy"]
 
 # The names of the policies, as the strategy's argument `on_stale` takes them.
 OnStale: TypeAlias = Literal["wait", "drop"]
@@ -28,7 +28,7 @@ class Decision(enum.Enum):
     DROP = "drop"
 
 
-class StalenessPolicy(ABC):
+class BarrierPolicy(ABC):
     r"""Decides who reads and what becomes of a push, so that no applied update is staler than the bound.
 
     It sees what `StalenessBarrier` keeps, and keeps nothing itself. A policy that lets readers and pushes wait must
@@ -72,7 +72,7 @@ class StalenessPolicy(ABC):
         """
 
 
-class WaitPolicy(StalenessPolicy):
+class WaitPolicy(BarrierPolicy):
     r"""Holds back a push, or a reader, that would make another worker's update too stale.
 
     The outstanding set is feasible at the present version at all times: `may_read` requires it of the set with the
@@ -111,7 +111,7 @@ class WaitPolicy(StalenessPolicy):
         return Decision.APPLY if in_time else Decision.WAIT
 
 
-class DropPolicy(StalenessPolicy):
+class DropPolicy(BarrierPolicy):
     r"""Lets nobody wait, and discards a push with :math:`k - r > \tau`.
 
     Examples:
@@ -128,4 +128,4 @@ class DropPolicy(StalenessPolicy):
         return Decision.DROP if is_stale(reads[worker], version, self.max_staleness) else Decision.APPLY
 
 
-POLICIES: dict[str, type[StalenessPolicy]] = {"wait": WaitPolicy, "drop": DropPolicy}
+POLICIES: dict[str, type[BarrierPolicy]] = {"wait": WaitPolicy, "drop": DropPolicy}

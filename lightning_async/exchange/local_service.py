@@ -72,6 +72,8 @@ class HolderService(Service):
         # A copy: another fit begins with what the user has given, not with what this one has learned.
         policy = copy.deepcopy(make_policy(options.staleness_policy))
         policy.bind(spec.world_size, options.gradients_per_update)
+        for optimizer in spec.optimizers:
+            policy.check(optimizer)
         self.holder = placement.make_holder(
             layout,
             initial.to(placement.device),

@@ -6,6 +6,7 @@ Knows torch and nothing else of this package.
 from lightning_async.policies.base import Arrival, StalenessPolicy
 from lightning_async.policies.damping import AgeDamping
 from lightning_async.policies.delay_adaptive import DelayAdaptiveStep
+from lightning_async.policies.from_ddp import FromDDP
 from lightning_async.policies.look_ahead import LookAhead
 from lightning_async.policies.ordered_momentum import OrderedMomentum
 from lightning_async.policies.registry import POLICIES, make_policy
@@ -16,6 +17,7 @@ __all__ = [
     "AgeDamping",
     "Arrival",
     "DelayAdaptiveStep",
+    "FromDDP",
     "LookAhead",
     "OrderedMomentum",
     "RescaledByFrequency",

@@ -54,7 +54,10 @@ class StalenessPolicy:
         """
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuses an optimizer that the policy cannot work with; asked on every rank before training begins.
+        """Looks at the optimizer, and refuses one that the policy cannot work with.
+
+        Every rank asks before training begins, so that the error comes early, and so does the holder of its own
+        policy, after `bind`.
 
         Args:
             optimizer: the module's.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.damping import AgeDamping
 from lightning_async.policies.delay_adaptive import DelayAdaptiveStep
+from lightning_async.policies.from_ddp import FromDDP
 from lightning_async.policies.look_ahead import LookAhead
 from lightning_async.policies.ordered_momentum import OrderedMomentum
 from lightning_async.policies.rescaled import RescaledByFrequency
@@ -21,6 +22,7 @@ POLICIES: dict[str, Callable[[], StalenessPolicy]] = {
     "rescaled": RescaledByFrequency,
     "ordered_momentum": OrderedMomentum,
     "look_ahead": LookAhead,
+    "from_ddp": FromDDP,
 }
 
 
@@ -39,7 +41,8 @@ def make_policy(value: object) -> StalenessPolicy:
         >>> make_policy("dampening")
         Traceback (most recent call last):
         ValueError: staleness_policy must be one of 'plain', 'damping', 'delay_adaptive', 'rescaled', \
-'ordered_momentum', 'look_ahead' or an instance of a subclass of lightning_async.StalenessPolicy, not 'dampening'.
+'ordered_momentum', 'look_ahead', 'from_ddp' or \
+an instance of a subclass of lightning_async.StalenessPolicy, not 'dampening'.
     """
     if isinstance(value, StalenessPolicy):
         return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import (
     Batches,
@@ -107,9 +109,11 @@ class AsyncStrategy(PhasedCollectives):
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
-            less than DDP. Gradients are weighted by their samples.
+            less than DDP. Gradients are weighted by their samples. ``"auto"`` is half of the ranks, with DDP's own
+            learning rate and momentum (``staleness_policy="from_ddp"``).
         staleness_policy: what is done with a gradient because of its age: ``"plain"`` (nothing), ``"damping"``,
-            ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, or a `StalenessPolicy`.
+            ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, ``"from_ddp"``, or
+            a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
         accelerator: see `DDPStrategy`.
@@ -141,8 +145,8 @@ class AsyncStrategy(PhasedCollectives):
         summary: bool = True,
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
-        gradients_per_update: int = 1,
-        staleness_policy: StalenessPolicy | str = "plain",
+        gradients_per_update: GradientsPerUpdate = 1,
+        staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -164,10 +168,10 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
-            self.options = ExchangeOptions(
+            self._dial = Dial(gradients_per_update, staleness_policy)
+            self._asked = ExchangeOptions(
                 max_staleness=max_staleness,
                 on_stale=on_stale,
-                gradients_per_update=gradients_per_update,
                 batches=batches,
                 transport=transport,
                 worker_timeout_s=worker_timeout,
@@ -176,7 +180,7 @@ class AsyncStrategy(PhasedCollectives):
                 parameter_wire_dtype=parameter_wire_dtype,
                 holder_device=holder_device,
                 holder=holder,
-                staleness_policy=staleness_policy,
+                staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
             )
         except ValueError as error:
@@ -200,6 +204,13 @@ class AsyncStrategy(PhasedCollectives):
         self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
         self._note: dict[str, Any] = {"version": 0}
+
+    @property
+    def options(self) -> ExchangeOptions:
+        """How gradients are exchanged among the ranks that there are."""
+        # With several optimizers each gradient is an update.
+        several = self._dial.gradients_per_update == "auto" and len(self.optimizers) > 1
+        return replace(self._asked, gradients_per_update=1 if several else self._dial.gradients(self.world_size))
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -375,6 +386,8 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
+        if (chosen := self._dial.notice(self.world_size)) is not None:
+            rank_zero_info(chosen)
         self._resolved, self.has_stepped = None, False
         context = ExchangeContext(
             name=self.strategy_name,
@@ -543,7 +556,8 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
-        return describe_run(type(self).__name__, self.world_size, self.options, self._resolved)
+        described = describe_run(type(self).__name__, self.world_size, self.options, self._resolved)
+        return {**described, "requested": described["requested"] | self._dial.requested}
 
     @classmethod
     @override

@@ -1,0 +1,80 @@
+"""The dial between DDP and the paper's method, and what "auto" makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lightning_async.policies.base import StalenessPolicy
+from lightning_async.policies.registry import describe_policy
+
+__all__ = ["Dial", "GradientsPerUpdate"]
+
+# The strategy's argument `gradients_per_update`.
+GradientsPerUpdate: TypeAlias = int | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """How many gradients make an update, and what is done with their age, as the user has asked.
+
+    Args:
+        gradients_per_update: a number, or ``"auto"``.
+        staleness_policy: a policy, a name, or None for ``"plain"``, or ``"from_ddp"`` where the number is ``"auto"``.
+
+    Raises:
+        ValueError: if the number is none.
+
+    Examples:
+        >>> Dial("auto", None).gradients(4), Dial("auto", None).policy
+        (2, 'from_ddp')
+        >>> Dial(1, None).gradients(4), Dial(1, None).policy
+        (1, 'plain')
+    """
+
+    gradients_per_update: GradientsPerUpdate
+    staleness_policy: str | StalenessPolicy | None
+
+    def __post_init__(self) -> None:
+        count: object = self.gradients_per_update
+        if count != "auto" and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ValueError(f'gradients_per_update must be an int of at least 1 or "auto", not {count!r}.')
+
+    def gradients(self, workers: int) -> int:
+        """K, for a number of ranks: half of them for ``"auto"``.
+
+        As many gradients as ranks wait longer for the last one, and are staler in samples; one alone is noisy. In
+        between both learn alike (docs/results.md).
+        """
+        if self.gradients_per_update == "auto":
+            return -(-workers // 2)
+        return self.gradients_per_update
+
+    @property
+    def policy(self) -> str | StalenessPolicy:
+        """What is done with a gradient because of its age."""
+        if self.staleness_policy is not None:
+            return self.staleness_policy
+        return "from_ddp" if self.gradients_per_update == "auto" else "plain"
+
+    @property
+    def requested(self) -> dict[str, str]:
+        """The arguments that were left to the run, by name."""
+        return {"gradients_per_update": "auto"} if self.gradients_per_update == "auto" else {}
+
+    def notice(self, workers: int) -> str | None:
+        """What "auto" has chosen and why, in a line; None if nothing was left to it, or there is nothing to choose.
+
+        Examples:
+            >>> print(Dial("auto", None).notice(4))
+            gradients_per_update="auto": 2 gradients an update, half of the ranks; staleness_policy=from_ddp, so that \
+learning rate and momentum can be those of DDP with 4 ranks.
+        """
+        if self.gradients_per_update != "auto" or workers == 1:
+            return None
+        count = self.gradients(workers)
+        said = f'gradients_per_update="auto": {count} gradient{"s" if count > 1 else ""} an update, half of the ranks'
+        policy = f"staleness_policy={describe_policy(self.policy)}"
+        if self.staleness_policy is not None:
+            return f"{said}; {policy}."
+        return f"{said}; {policy}, so that learning rate and momentum can be those of DDP with {workers} ranks."

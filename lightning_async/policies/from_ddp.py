@@ -63,16 +63,19 @@ class FromDDP(LookAhead):
     def __init__(self, delay: float | None = None) -> None:
         super().__init__(delay)
         self._workers = self._gradients = 1
-        self._factor = 1.0
+        self._factor, self._versions = 1.0, 0.0
 
     @override
     def bind(self, workers: int, gradients_per_update: int) -> None:
         super().bind(workers, gradients_per_update)
         self._workers, self._gradients = workers, gradients_per_update
+        self._versions = self._delay
 
     @override
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         self._factor = ddp_step_factor(optimizer, self._workers, self._gradients)
+        # Steps are shorter, and so is what lies ahead.
+        self._delay = self._versions * self._factor
 
     @override
     def step_factor(self, arrivals: Sequence[Arrival]) -> float:

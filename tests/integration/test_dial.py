@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -247,3 +248,34 @@ def test_gradients_that_wait_for_more_are_not_lost_with_an_optimizer_that_is_rep
     # Ten gradients: two versions, and one of the two that wait; then ten more.
     for rank in finished(launch(script, tmp_path)):
         assert rank["version"] == 3 + 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"staleness_policy": "plain"}], ids=["own-policy", "plain"])
+def test_auto_is_half_of_the_ranks_and_says_so(tmp_path: Path, settings: dict[str, Any]) -> None:
+    strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork", **settings)
+
+    def script(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        trainer = fork_trainer(folder, RANKS, strategy)
+        module = Module()
+        module.on_fit_end = lambda: report(  # type: ignore[method-assign]
+            folder, trainer.global_rank, version=strategy.version, run=strategy.configuration
+        )
+        trainer.fit(module, loader(SAMPLES, BATCH))
+
+    run = launch(script, tmp_path)
+
+    first = finished(run)[0]
+    assert first["version"] == -(-33 // 2)
+    assert first["run"]["gradients_per_update"] == 2
+    assert first["run"]["requested"]["gradients_per_update"] == "auto"
+    assert first["run"]["staleness_policy"] == settings.get("staleness_policy", "from_ddp")
+    (said,) = [line for line in run.output.splitlines() if line.startswith('gradients_per_update="auto"')]
+    assert "2 gradients an update, half of the ranks" in said
+    assert ("can be those of DDP with 3 ranks" in said) is (not settings)
+
+
+def test_a_number_of_gradients_that_is_none_is_refused() -> None:
+    for value in (0, -1, True, 1.5, "all"):
+        with pytest.raises(MisconfigurationException, match='must be an int of at least 1 or "auto"'):
+            AsyncStrategy(gradients_per_update=value)  # type: ignore[arg-type]

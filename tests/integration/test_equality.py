@@ -262,9 +262,10 @@ def train_and_replay(
     strategy.observers.append(recorder)
     trainer = fork_trainer(folder, 3, strategy, max_epochs=2, **(arguments or {}))
     trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
-    made_of = options.get("gradients_per_update", 1)
-    policy = make_policy(options.get("staleness_policy", "plain"))
+    made_of = strategy.options.gradients_per_update
+    policy = make_policy(strategy.options.staleness_policy)
     policy.bind(3, made_of)
+    policy.check(AMSGrad(alone.parameters()))
     beta = 0.9 if options.get("momentum_correction") is None else corrected_momentum(0.9, 3, made_of)
     optimizer = AMSGrad(alone.parameters(), lr=1e-2, betas=(beta, 0.999), fused=True)
     replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, made_of, policy)

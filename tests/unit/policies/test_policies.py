@@ -28,6 +28,7 @@ from lightning_async.policies import (
     AgeDamping,
     Arrival,
     DelayAdaptiveStep,
+    FromDDP,
     LookAhead,
     OrderedMomentum,
     RescaledByFrequency,
@@ -343,6 +344,21 @@ def test_look_ahead_answers_with_the_parameters_along_the_momentum_of_sgd() -> N
     assert_close(cluster.reads[0][1], cluster.parameters - LR * 1.0 * buffer)
 
 
+@pytest.mark.parametrize(("make", "factor"), [(amsgrad, 0.5**0.5), (sgd, 0.5)])
+def test_the_settings_of_ddp_are_a_shorter_step_and_a_look_ahead_as_much_shorter(make: Any, factor: float) -> None:
+    ours = Cluster(make, FromDDP(), workers=4, gradients_per_update=2)
+    ours.policy.check(ours.optimizer)
+    theirs = Cluster(make, LookAhead(), workers=4, gradients_per_update=2)
+    theirs.optimizer.param_groups[0]["lr"] *= factor
+
+    for cluster in (ours, theirs):
+        cluster.run([0, 1, 2, 3, 0, 1, 2, 3])
+
+    assert torch.allclose(ours.parameters, theirs.parameters, rtol=1e-6)
+    assert torch.allclose(ours.reads[1][1], theirs.reads[1][1], rtol=1e-6)
+    assert not torch.allclose(ours.reads[3][1], ours.parameters)
+
+
 def test_look_ahead_moves_nothing_before_the_first_step_nor_for_one_rank() -> None:
     assert Cluster(amsgrad, LookAhead()).read(0).equal(Cluster(amsgrad, StalenessPolicy()).initial)
     alone = Cluster(amsgrad, LookAhead(7), workers=1).run([0, 0, 0])
@@ -637,5 +653,5 @@ def test_a_correction_without_a_meaning_is_refused(value: Any) -> None:
 
 
 def test_a_name_that_is_none_is_answered_with_the_names() -> None:
-    with pytest.raises(ValueError, match=r"one of 'plain', 'damping', .*'look_ahead' or an instance .*, not 'dampen'"):
+    with pytest.raises(ValueError, match=r"one of 'plain', 'damping', .*'from_ddp' or an instance .*, not 'dampen'"):
         ExchangeOptions(staleness_policy="dampen")

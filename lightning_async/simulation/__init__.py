@@ -1,0 +1,5 @@
+"""A cluster in virtual time: the holder and the barrier of a real run, driven by an event queue; no Lightning."""
+
+from lightning_async.simulation.step_times import StepTime, StepTimes
+
+__all__ = ["StepTime", "StepTimes"]

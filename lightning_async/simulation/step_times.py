@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from lightning_async.monitoring.record import RunRecord
 
-__all__ = ["StepSpec", "StepTime", "StepTimes"]
+__all__ = ["StepSpec", "StepTime", "StepTimes", "check_seconds"]
 
 Distribution: TypeAlias = Literal["constant", "normal", "lognormal", "uniform", "exponential"]
 
@@ -70,7 +70,7 @@ class StepTime:
         if self.distribution not in _LARGEST_SPREAD:
             names = ", ".join(map(repr, _LARGEST_SPREAD))
             raise ValueError(f"The distribution of a step time is one of {names}, not {self.distribution!r}.")
-        _check_seconds("A step", self.mean)
+        check_seconds("A step", self.mean)
         object.__setattr__(self, "mean", float(self.mean))
         if self.spread is None:
             if self.distribution not in ("constant", "exponential"):
@@ -232,7 +232,7 @@ def _steps(one: Any) -> _Steps:
         if not one:
             raise ValueError("A worker's list of step seconds is empty.")
         for seconds in one:
-            _check_seconds("A step", seconds)
+            check_seconds("A step", seconds)
         return _Recorded(one)
     return StepTime(one)
 
@@ -241,7 +241,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_seconds(what: str, seconds: object) -> None:
+def check_seconds(what: str, seconds: object) -> None:
+    """Refuses what is no number of seconds.
+
+    Raises:
+        ValueError: if it is none.
+    """
     if not _is_number(seconds) or not 0.0 <= seconds < math.inf:  # type: ignore[operator]
         raise ValueError(f"{what} takes a number of seconds of at least 0, not {seconds!r}.")
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_async.monitoring.stats import RunStats
     from lightning_async.runtime.failure import WorkerFailedError
     from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
+    from lightning_async.strategies.simulated_cluster import SimulatedClusterStrategy
     from lightning_async.strategies.simulated_delay import SimulatedDelayStrategy
     from lightning_async.strategies.strategy import AsyncStrategy
 
@@ -31,6 +32,7 @@ __all__ = [
     "AsyncMonitor",
     "AsyncStrategy",
     "RunStats",
+    "SimulatedClusterStrategy",
     "SimulatedDelayStrategy",
     "WorkerFailedError",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "AsyncMonitor": "lightning_async.callbacks",
     "AsyncStrategy": "lightning_async.strategies.strategy",
     "RunStats": "lightning_async.monitoring.stats",
+    "SimulatedClusterStrategy": "lightning_async.strategies.simulated_cluster",
     "SimulatedDelayStrategy": "lightning_async.strategies.simulated_delay",
     "WorkerFailedError": "lightning_async.runtime.failure",
 }

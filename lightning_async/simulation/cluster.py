@@ -156,6 +156,10 @@ class Progress:
         steps, computing, parked = [*self.steps], [*self.computing], [*self.parked]
         return {"now": self.now, "steps": steps, "computing": computing, "parked": parked, "busy": self.busy}
 
+    def time(self) -> float:
+        """Virtual seconds since the beginning."""
+        return self.now
+
     def waiting(self, worker: int) -> float:
         """Part of the time in which a worker did not compute: exchanges, the holder's queue, barrier and stops."""
         return 1.0 - self.computing[worker] / self.now if self.now > 0.0 else 0.0

@@ -142,8 +142,8 @@ class SimulatedDelayStrategy(OneDeviceStrategy):
     with the checkpoint's parameters, so delays are cut short in the first D updates, as at the start of a run; the
     delays drawn are those of the run that was not interrupted.
 
-    Delays that arise as a cluster makes them, from the times of steps and exchanges, with averaged gradients and a bound
-    that is kept by waiting or dropping: `SimulatedClusterStrategy`.
+    `SimulatedClusterStrategy` has delays as a cluster makes them, from the times of steps and exchanges, with averaged
+    gradients and a bound that is kept by waiting or dropping.
 
     ``trainer.strategy.stats`` has the delays that occurred (``staleness``), and the ``async/`` metrics go to
     the loggers every ``log_every_n_steps`` updates and at the end.

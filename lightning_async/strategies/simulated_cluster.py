@@ -57,9 +57,9 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
     an update is made. The run is reproducible bit for bit; one worker is plain training with the same optimizer.
 
     ``gradients_per_update=N, max_staleness=0`` is DDP: each update waits for the slowest. ``gradients_per_update=N - b,
-    max_staleness=0, on_stale="drop"`` is DDP with b backup workers: late gradients are dropped. As under `AsyncStrategy`
-    no worker waits there for the next version, so one that has contributed computes at the same version again, and that
-    gradient counts only if it comes in time.
+    max_staleness=0, on_stale="drop"`` is DDP with b backup workers: late gradients are dropped. As under
+    `AsyncStrategy` no worker waits there for the next version: one that has contributed computes at the same version
+    again, and that gradient counts only if it comes in time.
 
     Each batch, whichever worker computes it, is a step of the Trainer: an epoch has N times as many steps as under DDP
     with N ranks, and a schedule by steps must be N times as long. `trainer.estimated_stepping_batches` counts alike.

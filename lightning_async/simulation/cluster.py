@@ -194,8 +194,8 @@ class VirtualCluster:
     then computes that worker's gradient and says so by `computed`. `settle` ends the stretch: what is under way
     arrives, and nobody reads.
 
-    The holder does one thing at a time. It answers readers first, in the order of their asking, since a worker's next
-    read comes with the answer to its push; then it takes gradients in the order of their arrival.
+    The holder does one thing at a time, as the server of a real run: the answer to a push is the next read, in one go
+    where the barrier lets it. What was held back is tried again after each change, in the order of the pushes' arrival.
 
     Args:
         steps: how long each worker's steps take.
@@ -231,13 +231,14 @@ class VirtualCluster:
         self.progress = progress or Progress.beginning(steps.workers)
         self._workers = [_Worker() for _ in range(steps.workers)]
         self._numbers = itertools.count()
-        # What is to come: an arrival, or a worker that will ask.
-        self._events: list[tuple[float, int, Arrival | int]] = []
-        self._readers: deque[int] = deque()
-        self._arrived: deque[Arrival] = deque()
+        # Arrivals that are to come, by time, and the requests that the holder has: gradients, and workers that wait to
+        # read. Each has its number, in the order of arrival.
+        self._to_come: list[tuple[float, int, Arrival]] = []
+        self._arrived: deque[tuple[int, Arrival]] = deque()
+        self._readers: deque[tuple[int, int]] = deque()
+        # Who reads next, and who has read and computes.
+        self._next: int | None = None
         self._computing: int | None = None
-        # Arrivals that are to come, or have come and not been taken.
-        self._under_way = 0
 
     @property
     def computing(self) -> int | None:
@@ -252,16 +253,16 @@ class VirtualCluster:
 
     def start(self) -> None:
         """Lets every worker ask to read, but for the one whose gradient is being computed."""
-        now = self.progress.now
         for number, worker in enumerate(self._workers):
             if number != self._computing:
-                worker.ended = now
-                self._ask(number)
+                worker.ended = self.progress.now
+                self._sink.ask(number)
+                self._readers.append((next(self._numbers), number))
 
     def advance(self) -> None:
         """Goes on to the moment when a worker may read, which it does not do yet."""
-        while not self._may_read():
-            if not self._take_one():
+        while self._next is None:
+            if not self._serve_one(may_read=True):
                 self._go_on()
 
     def read(self) -> int:
@@ -269,7 +270,8 @@ class VirtualCluster:
         if self._computing is not None:
             raise RuntimeError(f"Worker {self._computing} has read and computes its gradient.")
         self.advance()
-        number = self._readers.popleft()
+        number, self._next = self._next, None
+        assert number is not None
         worker = self._workers[number]
         worker.version, worker.read_at = self._sink.read(number), self.progress.now
         self._computing = number
@@ -292,18 +294,20 @@ class VirtualCluster:
         begins = worker.read_at + self._times.pull
         waited, worker.ended = begins - worker.ended, begins + seconds
         at = worker.ended + self._times.push
-        heapq.heappush(self._events, (at, next(self._numbers), Arrival(number, at, waited, has_gradient)))
-        self._under_way += 1
+        heapq.heappush(self._to_come, (at, next(self._numbers), Arrival(number, at, waited, has_gradient)))
 
     def settle(self) -> None:
         """Lets everything under way arrive, and nobody read; a gradient that is being computed stays that."""
-        while self._under_way:
-            if not self._take_one():
+        waiting = [] if self._next is None else [self._next]
+        self._next = None
+        while self._arrived or self._to_come:
+            if not self._serve_one(may_read=False):
                 self._go_on()
         # Those that would read next have nothing to compute.
-        self._note_events()
-        while self._readers:
-            self._sink.leave(self._readers.popleft())
+        waiting += [worker for _, worker in self._readers]
+        self._readers.clear()
+        for worker in waiting:
+            self._sink.leave(worker)
 
     def abandon(self) -> None:
         """Lets the worker whose gradient is being computed give back what it has read: there will be none."""
@@ -311,61 +315,70 @@ class VirtualCluster:
             self._sink.leave(self._computing)
             self._computing = None
 
-    def _may_read(self) -> bool:
-        self._note_events()
-        return bool(self._readers) and self._sink.may_read(self._readers[0])
+    def _serve_one(self, may_read: bool) -> bool:
+        """Serves the first request that can be served; False if there is none.
 
-    def _take_one(self) -> bool:
-        """Takes the first gradient that may be taken; False if there is none."""
-        self._note_events()
+        Args:
+            may_read: whether anyone may read.
+        """
+        while self._to_come and self._to_come[0][0] <= self.progress.now:
+            _, number, arrival = heapq.heappop(self._to_come)
+            self._arrived.append((number, arrival))
+        reader: int | None = None
+        if may_read and self._readers and self._sink.may_read(self._readers[0][1]):
+            reader = self._readers[0][0]
         refused: int | None = None
-        for place, arrival in enumerate(self._arrived):
-            worker = self._workers[arrival.worker]
-            if not arrival.has_gradient:
-                self._sink.leave(arrival.worker)
-            elif refused is not None and worker.version >= refused:
-                # Who read later has a later deadline, and is let through no sooner.
+        for place, (number, arrival) in enumerate(self._arrived):
+            if reader is not None and reader < number:
+                break
+            version = self._workers[arrival.worker].version
+            # Who read later has a later deadline, and is let through no sooner.
+            if arrival.has_gradient and refused is not None and version >= refused:
                 continue
-            else:
-                parked = 0.0 if worker.first_refused is None else self.progress.now - worker.first_refused
-                taken = self._sink.push(arrival, parked)
-                if taken is None:
-                    refused = worker.version
-                    if worker.first_refused is None:
-                        worker.first_refused = self.progress.now
-                    continue
-                self.progress.parked[arrival.worker] += parked
-                worker.first_refused = None
-                if taken:
-                    self.progress.busy += self._times.update
-                    self.progress.now += self._times.update
-            del self._arrived[place]
-            self._under_way -= 1
-            heapq.heappush(self._events, (self.progress.now, next(self._numbers), arrival.worker))
+            if self._take(arrival):
+                del self._arrived[place]
+                self._answer(number, arrival.worker, may_read)
+                return True
+            refused = version
+        if reader is not None:
+            self._next = self._readers.popleft()[1]
+        return reader is not None
+
+    def _take(self, arrival: Arrival) -> bool:
+        """Offers what has arrived to the sink; False if it has to wait."""
+        if not arrival.has_gradient:
+            self._sink.leave(arrival.worker)
             return True
-        return False
+        worker, progress = self._workers[arrival.worker], self.progress
+        parked = 0.0 if worker.first_refused is None else progress.now - worker.first_refused
+        taken = self._sink.push(arrival, parked)
+        if taken is None:
+            if worker.first_refused is None:
+                worker.first_refused = progress.now
+            return False
+        progress.parked[arrival.worker] += parked
+        worker.first_refused = None
+        if taken:
+            progress.busy += self._times.update
+            progress.now += self._times.update
+        return True
+
+    def _answer(self, number: int, worker: int, may_read: bool) -> None:
+        """Lets a worker whose push was served read, or puts it with its request's number to those that wait."""
+        self._sink.ask(worker)
+        if may_read and self._sink.may_read(worker):
+            self._next = worker
+        else:
+            self._readers.append((number, worker))
 
     def _go_on(self) -> None:
-        """Goes on to the next event."""
-        if not self._events:
+        """Goes on to the next arrival."""
+        if not self._to_come:
             raise RuntimeError(
                 f"Nothing comes any more in the simulated cluster, and {len(self._arrived)} gradients wait: its "
                 "staleness policy lets neither a gradient through nor a worker read."
             )
-        self.progress.now = max(self.progress.now, self._events[0][0])
-
-    def _note_events(self) -> None:
-        """Brings what has come by now to the holder."""
-        while self._events and self._events[0][0] <= self.progress.now:
-            event = heapq.heappop(self._events)[2]
-            if isinstance(event, Arrival):
-                self._arrived.append(event)
-            else:
-                self._ask(event)
-
-    def _ask(self, worker: int) -> None:
-        self._sink.ask(worker)
-        self._readers.append(worker)
+        self.progress.now = max(self.progress.now, self._to_come[0][0])
 
 
 def play(

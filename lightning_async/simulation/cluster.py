@@ -322,8 +322,7 @@ class VirtualCluster:
             may_read: whether anyone may read.
         """
         while self._to_come and self._to_come[0][0] <= self.progress.now:
-            _, number, arrival = heapq.heappop(self._to_come)
-            self._arrived.append((number, arrival))
+            self._arrived.append((next(self._numbers), heapq.heappop(self._to_come)[-1]))
         reader: int | None = None
         if may_read and self._readers and self._sink.may_read(self._readers[0][1]):
             reader = self._readers[0][0]

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
@@ -206,9 +207,11 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._start_anew()
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if is_fit:
+            self._start_anew()
         super().setup(trainer)
-        if trainer.state.fn == "fit":
+        if is_fit:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
             stops = Stops(self._settle)
             # Before all others, which see the parameters of a stop then.
@@ -321,9 +324,10 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
     # --- stops --------------------------------------------------------------------------------------------------------
 
     def _settle(self, epoch_is_over: bool = False) -> None:
-        run, trainer = self._run, self._module.trainer
+        run = self._run
         if run is None:
             return
+        trainer = self._module.trainer
         if epoch_is_over:
             # `on_train_batch_start` has returned -1, or the data are fewer than they said.
             run.abandon()

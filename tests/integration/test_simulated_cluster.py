@@ -29,6 +29,7 @@ from tests.models import TinyClassifier, fork_trainer, indexed_data
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 BATCHES = 30
+TUNING = Path(__file__).parents[2] / "docs" / "tuning.md"
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "lenet5_digits.yaml")
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -265,6 +266,23 @@ def test_a_stop_between_the_batches_of_one_update_leaves_it_its_parameters(tmp_p
     assert not torch.equal(module.validated_at[1], module.stepped_at[4])
 
 
+def test_what_a_fit_has_found_outlives_it_and_the_next_fit_begins_anew(tmp_path: Path) -> None:
+    module, strategy = make_module(), cluster([1, 1, 3])
+    trainer = fit(tmp_path, module, strategy, max_epochs=1)
+    callbacks, parameters = len(trainer.callbacks), module.flat_parameters()
+    found = (strategy.version, strategy.virtual_seconds, strategy.stats.updates)
+
+    trainer.validate(module, batches(1), verbose=False)
+
+    assert found == (strategy.version, strategy.virtual_seconds, strategy.stats.updates) == (30, 13.0, 30)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, batches())
+    assert (strategy.version, strategy.virtual_seconds) == (30, 13.0)
+    assert len(trainer.callbacks) == callbacks
+    assert "step" not in vars(trainer.optimizers[0])
+    assert not torch.equal(module.flat_parameters(), parameters)
+
+
 def resumed(tmp_path: Path, checkpoint: str, make: Callable[[], Any], **arguments: Any) -> tuple[Module, Any]:
     warnings.filterwarnings("ignore", ".*The dirpath has changed")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
@@ -430,6 +448,19 @@ def test_a_table_at_the_end_says_what_the_cluster_did(tmp_path: Path, capsys: py
     assert "virtual seconds" in said
     assert "32 others" in said
     assert "staleness" in said
+
+
+def test_the_script_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    section = TUNING.read_text().partition("## Try it without a cluster")[2]
+    script = section.partition("```python\n")[2].partition("```")[0]
+
+    # With less data.
+    exec(compile(script.replace("2048", "128").replace("3072", "192"), str(TUNING), "exec"), {"__name__": "__main__"})
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    ddp, asynchronous = (float(line.partition("after")[2].split()[0]) for line in (lines[0], lines[-1]))
+    assert ddp > 1.5 * asynchronous
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

@@ -82,8 +82,8 @@ def test_requests_that_were_held_back_are_served_in_the_order_of_their_arrival()
         order.append((cluster.progress.now, cluster.read()))
         cluster.computed()
 
-    # At 80 the slow worker's gradient lets go, in turn: the third's question of 21, the first two's gradients of 40.5 and
-    # 41, and then its own question.
+    # At 80 the slow worker's gradient lets go, in turn, the third's question of 21, the first two's gradients of 40 and
+    # 41, and its own question.
     assert [reader for _, reader in order] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 2]
     assert cluster.progress.now == 101.0
 

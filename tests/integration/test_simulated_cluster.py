@@ -243,6 +243,15 @@ def test_validation_finds_everything_arrived_and_costs_the_time_of_a_stop(tmp_pa
     assert strategy.stats.train_seconds == 12.0
 
 
+def test_the_last_validation_of_an_epoch_sees_an_update_of_the_gradients_that_are_left(tmp_path: Path) -> None:
+    module, strategy = make_module(), cluster([1, 1, 3], gradients_per_update=4)
+
+    fit(tmp_path, module, strategy, validation=batches(1), max_epochs=1)
+
+    assert strategy.version == 8
+    assert torch.equal(module.validated_at[-1], module.flat_parameters())
+
+
 def test_a_stop_between_the_batches_of_one_update_leaves_it_its_parameters(tmp_path: Path) -> None:
     module, strategy = make_module(), cluster([1, 1, 3], max_staleness=None)
 

@@ -266,6 +266,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
             return run
         if run is not None:
             # Gradients that wait for more are of the parameters and the optimizer that were there.
+            run.complete()
             self._version, self._gathered = run.version, None
             self._end_run()
         if run is not None and len(self.optimizers) != 1:

@@ -395,6 +395,21 @@ def test_param_groups_added_at_a_stop_are_trained(tmp_path: Path) -> None:
     assert steps == [16.0, 8.0]
 
 
+def test_gradients_that_wait_for_more_are_not_lost_with_the_optimizer_that_is_replaced(tmp_path: Path) -> None:
+    class Replaces(Module):
+        def on_validation_end(self) -> None:
+            if not self.trainer.sanity_checking and self.trainer.global_step == 10:
+                self.trainer.optimizers = [AMSGrad(self.parameters(), lr=1e-3)]
+
+    strategy = cluster([1, 1], gradients_per_update=4)
+    trainer = fit(tmp_path, make_module(Replaces), strategy, validation=batches(1), val_check_interval=10, max_epochs=1)
+
+    # Three updates of 4, 4 and 2 gradients, and five of the new optimizer.
+    assert strategy.version == 8
+    state = trainer.optimizers[0].state
+    assert {float(own["step"]) for own in state.values()} == {5.0}
+
+
 def test_an_optimizer_replaced_between_two_batches_is_refused(tmp_path: Path) -> None:
     class Replaces(Module):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -16,7 +16,7 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.types import Push, Update
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.simulation.cluster import Arrival, GradientSink
+from lightning_async.simulation.sink import Arrival, GradientSink
 
 __all__ = ["HolderSink", "make_holder"]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.monitoring.replay import replay
-from lightning_async.simulation.cluster import Arrival, BarrierSink, ExchangeTimes, GradientSink, VirtualCluster, play
+from lightning_async.simulation.cluster import ExchangeTimes, VirtualCluster, play
+from lightning_async.simulation.sink import Arrival, BarrierSink, GradientSink
 from lightning_async.simulation.step_times import StepTimes
 
 SECONDS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 4.0])

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-__all__ = ["OneDeviceStrategy", "memory_bytes"]
+__all__ = ["OneDeviceStrategy", "check_memory", "memory_bytes"]
 
 
 class OneDeviceStrategy(SingleDeviceStrategy):
@@ -77,3 +77,24 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(subject: str, kept: str, count: int, size: int, device: torch.device, advice: str) -> str:
+    """Refuses what does not fit into a device's memory; returns its size in words.
+
+    Args:
+        subject: who keeps it.
+        kept: what, in the plural.
+        count: how many of them.
+        size: bytes of each.
+        device: where.
+        advice: what to take in its place.
+
+    Raises:
+        MisconfigurationException: if it does not fit.
+    """
+    needed, available = count * size, memory_bytes(device)
+    sizes = f"{count} {kept} of {size / 1e6:.3g} MB = {needed / 1e6:.3g} MB on {device}"
+    if needed > available:
+        raise MisconfigurationException(f"{subject} keeps {sizes}, which has {available / 1e6:.3g} MB. Take {advice}.")
+    return sizes

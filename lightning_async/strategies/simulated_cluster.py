@@ -39,7 +39,7 @@ from lightning_async.simulation.cluster import ExchangeTimes, Progress
 from lightning_async.simulation.run import ClusterRun
 from lightning_async.simulation.step_times import StepSpec, StepTimes
 from lightning_async.simulation.summary import ROWS, cluster_table
-from lightning_async.strategies.one_device import OneDeviceStrategy, memory_bytes
+from lightning_async.strategies.one_device import OneDeviceStrategy, check_memory
 from lightning_async.strategies.optimizer_proxy import make_proxy, remove_proxy
 from lightning_async.strategies.stops import Stops
 from lightning_async.strategies.validation import check_module, check_parameters, describe_gradient, refuse_finders
@@ -235,18 +235,12 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
             layout = FlatLayout([exchanged_parameters(self.optimizers[0])])
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} cannot train this module: {error}.") from None
-        size, device = layout.segment_bytes(0), self.root_device
         count = self.workers
         if self._bound is not None and self._options.on_stale == "wait":
             count = min(count, (self._bound + 1) * self._options.gradients_per_update)
-        needed, available = count * size, memory_bytes(device)
-        sizes = f"up to {count} gradients of {size / 1e6:.3g} MB = {needed / 1e6:.3g} MB on {device}"
-        if needed > available:
-            raise MisconfigurationException(
-                f"{type(self).__name__} keeps {sizes}, which has {available / 1e6:.3g} MB. Take fewer workers, a "
-                "smaller max_staleness or a smaller model."
-            )
-        rank_zero_info(f"{type(self).__name__} keeps {sizes}.")
+        subject, advice = type(self).__name__, "fewer workers, a smaller max_staleness or a smaller model"
+        sizes = check_memory(subject, "gradients", count, layout.segment_bytes(0), self.root_device, advice)
+        rank_zero_info(f"{subject} keeps {sizes} at most.")
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

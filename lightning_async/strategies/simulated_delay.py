@@ -25,7 +25,7 @@ from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.metrics import MetricsLogger
 from lightning_async.monitoring.stats import RunStats
-from lightning_async.strategies.one_device import OneDeviceStrategy, memory_bytes
+from lightning_async.strategies.one_device import OneDeviceStrategy, check_memory
 
 __all__ = ["Delays", "PastIterates", "SimulatedDelayStrategy"]
 
@@ -212,15 +212,9 @@ class SimulatedDelayStrategy(OneDeviceStrategy):
         trainer = self._module.trainer
         parameters = [parameter for optimizer in self.optimizers for parameter in all_parameters(optimizer)]
         copy_bytes = sum(parameter.nbytes for parameter in parameters)
-        needed, available = (self.max_delay + 1) * copy_bytes, memory_bytes(self.root_device)
-        sizes = (
-            f"{self.max_delay + 1} copies of {copy_bytes / 1e6:.3g} MB = {needed / 1e6:.3g} MB on {self.root_device}"
-        )
-        if needed > available:
-            raise MisconfigurationException(
-                f"max_delay={self.max_delay} keeps {sizes}, which has {available / 1e6:.3g} MB. Take a smaller "
-                "max_delay or a smaller model."
-            )
+        advice = "a smaller max_delay or a smaller model"
+        subject, count = f"max_delay={self.max_delay}", self.max_delay + 1
+        sizes = check_memory(subject, "copies", count, copy_bytes, self.root_device, advice)
         self.stats = RunStats(workers=1)
         writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector

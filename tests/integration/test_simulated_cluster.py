@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, SimulatedClusterStrategy
 from lightning_async.cli.app import AsyncCLI
-from lightning_async.strategies import simulated_cluster
+from lightning_async.strategies import one_device
 from tests.models import TinyClassifier, fork_trainer, indexed_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -551,9 +551,9 @@ def test_more_than_one_device_and_finders_are_refused(tmp_path: Path) -> None:
 
 
 def test_gradients_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated_cluster, "memory_bytes", lambda device: 10 * 74 * 4)
+    monkeypatch.setattr(one_device, "memory_bytes", lambda device: 10 * 74 * 4)
 
-    with pytest.raises(MisconfigurationException, match=r"keeps up to 11 gradients of 0\.000296 MB = "):
+    with pytest.raises(MisconfigurationException, match=r"keeps 11 gradients of 0\.000296 MB = "):
         fit(tmp_path, make_module(), cluster(1.0, workers=11))
     # A bound lets fewer of them be under way.
     fit(tmp_path, make_module(), cluster(1.0, workers=11, max_staleness=4, gradients_per_update=2), max_steps=1)

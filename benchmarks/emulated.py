@@ -97,7 +97,7 @@ def measure(
     Returns:
         ``batches_per_second`` over all ranks, ``start_s`` from the call of fit to the first batch, and for
         asynchronous strategies ``waiting``, the fraction of its time that the mean rank spent in push and pull, and
-        ``facts``, if they are wanted.
+        ``facts`` and the counted ``staleness``, if they are wanted.
     """
     taken = [step if isinstance(step, Step) else Step(sleep_s=step) for step in steps]
     # A process per measurement, so that none inherits the threads and process groups of another.
@@ -109,7 +109,7 @@ def measure(
     if process.exitcode != 0:
         raise SystemExit(f"the measurement of {strategy} failed with exit code {process.exitcode}")
     found = dict(queue.get())
-    return found if with_facts else {name: value for name, value in found.items() if name != "facts"}
+    return found if with_facts else {name: found[name] for name in found if name not in ("facts", "staleness")}
 
 
 def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, parameters: int) -> None:
@@ -129,6 +129,7 @@ def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, paramet
                     own = [stats.step_seconds(rank) for rank in range(ranks)]
                     found["facts"] = RunFacts.of(strategy.configuration, stats.as_dict(), own)
                     found["waiting"] = sum(stats.wait_seconds_by_rank.values()) / (seconds * ranks)
+                    found["staleness"] = dict(stats.staleness)
                     found["staleness_max"] = max(stats.staleness)
                 results.put(found)
 

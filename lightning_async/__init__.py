@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_async.policies.base import StalenessPolicy
     from lightning_async.runtime.failure import WorkerFailedError
     from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
+    from lightning_async.strategies.simulated_cluster import SimulatedClusterStrategy
     from lightning_async.strategies.simulated_delay import SimulatedDelayStrategy
     from lightning_async.strategies.strategy import AsyncStrategy
 
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncMonitor",
     "AsyncStrategy",
     "RunStats",
+    "SimulatedClusterStrategy",
     "SimulatedDelayStrategy",
     "StalenessPolicy",
     "WorkerFailedError",
@@ -44,6 +46,7 @@ _HOMES = {
     "AsyncMonitor": "lightning_async.callbacks",
     "AsyncStrategy": "lightning_async.strategies.strategy",
     "RunStats": "lightning_async.monitoring.stats",
+    "SimulatedClusterStrategy": "lightning_async.strategies.simulated_cluster",
     "SimulatedDelayStrategy": "lightning_async.strategies.simulated_delay",
     "StalenessPolicy": "lightning_async.policies.base",
     "WorkerFailedError": "lightning_async.runtime.failure",

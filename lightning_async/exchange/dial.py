@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_async.policies.base import StalenessPolicy
-from lightning_async.policies.registry import describe_policy
+import torch
 
-__all__ = ["Dial", "GradientsPerUpdate"]
+from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.policies.base import StalenessPolicy
+from lightning_async.policies.momentum import momentum_rule
+from lightning_async.policies.registry import describe_policy, make_policy
+
+__all__ = ["Dial", "GradientsPerUpdate", "bound_policy"]
 
 # The strategy's argument `gradients_per_update`.
 GradientsPerUpdate: TypeAlias = int | Literal["auto"]
@@ -78,3 +84,24 @@ learning rate and momentum can be those of DDP with 4 ranks.
         if self.staleness_policy is not None:
             return f"{said}; {policy}."
         return f"{said}; {policy}, so that learning rate and momentum can be those of DDP with {workers} ranks."
+
+
+def bound_policy(
+    options: ExchangeOptions, optimizers: Sequence[torch.optim.Optimizer], workers: int
+) -> tuple[StalenessPolicy, Callable[[float], float] | None]:
+    """What a holder does with ages, and what becomes of its momentum, told of a run.
+
+    Args:
+        options: the run's.
+        optimizers: the module's.
+        workers: number of ranks, N.
+
+    Raises:
+        ValueError: if the policy refuses an optimizer.
+    """
+    # A copy: another fit begins with what the user has given, not with what this one has learned.
+    policy = copy.deepcopy(make_policy(options.staleness_policy))
+    policy.bind(workers, options.gradients_per_update)
+    for optimizer in optimizers:
+        policy.check(optimizer)
+    return policy, momentum_rule(options.momentum_correction, workers, options.gradients_per_update)

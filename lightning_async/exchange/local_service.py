@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.data.ledger import Ledger
+from lightning_async.exchange.dial import bound_policy
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
@@ -20,8 +20,6 @@ from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
-from lightning_async.policies.momentum import momentum_rule
-from lightning_async.policies.registry import make_policy
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.listener import Listener
@@ -69,11 +67,7 @@ class HolderService(Service):
             for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                 view.copy_(parameter.detach())
         barrier = StalenessBarrier(bound, options.on_stale, spec.version, options.gradients_per_update)
-        # A copy: another fit begins with what the user has given, not with what this one has learned.
-        policy = copy.deepcopy(make_policy(options.staleness_policy))
-        policy.bind(spec.world_size, options.gradients_per_update)
-        for optimizer in spec.optimizers:
-            policy.check(optimizer)
+        policy, rule = bound_policy(options, spec.optimizers, spec.world_size)
         self.holder = placement.make_holder(
             layout,
             initial.to(placement.device),
@@ -83,7 +77,7 @@ class HolderService(Service):
             self._complete,
             states=spec.states,
             policy=policy,
-            momentum_rule=momentum_rule(options.momentum_correction, spec.world_size, options.gradients_per_update),
+            momentum_rule=rule,
         )
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)

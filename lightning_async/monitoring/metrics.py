@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lightning_async.monitoring.stats import RunStats, staleness_numbers
@@ -48,12 +48,23 @@ class MetricsLogger:
         stats: the run's statistics.
         writers: where the metrics go.
         every: the Trainer's ``log_every_n_steps``.
+        more: tells further metrics, of the present.
+        ranks: at most so many ranks have metrics of their own; None for all of them.
     """
 
-    def __init__(self, stats: RunStats, writers: Sequence[MetricsWriter], every: int) -> None:
+    def __init__(
+        self,
+        stats: RunStats,
+        writers: Sequence[MetricsWriter],
+        every: int,
+        more: Callable[[], Mapping[str, float]] = dict,
+        ranks: int | None = None,
+    ) -> None:
         self._stats = stats
         self._writers = writers
         self._every = every
+        self._more = more
+        self._ranks = ranks
         # Counts at the last row, at the one before and at the beginning.
         self._seen = self._seen_before = self._first = stats.counts()
         self._step: int | None = None
@@ -96,7 +107,7 @@ class MetricsLogger:
         summary, stats = self._stats.summary(), self._stats.counts()
         if summary:
             version = max(version, self._stats.version)
-            metrics = _metrics(stats, self._first, version)
+            metrics = {**_metrics(stats, self._first, version, self._ranks), **self._more()}
             for writer in self._writers:
                 writer.summarize(summary, metrics, step)
 
@@ -107,7 +118,7 @@ class MetricsLogger:
         version = max(version, self._stats.version)
         if stats["updates"] == self._seen["updates"]:
             return
-        metrics = _metrics(stats, since, version)
+        metrics = {**_metrics(stats, since, version, self._ranks), **self._more()}
         staleness = Counter(stats["staleness"]) - Counter(self._seen["staleness"])
         self._seen_before, self._seen, self._step = self._seen, stats, step
         for writer in self._writers:
@@ -115,7 +126,7 @@ class MetricsLogger:
             writer.log({**metrics, "epoch": epoch}, staleness, step)
 
 
-def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int) -> dict[str, float]:
+def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int, own: int | None) -> dict[str, float]:
     """The metrics of the stretch between two counts; validation is not training, and not in its seconds."""
     seconds = max(stats["train_seconds"] - since["train_seconds"], 1e-9)
     waited = sum(stats["wait_seconds_by_rank"].values()) - sum(since["wait_seconds_by_rank"].values())
@@ -129,7 +140,7 @@ def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int) -> dict
         "async/dropped": float(stats["dropped"]),
         "async/rejected": float(stats["rejected"]),
     }
-    for rank, count in ranks.items():
+    for rank, count in [*ranks.items()][:own]:
         new = count - since["updates_by_rank"][rank]
         metrics[f"async/share_rank_{rank}"] = new / updates
         metrics[f"async/updates_per_second_rank_{rank}"] = new / seconds

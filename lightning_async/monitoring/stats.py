@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -23,6 +23,7 @@ class RunStats:
 
     Args:
         workers: number of ranks.
+        clock: tells the seconds that training takes, and pickles; the process's by default.
 
     Attributes:
         updates: updates applied, over all optimizers.
@@ -43,8 +44,9 @@ class RunStats:
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, clock: Callable[[], float] | None = None) -> None:
         self._lock = threading.Lock()
+        self._clock = clock
         self.updates = 0
         self.version = 0
         self.staleness: Counter[int] = Counter()
@@ -69,14 +71,14 @@ class RunStats:
     def start_segment(self) -> None:
         """Training begins, or goes on after a validation."""
         with self._lock:
-            self._segment_started = time.perf_counter()
+            self._segment_started = self._now()
             self._last.clear()
 
     def end_segment(self) -> None:
         """All ranks have met: what comes now is not training."""
         with self._lock:
             if self._segment_started is not None:
-                self.train_seconds += time.perf_counter() - self._segment_started
+                self.train_seconds += self._now() - self._segment_started
                 self._segment_started = None
 
     def seconds_so_far(self) -> float:
@@ -184,8 +186,11 @@ class RunStats:
         return summary
 
     def _train_seconds(self) -> float:
-        running = 0.0 if self._segment_started is None else time.perf_counter() - self._segment_started
+        running = 0.0 if self._segment_started is None else self._now() - self._segment_started
         return self.train_seconds + running
+
+    def _now(self) -> float:
+        return time.perf_counter() if self._clock is None else self._clock()
 
 
 def staleness_numbers(counts: Counter[int]) -> dict[str, float]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 import random
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -27,6 +25,7 @@ from lightning_async.loops.trainer_state import logger_prefix
 from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.metrics import MetricsLogger
 from lightning_async.monitoring.stats import RunStats
+from lightning_async.strategies.one_device import OneDeviceStrategy, check_memory
 
 __all__ = ["Delays", "PastIterates", "SimulatedDelayStrategy"]
 
@@ -124,7 +123,7 @@ class PastIterates:
             copies += [parameter.detach().clone() for parameter in self._parameters]
 
 
-class SimulatedDelayStrategy(SingleDeviceStrategy):
+class SimulatedDelayStrategy(OneDeviceStrategy):
     """Trains on one device with gradients that are as stale as an asynchronous run's: what does a delay cost?
 
     Each update's gradient is computed at the parameters of d updates ago, with d drawn anew from 0, ..., D, and applied
@@ -142,6 +141,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
     Checkpoints are those of single-device training: the copies are not saved. After resuming, the history begins anew
     with the checkpoint's parameters, so delays are cut short in the first D updates, as at the start of a run; the
     delays drawn are those of the run that was not interrupted.
+
+    `SimulatedClusterStrategy` has delays as a cluster makes them, from the times of steps and exchanges, with averaged
+    gradients and a bound that is kept by waiting or dropping.
 
     ``trainer.strategy.stats`` has the delays that occurred (``staleness``), and the ``async/`` metrics go to
     the loggers every ``log_every_n_steps`` updates and at the end.
@@ -165,6 +167,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
     """
 
     strategy_name = "simulated_delay"
+    real_thing = 'strategy="async" for real delays'
 
     def __init__(
         self,
@@ -175,7 +178,7 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
         try:
             self._delays = Delays(max_delay, distribution, seed)
         except ValueError as error:
@@ -188,39 +191,12 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
             "seed": seed,
         }
         self.stats = RunStats(workers=1)
-        # Lightning sets it, as it sets a distributed strategy's.
-        self.num_nodes = 1
-        self._devices: list[torch.device] = []
         self._iterates: PastIterates | None = None
         self._metrics: MetricsLogger | None = None
         self._delay = 0
         self._batches = 0
 
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The Trainer's devices, of which there may be one."""
-        return self._devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) > 1:
-            raise MisconfigurationException(
-                f"SimulatedDelayStrategy trains in one process on one device, and the Trainer has {len(devices)}. "
-                'Take devices=1, or strategy="async" for real delays.'
-            )
-        self._devices = devices
-        self._root_device = devices[0]
-
     # --- setting up ---------------------------------------------------------------------------------------------------
-
-    @override
-    def setup_environment(self) -> None:
-        if self.num_nodes > 1:
-            raise MisconfigurationException(
-                f"SimulatedDelayStrategy trains in one process, and the Trainer has num_nodes={self.num_nodes}. "
-                'Take num_nodes=1, or strategy="async" for real delays.'
-            )
-        super().setup_environment()
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -236,15 +212,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         trainer = self._module.trainer
         parameters = [parameter for optimizer in self.optimizers for parameter in all_parameters(optimizer)]
         copy_bytes = sum(parameter.nbytes for parameter in parameters)
-        needed, available = (self.max_delay + 1) * copy_bytes, _memory_bytes(self.root_device)
-        sizes = (
-            f"{self.max_delay + 1} copies of {copy_bytes / 1e6:.3g} MB = {needed / 1e6:.3g} MB on {self.root_device}"
-        )
-        if needed > available:
-            raise MisconfigurationException(
-                f"max_delay={self.max_delay} keeps {sizes}, which has {available / 1e6:.3g} MB. Take a smaller "
-                "max_delay or a smaller model."
-            )
+        advice = "a smaller max_delay or a smaller model"
+        subject, count = f"max_delay={self.max_delay}", self.max_delay + 1
+        sizes = check_memory(subject, "copies", count, copy_bytes, self.root_device, advice)
         self.stats = RunStats(workers=1)
         writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
@@ -358,20 +328,9 @@ class SimulatedDelayStrategy(SingleDeviceStrategy):
         if self._metrics is not None and every > 0 and version % every == 0:
             self._metrics.log(version, version - 1, trainer.current_epoch)
 
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
 
 def _several_closures(name: str) -> str:
     return (
         f"SimulatedDelayStrategy cannot delay the gradients of {name}, which evaluates its closure more than once a "
         "step, at parameters of its own choice. Take an optimizer that evaluates it once, or max_delay=0."
     )
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from lightning_async import AMSGrad, SimulatedDelayStrategy
 from lightning_async.cli.app import AsyncCLI
 from lightning_async.monitoring.loggers import ScalarWriter
-from lightning_async.strategies import simulated_delay
+from lightning_async.strategies import one_device
 from lightning_async.strategies.simulated_delay import Delays
 from tests.models import TinyClassifier, fork_trainer, indexed_data
 
@@ -386,7 +386,7 @@ def test_an_optimizer_that_evaluates_its_closure_again_is_refused_if_there_is_a_
 
 
 def test_copies_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated_delay, "_memory_bytes", lambda device: 10 * 74 * 4)
+    monkeypatch.setattr(one_device, "memory_bytes", lambda device: 10 * 74 * 4)
 
     with pytest.raises(MisconfigurationException, match=r"max_delay=10 keeps 11 copies of 0\.000296 MB = "):
         fit(tmp_path, make_module(), SimulatedDelayStrategy(10))

@@ -1,0 +1,300 @@
+"""Asynchronous training beside tuned DDP, in virtual time: what can be taken over, and what it gains.
+
+    python -m benchmarks.study                             # everything: about an hour on two cores
+    python -m benchmarks.study --problems digits --seeds 2
+
+Four workers, one of them four times slower, and four equal ones; each step varies by 10 %. DDP and the asynchronous
+settings train on the same grid of learning rates, with real gradients. Finished runs are kept in ``runs/study`` and not
+done again. The table says for each setting the final metric at its best learning rate, and how long it takes to reach
+what tuned DDP ends with (its mean less a standard deviation over the seeds), in parts of DDP's own time to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import lightning_async
+from benchmarks.emulated import hush_lightning
+from benchmarks.record import save
+from lightning_async import SimulatedClusterStrategy
+from recipes.classifier import Classifier
+from recipes.datasets import HelpTextDataModule, SyntheticInteractionsDataModule, SyntheticSparseDataModule
+from recipes.digits import DigitsDataModule
+from recipes.models import Factorization, LeNet5, SmallGPT, SparseLinear
+
+OUT = Path("runs/study")
+JITTER = 0.1
+CLUSTERS: dict[str, list[float]] = {"straggler": [1.0, 1.0, 1.0, 4.0], "equal": [1.0] * 4}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained.
+
+    Args:
+        make_model: the network.
+        make_data: the data.
+        metric: what is compared, higher is better with ``"max"``.
+        mode: ``"max"`` or ``"min"``.
+        epochs: of each run.
+        rates: the grid of learning rates.
+        checks: validations in an epoch.
+        adamw: AdamW in place of AMSGrad.
+        settings: of the classifier.
+    """
+
+    make_model: Callable[[], nn.Module]
+    make_data: Callable[[], LightningDataModule]
+    metric: str
+    mode: str
+    epochs: int
+    rates: Sequence[float]
+    checks: int = 1
+    adamw: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PROBLEMS: dict[str, Problem] = {
+    "digits": Problem(
+        LeNet5,
+        partial(DigitsDataModule, batch_size=16, augment=True),
+        "val/acc",
+        "max",
+        10,
+        (0.002, 0.004, 0.008, 0.016),
+        settings={"label_smoothing": 0.1},
+    ),
+    "logreg": Problem(
+        partial(SparseLinear, init_std=0.0),
+        partial(SyntheticSparseDataModule, batch_size=64),
+        "val/loss",
+        "min",
+        6,
+        (0.03, 0.06, 0.12, 0.24),
+        checks=2,
+        settings={"num_classes": 2, "task": "binary"},
+    ),
+    "factorization": Problem(
+        Factorization,
+        partial(SyntheticInteractionsDataModule, train_samples=60_000, batch_size=128),
+        "val/loss",
+        "min",
+        4,
+        (0.001, 0.002, 0.004, 0.008),
+        checks=3,
+        settings={"num_classes": 2, "task": "binary"},
+    ),
+    "gpt": Problem(
+        partial(SmallGPT, block=32, width=48, layers=2, heads=3),
+        partial(HelpTextDataModule, block=32, batch_size=16),
+        "val/loss",
+        "min",
+        2,
+        (0.0015, 0.003, 0.006),
+        checks=6,
+        adamw=True,
+        settings={"num_classes": 96},
+    ),
+}
+
+# What each setting gives the strategy; beta1 is the optimizer's.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddp": {"gradients_per_update": 4, "max_staleness": 0},
+    "ddp, beta1 0.5": {"gradients_per_update": 4, "max_staleness": 0, "beta1": 0.5},
+    "auto": {"gradients_per_update": "auto"},
+    "K=2, plain": {"gradients_per_update": 2},
+    "K=4, look_ahead": {"gradients_per_update": 4, "staleness_policy": "look_ahead"},
+    "K=1, plain (the paper)": {},
+    "K=1, plain, beta1 0": {"beta1": 0.0},
+}
+# With equal workers, at each setting's best rate among the stragglers.
+EQUAL = ("ddp", "auto")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        problem: its name.
+        cluster: its name.
+        setting: its name.
+        lr: learning rate.
+        seed: of everything.
+    """
+
+    problem: str
+    cluster: str
+    setting: str
+    lr: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where its result is kept."""
+        name = f"{self.problem}-{self.cluster}-{self.setting}-{self.lr}-{self.seed}".replace(" ", "_").replace("/", "_")
+        return OUT / f"{name}.json"
+
+
+class Decaying(Classifier):
+    """Its learning rate falls to zero along a cosine, step by step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer: Any = super().configure_optimizers()
+        schedule = CosineAnnealingLR(optimizer, T_max=int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Curve(Callback):
+    """The metric at each validation, over virtual time."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.points: list[tuple[float, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self.points.append((strategy.virtual_seconds, float(trainer.callback_metrics[self.metric])))
+
+
+def main() -> None:
+    """Trains what has not been trained yet, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 1 on")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    seeds = range(1, arguments.seeds + 1)
+    for name in arguments.problems:
+        grid = [
+            Run(name, "straggler", setting, lr, seed)
+            for seed in seeds
+            for setting in SETTINGS
+            for lr in PROBLEMS[name].rates
+        ]
+        train_all(grid, arguments.processes)
+        best = {setting: best_rate(name, "straggler", setting, seeds) for setting in SETTINGS}
+        rate = best_rate(name, "straggler", "ddp", seeds)
+        equal = [Run(name, "equal", setting, rate, seed) for seed in seeds for setting in EQUAL]
+        train_all(equal, arguments.processes)
+        rows = [row(name, "straggler", setting, best[setting], rate, seeds) for setting in SETTINGS]
+        rows += [row(name, "straggler", "auto", rate, rate, seeds, "auto, with DDP's own lr")]
+        rows += [row(name, "equal", setting, rate, rate, seeds, f"equal workers: {setting}") for setting in EQUAL]
+        print(f"\n{name}: {PROBLEMS[name].metric}, {PROBLEMS[name].epochs} epochs, {len(seeds)} seeds")
+        print("| setting | lr | final: mean ± sd | time to DDP's, of DDP's | reached | whole run, of DDP's |")
+        print("|---|---:|---|---:|---:|---:|")
+        for one in rows:
+            print(
+                f"| {one['setting']} | {one['lr']} | {one['mean']:.4f} ± {one['sd']:.4f} | {one['time']} "
+                f"| {one['reached']} of {len(seeds)} | {one['whole']:.2f} |"
+            )
+        save(f"study_{name}", vars(arguments), rows)
+
+
+def train_all(runs: Sequence[Run], processes: int) -> None:
+    """Trains those that have no result yet."""
+    missing = [run for run in runs if not run.path.exists()]
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=25) as pool:
+        for _ in pool.imap_unordered(train, missing):
+            pass
+
+
+def train(run: Run) -> None:
+    """Trains one, and writes its result."""
+    warnings.filterwarnings("ignore")
+    hush_lightning()
+    torch.set_num_threads(1)
+    problem, options = PROBLEMS[run.problem], dict(SETTINGS[run.setting])
+    betas = (options.pop("beta1", 0.9), 0.999)
+    seed_everything(run.seed, verbose=False)
+    steps = [{"mean": step, "spread": JITTER, "distribution": "normal"} for step in CLUSTERS[run.cluster]]
+    strategy = SimulatedClusterStrategy(steps, seed=run.seed, summary=False, **options)
+    curve = Curve(problem.metric)
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        max_epochs=problem.epochs,
+        val_check_interval=1.0 / problem.checks,
+        callbacks=[curve],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    make_optimizer: Any = (
+        partial(torch.optim.AdamW, lr=run.lr, betas=betas, weight_decay=0.1)
+        if problem.adamw
+        else partial(lightning_async.AMSGrad, lr=run.lr, betas=betas)
+    )
+    module = Decaying(problem.make_model(), optimizer=make_optimizer, **problem.settings)
+    trainer.fit(module, problem.make_data())
+    staleness = dict(sorted(strategy.stats.staleness.items()))
+    result = {**asdict(run), "curve": curve.points, "staleness": staleness}
+    run.path.write_text(json.dumps(result))
+
+
+def finals(problem: str, cluster: str, setting: str, lr: float, seeds: Sequence[int]) -> list[float]:
+    """The last metric of each seed."""
+    return [_curve(Run(problem, cluster, setting, lr, seed))[-1][1] for seed in seeds]
+
+
+def best_rate(problem: str, cluster: str, setting: str, seeds: Sequence[int]) -> float:
+    """The learning rate with the best mean of the last metrics."""
+    chosen = max if PROBLEMS[problem].mode == "max" else min
+    return chosen(PROBLEMS[problem].rates, key=lambda lr: mean(finals(problem, cluster, setting, lr, seeds)))
+
+
+def row(
+    problem: str, cluster: str, setting: str, lr: float, ddp_lr: float, seeds: Sequence[int], label: str | None = None
+) -> dict[str, Any]:
+    """What a setting has come to, beside DDP in the same cluster with its best learning rate."""
+    sign = 1.0 if PROBLEMS[problem].mode == "max" else -1.0
+    theirs = [sign * value for value in finals(problem, cluster, "ddp", ddp_lr, seeds)]
+    target = mean(theirs) - (stdev(theirs) if len(theirs) > 1 else 0.0)
+    ours = finals(problem, cluster, setting, lr, seeds)
+    mine = [_time_to(Run(problem, cluster, setting, lr, seed), sign, target) for seed in seeds]
+    reference = [_time_to(Run(problem, cluster, "ddp", ddp_lr, seed), sign, target) for seed in seeds]
+    reached = [value for value in mine if math.isfinite(value)]
+    known = [value for value in reference if math.isfinite(value)]
+    whole = [_curve(Run(problem, cluster, setting, lr, seed))[-1][0] for seed in seeds]
+    ddp_whole = [_curve(Run(problem, cluster, "ddp", ddp_lr, seed))[-1][0] for seed in seeds]
+    return {
+        "setting": label or setting,
+        "lr": lr,
+        "finals": ours,
+        "mean": mean(ours),
+        "sd": stdev(ours) if len(ours) > 1 else 0.0,
+        "time": f"{mean(reached) / mean(known):.2f}" if reached and known else "never",
+        "reached": len(reached),
+        "whole": mean(whole) / mean(ddp_whole),
+    }
+
+
+def _time_to(run: Run, sign: float, target: float) -> float:
+    return next((at for at, value in _curve(run) if sign * value >= target), math.inf)
+
+
+def _curve(run: Run) -> list[tuple[float, float]]:
+    return [(at, value) for at, value in json.loads(run.path.read_text())["curve"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import heapq
 import itertools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, SimulatedClusterStrategy
 from lightning_async.cli.app import AsyncCLI
+from lightning_async.policies import AgeDamping, Arrival, DelayAdaptiveStep, FromDDP, LookAhead, StalenessPolicy
 from lightning_async.strategies import one_device
 from tests.models import TinyClassifier, fork_trainer, indexed_data
 
@@ -82,13 +84,20 @@ def fit(folder: Path, module: LightningModule, strategy: Any, **arguments: Any) 
 
 
 def by_hand(
-    module: Module, steps: list[float], epochs: int = 2, push: float = 0.0, pull: float = 0.0
+    module: Module,
+    steps: list[float],
+    epochs: int = 2,
+    push: float = 0.0,
+    pull: float = 0.0,
+    policy: StalenessPolicy | None = None,
 ) -> tuple[Tensor, float, Counter[int]]:
     """A cluster without a bound: each gradient is computed at an old copy of the parameters when it arrives."""
+    policy = policy or StalenessPolicy()
     (optimizer,), (scheduler,) = module.configure_optimizers()
     now, version, numbers = 0.0, 0, itertools.count()
     staleness: Counter[int] = Counter()
     reader = copy.deepcopy(module)
+    in_force = optimizer.param_groups[0]["lr"]
     under_way: list[Any] = []
     for _ in range(epochs):
         data = iter(batches())
@@ -96,7 +105,10 @@ def by_hand(
         while readers or under_way:
             for worker, batch in zip(readers, data, strict=False):
                 at = now + pull + steps[worker] + push
-                state = copy.deepcopy(module.state_dict())
+                reader.load_state_dict(module.state_dict())
+                with torch.no_grad(), lr_of(optimizer, in_force):
+                    policy.look_ahead(list(reader.parameters()), optimizer)
+                state = copy.deepcopy(reader.state_dict())
                 lr = optimizer.param_groups[0]["lr"]
                 heapq.heappush(under_way, (at, next(numbers), worker, batch, state, version, lr))
                 scheduler["scheduler"].step()
@@ -109,18 +121,26 @@ def by_hand(
             reader.loss(batch).backward()
             for parameter, source in zip(module.parameters(), reader.parameters(), strict=True):
                 parameter.grad = source.grad
-            step_at(optimizer, lr)
+            arrival = Arrival(worker, version - version_read, version, len(batch[0]))
+            factor = policy.gradient_factor(arrival)
+            for parameter in module.parameters() if factor != 1.0 else ():
+                parameter.grad = parameter.grad * factor
+            with lr_of(optimizer, lr * policy.step_factor([arrival])):
+                optimizer.step()
+            # The holder knows no newer one than that of its last gradient.
+            in_force = lr
             staleness[version - version_read] += 1
             version += 1
             readers = [worker]
     return module.flat_parameters(), now, staleness
 
 
-def step_at(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """A step with the learning rate of another moment."""
+@contextlib.contextmanager
+def lr_of(optimizer: torch.optim.Optimizer, lr: float) -> Iterator[None]:
+    """The learning rate of another moment."""
     (group,) = optimizer.param_groups
     present, group["lr"] = group["lr"], lr
-    optimizer.step()
+    yield
     group["lr"] = present
 
 
@@ -160,6 +180,50 @@ def test_a_cluster_is_the_loop_over_events_written_by_hand_bit_for_bit(
     assert max(staleness) > len(steps) - 1
 
 
+@pytest.mark.parametrize("make", [AgeDamping, LookAhead, FromDDP, DelayAdaptiveStep])
+def test_a_cluster_follows_a_staleness_policy(tmp_path: Path, make: Callable[[], StalenessPolicy]) -> None:
+    ours, alone, policy = make_module(), make_module(), make()
+    policy.bind(3, 1)
+    policy.check(alone.configure_optimizers()[0][0])
+    expected, seconds, _ = by_hand(alone, [1.0, 1.5, 4.0], policy=policy)
+
+    trainer = fit(tmp_path, ours, cluster([1.0, 1.5, 4.0], max_staleness=None, staleness_policy=make()))
+
+    assert torch.equal(ours.flat_parameters(), expected)
+    assert trainer.strategy.virtual_seconds == seconds
+
+
+def test_what_a_look_ahead_moves_is_not_what_user_code_and_stops_see(tmp_path: Path) -> None:
+    # It looks no further than nothing: a stop in the middle of an update, and one that is given up, change nothing.
+    plain, ours = make_module(), make_module()
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    fit(tmp_path, plain, cluster([1.0, 3.0], staleness_policy="plain"), **settings)
+    fit(tmp_path, ours, cluster([1.0, 3.0], staleness_policy=LookAhead(1e-30)), **settings)
+
+    assert torch.equal(ours.flat_parameters(), plain.flat_parameters())
+
+
+@pytest.mark.parametrize("policy", ["rescaled", "look_ahead", "ordered_momentum"])
+def test_a_resumed_run_goes_on_with_its_policy(tmp_path: Path, policy: str) -> None:
+    def make() -> SimulatedClusterStrategy:
+        return cluster([1.0, 1.5, 4.0], gradients_per_update=2, staleness_policy=policy, momentum_correction="auto")
+
+    save = ModelCheckpoint(tmp_path / "all", filename="{epoch}", save_top_k=-1)
+    whole = make_module(make=MAKE["AMSGrad"])
+    fit(tmp_path, whole, make(), callbacks=[save], enable_checkpointing=True)
+
+    again, _ = resumed(tmp_path, "epoch=0.ckpt", make)
+
+    assert torch.equal(again.flat_parameters(), whole.flat_parameters())
+
+
+def test_auto_is_half_of_the_workers(tmp_path: Path) -> None:
+    strategy = cluster([1.0, 1.0, 1.0, 4.0], gradients_per_update="auto")
+
+    assert strategy.configuration["gradients_per_update"] == 2
+    assert strategy.configuration["staleness_policy"] == "from_ddp"
+
+
 def test_an_update_of_all_workers_is_ddp(tmp_path: Path) -> None:
     alone, ours = (make_module(make=lambda params: torch.optim.SGD(params, lr=0.1, fused=True)) for _ in range(2))
     spec = [1.0, 2.0, {"mean": 4.0, "spread": 0.1, "distribution": "uniform"}]
@@ -177,7 +241,8 @@ def test_an_update_of_all_workers_is_ddp(tmp_path: Path) -> None:
             lr = optimizer.param_groups[0]["lr"]
             scheduler["scheduler"].step()
         # The update is made with what the last worker had.
-        step_at(optimizer, lr)
+        with lr_of(optimizer, lr):
+            optimizer.step()
     torch.testing.assert_close(ours.flat_parameters(), alone.flat_parameters(), rtol=1e-5, atol=1e-6)
     slowest = [strategy._steps.draw(2, number) for number in range(10)]
     assert strategy.virtual_seconds == pytest.approx(sum(slowest) + 10 * (0.5 + 0.25))

@@ -29,18 +29,22 @@ def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
         return
     steps = [stats.step_seconds(rank) for rank in numbers["updates_by_rank"]]
     facts = RunFacts.of(configuration, numbers, steps)
-    print(printable(summary_table(numbers, diagnosis_line(facts), shutil.get_terminal_size().columns)), flush=True)
+    width = shutil.get_terminal_size().columns
+    table = summary_table(numbers, diagnosis_line(facts), width, facts.gradients_per_update)
+    print(printable(table), flush=True)
 
 
-def summary_table(stats: Mapping[str, Any], diagnosis: str, width: int = 80) -> str:
+def summary_table(stats: Mapping[str, Any], diagnosis: str, width: int = 80, gradients_per_update: int = 1) -> str:
     """A row for each rank, one for all, and the diagnosis.
 
     Args:
         stats: ``RunStats.as_dict()`` of a run with updates.
         diagnosis: a line; it is wrapped.
         width: characters of a line. A narrow terminal gets fewer columns: a number that is cut off says nothing.
+        gradients_per_update: with more than one, what each rank has made is called gradients.
     """
-    columns = _columns(stats)
+    counted = "updates" if gradients_per_update == 1 else "gradients"
+    columns = _columns(stats, counted)
     table = _table(columns)
     for name in _DISPENSABLE:
         if len(table.partition("\n")[0]) <= width:
@@ -48,7 +52,8 @@ def summary_table(stats: Mapping[str, Any], diagnosis: str, width: int = 80) -> 
         columns.pop(name)
         table = _table(columns)
     seconds, updates = stats["train_seconds"], stats["updates"]
-    title = f"{updates} updates in {seconds:.1f} s of training: {updates / max(seconds, 1e-9):.1f} a second"
+    made = counted if gradients_per_update == 1 else f"{counted}, {gradients_per_update} an update,"
+    title = f"{updates} {made} in {seconds:.1f} s of training: {updates / max(seconds, 1e-9):.1f} a second"
     return "\n".join([*textwrap.wrap(title, width), table, *textwrap.wrap(diagnosis, width)])
 
 
@@ -57,13 +62,13 @@ def _table(columns: Mapping[str, Sequence[str]]) -> str:
     return text_table(list(columns), ranks, total=all_of_them)
 
 
-def _columns(stats: Mapping[str, Any]) -> dict[str, list[str]]:
+def _columns(stats: Mapping[str, Any], counted: str) -> dict[str, list[str]]:
     seconds, updates = max(stats["train_seconds"], 1e-9), stats["updates"]
     own, batches, waited = stats["updates_by_rank"], stats["batches_by_rank"], stats["wait_seconds_by_rank"]
     steps = stats["median_step_seconds_by_rank"]
     return {
         "rank": [*map(str, own), "all"],
-        "updates": [*map(str, own.values()), str(updates)],
+        counted: [*map(str, own.values()), str(updates)],
         "share": [*(f"{count / updates:.0%}" for count in own.values()), "100%"],
         "batches": [*(str(batches[rank]) for rank in own), str(sum(batches.values()))],
         "median step": [*(f"{1000 * steps[rank]:.1f} ms" if steps[rank] else "-" for rank in own), ""],

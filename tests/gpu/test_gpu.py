@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
+from lightning_async.exchange.dial import bound_policy
 from tests.compatibility.test_precision import arguments_for
 from tests.faults.injector import Fault, FaultInjector
 from tests.gpu import card
@@ -69,6 +70,20 @@ MEANS = [
         id="staged-mean-on-gpu",
     ),
     pytest.param({"transport": "nccl", "gradients_per_update": 2}, True, NCCL, id="nccl-mean", marks=needs_nccl),
+    # What policies do to the optimizer's state, where it is.
+    pytest.param({"transport": "shm", "gradients_per_update": "auto"}, False, STAGED, id="staged-auto"),
+    pytest.param(
+        {"transport": "shm", "holder_device": "cuda", "staleness_policy": "ordered_momentum"},
+        False,
+        STAGED_ON_GPU,
+        id="staged-ordered-on-gpu",
+    ),
+    pytest.param(
+        {"transport": "shm", "holder_device": "cuda", "gradients_per_update": "auto"},
+        False,
+        STAGED_ON_GPU,
+        id="staged-auto-on-gpu",
+    ),
 ]
 
 
@@ -142,8 +157,10 @@ def test_a_recorded_run_replayed_on_one_gpu_gives_the_same_parameters(
         strategy.observers.append(recorder)
         trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
         alone.to(card.FIRST)
-        per_update = options.get("gradients_per_update", 1)
-        replay(alone, torch.load(folder / "updates.pt"), samples, gradients_per_update=per_update)
+        chosen = strategy.options
+        policy, _ = bound_policy(chosen, [AMSGrad(alone.parameters())], 3)
+        updates = torch.load(folder / "updates.pt")
+        replay(alone, updates, samples, gradients_per_update=chosen.gradients_per_update, policy=policy)
         torch.save({name: p.detach().cpu() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
     run = launch(script, tmp_path, timeout_s=RUN_S)

@@ -53,3 +53,10 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(width: int) -> No
     assert [row[1] for row in rows] == [str(own) for own in [*UPDATES.values(), STATS["updates"]]]
     assert rows[-1][-1] == "3.1 / 3 / 12"
     assert "274663 updates in 100.0 s of training: 2746.6 a second" in " ".join(lines)
+
+
+def test_where_several_gradients_make_an_update_gradients_are_counted() -> None:
+    title, *lines = summary_table(STATS, "", 120, gradients_per_update=2).splitlines()
+
+    assert title == "274663 gradients, 2 an update, in 100.0 s of training: 2746.6 a second"
+    assert table(lines)[0][1] == "gradients"

@@ -44,8 +44,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ([], 2),
         pytest.param(["fitt"], 2, marks=pytest.mark.soak),
-        (["fit", "--config", "missing.yaml"], 2),
-        (["compare", "--config", RECIPE], 2),
+        pytest.param(["fit", "--config", "missing.yaml"], 2, marks=pytest.mark.soak),
+        pytest.param(["compare", "--config", RECIPE], 2, marks=pytest.mark.soak),
         pytest.param(["report"], 2, marks=pytest.mark.soak),
         (["report", "nowhere"], 2),
         pytest.param(["--help"], 0, marks=pytest.mark.soak),

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -179,9 +180,11 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 1 on")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--plot", type=Path, help="where to draw the metrics over virtual time")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     seeds = range(1, arguments.seeds + 1)
+    shown: dict[str, dict[str, float]] = {}
     for name in arguments.problems:
         grid = [
             Run(name, "straggler", setting, lr, seed)
@@ -192,6 +195,7 @@ def main() -> None:
         train_all(grid, arguments.processes)
         best = {setting: best_rate(name, "straggler", setting, seeds) for setting in SETTINGS}
         rate = best_rate(name, "straggler", "ddp", seeds)
+        shown[name] = {"ddp": rate, "auto": rate, "K=1, plain (the paper)": best["K=1, plain (the paper)"]}
         equal = [Run(name, "equal", setting, rate, seed) for seed in seeds for setting in EQUAL]
         train_all(equal, arguments.processes)
         rows = [row(name, "straggler", setting, best[setting], rate, seeds) for setting in SETTINGS]
@@ -205,7 +209,27 @@ def main() -> None:
                 f"| {one['setting']} | {one['lr']} | {one['mean']:.4f} ± {one['sd']:.4f} | {one['time']} "
                 f"| {one['reached']} of {len(seeds)} | {one['whole']:.2f} |"
             )
-        save(f"study_{name}", vars(arguments), rows)
+        save(f"study_{name}", {**vars(arguments), "plot": None}, rows)
+    if arguments.plot is not None:
+        plot(shown, seeds, arguments.plot)
+
+
+def plot(shown: dict[str, dict[str, float]], seeds: Sequence[int], path: Path) -> None:
+    """Draws the mean over the seeds of each problem's metric, over virtual time."""
+    figure = Figure(figsize=(9, 3.2 * math.ceil(len(shown) / 2)), layout="constrained")
+    for place, (name, settings) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(math.ceil(len(shown) / 2), 2, place)
+        for setting, lr in settings.items():
+            curves = [_curve(Run(name, "straggler", setting, lr, seed)) for seed in seeds]
+            times = [mean(at for at, _ in points) for points in zip(*curves, strict=True)]
+            values = [mean(value for _, value in points) for points in zip(*curves, strict=True)]
+            axes.plot(times, values, ".-", label=f"{setting}, lr {lr}")
+        axes.set_title(name)
+        axes.set_xlabel("virtual time, in steps of a fast worker")
+        axes.set_ylabel(PROBLEMS[name].metric)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
 
 
 def train_all(runs: Sequence[Run], processes: int) -> None:

@@ -71,6 +71,21 @@ PROMISES = {
         baseline="sync AMSGrad (DDP)",
         plots=["curves"],
     ),
+    "compare_auto": Promise(
+        DIGITS,
+        {"ranks": 4, "epochs": 10, **SLOW_RANK},
+        {
+            "variant": {
+                "auto": {**ASYNC, "lr": 0.008},
+                "sync AMSGrad (DDP)": {**DDP, "lr": 0.008},
+                "async AMSGrad": {**ASYNC, "lr": 0.002},
+            }
+        },
+        seeds=[1, 2, 3],
+        target=0.97,
+        baseline="sync AMSGrad (DDP)",
+        plots=["curves"],
+    ),
     "compare_strategies_resnet18": Promise(
         RESNET,
         {"ranks": 4, "epochs": 10, "sleep": [0.1, 0.1, 0.1, 0.4]},

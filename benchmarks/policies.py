@@ -107,7 +107,7 @@ def train(run: tuple[str, str, int, int, int]) -> float:
     module = Decaying(LeNet5(), optimizer=OPTIMIZERS[optimizer], label_smoothing=0.1)
     data = DigitsDataModule(batch_size=4, augment=True)
     data.setup("fit")
-    passes: Any = ConcatDataset([data.train_dataloader().dataset] * passes)
+    repeated: Any = ConcatDataset([data.train_dataloader().dataset] * passes)
     trainer.fit(module, DataLoader(repeated, batch_size=4, shuffle=True), data.val_dataloader())
     accuracy = float(trainer.callback_metrics["val/acc"])
     path.write_text(json.dumps(accuracy))

@@ -97,7 +97,7 @@ PROBLEMS: dict[str, Problem] = {
         "val/loss",
         "min",
         4,
-        (0.001, 0.002, 0.004, 0.008),
+        (0.002, 0.004, 0.008, 0.016),
         checks=3,
         settings={"num_classes": 2, "task": "binary"},
     ),

@@ -4,7 +4,7 @@
 
 LeNet-5 on digits. D + 1 equally fast workers whose steps vary by 10 % make gradients that are D updates old on average;
 each gradient is an update. The data are gone through ten times in one epoch, since its end is a stop, where everything
-arrives. Each optimizer has one learning rate, which was good without delay; it falls along a cosine.
+arrives. Each optimizer has one learning rate, a small one; it falls along a cosine.
 Finished runs are kept in ``runs/policies``.
 """
 
@@ -34,12 +34,12 @@ from recipes.digits import DigitsDataModule
 from recipes.models import LeNet5
 
 OUT = Path("runs/policies")
-DELAYS = (0, 20, 100, 400)
+DELAYS = (0, 5, 20, 100, 400)
 POLICIES = ("plain", "damping", "delay_adaptive", "ordered_momentum", "look_ahead")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AMSGrad": partial(lightning_async.AMSGrad, lr=0.001),
-    "Adam": partial(torch.optim.Adam, lr=0.001),
-    "SGD, momentum 0.9": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+    "AMSGrad": partial(lightning_async.AMSGrad, lr=0.0005),
+    "Adam": partial(torch.optim.Adam, lr=0.0005),
+    "SGD, momentum 0.9": partial(torch.optim.SGD, lr=0.005, momentum=0.9),
 }
 
 

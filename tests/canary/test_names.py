@@ -41,8 +41,13 @@ USES = {
     "_dispatch_keyset_full_after": ["torch._C"],
     "_every_n_train_steps": ["lightning.pytorch.callbacks.ModelCheckpoint"],
     "_first_loop_iter": ["trainer._logger_connector"],
-    "_foreach_add_": ["torch"],
-    "_foreach_copy_": ["torch"],
+    **dict.fromkeys(
+        (
+            *("_foreach_add_", "_foreach_addcdiv_", "_foreach_copy_", "_foreach_div", "_foreach_div_"),
+            *("_foreach_mul_", "_foreach_sqrt", "_foreach_sub_"),
+        ),
+        ["torch"],
+    ),
     "_fused_adam_": ["torch"],
     "_fused_adamw_": ["torch"],
     "_get": ["lightning.pytorch.cli.LightningCLI"],

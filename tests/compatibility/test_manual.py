@@ -382,7 +382,7 @@ def test_a_checkpoint_that_is_saved_after_fit_keeps_the_counts_of_user_code(tmp_
     # Two optimizers step in each of eight batches, and one of them counts.
     assert (after["version"], after["counts"][0]) == (16, 8)
     assert after == {name: within[name] for name in after}
-    assert within.keys() - after.keys() == {"epoch", "order", "clock", "applied"}
+    assert within.keys() - after.keys() == {"epoch", "order", "clock", "applied", "policy"}
 
 
 class OneCycle(Reporting):

@@ -101,6 +101,8 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "on_stale": "wait",
         "batches": "shared",
         "gradients_per_update": 1,
+        "staleness_policy": "plain",
+        "momentum_correction": None,
         "transport": "shm",
         "transport_by_rank": ["in process", "shm", "shm"],
         "batch_source": "shared order",

@@ -97,6 +97,7 @@ class Costs:
 
     Args:
         gather_s: seconds of the holder for each gradient, its answer included.
+        mean_s: further seconds for each, where several make an update.
         update_s: further seconds for each update.
         gradient_s: seconds that a gradient takes on rank 0's link.
         parameters_s: seconds that an answer takes there; the link carries both ways at once.
@@ -110,6 +111,7 @@ class Costs:
     """
 
     gather_s: float = 0.0
+    mean_s: float = 0.0
     update_s: float = 0.0
     gradient_s: float = 0.0
     parameters_s: float = 0.0
@@ -145,12 +147,12 @@ class Costs:
             # A ring sends each value twice, in float32; on one host it passes through memory.
             all_reduce_s = parameters * (_REDUCE_S if bytes_per_s is None else 2 * 4 / bytes_per_s)
         size_s = per_value_s * parameters
-        return cls(gather_s, update_s, size_s, size_s, latency_s, all_reduce_s)
+        return cls(gather_s, _MEAN_S * parameters, update_s, size_s, size_s, latency_s, all_reduce_s)
 
 
-# One core of a host with AMSGrad (benchmarks/update.py): of a message, and of a value that is gathered (read, added up,
-# answered) or updated.
-_MESSAGE_S, _GATHER_S, _UPDATE_S = 60e-6, 0.6e-9, 1.0e-9
+# One core of a host with AMSGrad (benchmarks/update.py): of a message, and of a value that is answered with, added up
+# where several gradients make an update, or updated.
+_MESSAGE_S, _GATHER_S, _MEAN_S, _UPDATE_S = 60e-6, 0.39e-9, 0.42e-9, 0.9e-9
 # Of a value in an all-reduce over Gloo on one host (benchmarks/lock_step.py).
 _REDUCE_S = 3e-9
 
@@ -277,6 +279,7 @@ def _play(steps: Steps, workers: int, costs: Costs, gradients_per_update: int) -
     # The first of each worker are left out: nothing has happened before them.
     warm_up = min(total // 3, 2 * workers)
     counted_from = last = 0.0
+    gather_s = costs.gather_s + (costs.mean_s if gradients_per_update > 1 else 0.0)
     by_link = costs.gradient_s > 0 or costs.latency_s > 0
     while number < total:
         now, at_holder, worker = events[0]
@@ -289,7 +292,7 @@ def _play(steps: Steps, workers: int, costs: Costs, gradients_per_update: int) -
                 continue
         # 2. The holder takes it, and answers.
         makes_update = (number + 1) % gradients_per_update == 0
-        service_s = costs.gather_s + (costs.update_s if makes_update else 0.0)
+        service_s = gather_s + (costs.update_s if makes_update else 0.0)
         answered = holder_free = max(now, holder_free) + service_s
         if worker:
             out_free = max(holder_free, out_free) + costs.parameters_s

@@ -14,7 +14,7 @@ from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.momentum import momentum_rule
 from lightning_async.policies.registry import describe_policy, make_policy
 
-__all__ = ["Dial", "GradientsPerUpdate", "bound_policy"]
+__all__ = ["Dial", "GradientsPerUpdate", "policy_and_momentum"]
 
 # The strategy's argument `gradients_per_update`.
 GradientsPerUpdate: TypeAlias = int | Literal["auto"]
@@ -47,11 +47,7 @@ class Dial:
             raise ValueError(f'gradients_per_update must be an int of at least 1 or "auto", not {count!r}.')
 
     def gradients(self, workers: int) -> int:
-        """K, for a number of ranks: half of them for ``"auto"``.
-
-        As many gradients as ranks wait longer for the last one, and are staler in samples; one alone is noisy. In
-        between both learn alike (docs/results.md).
-        """
+        """K for a number of ranks; ``"auto"`` is half of them (why: docs/results.md)."""
         if self.gradients_per_update == "auto":
             return -(-workers // 2)
         return self.gradients_per_update
@@ -68,25 +64,29 @@ class Dial:
         """The arguments that were left to the run, by name."""
         return {"gradients_per_update": "auto"} if self.gradients_per_update == "auto" else {}
 
-    def notice(self, workers: int) -> str | None:
+    def notice(self, workers: int, gradients: int) -> str | None:
         """What "auto" has chosen and why, in a line; None if nothing was left to it, or there is nothing to choose.
 
+        Args:
+            workers: number of ranks, N.
+            gradients: that make an update, K: one with several optimizers.
+
         Examples:
-            >>> print(Dial("auto", None).notice(4))
-            gradients_per_update="auto": 2 gradients an update, half of the ranks; staleness_policy=from_ddp, so that \
-learning rate and momentum can be those of DDP with 4 ranks.
+            >>> print(Dial("auto", None).notice(4, 2))
+            gradients_per_update="auto": 2 gradients an update for 4 ranks; staleness_policy=from_ddp, so that \
+learning rate and momentum can be those of DDP.
         """
         if self.gradients_per_update != "auto" or workers == 1:
             return None
-        count = self.gradients(workers)
-        said = f'gradients_per_update="auto": {count} gradient{"s" if count > 1 else ""} an update, half of the ranks'
+        number = f"{gradients} gradient{'s' if gradients > 1 else ''}"
+        said = f'gradients_per_update="auto": {number} an update for {workers} ranks'
         policy = f"staleness_policy={describe_policy(self.policy)}"
         if self.staleness_policy is not None:
             return f"{said}; {policy}."
-        return f"{said}; {policy}, so that learning rate and momentum can be those of DDP with {workers} ranks."
+        return f"{said}; {policy}, so that learning rate and momentum can be those of DDP."
 
 
-def bound_policy(
+def policy_and_momentum(
     options: ExchangeOptions, optimizers: Sequence[torch.optim.Optimizer], workers: int
 ) -> tuple[StalenessPolicy, Callable[[float], float] | None]:
     """What a holder does with ages, and what becomes of its momentum, told of a run.

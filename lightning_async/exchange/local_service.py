@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.data.ledger import Ledger
-from lightning_async.exchange.dial import bound_policy
+from lightning_async.exchange.dial import policy_and_momentum
 from lightning_async.exchange.server import Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
@@ -67,7 +67,7 @@ class HolderService(Service):
             for view, parameter in zip(layout.views(initial, index), parameters, strict=True):
                 view.copy_(parameter.detach())
         barrier = StalenessBarrier(bound, options.on_stale, spec.version, options.gradients_per_update)
-        policy, rule = bound_policy(options, spec.optimizers, spec.world_size)
+        policy, rule = policy_and_momentum(options, spec.optimizers, spec.world_size)
         self.holder = placement.make_holder(
             layout,
             initial.to(placement.device),

@@ -66,9 +66,6 @@ class ExchangeOptions:
             raise ValueError(
                 f'max_staleness must be an int of at least 0, "auto" (4 per rank) or None (no bound), not {bound!r}.'
             )
-        count: object = self.gradients_per_update
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"gradients_per_update must be an int of at least 1, not {count!r}.")
         make_policy(self.staleness_policy)
         check_momentum_correction(self.momentum_correction)
         choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.streams import count_samples
-from lightning_async.exchange.dial import Dial, GradientsPerUpdate, bound_policy
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate, policy_and_momentum
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.barrier import StalenessBarrier
@@ -302,7 +302,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         options = self._options
         barrier = StalenessBarrier(self._bound, options.on_stale, self._version, options.gradients_per_update)
         try:
-            policy, rule = bound_policy(options, [optimizer], self.workers)
+            policy, rule = policy_and_momentum(options, [optimizer], self.workers)
             held = (self._gathered, policy, rule, self._learned)
             run = ClusterRun(optimizer, barrier, self._steps, self._times, self.stats, self.progress, *held)
         except ValueError as error:

@@ -386,7 +386,7 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        if (chosen := self._dial.notice(self.world_size)) is not None:
+        if (chosen := self._dial.notice(self.world_size, self.options.gradients_per_update)) is not None:
             rank_zero_info(chosen)
         self._resolved, self.has_stepped = None, False
         context = ExchangeContext(

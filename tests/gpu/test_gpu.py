@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
-from lightning_async.exchange.dial import bound_policy
+from lightning_async.exchange.dial import policy_and_momentum
 from tests.compatibility.test_precision import arguments_for
 from tests.faults.injector import Fault, FaultInjector
 from tests.gpu import card
@@ -158,7 +158,7 @@ def test_a_recorded_run_replayed_on_one_gpu_gives_the_same_parameters(
         trainer.fit(module, loader(samples, BATCH_SIZE, shuffle=True))
         alone.to(card.FIRST)
         chosen = strategy.options
-        policy, _ = bound_policy(chosen, [AMSGrad(alone.parameters())], 3)
+        policy, _ = policy_and_momentum(chosen, [AMSGrad(alone.parameters())], 3)
         updates = torch.load(folder / "updates.pt")
         replay(alone, updates, samples, gradients_per_update=chosen.gradients_per_update, policy=policy)
         torch.save({name: p.detach().cpu() for name, p in alone.named_parameters()}, folder / "replayed.pt")

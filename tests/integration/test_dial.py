@@ -271,11 +271,37 @@ def test_auto_is_half_of_the_ranks_and_says_so(tmp_path: Path, settings: dict[st
     assert first["run"]["requested"]["gradients_per_update"] == "auto"
     assert first["run"]["staleness_policy"] == settings.get("staleness_policy", "from_ddp")
     (said,) = [line for line in run.output.splitlines() if line.startswith('gradients_per_update="auto"')]
-    assert "2 gradients an update, half of the ranks" in said
-    assert ("can be those of DDP with 3 ranks" in said) is (not settings)
+    assert "2 gradients an update for 3 ranks" in said
+    assert ("can be those of DDP" in said) is (not settings)
 
 
 def test_a_number_of_gradients_that_is_none_is_refused() -> None:
     for value in (0, -1, True, 1.5, "all"):
         with pytest.raises(MisconfigurationException, match='must be an int of at least 1 or "auto"'):
             AsyncStrategy(gradients_per_update=value)  # type: ignore[arg-type]
+
+
+def test_auto_with_several_optimizers_is_one_gradient_and_says_so(tmp_path: Path) -> None:
+    class Two(TinyClassifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [AMSGrad(layer.parameters(), lr=1e-2) for layer in (self.net[0], self.net[2])]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def on_train_end(self) -> None:
+            report(Path.cwd(), self.global_rank, version=self.trainer.strategy.version)
+
+    strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork")
+    run = launch(lambda folder: fork_trainer(folder, RANKS, strategy).fit(Two(), loader(SAMPLES, BATCH)), tmp_path)
+
+    # Each of 33 batches has a step of each optimizer.
+    assert {rank["version"] for rank in finished(run)} == {66}
+    assert 'gradients_per_update="auto": 1 gradient an update for 3 ranks' in run.output

@@ -69,34 +69,32 @@ def replay(
     staleness: Counter[int] = Counter()
     taken = [0] * len(steps)
     arrivals: list[tuple[float, int, int]] = []
-    # Who waits, in the order of their coming, which is the order in which the holder looks at them: whether to read, or
-    # to have a gradient applied, and since when.
-    waiting: dict[int, tuple[bool, float]] = dict.fromkeys(range(len(steps)), (True, 0.0))
-    for rank in waiting:
+    # Who waits, since when: to have a gradient applied, and to read.
+    pushing: dict[int, float] = {}
+    reading: dict[int, float] = dict.fromkeys(range(len(steps)), 0.0)
+    for rank in reading:
         barrier.ask(rank)
     while staleness.total() < updates:
         moved = True
         while moved:
             moved = False
-            for rank, (reads, since) in list(waiting.items()):
-                if reads and barrier.may_read(rank):
-                    barrier.read(rank)
-                    del waiting[rank]
-                    step = steps[rank][taken[rank] % len(steps[rank])]
-                    taken[rank] += 1
-                    sequence += 1
-                    heapq.heappush(arrivals, (now + step + exchange_s, sequence, rank))
-                elif not reads and barrier.decision(rank) is Decision.APPLY:
-                    staleness[barrier.apply(rank)] += 1
-                    barrier.ask(rank)
-                    del waiting[rank]
-                    waiting[rank] = True, now
-                else:
-                    continue
-                parked_s += now - since
+            for rank in [rank for rank in reading if barrier.may_read(rank)]:
+                barrier.read(rank)
+                parked_s += now - reading.pop(rank)
+                step = steps[rank][taken[rank] % len(steps[rank])]
+                taken[rank] += 1
+                sequence += 1
+                heapq.heappush(arrivals, (now + step + exchange_s, sequence, rank))
                 moved = True
+            for rank in list(pushing):
+                if barrier.decision(rank) is Decision.APPLY:
+                    staleness[barrier.apply(rank)] += 1
+                    parked_s += now - pushing.pop(rank)
+                    barrier.ask(rank)
+                    reading[rank] = now
+                    moved = True
         now, _, rank = heapq.heappop(arrivals)
-        waiting[rank] = False, now
+        pushing[rank] = now
     return Replay(now, parked_s / max(now * len(steps), 1e-12), staleness)
 
 

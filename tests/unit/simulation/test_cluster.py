@@ -176,3 +176,15 @@ def test_a_policy_under_which_nothing_goes_on_is_named() -> None:
 def test_an_exchange_of_no_number_of_seconds_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}_seconds takes a number of seconds of at least 0, not inf"):
         ExchangeTimes(**{name: float("inf")})
+
+
+@pytest.mark.parametrize(("bound", "gradients_per_update"), [(1, 1), (3, 1), (6, 1), (9, 1), (1, 2), (None, 1)])
+def test_a_bound_costs_here_what_the_diagnosis_says(bound: int | None, gradients_per_update: int) -> None:
+    slow = [{"mean": mean, "spread": 0.1, "distribution": "lognormal"} for mean in (1, 1, 1, 4)]
+    steps = StepTimes.of(slow)
+    recorded = [[steps.draw(worker, number) for number in range(1000)] for worker in range(4)]
+
+    cluster, _ = play(steps, StalenessBarrier(bound, gradients_per_update=gradients_per_update), 2000)
+    replayed = replay(recorded, bound, 2000, gradients_per_update=gradients_per_update)
+
+    assert 2000 / cluster.progress.now == pytest.approx(replayed.staleness.total() / replayed.seconds, rel=0.02)

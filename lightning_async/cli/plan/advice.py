@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from lightning_async.cli.plan.model import Costs, Forecast, Steps, forecast
+from lightning_async.cli.plan.model import Costs, Forecast, forecast
 from lightning_async.monitoring.replay import free_bound
+from lightning_async.simulation.step_times import StepTimes
 
 __all__ = ["advise"]
 
@@ -15,11 +15,11 @@ _LITTLE_GAIN = 1.1
 # A link or holder that is busier makes workers wait in a queue.
 _BUSY = 0.7
 _SATURATED = 0.95
-_PLAYED_WORKERS = 64
+_PLAYED_WORKERS, _STEPS = 64, 200
 
 
 def advise(
-    steps: Steps,
+    steps: StepTimes,
     focus: Forecast,
     every: Sequence[Forecast],
     costs: Costs,
@@ -30,25 +30,24 @@ def advise(
     """A few sentences.
 
     Args:
-        steps: how long steps take.
-        focus: of the number of workers that the advice is for.
+        steps: how long the steps of the workers take that the advice is for.
+        focus: of these workers.
         every: of all numbers of workers, in their order.
         costs: what a gradient costs besides.
         gradients_per_update: K of the forecasts.
         bound: their staleness bound.
         half_costs: the costs with payloads rounded to two bytes a value; None where nothing is rounded.
     """
-    workers = focus.workers
     said = [_verdict(focus)]
     if focus.limited_by == "holder" or focus.holder_load > _BUSY:
         said.append(_more_per_update(steps, focus, costs, gradients_per_update))
     if half_costs is not None and focus.link_load > _BUSY:
-        rounded = forecast(steps, workers, half_costs, gradients_per_update, bound)
+        rounded = forecast(steps, half_costs, gradients_per_update, bound)
         said.append(
             f'Rank 0\'s link is {focus.link_load:.0%} busy: wire_dtype="bf16" and parameter_wire_dtype="bf16" give '
             f"{rounded.gradients_per_s / focus.gradients_per_s:.2f} times the gradients."
         )
-    if workers > 1:
+    if focus.workers > 1:
         said.append(_which_bound(steps, focus, costs, gradients_per_update, bound))
     end = next((one for one in every if max(one.holder_load, one.link_load) > _SATURATED), None)
     if end is None:
@@ -81,26 +80,27 @@ _REASONS = {
 }
 
 
-def _more_per_update(steps: Steps, focus: Forecast, costs: Costs, gradients_per_update: int) -> str:
+def _more_per_update(steps: StepTimes, focus: Forecast, costs: Costs, gradients_per_update: int) -> str:
     begin = f"The holder is {focus.holder_load:.0%} busy"
     tried = gradients_per_update
     best = focus
     while tried * 2 <= focus.workers and best.holder_load > _BUSY:
         tried *= 2
-        best = forecast(steps, focus.workers, costs, tried)
+        best = forecast(steps, costs, tried)
     more = best.gradients_per_s / focus.gradients_per_s
     if tried == gradients_per_update or (more < _LITTLE_GAIN and best.holder_load > _BUSY):
         return f'{begin}, whatever gradients_per_update is: give it a GPU (holder_device="cuda"), or a smaller model.'
     return f"{begin}: gradients_per_update={tried} gives {more:.2f} times the gradients, at {best.holder_load:.0%}."
 
 
-def _which_bound(steps: Steps, focus: Forecast, costs: Costs, gradients_per_update: int, bound: int | None) -> str:
+def _which_bound(steps: StepTimes, focus: Forecast, costs: Costs, gradients_per_update: int, bound: int | None) -> str:
     if focus.workers <= _PLAYED_WORKERS:
-        table = steps.table(focus.workers, 200).tolist()
-        exchange_s = focus.waiting / max(1 - focus.waiting, 1e-9) * sum(map(sum, table)) / (200 * focus.workers)
+        table = [[steps.draw(worker, number) for number in range(_STEPS)] for worker in range(focus.workers)]
+        step_s = sum(map(sum, table)) / (_STEPS * focus.workers)
+        exchange_s = focus.waiting / max(1 - focus.waiting, 1e-9) * step_s
         free = free_bound(table, 0.0 if focus.limited_by == "bound" else exchange_s, gradients_per_update)
     else:
-        free = forecast(steps, focus.workers, replace(costs), gradients_per_update).max_staleness
+        free = forecast(steps, costs, gradients_per_update).max_staleness
     if bound is not None and bound < free and focus.limited_by == "bound":
         return (
             f"The bound of {bound} makes workers wait {focus.waiting:.0%} of their time; max_staleness={free} does not."

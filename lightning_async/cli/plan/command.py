@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_async.cli.plan.advice import advise
-from lightning_async.cli.plan.model import Costs, Forecast, Steps, forecast
+from lightning_async.cli.plan.model import Costs, Forecast, forecast
 from lightning_async.cli.requirements import is_installed
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.monitoring.record import RecordError, RunRecord
 from lightning_async.monitoring.tables import printable, text_table
+from lightning_async.simulation.step_times import StepSpec, StepTimes
 
 __all__ = ["plan_main"]
 
@@ -37,23 +38,23 @@ def plan_main(args: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     given = parser.parse_args(args)
+    numbers = sorted(set(given.workers))
     try:
-        steps, record = _steps(given)
+        spec, known, record = _steps(given)
+        wanted = given.advise_for or (known if known > 1 else numbers[-1])
+        steps = {count: StepTimes.of(spec, workers=count) for count in {*numbers, wanted}}
         costs, half_costs = _costs(given, record)
         per_update, bound = _dial(given)
-        bounds = {count: resolve_max_staleness(bound, count, per_update) for count in given.workers}
+        bounds = {count: resolve_max_staleness(bound, count, per_update) for count in steps}
     except (RecordError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if given.output is not None and given.output.suffix not in _FIGURES:
         parser.error(f"--output must end in one of {', '.join(_FIGURES)}, not {given.output.name!r}")
-    numbers = sorted(set(given.workers))
-    forecasts = [forecast(steps, count, costs, per_update, bounds[count]) for count in numbers]
+    forecasts = [forecast(steps[count], costs, per_update, bounds[count]) for count in numbers]
     print(printable(_table(forecasts)))
-    wanted = given.advise_for or (steps.known if steps.known > 1 else numbers[-1])
-    bound_then = resolve_max_staleness(bound, wanted, per_update)
-    focus = forecast(steps, wanted, costs, per_update, bound_then)
-    for line in advise(steps, focus, forecasts, costs, per_update, bound_then, half_costs):
+    focus = forecast(steps[wanted], costs, per_update, bounds[wanted])
+    for line in advise(steps[wanted], focus, forecasts, costs, per_update, bounds[wanted], half_costs):
         print(f"- {line}")
     if given.output is not None:
         if not is_installed("matplotlib"):
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--step-seconds", type=float, nargs="+", metavar="S", help="of a step, for each kind of worker")
     source.add_argument("--run", type=Path, metavar="FOLDER", help="a recorded run, whose steps are taken")
-    parser.add_argument("--jitter", type=float, metavar="PART", help="relative variation of a step (0.1; 0 with --run)")
+    parser.add_argument("--jitter", type=float, default=0.1, metavar="PART", help="relative variation of a step (0.1)")
     parser.add_argument("--workers", type=_count, nargs="+", default=list(_NUMBERS), metavar="N")
     parser.add_argument("--advise-for", type=_count, metavar="N", help="which number of workers the advice is for")
     parser.add_argument("--parameters", type=float, metavar="P", help="trained parameters of the model (11.2e6)")
@@ -92,15 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _steps(given: argparse.Namespace) -> tuple[Steps, RunRecord | None]:
-    if given.run is None:
-        return Steps([[step] for step in given.step_seconds], 0.1 if given.jitter is None else given.jitter), None
-    record = RunRecord.read(given.run)
-    if not record.step_seconds or not all(record.step_seconds):
-        raise ValueError(f"{given.run} has no step times of each rank: it was too short, or not an asynchronous run")
-    # A step of no time was not measured.
-    seconds = [[max(step, 1e-6) for step in own] for own in record.step_seconds]
-    return Steps(seconds, given.jitter or 0.0), record
+def _steps(given: argparse.Namespace) -> tuple[StepSpec, int, RunRecord | None]:
+    """What describes the workers' steps, how many kinds there are, and the record that they come from."""
+    if given.run is not None:
+        record = RunRecord.read(given.run)
+        return given.run, len(record.step_seconds), record
+    if not all(seconds > 0 for seconds in given.step_seconds):
+        raise ValueError("each step takes a positive number of seconds")
+    spec = [{"mean": mean, "spread": given.jitter, "distribution": "lognormal"} for mean in given.step_seconds]
+    return spec, len(spec), None
 
 
 def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, Costs | None]:

@@ -8,87 +8,27 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
-import numpy as np
-import numpy.typing as npt
+from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.simulation.cluster import ExchangeTimes, play
+from lightning_async.simulation.step_times import StepTimes
 
-from lightning_async.monitoring.replay import replay
-
-__all__ = ["Costs", "Forecast", "Steps", "forecast"]
+__all__ = ["Costs", "Forecast", "forecast"]
 
 # So many gradients are played, or so many of each worker: at least the second ones are stale as later ones are.
 _LEAST_GRADIENTS, _ROUNDS = 4000, 4
 # Up to so many workers the barrier itself is played; of more, its effect on the rate alone is estimated.
 _PLAYED_WORKERS = 64
 # Rounds of lock step of which the mean is taken, and the most steps that are drawn for it.
-_LOCK_STEP_ROUNDS, _LOCK_STEP_DRAWS = 200, 2_000_000
+_LOCK_STEP_ROUNDS, _LOCK_STEP_DRAWS = 200, 200_000
 # A rate that is no other.
 _FREE = 0.98
 # A part of the time that counts as all of it: queues in front are never empty then.
 _SATURATED = 0.95
-
-_Floats = npt.NDArray[np.float64]
-
-
-class Steps:
-    """The times of some workers' steps, from which those of any number of workers are made.
-
-    Args:
-        seconds: for each known worker the seconds of some of its steps.
-        jitter: relative standard deviation that each step varies by in addition.
-        seed: of the variation.
-
-    Raises:
-        ValueError: if a step takes no time, or there is none.
-
-    Examples:
-        >>> steps = Steps([[1.0], [4.0]])
-        >>> [steps.mean(worker, workers=4) for worker in range(4)]
-        [1.0, 4.0, 1.0, 4.0]
-    """
-
-    def __init__(self, seconds: Sequence[Sequence[float]], jitter: float = 0.0, seed: int = 0) -> None:
-        if not seconds or not all(seconds):
-            raise ValueError("there are no step times")
-        if not all(0 < step < math.inf for own in seconds for step in own):
-            raise ValueError("each step takes a positive number of seconds")
-        if jitter < 0:
-            raise ValueError(f"the jitter is {jitter} and must not be negative")
-        self._known = [np.asarray(own, dtype=np.float64) for own in seconds]
-        self._jitter = jitter
-        self._seed = seed
-
-    @property
-    def known(self) -> int:
-        """How many workers' steps are given."""
-        return len(self._known)
-
-    def mean(self, worker: int, workers: int) -> float:
-        """Mean seconds of a step of one of ``workers``."""
-        return float(self._of(worker, workers).mean())
-
-    def table(self, workers: int, steps: int) -> _Floats:
-        """Steps of ``workers`` workers: shape ``(workers, steps)``, seconds."""
-        generator = np.random.default_rng([self._seed, workers])
-        drawn = np.empty((workers, steps))
-        for known in range(min(self.known, workers)):
-            mine = self._of(known, workers)
-            rows = range(known, workers, self.known)
-            # From anywhere in the recorded steps, so that workers of one kind do not move together.
-            start = generator.integers(len(mine), size=(len(rows), 1))
-            drawn[known :: self.known] = mine[(start + np.arange(steps)) % len(mine)]
-        if self._jitter:
-            spread = math.sqrt(math.log1p(self._jitter**2))
-            drawn *= generator.lognormal(-(spread**2) / 2, spread, drawn.shape)
-        return drawn
-
-    def _of(self, worker: int, workers: int) -> _Floats:
-        # Of few workers some from each end, and not the first ones only.
-        place = worker % self.known if workers >= self.known else worker * self.known // workers
-        return self._known[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,34 +131,31 @@ class Forecast:
         return self.gradients_per_s / self.lock_step_per_s
 
 
-def forecast(
-    steps: Steps, workers: int, costs: Costs, gradients_per_update: int = 1, bound: int | None = None
-) -> Forecast:
+def forecast(steps: StepTimes, costs: Costs, gradients_per_update: int = 1, bound: int | None = None) -> Forecast:
     """Plays a few rounds.
 
     Args:
-        steps: how long steps take.
-        workers: how many workers, N.
+        steps: how long the steps of each worker take.
         costs: what a gradient costs besides.
         gradients_per_update: gradients of an update, K.
         bound: the staleness bound in updates; None bounds nothing.
 
     Examples:
-        >>> one_slow = forecast(Steps([[1.0], [1.0], [1.0], [4.0]]), 4, Costs())
+        >>> one_slow = forecast(StepTimes.of([1.0, 1.0, 1.0, 4.0]), Costs())
         >>> round(one_slow.gradients_per_s, 2), round(one_slow.gain, 2)
         (3.25, 3.25)
     """
-    played = _play(steps, workers, costs, gradients_per_update)
+    workers = steps.workers
+    played = _play(steps, costs, gradients_per_update)
     rate, limited_by, staleness, waiting = played.rate, played.limit(), played.staleness, played.waiting
     if bound is not None and max(staleness) > bound:
         if workers <= _PLAYED_WORKERS:
-            table = steps.table(workers, max(20, _LEAST_GRADIENTS // workers))
-            exchange_s = played.exchange_s
-            bounded = replay(table.tolist(), bound, table.size // 2, exchange_s, gradients_per_update)
-            bounded_rate, bounded_staleness = bounded.staleness.total() / bounded.seconds, bounded.staleness
+            barrier = StalenessBarrier(bound, gradients_per_update=gradients_per_update)
+            cluster, sink = play(steps, barrier, _LEAST_GRADIENTS, ExchangeTimes(pull=played.exchange_s))
+            bounded_rate, bounded_staleness = _LEAST_GRADIENTS / cluster.progress.now, sink.staleness
         else:
             # While the slowest computes, no more versions can come than the bound allows.
-            slowest_s = max(steps.mean(worker, workers) for worker in range(min(steps.known, workers)))
+            slowest_s = max(map(steps.mean, range(workers)))
             bounded_rate = (bound + 1) * gradients_per_update / (slowest_s + played.exchange_s)
             bounded_staleness = Counter({min(age, bound): count for age, count in staleness.items()})
         if bounded_rate < _FREE * rate:
@@ -238,7 +175,7 @@ def forecast(
         waiting,
         played.holder_load * slow_down,
         played.link_load * slow_down,
-        workers / _lock_step_s(steps, workers, costs),
+        workers / _lock_step_s(steps, costs),
     )
 
 
@@ -257,20 +194,14 @@ class _Played:
         return "link" if self.link_load > _SATURATED else "workers"
 
 
-def _play(steps: Steps, workers: int, costs: Costs, gradients_per_update: int) -> _Played:
+def _play(steps: StepTimes, costs: Costs, gradients_per_update: int) -> _Played:
     """All workers' cycles, one gradient after the other, in the order in which the link gets them."""
+    workers = steps.workers
     total = max(_LEAST_GRADIENTS, _ROUNDS * workers)
-    columns = min(1001, max(_ROUNDS, 2 * total // workers))
-    table = steps.table(workers, columns)
-    # They begin anywhere in their first step.
-    begun = np.random.default_rng(workers).random(workers)
-    # When, whether it is at the holder yet, and whose.
-    events = [
-        (float(first * part), False, worker)
-        for worker, (first, part) in enumerate(zip(table[:, 0], begun, strict=True))
-    ]
+    # They begin anywhere in their first step. When, whether it is at the holder yet, and whose.
+    begun = random.Random(workers)
+    events = [(steps.draw(worker, 0) * begun.random(), False, worker) for worker in range(workers)]
     heapq.heapify(events)
-    draws: list[list[float]] = table.tolist()
     taken, read, since = [1] * workers, [0] * workers, [0.0] * workers
     in_free = holder_free = out_free = 0.0
     holder_s = waited_s = 0.0
@@ -308,7 +239,7 @@ def _play(steps: Steps, workers: int, costs: Costs, gradients_per_update: int) -
         number += 1
         read[worker] = number // gradients_per_update
         # 3. It computes again.
-        step = draws[worker][taken[worker] % columns]
+        step = steps.draw(worker, taken[worker])
         taken[worker] += 1
         heapq.heapreplace(events, (answered + step, False, worker))
     counted, seconds = total - warm_up, max(last - counted_from, 1e-12)
@@ -323,10 +254,11 @@ def _play(steps: Steps, workers: int, costs: Costs, gradients_per_update: int) -
     )
 
 
-def _lock_step_s(steps: Steps, workers: int, costs: Costs) -> float:
+def _lock_step_s(steps: StepTimes, costs: Costs) -> float:
     """A step of DDP: the slowest worker's, and an all-reduce."""
+    workers = steps.workers
     rounds = max(2, min(_LOCK_STEP_ROUNDS, _LOCK_STEP_DRAWS // workers))
-    slowest_s = float(steps.table(workers, rounds).max(axis=0).mean())
+    slowest_s = mean(max(steps.draw(worker, turn) for worker in range(workers)) for turn in range(rounds))
     if workers == 1:
         return slowest_s
     hops = 2 * math.ceil(math.log2(workers))

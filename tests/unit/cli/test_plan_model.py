@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_async.cli.plan.model import Costs, Steps, forecast
+from lightning_async.cli.plan.model import Costs, forecast
 from lightning_async.monitoring.replay import replay
+from lightning_async.simulation.step_times import StepTimes
 
-ONE_SLOW = [[1.0], [1.0], [1.0], [4.0]]
+ONE_SLOW = [1.0, 1.0, 1.0, 4.0]
 
 
 @given(
@@ -18,12 +19,12 @@ ONE_SLOW = [[1.0], [1.0], [1.0], [4.0]]
 )
 @settings(max_examples=25, deadline=None)
 def test_without_costs_it_is_the_replay_of_the_steps(means: list[float], gradients_per_update: int) -> None:
-    steps = Steps([[mean] for mean in means], jitter=0.1)
+    steps = StepTimes.of([{"mean": mean, "spread": 0.1, "distribution": "lognormal"} for mean in means])
     workers = len(means)
 
-    found = forecast(steps, workers, Costs(), gradients_per_update)
+    found = forecast(steps, Costs(), gradients_per_update)
 
-    table = steps.table(workers, 500).tolist()
+    table = [[steps.draw(worker, number) for number in range(500)] for worker in range(workers)]
     expected = replay(table, None, 6000, gradients_per_update=gradients_per_update)
     assert found.gradients_per_s == pytest.approx(expected.staleness.total() / expected.seconds, rel=0.05)
     # Whoever the workers are, between two gradients of one come on average those of all others.
@@ -33,17 +34,17 @@ def test_without_costs_it_is_the_replay_of_the_steps(means: list[float], gradien
 
 @pytest.mark.parametrize("bound", [1, 3, 6])
 def test_a_bound_costs_what_the_barrier_costs(bound: int) -> None:
-    steps = Steps(ONE_SLOW)
+    steps = StepTimes.of(ONE_SLOW)
 
-    found = forecast(steps, 4, Costs(), bound=bound)
+    found = forecast(steps, Costs(), bound=bound)
 
-    expected = replay(ONE_SLOW, bound, 2000)
+    expected = replay([[step] for step in ONE_SLOW], bound, 2000)
     assert found.gradients_per_s == pytest.approx(expected.staleness.total() / expected.seconds, rel=0.03)
     assert (found.limited_by, found.max_staleness) == ("bound", bound)
 
 
 def test_a_bound_that_many_workers_reach_limits_them_to_its_versions_in_the_slowest_step() -> None:
-    found = forecast(Steps(ONE_SLOW), 400, Costs(), bound=9)
+    found = forecast(StepTimes.of(ONE_SLOW, workers=400), Costs(), bound=9)
 
     assert found.gradients_per_s == pytest.approx(10 / 4.0)
     assert (found.limited_by, found.max_staleness) == ("bound", 9)
@@ -52,7 +53,7 @@ def test_a_bound_that_many_workers_reach_limits_them_to_its_versions_in_the_slow
 def test_a_full_holder_takes_what_it_can_and_several_gradients_an_update_relieve_it() -> None:
     costs = Costs(gather_s=0.01, update_s=0.03)
 
-    one, four = (forecast(Steps([[0.1]]), 64, costs, count) for count in (1, 4))
+    one, four = (forecast(StepTimes.of([0.1], workers=64), costs, count) for count in (1, 4))
 
     assert one.gradients_per_s == pytest.approx(1 / 0.04, rel=0.01)
     assert four.gradients_per_s == pytest.approx(4 / (4 * 0.01 + 0.03), rel=0.01)
@@ -62,7 +63,7 @@ def test_a_full_holder_takes_what_it_can_and_several_gradients_an_update_relieve
 def test_a_full_link_carries_what_it_can_and_rank_0_does_not_use_it() -> None:
     costs = Costs.of(parameters=1e6, bytes_per_s=125e6, gather_s=0.0, update_s=0.0)
 
-    many, alone = forecast(Steps([[0.1]]), 64, costs), forecast(Steps([[0.1]]), 1, costs)
+    many, alone = (forecast(StepTimes.of([0.1], workers=count), costs) for count in (64, 1))
 
     assert costs.gradient_s == pytest.approx(0.032)
     # And those of rank 0, which computes on.
@@ -72,18 +73,12 @@ def test_a_full_link_carries_what_it_can_and_rank_0_does_not_use_it() -> None:
 
 
 def test_lock_step_waits_for_the_slowest_and_for_the_exchange() -> None:
-    found = forecast(Steps(ONE_SLOW), 4, Costs(all_reduce_s=0.4, latency_s=0.01))
+    found = forecast(StepTimes.of(ONE_SLOW), Costs(all_reduce_s=0.4, latency_s=0.01))
 
     assert 4 / found.lock_step_per_s == pytest.approx(4.0 + 0.4 * 3 / 4 + 4 * 0.01)
 
 
 def test_a_hundred_thousand_workers_are_played() -> None:
-    found = forecast(Steps([[1.0], [4.0]]), 100_000, Costs())
+    found = forecast(StepTimes.of([1.0, 4.0], workers=100_000), Costs())
 
     assert found.gradients_per_s == pytest.approx(62_500, rel=0.02)
-
-
-@pytest.mark.parametrize(("seconds", "jitter"), [([], 0.0), ([[]], 0.0), ([[0.0]], 0.0), ([[1.0]], -0.1)])
-def test_steps_that_mean_nothing_are_refused(seconds: list[list[float]], jitter: float) -> None:
-    with pytest.raises(ValueError, match=r"step|jitter"):
-        Steps(seconds, jitter)

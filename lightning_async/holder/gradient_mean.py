@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,12 @@ class Gathered:
     count: int
     late: list[Tensor | None] | None = None
     arrivals: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Gathered:
+        """The same with the gradients on a device."""
+        gradients = [None if one is None else one.to(device) for one in self.gradients]
+        late = None if self.late is None else [None if one is None else one.to(device) for one in self.late]
+        return replace(self, gradients=gradients, late=late)
 
 
 class GradientMean:

@@ -125,7 +125,7 @@ class DeviceHolder(Holder):
                 parameters=taken.parameters.cpu(),
                 optimizer_states=_on_host(taken.optimizer_states),
                 adapted=_on_host(taken.adapted),
-                gathered=taken.gathered and _on_device(taken.gathered, torch.device("cpu")),
+                gathered=taken.gathered and taken.gathered.to(torch.device("cpu")),
             )
 
     @override
@@ -143,7 +143,7 @@ class DeviceHolder(Holder):
     ) -> bool:
         with self._stream.entered():
             if gathered is not None:
-                gathered = _on_device(gathered, self._flat.device)
+                gathered = gathered.to(self._flat.device)
             return super().restore(version, optimizer_states, gathered, policy)
 
 
@@ -184,13 +184,6 @@ class HolderPlacement:
     def stage(self, channel: Channel) -> Channel:
         """The channel with its buffers on this device."""
         return on_device(channel, self.device)
-
-
-def _on_device(gathered: Gathered, device: torch.device) -> Gathered:
-    gradients, late = (
-        [None if one is None else one.to(device) for one in sums or ()] for sums in (gathered.gradients, gathered.late)
-    )
-    return dataclasses.replace(gathered, gradients=gradients, late=None if gathered.late is None else late)
 
 
 def _on_host(value: Any) -> Any:

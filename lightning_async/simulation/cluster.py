@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.simulation.sink import Arrival, BarrierSink, GradientSink
+from lightning_async.simulation.sink import BarrierSink, Delivery, GradientSink
 from lightning_async.simulation.step_times import StepTimes, check_seconds
 
 __all__ = ["ExchangeTimes", "Progress", "VirtualCluster", "play"]
@@ -145,8 +145,8 @@ class VirtualCluster:
         self._numbers = itertools.count()
         # Arrivals that are to come, by time, and the requests that the holder has: gradients, and workers that wait to
         # read. Each has its number, in the order of arrival.
-        self._to_come: list[tuple[float, int, Arrival]] = []
-        self._arrived: deque[tuple[int, Arrival]] = deque()
+        self._to_come: list[tuple[float, int, Delivery]] = []
+        self._arrived: deque[tuple[int, Delivery]] = deque()
         self._readers: deque[tuple[int, int]] = deque()
         # Who reads next, and who has read and computes.
         self._next: int | None = None
@@ -206,7 +206,7 @@ class VirtualCluster:
         begins = worker.read_at + self._times.pull
         waited, worker.ended = begins - worker.ended, begins + seconds
         at = worker.ended + self._times.push
-        heapq.heappush(self._to_come, (at, next(self._numbers), Arrival(number, at, waited, has_gradient)))
+        heapq.heappush(self._to_come, (at, next(self._numbers), Delivery(number, at, waited, has_gradient)))
 
     def settle(self) -> None:
         """Lets everything under way arrive, and nobody read; a gradient that is being computed stays that."""
@@ -239,35 +239,35 @@ class VirtualCluster:
         if may_read and self._readers and self._sink.may_read(self._readers[0][1]):
             reader = self._readers[0][0]
         refused: int | None = None
-        for place, (number, arrival) in enumerate(self._arrived):
+        for place, (number, delivery) in enumerate(self._arrived):
             if reader is not None and reader < number:
                 break
-            version = self._workers[arrival.worker].version
+            version = self._workers[delivery.worker].version
             # Who read later has a later deadline, and is let through no sooner.
-            if arrival.has_gradient and refused is not None and version >= refused:
+            if delivery.has_gradient and refused is not None and version >= refused:
                 continue
-            if self._take(arrival):
+            if self._take(delivery):
                 del self._arrived[place]
-                self._answer(number, arrival.worker, may_read)
+                self._answer(number, delivery.worker, may_read)
                 return True
             refused = version
         if reader is not None:
             self._next = self._readers.popleft()[1]
         return reader is not None
 
-    def _take(self, arrival: Arrival) -> bool:
+    def _take(self, delivery: Delivery) -> bool:
         """Offers what has arrived to the sink; False if it has to wait."""
-        if not arrival.has_gradient:
-            self._sink.leave(arrival.worker)
+        if not delivery.has_gradient:
+            self._sink.leave(delivery.worker)
             return True
-        worker, progress = self._workers[arrival.worker], self.progress
+        worker, progress = self._workers[delivery.worker], self.progress
         parked = 0.0 if worker.first_refused is None else progress.now - worker.first_refused
-        taken = self._sink.push(arrival, parked)
+        taken = self._sink.push(delivery, parked)
         if taken is None:
             if worker.first_refused is None:
                 worker.first_refused = progress.now
             return False
-        progress.parked[arrival.worker] += parked
+        progress.parked[delivery.worker] += parked
         worker.first_refused = None
         if taken:
             progress.busy += self._times.update

@@ -18,7 +18,7 @@ from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.types import Push, Update
 from lightning_async.policies.base import StalenessPolicy, overrides
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.simulation.sink import Arrival, GradientSink
+from lightning_async.simulation.sink import Delivery, GradientSink
 
 __all__ = ["HolderSink", "make_holder"]
 
@@ -88,13 +88,7 @@ class HolderSink(GradientSink):
         moves = policy is not None and overrides(policy, "look_ahead")
         self._answer = torch.zeros_like(self.holder.lend()) if moves else self.holder.lend()
         if gathered is not None or learned is not None:
-            device = self.holder.lend().device
-            if gathered is not None:
-                gradients, late = (
-                    None if own is None else [None if one is None else one.to(device) for one in own]
-                    for own in (gathered.gradients, gathered.late)
-                )
-                gathered = dataclasses.replace(gathered, gradients=gradients or [], late=late)
+            gathered = gathered and gathered.to(self.holder.lend().device)
             states = self.holder.snapshot().optimizer_states
             self.holder.restore(barrier.version, states, gathered, learned)
         # A buffer and its parts, for each gradient that is under way; those of before are used again.
@@ -147,14 +141,14 @@ class HolderSink(GradientSink):
         return version
 
     @override
-    def push(self, arrival: Arrival, parked: float) -> bool | None:
-        push, buffer = self._under_way[arrival.worker]
+    def push(self, delivery: Delivery, parked: float) -> bool | None:
+        push, buffer = self._under_way[delivery.worker]
         # Without the time in the holder's queue, which a real holder does not see either.
-        self._taken_at = arrival.at + parked
-        update = self.holder.try_push(push._replace(waited_s=arrival.waited), parked)
+        self._taken_at = delivery.at + parked
+        update = self.holder.try_push(push._replace(waited_s=delivery.waited), parked)
         if update is None:
             return None
-        del self._under_way[arrival.worker]
+        del self._under_way[delivery.worker]
         self._free.append(buffer)
         return update.applied
 

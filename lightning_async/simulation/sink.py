@@ -11,11 +11,11 @@ from typing_extensions import override
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import Decision
 
-__all__ = ["Arrival", "BarrierSink", "GradientSink"]
+__all__ = ["BarrierSink", "Delivery", "GradientSink"]
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class Delivery:
     """A worker's gradient at the holder.
 
     Args:
@@ -43,11 +43,11 @@ class GradientSink(Protocol):
     def read(self, worker: int) -> int:
         """Lets the worker read; returns the version."""
 
-    def push(self, arrival: Arrival, parked: float) -> bool | None:
+    def push(self, delivery: Delivery, parked: float) -> bool | None:
         """Takes a gradient (True), drops it (False), or lets it wait (None).
 
         Args:
-            arrival: the gradient.
+            delivery: the gradient.
             parked: seconds that it has waited since it was first refused.
         """
 
@@ -84,14 +84,14 @@ class BarrierSink(GradientSink):
         return self._barrier.read(worker)
 
     @override
-    def push(self, arrival: Arrival, parked: float) -> bool | None:
-        decision = self._barrier.decision(arrival.worker)
+    def push(self, delivery: Delivery, parked: float) -> bool | None:
+        decision = self._barrier.decision(delivery.worker)
         if decision is Decision.WAIT:
             return None
         if decision is Decision.APPLY:
-            self.staleness[self._barrier.apply(arrival.worker)] += 1
+            self.staleness[self._barrier.apply(delivery.worker)] += 1
             return True
-        self._barrier.discard(arrival.worker)
+        self._barrier.discard(delivery.worker)
         self.dropped += 1
         return False
 

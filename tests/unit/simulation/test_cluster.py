@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.monitoring.replay import replay
 from lightning_async.simulation.cluster import ExchangeTimes, VirtualCluster, play
-from lightning_async.simulation.sink import Arrival, BarrierSink, GradientSink
+from lightning_async.simulation.sink import BarrierSink, Delivery, GradientSink
 from lightning_async.simulation.step_times import StepTimes
 
 SECONDS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 4.0])
@@ -156,7 +156,7 @@ def test_a_policy_under_which_nothing_goes_on_is_named() -> None:
         def read(self, worker: int) -> int:
             return 0
 
-        def push(self, arrival: Arrival, parked: float) -> None:
+        def push(self, delivery: Delivery, parked: float) -> None:
             return None
 
         def leave(self, worker: int) -> None: ...

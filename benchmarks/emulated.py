@@ -140,16 +140,22 @@ def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, paramet
         accelerator="cpu",
         devices=ranks,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     if isinstance(trainer.strategy, lightning_async.AsyncStrategy):
         trainer.strategy.summary = False
     called = time.perf_counter()
     trainer.fit(module, DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1))
     queue.put(results.get())
+
+
+# Arguments of a Trainer that says and writes nothing.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def hush_lightning() -> None:

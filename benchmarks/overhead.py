@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_async
-from benchmarks.emulated import hush_lightning
+from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from lightning_async.exchange.param_views import ParameterViews
 from lightning_async.exchange.worker import Worker
@@ -213,10 +213,7 @@ def _measure(queue: Any, model: str, ranks: int, strategy: str, step_s: float, a
         accelerator=arguments.device,
         devices=1,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     data = Images(per_rank * ranks * batch_size, shape)
     trainer.fit(Reporting(make(), warm_up), DataLoader(data, batch_size))

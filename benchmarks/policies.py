@@ -26,7 +26,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import ConcatDataset, DataLoader
 
 import lightning_async
-from benchmarks.emulated import hush_lightning
+from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from benchmarks.study import Decaying
 from lightning_async import SimulatedClusterStrategy
@@ -98,10 +98,7 @@ def train(run: tuple[str, str, int, int, int]) -> float:
         accelerator="cpu",
         strategy=strategy,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
     )
     module = Decaying(LeNet5(), optimizer=OPTIMIZERS[optimizer], label_smoothing=0.1)

@@ -1,6 +1,6 @@
 """Asynchronous training beside tuned DDP, in virtual time: what can be taken over, and what it gains.
 
-    python -m benchmarks.study                             # everything: about an hour on two cores
+    python -m benchmarks.study                             # everything: half an hour on two cores
     python -m benchmarks.study --problems digits --seeds 2
 
 Four workers, one of them four times slower, and four equal ones; each step varies by 10 %. DDP and the asynchronous
@@ -31,7 +31,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import lightning_async
-from benchmarks.emulated import hush_lightning
+from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from lightning_async import SimulatedClusterStrategy
 from recipes.classifier import Classifier
@@ -58,6 +58,7 @@ class Problem:
         checks: validations in an epoch.
         adamw: AdamW in place of AMSGrad.
         settings: of the classifier.
+        seeds: as many as are trained, from 1 on.
     """
 
     make_model: Callable[[], nn.Module]
@@ -69,6 +70,7 @@ class Problem:
     checks: int = 1
     adamw: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 3
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -80,6 +82,7 @@ PROBLEMS: dict[str, Problem] = {
         10,
         (0.002, 0.004, 0.008, 0.016),
         settings={"label_smoothing": 0.1},
+        seeds=5,
     ),
     "logreg": Problem(
         partial(SparseLinear, init_std=0.0),
@@ -178,14 +181,14 @@ def main() -> None:
     """Trains what has not been trained yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 1 on")
+    parser.add_argument("--seeds", type=int, help="number of seeds, from 1 on, in place of each problem's own")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--plot", type=Path, help="where to draw the metrics over virtual time")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    seeds = range(1, arguments.seeds + 1)
     shown: dict[str, dict[str, float]] = {}
     for name in arguments.problems:
+        seeds = seeds_of(name, arguments.seeds)
         grid = [
             Run(name, "straggler", setting, lr, seed)
             for seed in seeds
@@ -211,14 +214,19 @@ def main() -> None:
             )
         save(f"study_{name}", {**vars(arguments), "plot": None}, rows)
     if arguments.plot is not None:
-        plot(shown, seeds, arguments.plot)
+        plot(shown, arguments.seeds, arguments.plot)
 
 
-def plot(shown: dict[str, dict[str, float]], seeds: Sequence[int], path: Path) -> None:
+def seeds_of(problem: str, asked: int | None) -> range:
+    """The seeds of a problem: its own, or as many as were asked for."""
+    return range(1, (asked or PROBLEMS[problem].seeds) + 1)
+
+
+def plot(shown: dict[str, dict[str, float]], asked: int | None, path: Path) -> None:
     """Draws the mean over the seeds of each problem's metric, over virtual time."""
     figure = Figure(figsize=(9, 3.2 * math.ceil(len(shown) / 2)), layout="constrained")
     for place, (name, settings) in enumerate(shown.items(), 1):
-        axes = figure.add_subplot(math.ceil(len(shown) / 2), 2, place)
+        axes, seeds = figure.add_subplot(math.ceil(len(shown) / 2), 2, place), seeds_of(name, asked)
         for setting, lr in settings.items():
             curves = [_curve(Run(name, "straggler", setting, lr, seed)) for seed in seeds]
             times = [mean(at for at, _ in points) for points in zip(*curves, strict=True)]
@@ -257,10 +265,7 @@ def train(run: Run) -> None:
         max_epochs=problem.epochs,
         val_check_interval=1.0 / problem.checks,
         callbacks=[curve],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
     )
     make_optimizer: Any = (

@@ -28,12 +28,12 @@ from lightning_async.cli.app import AsyncCLI
 from lightning_async.monitoring.loggers import ScalarWriter
 from lightning_async.strategies import one_device
 from lightning_async.strategies.simulated_delay import Delays
-from tests.models import TinyClassifier, fork_trainer, indexed_data
+from tests.models import fork_trainer, indexed_data
+from tests.remembering import Make, Remembering
 
 BATCHES = 15
 RECIPE = str(Path(__file__).parents[3] / "recipes" / "lenet5_digits.yaml")
 
-Make = Callable[[Any], torch.optim.Optimizer]
 MAKE: dict[str, Make] = {
     "AMSGrad": lambda params: AMSGrad(params, lr=1e-2),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -44,29 +44,15 @@ def batches() -> DataLoader[Any]:
     return DataLoader(indexed_data(BATCHES * 4), batch_size=4)
 
 
-class Module(TinyClassifier):
-    """Remembers the parameters that its hooks and steps see."""
+class Module(Remembering):
+    """Remembers what its hook sees, too."""
 
     def __init__(self, make: Make = MAKE["AMSGrad"]) -> None:
-        super().__init__()
-        self.make = make
-        self.stepped_at: list[Tensor] = []
+        super().__init__(make, period=4)
         self.newest: list[Tensor] = []
-        self.validated_at: list[Tensor] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.stepped_at.append(self.flat_parameters())
-        return self.loss(batch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.newest.append(self.flat_parameters())
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.validated_at.append(self.flat_parameters())
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make(self.parameters())
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5), "interval": "step"}]
 
 
 def make_module(kind: type[Module] = Module, **arguments: Any) -> Module:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_async import AMSGrad, SimulatedClusterStrategy
 from lightning_async.cli.app import AsyncCLI
+from lightning_async.policies import StalenessPolicy
 from lightning_async.strategies import one_device
 from tests.models import fork_trainer
 from tests.simulated import BATCHES, MAKE, Module, batches, cluster, fit, make_module, resumed
@@ -118,6 +119,22 @@ def test_a_skipped_rest_of_an_epoch_leaves_nothing_under_way(tmp_path: Path) -> 
     assert strategy.stats.updates == 14
     # The last gradient of each epoch makes a version by itself.
     assert strategy.version == 8
+
+
+class FarAhead(StalenessPolicy):
+    def look_ahead(self, out: Any, optimizer: Any) -> None:
+        torch._foreach_add_(out, 1000.0)
+
+
+def test_what_a_worker_has_read_is_gone_with_its_skipped_batch(tmp_path: Path) -> None:
+    class Skips(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 7 else None
+
+    module = make_module(Skips, make=MAKE["AMSGrad"])
+    fit(tmp_path, module, cluster([1, 2], staleness_policy=FarAhead()))
+
+    assert module.flat_parameters().abs().max() < 10
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown

@@ -60,6 +60,15 @@ def test_a_full_holder_takes_what_it_can_and_several_gradients_an_update_relieve
     assert (one.limited_by, round(one.holder_load, 2)) == ("holder", 1.0)
 
 
+def test_several_gradients_an_update_cost_the_holder_the_adding_of_each() -> None:
+    costs = Costs(gather_s=0.01, mean_s=0.005, update_s=0.03)
+
+    one, four = (forecast(StepTimes.of([0.1], workers=64), costs, count) for count in (1, 4))
+
+    assert one.gradients_per_s == pytest.approx(1 / 0.04, rel=0.01)
+    assert four.gradients_per_s == pytest.approx(4 / (4 * 0.015 + 0.03), rel=0.01)
+
+
 def test_a_full_link_carries_what_it_can_and_rank_0_does_not_use_it() -> None:
     costs = Costs.of(parameters=1e6, bytes_per_s=125e6, gather_s=0.0, update_s=0.0)
 

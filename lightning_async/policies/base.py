@@ -14,7 +14,7 @@ __all__ = ["Arrival", "StalenessPolicy", "overrides"]
 class Arrival(NamedTuple):
     """A gradient that is about to be taken.
 
-    Args:
+    Attributes:
         worker: the rank that computed it.
         staleness: its age s in versions: updates made since its parameters were read.
         version: the holder's version before it.

@@ -48,6 +48,7 @@ class Ledger:
         self._allowance = [0]
         self._closed = False
         self._leased: dict[int, set[int]] = {worker: set() for worker in range(workers)}
+        self._gone: set[int] = set()
         self._without_batch: set[int] = set()
         self._over: set[int] = set()
         self._applied = RangeSet()
@@ -66,7 +67,7 @@ class Ledger:
             self._stop = tickets.stop
             self._applied = RangeSet([(0, tickets.start), *applied])
             self._deal(block, 1 if self._batches == "shared" else self._workers)
-            self._without_batch = set(range(self._workers))
+            self._without_batch = self._leased.keys() - self._gone
             self._over = set()
             # Batches that were on their way when an epoch was left early are lost with it.
             for leased in self._leased.values():
@@ -105,19 +106,33 @@ class Ledger:
         with self._lock:
             if self._closed or worker in self._over:
                 return range(0)
-            index = worker % len(self._queues)
-            allowance = self._allowance[index]
-            if len(self._queues) == 1 and self._without_batch and worker not in self._without_batch:
-                allowance -= len(self._without_batch) * self._block
-                if allowance < self._block:
-                    # A part of a block would make two updates of one.
-                    return range(0)
-            drawn = self._queues[index].take(allowance)
-            if drawn:
-                self._allowance[index] -= len(drawn)
-                self._leased[worker].update(drawn)
-                self._without_batch.discard(worker)
+            drawn = self._draw_from(worker % len(self._queues), worker)
+            if not drawn and self._gone:
+                # The shares of workers that were taken out of the run are for whoever has finished its own.
+                for share in self._shares_without_owner():
+                    if drawn := self._draw_from(share, worker):
+                        break
             return drawn
+
+    def evict(self, worker: int) -> int:
+        """Takes a worker out of the run; returns how many tickets it was handed and others get now, first of all.
+
+        With equal shares its own goes to the others. Idempotent.
+        """
+        with self._lock:
+            self._gone.add(worker)
+            self._without_batch.discard(worker)
+            returned = self._requeue(worker)
+            for share in range(len(self._queues)):
+                self._clear_if_nobody_draws(share)
+            return returned
+
+    def admit(self, worker: int) -> None:
+        """Lets a worker draw that was evicted, or that was not there when the run began."""
+        with self._lock:
+            self._gone.discard(worker)
+            self._over.discard(worker)
+            self._leased.setdefault(worker, set())
 
     def complete(self, worker: int, tickets: Sequence[range]) -> tuple[int, ...]:
         """Marks tickets that ``worker`` was handed as applied; returns them one by one.
@@ -165,11 +180,12 @@ class Ledger:
     def requeue(self, worker: int) -> int:
         """Takes back what ``worker`` was handed and has not finished, to be handed out first; returns how many."""
         with self._lock:
-            leased = self._leased[worker]
-            count = len(leased)
-            self._put_back(leased)
-            leased.clear()
-            return count
+            return self._requeue(worker)
+
+    def unfinished(self) -> int:
+        """Number of tickets of this epoch that are not applied: handed out, or still to be."""
+        with self._lock:
+            return sum(queue.count for queue in self._queues) + sum(map(len, self._leased.values()))
 
     def progress(self) -> tuple[int, int]:
         """``(applied, not yet handed out)``: how many tickets of this epoch, what it was resumed with included."""
@@ -180,6 +196,34 @@ class Ledger:
         """The tickets of this epoch that are applied, as ``(start, stop)`` in rising order."""
         with self._lock:
             return self._applied.pairs()
+
+    def _draw_from(self, share: int, worker: int) -> range:
+        allowance = self._allowance[share]
+        if len(self._queues) == 1 and self._without_batch and worker not in self._without_batch:
+            allowance -= len(self._without_batch) * self._block
+            if allowance < self._block:
+                # A part of a block would make two updates of one.
+                return range(0)
+        drawn = self._queues[share].take(allowance)
+        if drawn:
+            self._allowance[share] -= len(drawn)
+            self._leased[worker].update(drawn)
+            self._without_batch.discard(worker)
+        return drawn
+
+    def _requeue(self, worker: int) -> int:
+        leased = self._leased[worker]
+        count = len(leased)
+        self._put_back(leased)
+        leased.clear()
+        return count
+
+    def _owners(self, share: int) -> set[int]:
+        """The workers in the run that a share belongs to."""
+        return {worker for worker in self._leased if worker % len(self._queues) == share} - self._gone
+
+    def _shares_without_owner(self) -> list[int]:
+        return [share for share in range(len(self._queues)) if not self._owners(share)]
 
     def _held(self, worker: int, tickets: Sequence[range], verb: str) -> tuple[int, ...]:
         """The tickets one by one, if ``worker`` holds each of them and names it once."""
@@ -206,7 +250,7 @@ class Ledger:
         self._allowance = [0] * shares
 
     def _clear_if_nobody_draws(self, share: int) -> None:
-        if self._over.issuperset(range(share, self._workers, len(self._queues))):
+        if self._over.issuperset(self._owners(share) or self._leased.keys() - self._gone):
             self._queues[share].clear()
             self._allowance[share] = 0
 

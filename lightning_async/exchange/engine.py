@@ -13,6 +13,7 @@ from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.negotiation import dial, transport_of
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
+from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
@@ -55,6 +56,7 @@ class Engine:
             closed on every rank.
         devices: where this rank computes and where the holder lives; the host by default.
         process: the holder's own process, on rank 0; None if the holder is to be in this one.
+        on_lost: told on rank 0 which worker's connection was lost, and how; None where that ends the run.
 
     Attributes:
         optimizers: the optimizers that it was built for.
@@ -82,6 +84,7 @@ class Engine:
         predecessor: Engine | None = None,
         devices: RankDevices | None = None,
         process: HolderProcess | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         devices = devices or RankDevices()
         self.optimizers = list(optimizers)
@@ -111,13 +114,13 @@ class Engine:
                 assert listener is not None
                 # Heartbeats come here still.
                 listener.on_refused = stats.refuse
-                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse)
+                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse, on_lost)
             else:
                 placement = (
                     HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()
                 )
                 before = None if predecessor is None else predecessor.local_service
-                local = HolderService(spec, latch, listener, self._observe, stats.refuse, placement, before)
+                local = HolderService(spec, latch, listener, self._observe, stats.refuse, placement, before, on_lost)
                 self.service = local
                 if listener is not None:
                     # Its updates are served by the reactor where they are to overlap with its training.

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_async.data.ledger import Ledger
 from lightning_async.exchange.dial import policy_and_momentum
-from lightning_async.exchange.server import Server
+from lightning_async.exchange.server import OnLost, Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.gradient_mean import Gathered
@@ -39,6 +39,7 @@ class HolderService(Service):
         on_refused: called when a connection or a request is refused.
         placement: where the holder lives; this host by default.
         predecessor: what this one takes the place of; closed.
+        on_lost: told which worker's connection was lost, and how; None where that ends the run.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class HolderService(Service):
         on_refused: Callable[[], None],
         placement: HolderPlacement | None = None,
         predecessor: HolderService | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         placement = placement or HolderPlacement()
         options, owned = spec.options, parameters_of(spec.optimizers)
@@ -81,8 +83,7 @@ class HolderService(Service):
         )
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
-        self._workers = spec.world_size
-        self._server = Server(
+        self._server: Server = Server(
             self.holder,
             self.ledger,
             layout,
@@ -91,10 +92,12 @@ class HolderService(Service):
             listener,
             options.transport,
             on_refused=on_refused,
+            on_lost=on_lost,
             wire=(options.wire_dtype, options.parameter_wire_dtype),
             placement=placement,
             workers=spec.world_size,
             slots=options.slots(spec.world_size),
+            predecessor=None if predecessor is None else predecessor._server,
         )
 
     @property
@@ -107,6 +110,14 @@ class HolderService(Service):
         self.ledger.begin_epoch(tickets, block, applied)
 
     @override
+    def evict(self, worker: int) -> int:
+        return self._server.evict(worker)
+
+    @override
+    def admit(self, worker: int) -> None:
+        self._server.admit(worker)
+
+    @override
     def regroup(self, block: int, equal_shares: bool) -> None:
         self.ledger.regroup(block, equal_shares)
 
@@ -114,7 +125,7 @@ class HolderService(Service):
     def open(self, tickets: int) -> None:
         self.ledger.open(tickets)
         if self._in_lock_step:
-            self.holder.expect(range(self._workers))
+            self.holder.expect(self._server.living)
 
     @override
     def progress(self) -> tuple[int, int]:
@@ -122,7 +133,7 @@ class HolderService(Service):
 
     @override
     def unfinished(self) -> int:
-        return self.ledger.progress()[1] + sum(map(self.ledger.leased, range(self._workers)))
+        return self.ledger.unfinished()
 
     @override
     def settle(self) -> None:

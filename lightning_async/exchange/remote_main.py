@@ -84,6 +84,11 @@ class UpdateBuffer:
         self._notes.append(None)
         self._any.set()
 
+    def tell_lost(self, worker: int, reason: str) -> None:
+        """Sends that a worker's connection was lost."""
+        with self.sending:
+            self._send(("lost", 0, (worker, reason)))
+
     def tell(self) -> None:
         """Sends what there is."""
         with self.sending:
@@ -131,7 +136,7 @@ class RpcServer:
         self._listener.admits_rank_0 = True
         return self._listener.address.as_json()
 
-    def serve(self, shared_payload: str) -> None:
+    def serve(self, shared_payload: str, goes_on: bool = False) -> None:
         """Holds what the shared payload says, and serves workers; the predecessor was closed.
 
         Raises:
@@ -142,7 +147,13 @@ class RpcServer:
         optimizers = [assemble(kind, attributes) for kind, attributes in parts]
         spec = HolderSpec(optimizers, options, world_size, version, origins, states)
         self._service = HolderService(
-            spec, self._latch, self._listener, self._buffer.note, self._buffer.note_refused, predecessor=self._service
+            spec,
+            self._latch,
+            self._listener,
+            self._buffer.note,
+            self._buffer.note_refused,
+            predecessor=self._service,
+            on_lost=self._buffer.tell_lost if goes_on else None,
         )
 
     def load_parameters(self, shared_payload: str) -> None:

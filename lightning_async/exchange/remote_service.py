@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.gradient_mean import Gathered
@@ -86,6 +87,7 @@ class HolderProcess(Service):
         self._unfinished, self._unfinished_until = 0, 0.0
         self._on_update: UpdateObserver = lambda update, tickets: None
         self._on_refused: Callable[[], None] = lambda: None
+        self._on_lost: OnLost | None = None
         self._ready = threading.Event()
         self._gone = threading.Event()
         self._ended = False
@@ -123,6 +125,7 @@ class HolderProcess(Service):
         latch: FailureLatch,
         on_update: UpdateObserver,
         on_refused: Callable[[], None],
+        on_lost: OnLost | None = None,
     ) -> HolderProcess:
         """Has it hold, in the place of what it held before, and serve workers.
 
@@ -134,22 +137,31 @@ class HolderProcess(Service):
                 its gradients, and with the tickets that it covers; all that were answered have been told when one of
                 the calls below returns.
             on_refused: called when a connection or a request is refused.
+            on_lost: told which worker's connection was lost, and how; None where that ends the run.
 
         Raises:
             ValueError: if an optimizer cannot be sent to another process.
             HolderProcessError: if the process does not start.
         """
-        self._on_update, self._on_refused = on_update, on_refused
+        self._on_update, self._on_refused, self._on_lost = on_update, on_refused, on_lost
         with _payload_of(spec) as shared_payload:
             if self._heartbeats is None:
                 self._begin(spec, host, latch)
-            self._call("serve", shared_payload.address)
+            self._call("serve", shared_payload.address, on_lost is not None)
         return self
 
     @override
     def begin_epoch(self, tickets: range, block: int = 1, applied: Iterable[tuple[int, int]] = ()) -> None:
         self._unfinished_until = 0.0
         self._call("begin_epoch", tickets, block, tuple(applied))
+
+    @override
+    def evict(self, worker: int) -> int:
+        return int(self._call("evict", worker))
+
+    @override
+    def admit(self, worker: int) -> None:
+        self._call("admit", worker)
 
     @override
     def regroup(self, block: int, equal_shares: bool) -> None:
@@ -325,6 +337,9 @@ class HolderProcess(Service):
                     self._ready.set()
                 elif kind == "updates":
                     self._tell(value)
+                elif kind == "lost" and self._on_lost is not None:
+                    # It asks for an eviction, whose answer comes by this thread.
+                    threading.Thread(target=self._on_lost, args=value, name="lost", daemon=True).start()
                 elif (answers := self._waiting.get(number)) is not None:
                     answers.put((kind, value))
         except Exception as error:

@@ -7,8 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from lightning_async.data.ledger import Ledger
+from lightning_async.exchange.fence import EvictedError, Fence
 from lightning_async.exchange.negotiation import ChannelNegotiator, WireNames
 from lightning_async.exchange.options import Transport
 from lightning_async.exchange.reactor import Reactor
@@ -28,7 +30,10 @@ from lightning_async.transport.fields import WireError
 from lightning_async.transport.inprocess import in_process_pair
 from lightning_async.transport.shm import SharedMemoryChannel
 
-__all__ = ["Server"]
+__all__ = ["OnLost", "Server"]
+
+# Told a worker's rank and what has become of its connection.
+OnLost: TypeAlias = Callable[[int, str], None]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,8 @@ class Server:
         slots: how many control channels each worker has.
         on_refused: called when a connection or a request is refused.
         wire: what payloads are rounded to on a network.
+        on_lost: told of a worker in the run whose connection was lost; None where that ends the run.
+        predecessor: whose place this one takes; workers that it has evicted are still out.
     """
 
     def __init__(
@@ -67,8 +74,11 @@ class Server:
         placement: HolderPlacement | None = None,
         workers: int = 1,
         slots: int = 1,
+        on_lost: OnLost | None = None,
+        predecessor: Server | None = None,
     ) -> None:
         self._slots = slots
+        self._on_lost = on_lost
         self._holder = holder
         self._ledger = ledger
         self._layout = layout
@@ -83,6 +93,10 @@ class Server:
         self._present: set[tuple[int, int]] = set()
         # Of each worker's slots that has ever come, in which incarnation it came last.
         self._incarnations: dict[tuple[int, int], int] = {}
+        # The workers in the run, and of those that have come what they come by and what keeps them out once evicted.
+        self._living = set(range(workers)) if predecessor is None else set(predecessor.living)
+        self._fences: dict[int, Fence] = {}
+        self._connections: dict[tuple[int, int], ControlConnection] = {}
         self._closing = False
         self._reactor = Reactor(holder, self._end_served, self._fail, use_one_thread)
         # A session's end may wait for the heartbeat's news while the reactor serves the others.
@@ -115,10 +129,43 @@ class Server:
         if alone:
             buffers = Buffers(buffers.gradient, self._holder.lend())
         mine, theirs, serve_with = in_process_pair(buffers)
-        serve_with(self._session(worker, theirs).serve_one)
+        serve_with(self._session(worker, theirs, 0, Fence(worker)).serve_one)
         with self._lock:
             self._channels.append(theirs)
         return mine
+
+    @property
+    def living(self) -> list[int]:
+        """The workers in the run, in the order of their ranks."""
+        with self._lock:
+            return sorted(self._living)
+
+    def evict(self, worker: int) -> int:
+        """Takes a worker out of the run: out of the barrier at once, whatever it was in the middle of.
+
+        Returns:
+            How many tickets it was handed and others get in its place.
+        """
+        with self._lock:
+            self._living.discard(worker)
+            fence = self._fences.pop(worker, None)
+            connections = [self._connections.pop(key) for key in list(self._connections) if key[0] == worker]
+            self._present -= {key for key in self._present if key[0] == worker}
+        if fence is not None:
+            fence.close()
+        for slot in range(self._slots):
+            self._holder.leave(worker, slot)
+        returned = self._ledger.evict(worker)
+        for connection in connections:
+            # Its session ends, if it does not know yet.
+            connection.shutdown()
+        return returned
+
+    def admit(self, worker: int) -> None:
+        """Lets a worker in that was evicted, or that comes in addition."""
+        self._ledger.admit(worker)
+        with self._lock:
+            self._living.add(worker)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
@@ -144,8 +191,8 @@ class Server:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._switching.stop()
 
-    def _session(self, worker: int, channel: Channel, slot: int = 0) -> Session:
-        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, slot)
+    def _session(self, worker: int, channel: Channel, slot: int, fence: Fence) -> Session:
+        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, slot, fence)
 
     def _answer_control(self, peer: PeerInfo, connection: ControlConnection) -> None:
         theirs = peer.claims.get("model")
@@ -158,16 +205,16 @@ class Server:
                 )
         assert self._negotiator is not None
         self._negotiator.check(peer)
-        self._let_in(peer)
+        fence = self._let_in(peer, connection)
         try:
-            self._start_session(peer, connection)
+            self._start_session(peer, connection, fence)
         except BaseException:
             with self._lock:
                 self._present.discard((peer.rank, peer.slot))
             raise
 
-    def _let_in(self, peer: PeerInfo) -> None:
-        """Notes that a worker's slot is here, once.
+    def _let_in(self, peer: PeerInfo, connection: ControlConnection) -> Fence:
+        """Notes that a worker's slot is here, once; returns the fence of its incarnation.
 
         Raises:
             HandshakeError: if that slot was not agreed on, is here or has been.
@@ -179,6 +226,8 @@ class Server:
             )
         slot = (peer.rank, peer.slot)
         with self._lock:
+            if peer.rank not in self._living:
+                raise HandshakeError(f"rank {peer.rank} was taken out of the run")
             if slot in self._present:
                 raise HandshakeError(f"rank {peer.rank} is here already")
             if peer.incarnation <= self._incarnations.get(slot, -1):
@@ -188,13 +237,18 @@ class Server:
                 )
             self._incarnations[slot] = peer.incarnation
             self._present.add(slot)
+            self._connections[slot] = connection
+            fence = self._fences.get(peer.rank)
+            if fence is None or fence.incarnation != peer.incarnation:
+                fence = self._fences[peer.rank] = Fence(peer.rank, peer.incarnation)
+            return fence
 
-    def _start_session(self, peer: PeerInfo, connection: ControlConnection) -> None:
+    def _start_session(self, peer: PeerInfo, connection: ControlConnection, fence: Fence) -> None:
         self._switching.start()
         self._ends.start()
         thread = threading.Thread(
             target=self._serve,
-            args=(peer, connection),
+            args=(peer, connection, fence),
             name=f"session-{peer.rank}",
             daemon=True,
         )
@@ -208,7 +262,7 @@ class Server:
             raise HandshakeError(f"it asks for the state of optimizer {index} of {len(self._groups)}")
         send_state(connection, lambda: self._holder.optimizer_state(index))
 
-    def _serve(self, peer: PeerInfo, connection: ControlConnection) -> None:
+    def _serve(self, peer: PeerInfo, connection: ControlConnection, fence: Fence) -> None:
         assert self._negotiator is not None
         error: BaseException | None = None
         channel: Channel | None = None
@@ -217,7 +271,7 @@ class Server:
             channel = self._placement.stage(self._negotiator.open(peer, connection))
             with self._lock:
                 self._channels.append(channel)
-            session = self._session(peer.rank, channel, peer.slot)
+            session = self._session(peer.rank, channel, peer.slot, fence)
             if isinstance(channel, SharedMemoryChannel):
                 self._reactor.add(session, connection)
                 return
@@ -226,39 +280,50 @@ class Server:
                 session.serve_one()
         except Exception as raised:
             error = raised
-        self._end(peer.rank, peer.slot, error)
-        if isinstance(error, SessionError) and channel is not None:
+        self._end(fence, peer.slot, error)
+        if isinstance(error, (SessionError, EvictedError)) and channel is not None:
             # The worker may be waiting for the payload of the refused request to be taken.
             channel.close()
         connection.close()
 
     def _end_served(self, session: Session, error: BaseException | None) -> None:
-        self._ends.run(functools.partial(self._end, session.worker, session.slot, error))
+        self._ends.run(functools.partial(self._end, session.fence, session.slot, error))
 
     def _fail(self, error: BaseException) -> None:
         self._latch.trip(RunFailure(0, f"the thread that serves the workers failed: {describe_error(error)}"))
 
-    def _end(self, worker: int, slot: int, error: BaseException | None) -> None:
+    def _end(self, fence: Fence, slot: int, error: BaseException | None) -> None:
+        key = (fence.worker, slot)
         with self._lock:
-            self._present.discard((worker, slot))
+            # Those of an evicted worker may be its next incarnation's by now.
+            if not fence.closed:
+                self._present.discard(key)
+                self._connections.pop(key, None)
         if error is None:
             return
         try:
-            self._judge(worker, error)
+            self._judge(fence, error)
         except Exception as another:
             self._fail(another)
 
-    def _judge(self, worker: int, error: BaseException) -> None:
-        """Ends the run for what has ended the session of a worker, unless the run has ended before."""
+    def _judge(self, fence: Fence, error: BaseException) -> None:
+        """Ends the run for what has ended the session of a worker, unless the run or the worker has ended before."""
+        worker = fence.worker
         if isinstance(error, WorkerFailedError):
             log.debug("the session of rank %d ends with the run", worker)
+        elif fence.closed:
+            log.debug("the session of rank %d, which was taken out of the run, ends: %s", worker, error)
         elif isinstance(error, SessionError):
             self._on_refused()
             self._latch.trip(RunFailure(worker, str(error)))
         elif isinstance(error, HandshakeError):
             self._latch.trip(RunFailure(worker, str(error)))
         elif isinstance(error, (WireError, ChannelClosedError)):
-            if not self._closing:
+            if self._closing:
+                log.debug("the session of rank %d ends as all do: %s", worker, error)
+            elif self._on_lost is not None:
+                self._on_lost(worker, str(error))
+            else:
                 self._latch.explain_loss(lambda: RunFailure(worker, str(error)))
         else:
             # Whatever goes wrong here must end the run: the worker waits for an answer. First of all, since there may

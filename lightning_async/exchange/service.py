@@ -61,6 +61,12 @@ class Service(Protocol):
     def regroup(self, block: int, equal_shares: bool) -> None:
         """Deals what is left of the epoch anew; see `Ledger.regroup`."""
 
+    def evict(self, worker: int) -> int:
+        """Takes a worker out of the run, at any time; returns how many tickets others get in its place."""
+
+    def admit(self, worker: int) -> None:
+        """Lets a worker in that was evicted, or that comes in addition; at any time."""
+
     def open(self, tickets: int) -> None:
         """Opens a segment of the next ``tickets`` tickets."""
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from lightning_async.data.ledger import Ledger
+from lightning_async.exchange.fence import Fence
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
@@ -48,6 +49,7 @@ class Session:
         layout: where each parameter lies.
         groups: which hyperparameters each optimizer's param groups have.
         slot: which of the worker's slots this is.
+        fence: keeps the session out once its worker was evicted; all slots of an incarnation have one.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Session:
         layout: FlatLayout,
         groups: Sequence[HyperparamLayout],
         slot: int = 0,
+        fence: Fence | None = None,
     ) -> None:
         self.worker = worker
         self.slot = slot
+        self.fence = fence or Fence(worker)
         self.finished = False
         self._channel = channel
         self._holder = holder
@@ -98,6 +102,7 @@ class Session:
         Raises:
             SessionError: if the request does not fit the session; the worker was told.
             ChannelClosedError: if the worker is gone.
+            EvictedError: if the worker was taken out of the run.
             WorkerFailedError: if the run has failed; the worker was told.
         """
         if message.worker != self.worker:
@@ -119,7 +124,9 @@ class Session:
         """Answers what the barrier never holds back."""
         match message:
             case wire.Draw():
-                self._channel.send(wire.Tickets(self.worker, self._ledger.draw(self.worker)))
+                with self.fence:
+                    drawn = self._ledger.draw(self.worker)
+                self._channel.send(wire.Tickets(self.worker, drawn))
             case wire.Read(counts=counts):
                 self._count(counts)
                 self._send_parameters(self._holder.read(self._parameters), counted=bool(counts))
@@ -131,10 +138,12 @@ class Session:
                 self._refuse_value_error(lambda: self._ledger.release(self.worker, tickets, stream_over))
                 self._acknowledge()
             case wire.Leave():
-                self._holder.leave(self.worker, self.slot)
+                with self.fence:
+                    self._holder.leave(self.worker, self.slot)
                 self._acknowledge()
             case wire.Close():
-                self._ledger.close()
+                with self.fence:
+                    self._ledger.close()
                 self._acknowledge()
             case wire.Goodbye():
                 self.finished = True
@@ -168,12 +177,14 @@ class Session:
             return bool(tickets) or not message.wants_tickets
 
         try:
-            update = self._holder.try_push(push, reads_next=draw_next)
+            with self.fence:
+                update = self._holder.try_push(push, reads_next=draw_next)
             if update is None:
                 arrived = time.monotonic()
                 while update is None:
                     yield
-                    update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
+                    with self.fence:
+                        update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
         except ValueError as error:
             self._refuse(str(error))
         outcome = Outcome.APPLIED if update.applied else Outcome.DROPPED
@@ -215,19 +226,25 @@ class Session:
         self, outcome: Outcome = Outcome.NOT_PUSHED, tickets: range = range(0), counted: bool = False
     ) -> Iterator[None]:
         try:
-            while (version := self._holder.try_pull(self.worker, self._parameters, self.slot)) is None:
+            while (version := self._try_pull()) is None:
                 yield
         except ValueError as error:
             self._refuse(str(error))
         self._send_parameters(version, outcome, tickets, counted)
 
+    def _try_pull(self) -> int | None:
+        with self.fence:
+            return self._holder.try_pull(self.worker, self._parameters, self.slot)
+
     def _count(self, counts: bytes) -> None:
         if counts:
-            self._holder.count(unpack_counts(counts))
+            with self.fence:
+                self._holder.count(unpack_counts(counts))
 
     def _refuse_value_error(self, act: Callable[[], object]) -> None:
         try:
-            act()
+            with self.fence:
+                act()
         except ValueError as error:
             self._refuse(str(error))
 

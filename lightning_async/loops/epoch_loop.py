@@ -27,6 +27,7 @@ from lightning_async.loops.optimization import flush_accumulated_gradients, shar
 from lightning_async.loops.progress_bar import show_progress
 from lightning_async.loops.protocols import Collectives, Coordinator, RunSignals
 from lightning_async.loops.results import align_results
+from lightning_async.loops.validation import validate_whole
 from lightning_async.loops.weight_averaging import share_averages
 
 __all__ = ["AsyncEpochLoop"]
@@ -46,6 +47,11 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     def _coordinator(self) -> Coordinator:
         assert self._fit_coordinator is not None
         return self._fit_coordinator
+
+    @property
+    def _ranks(self) -> int:
+        """N: the number of ranks that the run was started with, whoever is lost since."""
+        return self._collectives.nominal_world_size
 
     @property
     def global_step(self) -> int:
@@ -215,7 +221,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self.max_steps != -1 and not self._epoch.learning:
             counted, steps = self._coordinator.clock.steps_of_all_ranks
             # As under DDP, every rank makes the batch in which it reaches them.
-            if counted >= trainer.world_size * -(-self.max_steps // steps) * steps:
+            if counted >= self._ranks * -(-self.max_steps // steps) * steps:
                 return True
         interval = trainer._val_check_time_interval
         if interval is not None and trainer.is_global_zero and time.monotonic() - trainer._last_val_time >= interval:
@@ -231,7 +237,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         # The epoch's order and plan, once.
         if epoch.plan is None:
             limit = self.trainer.num_training_batches
-            tickets = None if limit == float("inf") else int(limit) * self.trainer.world_size
+            tickets = None if limit == float("inf") else int(limit) * self._ranks
             order = fetcher.begin_epoch(self.trainer.current_epoch, tickets)
             epoch.plan = self._plan_epoch(fetcher)
             self._begin_epoch(fetcher, epoch.plan, order)
@@ -241,7 +247,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch.learning = clock.must_learn
         if self.max_steps != -1 and not epoch.learning:
             counted, steps = clock.steps_of_all_ranks
-            tickets = min(tickets, tickets_until(self.max_steps, counted, self.trainer.world_size, steps, clock.block))
+            tickets = min(tickets, tickets_until(self.max_steps, counted, self._ranks, steps, clock.block))
         # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % clock.block
@@ -255,7 +261,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
     def _begin_epoch(self, fetcher: TicketFetcher, plan: EpochPlan, order: str) -> None:
         epoch = self._epoch
         done = self.batch_progress.current.ready
-        epoch.tickets_done = plan.tickets if done >= plan.batches else done * self.trainer.world_size
+        epoch.tickets_done = plan.tickets if done >= plan.batches else done * self._ranks
         place = self._coordinator.begin_epoch(plan.tickets, order, epoch.tickets_done, fetcher.matches)
         epoch.draws_further = fetcher.draws_further
         if place is not None:
@@ -271,7 +277,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     def _plan_epoch(self, fetcher: TicketFetcher) -> EpochPlan:
         trainer = self.trainer
-        batches, tickets = epoch_size(trainer, fetcher)
+        batches, tickets = epoch_size(trainer, fetcher, self._ranks)
         every: int | None = None
         if self._should_check_val_epoch() and trainer.val_check_batch not in (None, float("inf")):
             every = int(trainer.val_check_batch)
@@ -279,7 +285,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         return EpochPlan(
             tickets=tickets,
             batches=batches,
-            world_size=trainer.world_size,
+            world_size=self._ranks,
             validate_every=every,
             batches_before=self._epoch.batches_before if across_epochs else 0,
             block=self._coordinator.clock.block,
@@ -362,7 +368,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         trainer.validating = True
         first_loop_iter = trainer._logger_connector._first_loop_iter
         call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
-        self.val_loop.run()
+        validate_whole(trainer, self.val_loop, self._collectives)
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first_loop_iter
 

@@ -31,10 +31,16 @@ def agree_on_size(trainer: Trainer, gather: Callable[[Any], list[Any]]) -> None:
     fit_loop.max_batches, untyped.val_check_batch, fit_loop._last_train_dl_reload_epoch = longest
 
 
-def epoch_size(trainer: Trainer, fetcher: TicketFetcher) -> tuple[int, int]:
-    """``(batches per rank, tickets)`` of an epoch; `UNBOUNDED` where the streams' end is not known."""
+def epoch_size(trainer: Trainer, fetcher: TicketFetcher, ranks: int) -> tuple[int, int]:
+    """``(batches per rank, tickets)`` of an epoch; `UNBOUNDED` where the streams' end is not known.
+
+    Args:
+        trainer: the trainer.
+        fetcher: of its train batches.
+        ranks: the number of ranks N that "per rank" is about.
+    """
     if trainer.num_training_batches == float("inf"):
         return UNBOUNDED, UNBOUNDED
     batches = int(trainer.num_training_batches)
-    tickets = batches * trainer.world_size
+    tickets = batches * ranks
     return batches, min(tickets, fetcher.shared_batches) if fetcher.is_shared else tickets

@@ -114,7 +114,7 @@ def install(
         # The signal handlers, which run wherever the process happens to be.
         _note_signals(trainer, signals, undo)
         # torchmetrics, in the whole process.
-        metrics = MetricSync(phase)
+        metrics = MetricSync(phase, collectives)
         metrics.install(undo)
         installed = InstalledLoops(trainer, metrics)
         installed.undo = undo.pop_all()

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_async.loops.patching import set_until_closed
 from lightning_async.loops.phase import Phase
+from lightning_async.loops.protocols import Collectives
 
 __all__ = ["MetricSync"]
 
@@ -26,16 +27,19 @@ class MetricSync:
 
     Args:
         phase: the run's phase.
+        collectives: the strategy's own.
     """
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Phase, collectives: Collectives) -> None:
         self._phase = phase
+        self._collectives = collectives
         # By identity: torchmetrics hash a metric by its states.
         self._computed_locally: dict[int, weakref.ref[Metric]] = {}
 
     def install(self, undo: ExitStack) -> None:
         """Replaces ``Metric.sync`` until ``undo`` is closed."""
         own, phase, computed_locally = Metric.sync, self._phase, self._computed_locally
+        collectives = self._collectives
 
         def sync(
             metric: Metric,
@@ -44,7 +48,10 @@ class MetricSync:
             should_sync: bool = True,
             distributed_available: Callable[..., Any] | None = None,
         ) -> None:
-            if not phase.is_asynchronous:
+            if not phase.is_asynchronous and should_sync and collectives.outlives_ranks:
+                arguments = (dist_sync_fn, process_group, should_sync, distributed_available)
+                collectives.repeat_if_lost(lambda: own(metric, *arguments), lambda: _undo(metric))
+            elif not phase.is_asynchronous:
                 own(metric, dist_sync_fn, process_group, should_sync, distributed_available)
             elif should_sync:
                 if metric.dist_sync_on_step:
@@ -65,6 +72,12 @@ class MetricSync:
             if metric is not None:
                 metric._computed = None
         self._computed_locally.clear()
+
+
+def _undo(metric: Metric) -> None:
+    """Gives a metric its own states back, if it has those of all ranks."""
+    if metric._is_synced:
+        metric.unsync()
 
 
 @functools.cache

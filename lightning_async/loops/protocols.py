@@ -29,6 +29,20 @@ class Collectives(Protocol):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """The ranks' common decision."""
 
+    @property
+    def nominal_world_size(self) -> int:
+        """The number of ranks that the run was started with, N: clock, epochs and bounds go by it."""
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether the run goes on without ranks that it loses."""
+
+    def take_changed_members(self) -> bool:
+        """Whether other ranks are in the process group than when this was last asked."""
+
+    def repeat_if_lost(self, body: Callable[[], None], restore: Callable[[], None]) -> None:
+        """Runs a part of the synchronous phase, and again, after ``restore``, if a rank was lost in it."""
+
 
 class BatchSource(Protocol):
     """Where this rank's batches come from: it draws tickets, and each of them is a batch."""

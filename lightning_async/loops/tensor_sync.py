@@ -9,11 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_async.runtime.meeting import Meeting
 from lightning_async.runtime.process_groups import exchange_group
 
-__all__ = ["average", "average_unlike", "broadcast_tensors", "take_unlike_from_rank_0"]
+__all__ = ["average", "average_unlike", "broadcast_tensors", "set_meeting", "take_unlike_from_rank_0"]
 
 _DIGEST_CHUNK = 1 << 20
+
+# Where the ranks meet, if the run goes on without those that it loses. Process-wide, as the process groups are.
+_meeting: Meeting | None = None
+
+
+def set_meeting(meeting: Meeting | None) -> None:
+    """Shares tensors by way of rank 0 from here on, past the process groups; None goes back to these."""
+    global _meeting
+    _meeting = meeting
 
 
 def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
@@ -25,6 +35,10 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = N
     """
     for tensor in tensors:
         with torch.no_grad():
+            if _meeting is not None:
+                mine: Any = tensor.detach().cpu() if _meeting.is_host else None
+                _write(tensor, _meeting.gather(mine, "broadcast_tensors")[0])
+                continue
             shared = _reachable(tensor.detach().to(device or tensor.device).contiguous())
             # As bytes: Gloo of torch 2.8 knows no complex numbers, and NCCL no 16-bit integers.
             dist.broadcast(shared.reshape(-1).view(torch.uint8), src=0, group=exchange_group())
@@ -59,11 +73,19 @@ def average(tensors: Sequence[Tensor]) -> None:
         # so a mask or a table that no rank has touched stays what it is.
         # A module on a GPU may keep some of its buffers on the host.
         device = tensors[0].device
-        flat = _reachable(torch.cat([tensor.detach().reshape(-1).to(device, torch.float64) for tensor in tensors]))
-        dist.all_reduce(flat, group=exchange_group())
-        flat /= dist.get_world_size()
+        flat = torch.cat([tensor.detach().reshape(-1).to(device, torch.float64) for tensor in tensors])
+        flat = _mean_of_ranks(flat)
         for tensor, mean in zip(tensors, flat.split_with_sizes([tensor.numel() for tensor in tensors]), strict=True):
             _write(tensor, mean.view_as(tensor))
+
+
+def _mean_of_ranks(flat: Tensor) -> Tensor:
+    if _meeting is not None:
+        return torch.stack(_meeting.gather(flat.cpu(), "average")).mean(0)
+    flat = _reachable(flat)
+    dist.all_reduce(flat, group=exchange_group())
+    flat /= dist.get_world_size()
+    return flat
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
@@ -80,7 +102,12 @@ def _unlike(tensors: Iterable[Tensor]) -> list[Tensor]:
     tensors = list(tensors)
     if not tensors:
         return []
-    highest = _reachable(torch.stack([_digest(tensor).cpu() for tensor in tensors]))
+    highest = torch.stack([_digest(tensor).cpu() for tensor in tensors])
+    if _meeting is not None:
+        everyone = torch.stack(_meeting.gather(highest, "digests"))
+        alike = (everyone == everyone[0]).all(0).tolist()
+        return [tensor for tensor, same in zip(tensors, alike, strict=True) if not same]
+    highest = _reachable(highest)
     lowest = highest.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=exchange_group())
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=exchange_group())

@@ -1,6 +1,6 @@
 """How a connection to rank 0 begins: a HELLO that says which rank connects and what for, and rank 0's answer.
 
-A connection is a heartbeat, a worker's control channel, or asks for an optimizer's state.
+A connection is a heartbeat, a worker's control channel, asks for an optimizer's state, or is for meetings.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "CONTROL",
     "HANDSHAKE_TIMEOUT_S",
     "HEARTBEAT",
+    "MEETING",
     "STATE",
     "Address",
     "HandshakeError",
@@ -23,7 +24,7 @@ __all__ = [
     "handshake",
 ]
 
-HEARTBEAT, CONTROL, STATE = "heartbeat", "control", "state"
+HEARTBEAT, CONTROL, STATE, MEETING = "heartbeat", "control", "state", "meeting"
 
 # How long either side waits for the other's next word.
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -83,7 +84,7 @@ def handshake(
     Args:
         address: from `Listener.address`.
         rank: this rank.
-        role: `HEARTBEAT`, `CONTROL` or `STATE`.
+        role: `HEARTBEAT`, `CONTROL`, `STATE` or `MEETING`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 

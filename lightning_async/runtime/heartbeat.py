@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
+from lightning_async.runtime.roster import is_out_of_memory
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError, fit_text
-from lightning_async.transport.message import Abort, Beat, Goodbye, Message, kind_of
+from lightning_async.transport.message import Abort, Beat, Evict, Goodbye, Message, kind_of
 
 __all__ = ["Heartbeats"]
 
@@ -53,6 +54,8 @@ class Heartbeats:
         describe_end: asked for the reason when a peer's connection ends, for example its process's exit status.
         who: what stands before "gave no sign of life", where the peer is not the rank's main process.
         watch: asked at each beat which collective this rank waits in, and told where the others do.
+        on_lost: told of a peer that is lost, or out of memory; trips the latch by default.
+        on_evicted: told of a rank that rank 0 has taken out of the run.
     """
 
     def __init__(
@@ -63,7 +66,11 @@ class Heartbeats:
         describe_end: Callable[[int], str | None] = lambda rank: None,
         who: str = "",
         watch: CollectiveWatch | None = None,
+        on_lost: Callable[[RunFailure], object] | None = None,
+        on_evicted: Callable[[RunFailure], object] = lambda failure: None,
     ) -> None:
+        self._on_lost = on_lost
+        self._on_evicted = on_evicted
         self._collectives = watch
         self._who = f"{who} " if who else ""
         self._rank = rank
@@ -98,6 +105,17 @@ class Heartbeats:
             self._peers[rank] = peer
             self._selector.register(connection.fileno(), selectors.EVENT_READ, peer)
         self._wake()
+
+    def evict(self, rank: int, reason: str) -> None:
+        """Tells every peer that a rank is out of the run, that rank too, which is watched over no more."""
+        words = encode(Evict(rank, fit_text(reason)))
+        with self._lock:
+            peers = list(self._peers.values())
+        for peer in peers:
+            self._send(peer, words)
+            if peer.rank == rank:
+                # What was sent stays to be read, should it come to life again.
+                self._forget(peer)
 
     def close(self) -> None:
         """Says goodbye to every peer and stops; idempotent."""
@@ -220,7 +238,13 @@ class Heartbeats:
                 # Its end of the connection is about to vanish, which is then no news.
                 self._forget(peer)
             by_itself = message.worker == peer.rank
-            self._latch.trip(RunFailure(message.worker, message.reason, self._rank != 0, by_itself))
+            failure = RunFailure(message.worker, message.reason, self._rank != 0, by_itself)
+            if by_itself and self._on_lost is not None and is_out_of_memory(message.reason):
+                self._on_lost(failure)
+            else:
+                self._latch.trip(failure)
+        elif isinstance(message, Evict):
+            self._on_evicted(RunFailure(message.worker, message.reason, announced=True))
         elif isinstance(message, Beat):
             if self._collectives is not None:
                 self._collectives.hear(peer.rank, message.waits_in)
@@ -228,8 +252,14 @@ class Heartbeats:
             raise WireError(f"unexpected {kind_of(message).name} on a heartbeat")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
-        self._forget(peer)
-        self._latch.trip(RunFailure(peer.rank, reason))
+        failure = RunFailure(peer.rank, reason)
+        if self._on_lost is None:
+            self._forget(peer)
+            self._latch.trip(failure)
+        else:
+            # It is told, too, that it is out: it may only have been stopped.
+            self._on_lost(failure)
+            self._forget(peer)
 
     def _forget(self, peer: _Peer) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ from lightning_async.runtime.handshake import (
     CONTROL,
     HANDSHAKE_TIMEOUT_S,
     HEARTBEAT,
+    MEETING,
     STATE,
     Address,
     HandshakeError,
@@ -91,6 +92,8 @@ class Listener:
         self.on_control: Callable[[PeerInfo, ControlConnection], None] | None = None
         # Served while training, too, in the peer's own thread: answers one question.
         self.on_state: Callable[[PeerInfo, ControlConnection], None] | None = None
+        # Takes the connections that ranks meet by, where a run goes on without those that it loses.
+        self.on_meeting: Callable[[PeerInfo, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
         self.admits_rank_0 = False
@@ -174,7 +177,7 @@ class Listener:
             if role == HEARTBEAT:
                 self._take_heartbeat(peer, connection)
                 return
-            answer = self.on_control if role == CONTROL else self.on_state
+            answer = {CONTROL: self.on_control, STATE: self.on_state, MEETING: self.on_meeting}[role]
             if answer is None:
                 raise HandshakeError("no training is under way")
             answer(peer, connection)
@@ -232,6 +235,6 @@ class Listener:
         if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
         first = 0 if role == CONTROL and self.admits_rank_0 else 1
-        if role not in (HEARTBEAT, CONTROL, STATE) or not first <= hello.worker < self._workers:
+        if role not in (HEARTBEAT, CONTROL, STATE, MEETING) or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
         return PeerInfo(hello.worker, hello.incarnation, claims), role

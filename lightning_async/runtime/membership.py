@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.elastic import forget_failure, is_supervised, record_failure
+from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import (
     ExitGuard,
     FailureLatch,
@@ -23,9 +24,12 @@ from lightning_async.runtime.failure import (
     end_process,
     say,
 )
-from lightning_async.runtime.handshake import HEARTBEAT, Address, handshake
+from lightning_async.runtime.handshake import HEARTBEAT, MEETING, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
+from lightning_async.runtime.process_groups import break_groups
+from lightning_async.runtime.roster import Resilience, Roster
 
 __all__ = ["Membership", "guard_shutdown"]
 
@@ -37,6 +41,8 @@ _GRACE_S = 5.0
 _SHUTDOWN_S = 5.0
 # How much later than this one rank 0 may come to the same failure.
 _COMMON_FAILURE_S = 1.0
+# How long the news of a lost rank may trail the collective that fails because of it.
+_NEWS_TIMEOUT_S = 5.0
 _LOST_PEER_WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "store")
 
 _a_run_has_failed = threading.Event()
@@ -52,6 +58,14 @@ class Membership:
         graceful: exception types with which all ranks leave together; they are no failure.
         exit_process: see `ExitGuard`.
         has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
+
+    Attributes:
+        rank: this rank.
+        latch: the run's failure latch.
+        listener: rank 0's listener, once the ranks have met; None elsewhere.
+        address: where that is.
+        meeting: where the ranks meet, if the run goes on without those that it loses; None otherwise.
+        evictions: rank 0's decisions then; None elsewhere.
     """
 
     def __init__(
@@ -64,6 +78,12 @@ class Membership:
         has_stepped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank = rank
+        self.meeting: Meeting | None = None
+        self.evictions: Evictions | None = None
+        self._resilience = Resilience()
+        # On every rank: the failures of those that the run has gone on without.
+        self._lost: list[RunFailure] = []
+        self._heard = threading.Condition()
         self.latch = FailureLatch()
         self.listener: Listener | None = None
         self.address: Address | None = None
@@ -88,25 +108,95 @@ class Membership:
     def _may_be_common(self, error: BaseException) -> bool:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
-    def meet(self, world_size: int, host: str, broadcast: Callable[[str], str]) -> None:
+    def meet(
+        self, world_size: int, host: str, broadcast: Callable[[str], str], resilience: Resilience | None = None
+    ) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
         Args:
             world_size: number of ranks; nothing is opened for one.
             host: the address that the other ranks reach rank 0 at.
             broadcast: gives every rank rank 0's string.
+            resilience: what becomes of the run when a rank is lost; it ends by default.
         """
+        self._resilience = resilience or Resilience()
         if world_size == 1 or self._heartbeats is not None:
             return
+        goes_on = self._resilience.goes_on
+        if self.rank == 0 and goes_on:
+            self._host_meetings(world_size, host)
         watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
-        self._heartbeats = Heartbeats(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
+        self._heartbeats = Heartbeats(
+            self.rank,
+            self.latch,
+            self._worker_timeout_s,
+            self._describe_end,
+            watch=watch,
+            on_lost=None if self.evictions is None else self.evictions.lose,
+            on_evicted=self._hear_of,
+        )
         if self.rank == 0:
             self.listener = Listener(host, world_size, self._heartbeats)
             self.address = self.listener.address
+            if isinstance(host_side := self.meeting, MeetingHost):
+                self.listener.on_meeting = host_side.take
             broadcast(self.address.as_json())
             return
         self.address = Address.from_json(broadcast(""))
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
+        if goes_on:
+            connection, _ = handshake(self.address, self.rank, MEETING)
+            self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
+
+    def lose(self, failure: RunFailure) -> None:
+        """A rank that was started from here is gone: the run goes on without it, or ends."""
+        if self.evictions is not None:
+            self.evictions.lose(failure)
+        elif self.rank == 0 or not self._resilience.goes_on or self.meeting is None:
+            self.latch.trip(failure)
+        # Else rank 0 sees it, too, and decides.
+
+    @property
+    def losses(self) -> int:
+        """How many ranks this rank knows to be lost."""
+        return len(self._lost)
+
+    def was_lost(self, error: Exception, known: int) -> bool:
+        """Whether an error comes from a rank that was lost; waits a moment for the news of it.
+
+        Args:
+            error: what a collective has raised.
+            known: how many ranks were known to be lost before.
+        """
+        if not _may_be_lost_peer(error):
+            return False
+        with self._heard:
+            return self._heard.wait_for(lambda: len(self._lost) > known, timeout=_NEWS_TIMEOUT_S)
+
+    def _host_meetings(self, world_size: int, address: str) -> None:
+        roster = Roster(range(world_size), self._resilience.min_ranks)
+        evictions = self.evictions = Evictions(roster, self.latch)
+        host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection, address)
+
+        def tell(rank: int, reason: str) -> None:
+            host.note_lost(rank)
+            self._hear_of(RunFailure(rank, reason))
+            if self._heartbeats is not None:
+                self._heartbeats.evict(rank, reason)
+
+        evictions.steps.append(tell)
+
+    def _hear_of(self, failure: RunFailure) -> None:
+        """Another rank was taken out of the run, or this one."""
+        if failure.rank == self.rank:
+            reason = f"was taken out of the run, which goes on without it: {failure.reason}"
+            self.latch.trip(RunFailure(self.rank, reason))
+            return
+        with self._heard:
+            self._lost.append(failure)
+            self._heard.notify_all()
+        # What waits for that rank in a collective waits in vain.
+        break_groups()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -131,6 +221,8 @@ class Membership:
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
                 _a_run_has_failed.set()
+            if self.meeting is not None:
+                steps.callback(self.meeting.close)
             if self._heartbeats is not None:
                 steps.callback(self._heartbeats.close)
             if self.listener is not None:
@@ -159,6 +251,9 @@ class Membership:
             # A mistake that all ranks make is told by rank 0.
             common = self.latch.wait(_COMMON_FAILURE_S)
             failure = common if common is not None and common.reason == describe_error(error) else None
+        if failure is None and self._lost and _may_be_lost_peer(error):
+            failure = self._unrepeatable()
+            self.latch.trip(failure)
         if failure is None and _may_be_lost_peer(error):
             failure = self.latch.explain_loss(lambda: RunFailure(self.rank, describe_error(error), announced=True))
         if failure is None or failure.rank == self.rank:
@@ -177,6 +272,15 @@ class Membership:
         record_failure(self.rank, failure)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
+
+    def _unrepeatable(self) -> RunFailure:
+        lost = self._lost[-1]
+        return RunFailure(
+            lost.rank,
+            f"{lost.reason}. The run would have gone on without it, but the others were in a collective of user code "
+            "outside of validation, which cannot be repeated (docs/faults.md)",
+            announced=self.rank != 0,
+        )
 
 
 def guard_shutdown() -> None:

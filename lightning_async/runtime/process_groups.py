@@ -7,8 +7,12 @@ Process-wide, like the default group.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from statistics import median
 from typing import TypeAlias
@@ -16,7 +20,15 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-__all__ = ["exchange_group", "open_exchange_group", "time_all_reduce"]
+__all__ = [
+    "break_groups",
+    "breakable",
+    "exchange_group",
+    "open_exchange_group",
+    "open_store",
+    "reform_default_group",
+    "time_all_reduce",
+]
 
 # 16 MB.
 _MOST_ELEMENTS = 1 << 22
@@ -26,6 +38,10 @@ _Group: TypeAlias = "dist.ProcessGroup"
 # The default group and the group that was opened beside it. Weak: torch alone decides how long they live, and Gloo's
 # threads must be gone before the interpreter is.
 _pair: tuple[weakref.ref[_Group], weakref.ref[_Group]] | None = None
+
+# The sockets of the present groups, by inode; and those that were open before the groups that are being formed.
+_sockets: frozenset[int] = frozenset()
+_open_before: frozenset[int] | None = None
 
 
 def open_exchange_group(timeout: timedelta | None) -> None:
@@ -75,3 +91,73 @@ def _default_group() -> _Group:
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+# --- groups that can be left ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def breakable() -> Iterator[None]:
+    """While process groups are formed whose collectives `break_groups` can end, in place of those of before."""
+    global _sockets, _open_before
+    _open_before = frozenset(_tcp_sockets())
+    try:
+        yield
+        _sockets = frozenset(_tcp_sockets()) - _open_before
+    finally:
+        _open_before = None
+
+
+def break_groups() -> None:
+    """Makes this rank's collectives in the present groups fail, or the forming of new ones; for any thread.
+
+    One that waits for a rank that is stopped, or cut off, would wait for half an hour: Gloo's own ``abort`` does not
+    wake it. It does see the end of its connections.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        group: object = _default_group()._get_backend(torch.device("cuda"))
+        with suppress(AttributeError, RuntimeError):
+            group.abort()  # type: ignore[attr-defined]  # NCCL's own
+    forming = _open_before
+    for inode, descriptor in _tcp_sockets().items():
+        if inode in _sockets or (forming is not None and inode not in forming):
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+                own.shutdown(socket.SHUT_RDWR)
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """A store on this rank that a group can be formed by, at a port of its own."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def reform_default_group(store: dist.Store, place: int, size: int, backend: str, timeout: timedelta | None) -> None:
+    """Puts a default group of other ranks in the place of the present one; a collective call of those ranks.
+
+    Args:
+        store: that they all have come to.
+        place: this rank's place among them.
+        size: number of them.
+        backend: the group's.
+        timeout: of its collectives; None for the backend's own.
+
+    Raises:
+        RuntimeError: if one of them does not come.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=timeout)
+
+
+def _tcp_sockets() -> dict[int, int]:
+    """This process's connected TCP sockets: inode -> descriptor."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError, ValueError):
+            link = os.readlink(f"/proc/self/fd/{name}")
+            if not link.startswith("socket:["):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as own:
+                tcp = own.family in (socket.AF_INET, socket.AF_INET6) and own.type == socket.SOCK_STREAM
+                if tcp and not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    found[int(link[8:-1])] = int(name)
+    return found

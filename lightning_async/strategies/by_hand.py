@@ -47,6 +47,7 @@ class ByHand:
         name: the strategy's name, for messages.
         gradients: how many the fit begins with.
         phase: the run's phase.
+        world_size: number of ranks N.
         counts_gradients: whether the gradients are counted, since a version is made of several.
 
     Attributes:
@@ -57,8 +58,15 @@ class ByHand:
     """
 
     def __init__(
-        self, trainer: Trainer, name: str, gradients: int, phase: Phase, counts_gradients: bool = False
+        self,
+        trainer: Trainer,
+        name: str,
+        gradients: int,
+        phase: Phase,
+        world_size: int,
+        counts_gradients: bool = False,
     ) -> None:
+        self._world_size = world_size
         module: LightningModule = trainer.lightning_module
         self.manual = not module.automatic_optimization
         self.counts_steps = self.manual or counts_gradients
@@ -75,22 +83,22 @@ class ByHand:
         self._warned = False
         self._pushes_leftover = False
         self.tally = Tally(self._counts_at(gradients))
-        self.schedulers = SharedSchedulers(trainer.world_size, BATCHES + 1, phase)
+        self.schedulers = SharedSchedulers(world_size, BATCHES + 1, phase)
 
     def _counts_at(self, gradients: int) -> list[int]:
-        return [gradients, batches_that_stepped(self._trainer) * self._trainer.world_size or gradients]
+        return [gradients, batches_that_stepped(self._trainer) * self._world_size or gradients]
 
     # --- counts that all ranks share ----------------------------------------------------------------------------------
 
     @property
     def clock(self) -> int:
         """Steps per rank, as Lightning counts them."""
-        return self.tally.total(STEPS) // self._trainer.world_size
+        return self.tally.total(STEPS) // self._world_size
 
     @property
     def batch_clock(self) -> int:
         """Batches per rank: what Lightning's loggers take as their x-axis."""
-        return self.tally.total(BATCHES) // self._trainer.world_size
+        return self.tally.total(BATCHES) // self._world_size
 
     def prepare(self, worker: Worker) -> bool:
         """Has the worker report what is counted; to be called before each segment.
@@ -100,7 +108,7 @@ class ByHand:
         """
         if self._trainer.max_steps != -1:
             self._steps_to_make = self._rhythm.counted + self._trainer.max_steps - self.clock
-        if self._trainer.world_size > 1:
+        if self._world_size > 1:
             self.schedulers.share(self._stepped_by_hand())
         self.tally.extend(BATCHES + 1 + len(self.schedulers))
         if self.counts_steps or len(self.schedulers):
@@ -172,7 +180,7 @@ class ByHand:
             MisconfigurationException: if its gradient is from before another optimizer's step.
         """
         # Alone, nobody else has moved this optimizer's parameters.
-        if optimizers > 1 and self._version_at_backward != version and self._trainer.world_size > 1:
+        if optimizers > 1 and self._version_at_backward != version and self._world_size > 1:
             raise MisconfigurationException(
                 f"optimizer {index} steps on a gradient from before another optimizer's step, which has refreshed all "
                 f"parameters. With {self._name} call manual_backward and step for one optimizer after the other."
@@ -199,7 +207,7 @@ class ByHand:
         try:
             yield
         except RuntimeError as error:
-            moved = self._moved and self._trainer.world_size > 1
+            moved = self._moved and self._world_size > 1
             if moved and "modified by an inplace operation" in str(error):
                 raise self._old_graph() from error
             raise
@@ -227,7 +235,7 @@ class ByHand:
         rank.
         """
         ends_by_steps = self._trainer.max_steps != -1
-        return self.manual and self.group is None and (self._trainer.world_size > 1 or ends_by_steps)
+        return self.manual and self.group is None and (self._world_size > 1 or ends_by_steps)
 
     def finish_segment(self, worker: Worker) -> Leftover:
         """Pushes the gradient of batches that user code makes no step for any more, as far as it is one to push."""
@@ -239,13 +247,13 @@ class ByHand:
         pushed = lost = 0
         # Alone, the parameters stay as they are, and the gradient stays good for the next step, as under DDP. One that
         # user code has left out a step for, where it steps in each batch, was not meant to be applied.
-        if batches and accumulates and self._trainer.world_size > 1:
+        if batches and accumulates and self._world_size > 1:
             gradients = [
                 p.grad for each in self._trainer.optimizers for p in all_parameters(each) if p.grad is not None
             ]
             if any(bool(gradient.count_nonzero()) for gradient in gradients):
                 pushed, lost = (batches, 0) if self._push_leftover(gradients) else (0, batches)
-        if self._trainer.world_size > 1:
+        if self._world_size > 1:
             self._rhythm.end_segment()
         self.tally.add(STEPS, self._counter.take())
         return Leftover(self._rhythm.seen, pushed, lost)

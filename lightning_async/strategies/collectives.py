@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from abc import abstractmethod
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.loops.collective_guard import asynchronous_call_error
 from lightning_async.loops.phase import Phase
-from lightning_async.runtime.process_groups import exchange_group
+from lightning_async.loops.tensor_sync import set_meeting
+from lightning_async.runtime.meeting import Meeting
+from lightning_async.runtime.process_groups import breakable, exchange_group, open_store, reform_default_group
 
 __all__ = ["PhasedCollectives"]
 
 _T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+_all = all
 
 # Packages whose calls of the strategy's collectives in a batch are known, and right as local ones.
 _LIBRARIES = ("lightning", "lightning_async")
@@ -39,6 +49,12 @@ class PhasedCollectives(DDPStrategy):
     _warned_of_local_reduce = False
 
     def __init__(self, **arguments: Any) -> None:
+        # Where the run goes on without ranks that it loses: where the others meet, and who is in the process group.
+        self.meeting: Meeting | None = None
+        self._members: tuple[int, ...] | None = None
+        self._group_generation = self._members_seen = 0
+        self._was_lost: Callable[[Exception], bool]
+        self._on_group_forming: Callable[[], None]
         super().__init__(**arguments)
         self.phase = Phase()
 
@@ -47,8 +63,116 @@ class PhasedCollectives(DDPStrategy):
     def strategy_name(self) -> str:
         """What a user calls the strategy, for messages."""
 
+    # --- ranks that are lost, where the run goes on without them ------------------------------------------------------
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Number of ranks: those in the process group."""
+        return super().world_size if self._members is None else len(self._members)
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        """This rank's place among them."""
+        return super().global_rank if self._members is None else self._members.index(self.worker_rank)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # Lightning takes the ranks that were started.
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def nominal_world_size(self) -> int:
+        """The number of ranks that the run was started with, N: clock, epochs and bounds go by it."""
+        return super().world_size
+
+    @property
+    def worker_rank(self) -> int:
+        """This rank's number in the exchange of gradients: what it was started with, whoever is lost."""
+        return super().global_rank
+
+    def meet_by(
+        self,
+        meeting: Meeting | None,
+        was_lost: Callable[[Exception], bool] = lambda error: False,
+        on_group_forming: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Runs the strategy's own collectives by way of rank 0 from here on, past torch's process groups.
+
+        Args:
+            meeting: this rank's side; None for the process groups.
+            was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
+            on_group_forming: called before a group is formed.
+        """
+        self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
+        self._members, self._group_generation, self._members_seen = None, 0, 0
+        set_meeting(meeting)
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether the run goes on without ranks that it loses."""
+        return self.meeting is not None
+
+    def take_changed_members(self) -> bool:
+        """Whether other ranks are in the process group than when this was last asked."""
+        seen, self._members_seen = self._members_seen, self._group_generation
+        return seen != self._members_seen
+
+    def follow_roster(self) -> None:
+        """Gives the ranks in the run a process group of their own, if the present one has others; a collective call."""
+        meeting = self.meeting
+        if meeting is None or meeting.generation == self._group_generation:
+            return
+        while True:
+            generation, members = meeting.generation, meeting.ranks
+            self._on_group_forming()
+            done = self._reform(members)
+            if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
+                break
+        self._group_generation, self._members = generation, members
+
+    def _reform(self, members: tuple[int, ...]) -> bool:
+        meeting = self.meeting
+        assert meeting is not None
+        own = open_store(meeting.host) if meeting.is_host else None
+        port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
+        place, size = members.index(self.worker_rank), len(members)
+        try:
+            with breakable():
+                store = own or dist.TCPStore(meeting.host, port, is_master=False, wait_for_workers=False)
+                reform_default_group(store, place, size, self._get_process_group_backend(), self._timeout)
+        except RuntimeError as error:
+            # One of them was lost meanwhile; else the next attempt says so again.
+            log.debug("no process group of ranks %s: %s", members, error)
+            return False
+        return True
+
+    def repeat_if_lost(self, body: Callable[[], None], restore: Callable[[], None]) -> None:
+        """Runs a part of the synchronous phase, and again if a rank was lost in it; a collective call.
+
+        Args:
+            body: the part.
+            restore: called before it is repeated.
+        """
+        meeting = self.meeting
+        if meeting is None or meeting.in_section or self.phase.is_asynchronous:
+            body()
+            return
+
+        def attempt() -> None:
+            self.follow_roster()
+            body()
+
+        meeting.repeat_until_whole(attempt, restore, self._was_lost)
+
+    # --- the collectives ----------------------------------------------------------------------------------------------
+
     def gather_objects(self, mine: _T) -> list[_T]:
         """Every rank's object, in the order of ranks; a collective call of the strategy's own."""
+        if self.meeting is not None:
+            return self.meeting.gather(mine, "gather_objects")
         if self.world_size == 1:
             return [mine]
         gathered: list[Any] = [None] * self.world_size
@@ -64,6 +188,9 @@ class PhasedCollectives(DDPStrategy):
         """
         if self._is_local("barrier") or not _is_initialized():
             return
+        if self.meeting is not None:
+            self.meeting.gather(None, self._named("barrier"))
+            return
         group = self._group()
         on_gpu = dist.get_backend(group) == "nccl"
         dist.barrier(group=group, device_ids=self.determine_ddp_device_ids() if on_gpu else None)
@@ -77,6 +204,11 @@ class PhasedCollectives(DDPStrategy):
         """
         if self._is_local("broadcast") or not _is_initialized():
             return obj
+        if self.meeting is not None:
+            mine = obj if self.global_rank == src else None
+            gathered: list[Any] = self.meeting.gather(mine, self._named("broadcast"))
+            from_there: _T = gathered[src]
+            return from_there
         shared: list[Any] = [obj]
         dist.broadcast_object_list(shared, src, group=self._group())
         received: _T = shared[0]
@@ -94,6 +226,8 @@ class PhasedCollectives(DDPStrategy):
                 # Lightning truncates the mean of integers: of the sample counts that weigh an epoch's metric, which
                 # under DDP are the same on all ranks.
                 tensor = tensor.float()
+            if self.meeting is not None and group is None and isinstance(tensor, Tensor):
+                return self._reduce_by_meeting(self.meeting, tensor, reduce_op)
             return super().reduce(tensor, self._group() if group is None else group, reduce_op)
         if self.world_size > 1 and not self._warned_of_local_reduce:
             self._warned_of_local_reduce = True
@@ -113,6 +247,9 @@ class PhasedCollectives(DDPStrategy):
         """
         if self._is_local("reduce_boolean_decision"):
             return decision
+        if self.meeting is not None:
+            decisions = map(bool, self.meeting.gather(decision, self._named("reduce_boolean_decision")))
+            return _all(decisions) if all else any(decisions)
         return super().reduce_boolean_decision(decision, all)
 
     @override
@@ -124,7 +261,29 @@ class PhasedCollectives(DDPStrategy):
         """
         if self.phase.is_asynchronous and self.world_size > 1:
             raise asynchronous_call_error("all_gather")
+        if self.meeting is not None and group is None and not sync_grads:
+            of_ranks = self.meeting.gather(tensor.detach().cpu(), self._named("all_gather"))
+            return torch.stack([each.to(tensor.device) for each in of_ranks])
         return super().all_gather(tensor, group, sync_grads)
+
+    def _reduce_by_meeting(self, meeting: Meeting, tensor: Tensor, reduce_op: Any) -> Tensor:
+        ranks = torch.stack(meeting.gather(tensor.detach().cpu(), self._named("reduce")))
+        name = str(reduce_op).rpartition(".")[2].lower()
+        reductions: dict[str, Callable[[], Tensor]] = {
+            "sum": lambda: ranks.sum(0),
+            "mean": lambda: ranks.mean(0),
+            "avg": lambda: ranks.mean(0),
+            "max": lambda: ranks.amax(0),
+            "min": lambda: ranks.amin(0),
+            "product": lambda: ranks.prod(0),
+        }
+        if name not in reductions:
+            raise MisconfigurationException(
+                f'{self.strategy_name} with on_worker_failure="continue" reduces by {", ".join(reductions)}, not by '
+                f"{reduce_op!r}."
+            )
+        # As torch's all-reduce does, in place.
+        return tensor.copy_(reductions[name]())
 
     def _is_local(self, name: str) -> bool:
         """Whether a collective is to be local now: Lightning's own are, in the asynchronous phase.
@@ -137,6 +296,10 @@ class PhasedCollectives(DDPStrategy):
         if self.world_size > 1 and not self._called_by_library():
             raise asynchronous_call_error(f"trainer.strategy.{name}")
         return True
+
+    def _named(self, name: str) -> str:
+        """What the ranks meet for: a call of user code is not taken for one of Lightning's."""
+        return name if self._called_by_library() else f"{name}, called by user code"
 
     def _group(self) -> dist.ProcessGroup | None:
         return exchange_group() if self._called_by_library() else None
@@ -168,6 +331,8 @@ _COLLECTIVES = frozenset(
         "_called_by_library",
         "_group",
         "_is_local",
+        "_named",
+        "_reduce_by_meeting",
         "all_gather",
         "barrier",
         "broadcast",

@@ -28,6 +28,7 @@ from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.strategies.resolved import BatchSource
 from lightning_async.strategies.resume import EpochPlace, agree_on_order
+from lightning_async.strategies.supervisor import RunSupervisor
 
 __all__ = ["Coordinator"]
 
@@ -48,6 +49,7 @@ class Coordinator(protocols.Coordinator):
         metric_sync: torchmetrics in phases.
         buffers: the module's buffers from meeting to meeting; None with one rank.
         sigterm_received: whether this rank was told to end gracefully.
+        supervisor: told when the ranks train.
         resolve: told where the batches come from; tells how the run exchanges gradients, for the loggers.
     """
 
@@ -65,6 +67,7 @@ class Coordinator(protocols.Coordinator):
         metric_sync: MetricSync,
         buffers: BufferSync | None,
         sigterm_received: Callable[[], bool],
+        supervisor: RunSupervisor,
         resolve: Callable[[BatchSource], dict[str, Any]],
     ) -> None:
         self._trainer = trainer
@@ -80,6 +83,7 @@ class Coordinator(protocols.Coordinator):
         self._buffers = buffers
         self._sigterm_received = sigterm_received
         self._cpu = CpuMeter()
+        self._supervisor = supervisor
         self._resolve = resolve
         self._is_resolved = False
         # Ends the asynchronous phase.
@@ -187,6 +191,7 @@ class Coordinator(protocols.Coordinator):
             self._buffers.begin_segment()
         # The last time that they wait for one another.
         self._collectives.barrier("a segment begins")
+        self._supervisor.begin_training()
         self._cpu.start()
         engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
@@ -215,10 +220,7 @@ class Coordinator(protocols.Coordinator):
             any(wish) for wish in zip(*(wishes for wishes, _, _ in ranks), strict=True)
         )
         self._stats.end_segment()
-        if trainer.world_size > 1 and not self._stats.all_reduce_seconds:
-            # DDP makes one in each step: what lock step would take is estimated with it.
-            elements = self._exchange.engine.layout.numel
-            self._stats.all_reduce_seconds = time_all_reduce(elements, trainer.strategy.root_device)
+        self._collectives.repeat_if_lost(self._time_all_reduce, lambda: None)
         self._stats.note_cpu_use([use for _, _, use in ranks])
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
@@ -241,6 +243,12 @@ class Coordinator(protocols.Coordinator):
             average_unlike(self._parameters_of_no_optimizer())
         self._exchange.engine.show_adapted(adapted)
         return SegmentEnd(done, left, validation_requested, skip_rest)
+
+    def _time_all_reduce(self) -> None:
+        if self._trainer.world_size > 1 and not self._stats.all_reduce_seconds:
+            # DDP makes one in each step: what lock step would take is estimated with it.
+            elements = self._exchange.engine.layout.numel
+            self._stats.all_reduce_seconds = time_all_reduce(elements, self._trainer.strategy.root_device)
 
     def _is_over(self) -> bool:
         """Whether the fit ends here, as far as is known."""

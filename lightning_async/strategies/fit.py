@@ -84,8 +84,11 @@ def set_up_fit(
         metrics = MetricsLogger(context.stats, writers, every)
     gradients_per_update = context.options.gradients_per_update
     version = gradients // gradients_per_update
-    by_hand = ByHand(trainer, context.name, gradients, phase, counts_gradients=gradients_per_update > 1)
+    by_hand = ByHand(
+        trainer, context.name, gradients, phase, context.world_size, counts_gradients=gradients_per_update > 1
+    )
     exchange = GradientExchange(context, optimizers, take, by_hand, version)
+    context.supervisor.on_eviction(exchange.evict)
     transports = context.collectives.gather_objects(exchange.engine.transport)
     clock = SharedClock(
         lambda: exchange.worker.version,
@@ -109,6 +112,7 @@ def set_up_fit(
         metric_sync=loops.metrics,
         buffers=buffers,
         sigterm_received=lambda: signals.sigterm_received,
+        supervisor=context.supervisor,
         resolve=lambda source: resolve(Resolved(transports, exchange.engine.holder_device, source)),
     )
     loops.follow(coordinator)

@@ -111,6 +111,17 @@ class GradientExchange:
             raise MisconfigurationException(describe_gradient(self._context.module, error.parameter)) from error
         self._by_hand.after_push()
 
+    def evict(self, worker: int, reason: str) -> str | None:
+        """Takes a worker out of the exchange, at any time; returns what the others get of it, in words."""
+        service = self.engine.service
+        assert service is not None
+        self._context.stats.evicted.append(worker)
+        returned = service.evict(worker)
+        if not returned:
+            return None
+        batches = "batch is" if returned == 1 else f"{returned} batches are"
+        return f"its unfinished {batches} handed out again"
+
     def follow_user_code(self) -> None:
         """Takes over what hooks between segments did to parameters, optimizers and their states; a collective call."""
         engine, optimizers, collectives = self.engine, self._optimizers(), self._context.collectives
@@ -155,6 +166,7 @@ class GradientExchange:
                 predecessor=predecessor,
                 devices=self._devices(),
                 process=context.supervisor.holder_process,
+                on_lost=context.supervisor.on_lost,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error

@@ -173,14 +173,16 @@ class ScriptLauncher(_SubprocessScriptLauncher):
     def _watch(self, processes: list[subprocess.Popen[bytes]], over: threading.Event) -> None:
         # The heartbeats see most deaths first; this sees those that come before they exist.
         running = True
+        reported: set[int] = set()
         while running and not over.is_set():
             # Asked before the statuses are looked at, so that those of the last to end are looked at too.
             running = any(process.poll() is None for process in processes)
             for local_rank, process in enumerate(processes, start=1):
-                if process.poll():
-                    if not over.wait(_EXIT_STATUS_TIMEOUT_S):
-                        self._guard.report_failure(local_rank, describe_exit(process.returncode))
-                    return
+                if process.poll() and local_rank not in reported:
+                    if over.wait(_EXIT_STATUS_TIMEOUT_S):
+                        return
+                    reported.add(local_rank)
+                    self._guard.report_failure(local_rank, describe_exit(process.returncode))
             over.wait(_POLL_S)
 
 
@@ -304,11 +306,17 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 process = running.pop(index)
                 process.join()
                 ended.append(index)
-                if process.exitcode != 0:
+                if index == 0 if self._guard.goes_on else process.exitcode != 0:
                     deadline = min(deadline, time.monotonic() + _END_TIMEOUT_S)
         if result is None and not results.empty():
             result = results.get()
-        if isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs):
+        failed = isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs)
+        if failed and self._guard.goes_on and self.procs[0].exitcode == 0:
+            # Rank 0 has come to the end without those that were lost, or were taken out and are only stopped.
+            for process in running.values():
+                process.kill()
+            failed = isinstance(result, RunFailure)
+        if failed:
             for process in running.values():
                 process.kill()
             known = result if isinstance(result, RunFailure) else None

@@ -54,6 +54,10 @@ class RunGuard(Protocol):
     def failure(self) -> RunFailure | None:
         """The first failure of the run, as far as this rank knows; None while there is none."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a fit goes on without ranks that it loses."""
+
     def guard_run(self) -> AbstractContextManager[None]:
         """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
 
@@ -73,6 +77,10 @@ class LaunchedStrategy(Ranks, Protocol):
     strategy_name: str
     has_stepped: bool
     stats: RunStats
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether the trainer fits, and does not only evaluate."""
 
     def break_off(self, error: BaseException) -> None:
         """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing."""

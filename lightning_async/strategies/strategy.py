@@ -50,7 +50,8 @@ from lightning_async.loops.installation import InstalledLoops, install
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
-from lightning_async.runtime.process_groups import open_exchange_group
+from lightning_async.runtime.process_groups import breakable, open_exchange_group
+from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
 from lightning_async.strategies.ending import FitEnding
@@ -116,6 +117,9 @@ class AsyncStrategy(PhasedCollectives):
             a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
+        on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
+            an error that names the rank, as under DDP; ``"continue"`` goes on with the others, who compute its batches.
+        min_ranks: with ``"continue"``, how many ranks must be left.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -148,6 +152,8 @@ class AsyncStrategy(PhasedCollectives):
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
+        on_worker_failure: OnWorkerFailure = "stop",
+        min_ranks: int = 1,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -168,6 +174,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
+            self._resilience = Resilience(on_worker_failure, min_ranks)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
                 max_staleness=max_staleness,
@@ -210,7 +217,9 @@ class AsyncStrategy(PhasedCollectives):
         """How gradients are exchanged among the ranks that there are."""
         # With several optimizers each gradient is an update.
         several = self._dial.gradients_per_update == "auto" and len(self.optimizers) > 1
-        return replace(self._asked, gradients_per_update=1 if several else self._dial.gradients(self.world_size))
+        return replace(
+            self._asked, gradients_per_update=1 if several else self._dial.gradients(self.nominal_world_size)
+        )
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -244,7 +253,7 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def _shares_loader(self) -> bool:
         """Whether the loader that Lightning processes now is one for all ranks."""
-        return self._is_fitting and self._trainer.training and self._has_one_train_loader
+        return self.is_fitting and self._trainer.training and self._has_one_train_loader
 
     @property
     def _trainer(self) -> Trainer:
@@ -252,7 +261,8 @@ class AsyncStrategy(PhasedCollectives):
         return self.lightning_module.trainer
 
     @property
-    def _is_fitting(self) -> bool:
+    def is_fitting(self) -> bool:
+        """Whether the trainer fits, and does not only evaluate."""
         return self._trainer.state.fn == TrainerFn.FITTING
 
     # --- starting the ranks ------------------------------------------------------------------------------------------
@@ -261,7 +271,7 @@ class AsyncStrategy(PhasedCollectives):
     def _configure_launcher(self) -> None:
         if self._layer_sync is not None:
             refuse_sync_batchnorm(self.strategy_name)
-        self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s)
+        self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s, self._resilience)
         self._launcher = self._supervisor.launcher
         self._signals.launcher = self._launcher
 
@@ -299,20 +309,22 @@ class AsyncStrategy(PhasedCollectives):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
-        wants_holder_process = self._is_fitting and self.options.holder == "process"
+        wants_holder_process = self.is_fitting and self.options.holder == "process"
         if wants_holder_process and self.is_global_zero and self.world_size > 1:
             supervisor.start_holder_process()
-        with supervisor.impatience():
+        self.meet_by(None)
+        with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
+        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        if self._is_fitting:
+        if self.is_fitting:
             self._signals.forget()
             if self.is_global_zero:
                 assert self._supervisor is not None
@@ -380,7 +392,7 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        if not self._is_fitting:
+        if not self.is_fitting:
             return
         assert self.lightning_module is not None and self._loops is not None and self._supervisor is not None
         self.stats = RunStats(self.world_size)
@@ -393,8 +405,8 @@ class AsyncStrategy(PhasedCollectives):
             name=self.strategy_name,
             module=self.lightning_module,
             options=self.options,
-            rank=self.global_rank,
-            world_size=self.world_size,
+            rank=self.worker_rank,
+            world_size=self.nominal_world_size,
             device=self.root_device,
             collectives=self,
             meet=super().broadcast,
@@ -407,7 +419,7 @@ class AsyncStrategy(PhasedCollectives):
             trainer,
             optimizers=lambda: self.optimizers,
             take=self._take_optimizer,
-            gradients=trainer_state.optimizer_steps(trainer) * self.world_size,
+            gradients=trainer_state.optimizer_steps(trainer) * self.nominal_world_size,
             phase=self.phase,
             loops=self._loops,
             signals=self._signals,
@@ -433,7 +445,7 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         if self._shares_loader and walks_one_order(dataloader):
-            share_loader(dataloader, self.world_size, self.global_rank, trainer_state.run_seed())
+            share_loader(dataloader, self.nominal_world_size, self.worker_rank, trainer_state.run_seed())
         return dataloader
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -494,9 +506,9 @@ class AsyncStrategy(PhasedCollectives):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         if self._fit is not None:
-            self._fit.checkpointing.complete(checkpoint, self.version, self.world_size)
+            self._fit.checkpointing.complete(checkpoint, self.version, self.nominal_world_size)
         else:
-            checkpoint[CHECKPOINT_KEY] = {"world_size": self.world_size, **self._note}
+            checkpoint[CHECKPOINT_KEY] = {"world_size": self.nominal_world_size, **self._note}
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self._fit is not None and self.is_global_zero and self.worker.on_span is not None:
             self.worker.on_span("checkpoint", self._saving_since_ns, time.monotonic_ns())
@@ -505,7 +517,7 @@ class AsyncStrategy(PhasedCollectives):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # A callback may have given the optimizers the param groups of the checkpoint.
         self._parts.exchange.follow_user_code()
-        self._parts.checkpointing.load(checkpoint, self.optimizers, self.world_size)
+        self._parts.checkpointing.load(checkpoint, self.optimizers, self.nominal_world_size)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -517,6 +529,8 @@ class AsyncStrategy(PhasedCollectives):
             # As under DDP, user code finds the state on every rank after fit.
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
+        assert self._supervisor is not None
+        self._supervisor.end_training()
         assert self._ending is not None
         self._ending.finish()
 
@@ -540,7 +554,7 @@ class AsyncStrategy(PhasedCollectives):
             fit, self._loops = self._fit, None
             if fit is not None:
                 fit.coordinator.abandon_segment()
-                self._note = fit.checkpointing.note(self.version, self.world_size)
+                self._note = fit.checkpointing.note(self.version, self.nominal_world_size)
                 self._fit = None
                 fit.exchange.close()
             if self._supervisor is not None:
@@ -556,7 +570,7 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
-        described = describe_run(type(self).__name__, self.world_size, self.options, self._resolved)
+        described = describe_run(type(self).__name__, self.nominal_world_size, self.options, self._resolved)
         return {**described, "requested": described["requested"] | self._dial.requested}
 
     @classmethod

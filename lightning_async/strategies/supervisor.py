@@ -15,10 +15,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
+from lightning_async.exchange.server import OnLost
 from lightning_async.runtime.failure import FailureLatch, RunFailure
 from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
+from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 
@@ -42,6 +44,7 @@ class RunSupervisor:
         strategy: whose ranks they are.
         start_method: how they are started.
         worker_timeout_s: seconds without a sign of life after which a rank counts as lost.
+        resilience: what becomes of a fit when a rank is lost.
 
     Attributes:
         launcher: what starts the ranks.
@@ -49,10 +52,14 @@ class RunSupervisor:
         on_failure: called in a spawned rank that fails.
     """
 
-    def __init__(self, strategy: LaunchedStrategy, start_method: StartMethod, worker_timeout_s: float) -> None:
+    def __init__(
+        self, strategy: LaunchedStrategy, start_method: StartMethod, worker_timeout_s: float, resilience: Resilience
+    ) -> None:
+        self.resilience = resilience
         self._ranks = strategy
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
+        self._losses_known = 0
         self.holder_process: HolderProcess | None = None
         self.on_failure: Callable[[], object] = _do_nothing
         self.launcher: ScriptLauncher | ProcessLauncher
@@ -92,13 +99,20 @@ class RunSupervisor:
                 self.end_holder_process()
 
     @property
+    def goes_on(self) -> bool:
+        """Whether a fit goes on without ranks that it loses."""
+        return self.resilience.goes_on
+
+    @property
     def failure(self) -> RunFailure | None:
         """The first failure of the run, as far as this rank knows; None while there is none."""
         return None if self._membership is None else self._membership.latch.failure
 
     def report_failure(self, local_rank: int, reason: str) -> None:
         """Tells this rank that the process of another one on this host has ended with an error."""
-        self.latch.trip(RunFailure(self._ranks.node_rank * self._ranks.num_processes + local_rank, reason))
+        assert self._membership is not None
+        rank = self._ranks.node_rank * self._ranks.num_processes + local_rank
+        self._membership.lose(RunFailure(rank, reason))
 
     def _describe_end(self, rank: int) -> str | None:
         return self.launcher.describe_end(rank - self._ranks.node_rank * self._ranks.num_processes)
@@ -117,6 +131,41 @@ class RunSupervisor:
         assert self._membership is not None
         return self._membership.listener
 
+    @property
+    def membership(self) -> Membership:
+        """This rank's part in the run."""
+        assert self._membership is not None
+        return self._membership
+
+    def was_lost(self, error: Exception) -> bool:
+        """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
+        return self.membership.was_lost(error, self._losses_known)
+
+    def note_group_formed(self) -> None:
+        """Notes that the process group has the ranks in the run."""
+        self._losses_known = self.membership.losses
+
+    @property
+    def on_lost(self) -> OnLost | None:
+        """Told on rank 0 which worker's connection was lost; None where that ends the run."""
+        evictions = self.membership.evictions
+        return None if evictions is None else evictions.lose_connection
+
+    def on_eviction(self, step: Callable[[int, str], str | None]) -> None:
+        """Has something done on rank 0 when a rank is out, before the others hear of it; see `Evictions`."""
+        if self.membership.evictions is not None:
+            self.membership.evictions.steps.insert(0, step)
+
+    def begin_training(self) -> None:
+        """From here on a rank that is lost does not end a run that is to go on without it."""
+        if self.membership.evictions is not None:
+            self.membership.evictions.under_way = True
+
+    def end_training(self) -> None:
+        """Until here."""
+        if self._membership is not None and self._membership.evictions is not None:
+            self._membership.evictions.under_way = False
+
     def start_holder_process(self) -> None:
         """Starts the holder's own process, which imports while the ranks find each other."""
         self.holder_process = HolderProcess()
@@ -132,7 +181,9 @@ class RunSupervisor:
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
         host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
-        self._membership.meet(self._ranks.world_size, host, broadcast)
+        # An evaluation has nothing to go on with: each rank has its share.
+        resilience = self.resilience if self._ranks.is_fitting else Resilience()
+        self._membership.meet(self._ranks.world_size, host, broadcast, resilience)
         _prepare_exit()
 
     @contextmanager

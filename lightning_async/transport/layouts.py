@@ -20,6 +20,7 @@ from lightning_async.transport.message import (
     Beat,
     Close,
     Draw,
+    Evict,
     Goodbye,
     Hello,
     Kind,
@@ -269,6 +270,7 @@ layout_of_type: dict[type, Layout] = {
     ),
     Beat: _with_text(Beat),
     Abort: _with_text(Abort),
+    Evict: _with_text(Evict),
     Goodbye: _layout(Goodbye),
 }
 layout_of_code: dict[int, Layout] = {int(layout.kind): layout for layout in layout_of_type.values()}

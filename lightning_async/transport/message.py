@@ -20,6 +20,7 @@ __all__ = [
     "Beat",
     "Close",
     "Draw",
+    "Evict",
     "Goodbye",
     "Hello",
     "Kind",
@@ -59,6 +60,7 @@ class Kind(enum.IntEnum):
     GOODBYE = 15
     READ = 16
     RELEASE = 17
+    EVICT = 18
 
 
 class Outcome(enum.IntEnum):
@@ -279,6 +281,18 @@ class Abort(NamedTuple):
     reason: str = ""
 
 
+class Evict(NamedTuple):
+    """A rank was taken out of the run, which goes on without it.
+
+    Args:
+        worker: the rank.
+        reason: what happened to it.
+    """
+
+    worker: int
+    reason: str = ""
+
+
 class Goodbye(NamedTuple):
     """The connection ends in order; not answered."""
 
@@ -302,6 +316,7 @@ Message: TypeAlias = (
     | Ack
     | Beat
     | Abort
+    | Evict
     | Goodbye
 )
 
@@ -309,7 +324,7 @@ _KINDS: dict[type, Kind] = {
     kind: Kind[kind.__name__.upper()]
     for kind in (
         *(Hello, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
-        *(Release, Leave, Close, Read, Ack, Beat, Abort, Goodbye),
+        *(Release, Leave, Close, Read, Ack, Beat, Abort, Evict, Goodbye),
     )
 }
 

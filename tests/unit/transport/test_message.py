@@ -38,6 +38,7 @@ from lightning_async.transport.message import (
     Beat,
     Close,
     Draw,
+    Evict,
     Goodbye,
     Hello,
     Kind,
@@ -104,6 +105,7 @@ messages_of: dict[type, st.SearchStrategy[Message]] = {
     Ack: st.builds(Ack, workers, flags),
     Beat: st.builds(Beat, workers, texts),
     Abort: st.builds(Abort, workers, texts),
+    Evict: st.builds(Evict, workers, texts),
     Goodbye: st.builds(Goodbye, workers),
 }
 messages = st.one_of(*messages_of.values())
@@ -208,7 +210,8 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
     names = (
-        "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RELEASE"
+        "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RELEASE "
+        "EVICT"
     )
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}
@@ -341,7 +344,7 @@ def test_each_size_has_its_own_bound(section: str) -> None:
 
 
 SECTIONS: dict[type, set[str]] = {
-    **{kind: {"text"} for kind in (Hello, Welcome, Refuse, Beat, Abort)},
+    **{kind: {"text"} for kind in (Hello, Welcome, Refuse, Beat, Abort, Evict)},
     **{kind: {"counts"} for kind in (Pull, Read, Parameters)},
     Push: {"tickets", "hyperparams", "present", "counts"},
     Skip: {"tickets", "counts"},

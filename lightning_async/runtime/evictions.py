@@ -1,0 +1,63 @@
+"""Rank 0's decision when a rank is lost: the run goes on without it, or ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from lightning_async.runtime.failure import FailureLatch, RunFailure, say
+from lightning_async.runtime.roster import Roster
+
+__all__ = ["Evictions"]
+
+# How long the heartbeat's news (what became of the rank) may trail a lost connection.
+_NEWS_TIMEOUT_S = 3.0
+
+
+class Evictions:
+    """Takes lost ranks out of a run that goes on without them.
+
+    Args:
+        roster: who is in the run.
+        latch: the run's failure latch, tripped where the run cannot go on.
+
+    Attributes:
+        under_way: whether the ranks train: one that is lost before or after ends the run.
+        steps: what is done when a rank is out, in this order: called with its rank and what happened to it; what they
+            return is added to the line that tells of it.
+    """
+
+    def __init__(self, roster: Roster, latch: FailureLatch) -> None:
+        self.roster = roster
+        self.under_way = False
+        self.steps: list[Callable[[int, str], str | None]] = []
+        self._latch = latch
+        self._deciding = threading.RLock()
+        self._changed = threading.Condition()
+
+    def lose(self, failure: RunFailure) -> None:
+        """A rank is lost: takes it out, or ends the run. Idempotent; for any thread."""
+        with self._deciding:
+            rank, reason = failure.rank, failure.reason
+            if self._latch.failure is not None or (rank != 0 and rank not in self.roster):
+                return
+            if not self.under_way or not self.roster.remove(rank, reason):
+                self._latch.trip(failure)
+                return
+            told = [step(rank, reason) for step in list(self.steps)]
+            ranks = len(self.roster.living)
+            go_on = f"{ranks} rank{'s' if ranks > 1 else ''} go{'' if ranks > 1 else 'es'} on without it"
+            say(0, "; ".join(filter(None, (f"rank {rank} is lost: {reason}", go_on, *told))))
+        with self._changed:
+            self._changed.notify_all()
+
+    def lose_connection(self, rank: int, reason: str) -> None:
+        """A connection of a rank's is lost: what has become of it is known in a moment, or else that is what is known.
+
+        Returns once the rank is out, or the run has failed; for any thread.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: rank not in self.roster or self._latch.failure is not None, timeout=_NEWS_TIMEOUT_S
+            )
+        self.lose(RunFailure(rank, reason))

@@ -1,0 +1,127 @@
+"""Which ranks are in a run, and whether it goes on when one is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+__all__ = ["OnWorkerFailure", "Resilience", "Roster", "is_out_of_memory"]
+
+OnWorkerFailure: TypeAlias = Literal["continue", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resilience:
+    """What becomes of a run when one of its ranks is lost.
+
+    Args:
+        on_worker_failure: ``"stop"`` ends the run, as under DDP; ``"continue"`` goes on without the rank.
+        min_ranks: fewer ranks than these do not go on.
+        max_restarts: how often a rank that was started from here is started again.
+
+    Raises:
+        ValueError: if one of them has no meaning.
+
+    Examples:
+        >>> Resilience("continue", min_ranks=2).goes_on
+        True
+        >>> Resilience("sometimes")
+        Traceback (most recent call last):
+        ValueError: on_worker_failure must be "continue" or "stop", not 'sometimes'.
+    """
+
+    on_worker_failure: OnWorkerFailure = "stop"
+    min_ranks: int = 1
+    max_restarts: int = 0
+
+    def __post_init__(self) -> None:
+        if self.on_worker_failure not in ("continue", "stop"):
+            raise ValueError(f'on_worker_failure must be "continue" or "stop", not {self.on_worker_failure!r}.')
+        for name, least in (("min_ranks", 1), ("max_restarts", 0)):
+            value: object = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, not {value!r}.")
+        if self.max_restarts and not self.goes_on:
+            raise ValueError('max_restarts takes on_worker_failure="continue": a run that stops has nobody to join.')
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run survives the loss of a rank."""
+        return self.on_worker_failure == "continue"
+
+
+class Roster:
+    """The ranks in a run, as rank 0 knows them.
+
+    Args:
+        ranks: those that the run begins with.
+        min_ranks: fewer do not go on.
+
+    Attributes:
+        generation: how often the ranks have changed.
+        lost: the ranks that were taken out, in that order, and why.
+
+    Examples:
+        >>> roster = Roster(range(3), min_ranks=2)
+        >>> roster.remove(1, "its process was killed by SIGKILL"), roster.living
+        (True, (0, 2))
+        >>> roster.remove(2, "gave no sign of life"), roster.living
+        (False, (0, 2))
+        >>> roster.add(1)
+        1
+    """
+
+    def __init__(self, ranks: Iterable[int], min_ranks: int = 1) -> None:
+        self._min_ranks = min_ranks
+        self._living = set(ranks)
+        self._incarnations = dict.fromkeys(self._living, 0)
+        self.generation = 0
+        self.lost: list[tuple[int, str]] = []
+
+    @property
+    def living(self) -> tuple[int, ...]:
+        """The ranks in the run, in rising order."""
+        return tuple(sorted(self._living))
+
+    def __contains__(self, rank: object) -> bool:
+        return rank in self._living
+
+    def incarnation(self, rank: int) -> int:
+        """How many workers of a rank came before the one that is in the run, or was last."""
+        return self._incarnations.get(rank, -1)
+
+    def remove(self, rank: int, reason: str) -> bool:
+        """Takes a rank out; False, with nothing changed, if the run cannot go on without it.
+
+        Rank 0 has the holder, and fewer ranks than ``min_ranks`` do not go on.
+        """
+        if rank == 0 or rank not in self._living or len(self._living) <= self._min_ranks:
+            return False
+        self._living.discard(rank)
+        self.generation += 1
+        self.lost.append((rank, reason))
+        return True
+
+    def add(self, rank: int) -> int:
+        """Takes a rank in that was lost, or is new; returns its incarnation.
+
+        Raises:
+            ValueError: if it is in the run.
+        """
+        if rank in self._living:
+            raise ValueError(f"rank {rank} is in the run")
+        self._living.add(rank)
+        self.generation += 1
+        self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
+        return self._incarnations[rank]
+
+
+def is_out_of_memory(reason: str) -> bool:
+    """Whether an error, as `describe_error` tells it, is that there was no memory, on the host or on the GPU.
+
+    Examples:
+        >>> is_out_of_memory("MemoryError: out of memory"), is_out_of_memory("ValueError: out of memory")
+        (True, False)
+    """
+    return reason.startswith(("MemoryError", "OutOfMemoryError", "out of memory"))

@@ -57,6 +57,7 @@ class Engine:
         devices: where this rank computes and where the holder lives; the host by default.
         process: the holder's own process, on rank 0; None if the holder is to be in this one.
         on_lost: told on rank 0 which worker's connection was lost, and how; None where that ends the run.
+        incarnation: how many workers of this rank came before.
 
     Attributes:
         optimizers: the optimizers that it was built for.
@@ -85,6 +86,7 @@ class Engine:
         devices: RankDevices | None = None,
         process: HolderProcess | None = None,
         on_lost: OnLost | None = None,
+        incarnation: int = 0,
     ) -> None:
         devices = devices or RankDevices()
         self.optimizers = list(optimizers)
@@ -136,7 +138,7 @@ class Engine:
         else:
             groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
             channels = [
-                dial(Address.from_json(found), rank, layout, groups, slot=slot, devices=devices, overlaps=slots > 1)
+                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, slots > 1)
                 for slot in range(slots)
             ]
         self.transport = transport_of(channels[0])

@@ -83,6 +83,7 @@ class HolderService(Service):
         )
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
+        self._workers = spec.world_size
         self._server: Server = Server(
             self.holder,
             self.ledger,
@@ -114,18 +115,22 @@ class HolderService(Service):
         return self._server.evict(worker)
 
     @override
+    def let_in(self, worker: int) -> None:
+        self._server.let_in(worker)
+
+    @override
     def admit(self, worker: int) -> None:
-        self._server.admit(worker)
+        self.ledger.admit(worker)
 
     @override
     def regroup(self, block: int, equal_shares: bool) -> None:
         self.ledger.regroup(block, equal_shares)
 
     @override
-    def open(self, tickets: int) -> None:
+    def open(self, tickets: int, ranks: Sequence[int] | None = None) -> None:
         self.ledger.open(tickets)
         if self._in_lock_step:
-            self.holder.expect(self._server.living)
+            self.holder.expect(range(self._workers) if ranks is None else ranks)
 
     @override
     def progress(self) -> tuple[int, int]:

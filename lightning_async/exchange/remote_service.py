@@ -160,6 +160,10 @@ class HolderProcess(Service):
         return int(self._call("evict", worker))
 
     @override
+    def let_in(self, worker: int) -> None:
+        self._call("let_in", worker)
+
+    @override
     def admit(self, worker: int) -> None:
         self._call("admit", worker)
 
@@ -168,8 +172,8 @@ class HolderProcess(Service):
         self._call("regroup", block, equal_shares)
 
     @override
-    def open(self, tickets: int) -> None:
-        self._call("open", tickets)
+    def open(self, tickets: int, ranks: Sequence[int] | None = None) -> None:
+        self._call("open", tickets, ranks)
 
     @override
     def progress(self) -> tuple[int, int]:

@@ -93,8 +93,8 @@ class Server:
         self._present: set[tuple[int, int]] = set()
         # Of each worker's slots that has ever come, in which incarnation it came last.
         self._incarnations: dict[tuple[int, int], int] = {}
-        # The workers in the run, and of those that have come what they come by and what keeps them out once evicted.
-        self._living = set(range(workers)) if predecessor is None else set(predecessor.living)
+        # The workers that may come, and of those that have what they come by and what keeps them out once evicted.
+        self._expected: set[int] = set(range(workers)) if predecessor is None else set(predecessor._expected)
         self._fences: dict[int, Fence] = {}
         self._connections: dict[tuple[int, int], ControlConnection] = {}
         self._closing = False
@@ -134,12 +134,6 @@ class Server:
             self._channels.append(theirs)
         return mine
 
-    @property
-    def living(self) -> list[int]:
-        """The workers in the run, in the order of their ranks."""
-        with self._lock:
-            return sorted(self._living)
-
     def evict(self, worker: int) -> int:
         """Takes a worker out of the run: out of the barrier at once, whatever it was in the middle of.
 
@@ -147,7 +141,7 @@ class Server:
             How many tickets it was handed and others get in its place.
         """
         with self._lock:
-            self._living.discard(worker)
+            self._expected.discard(worker)
             fence = self._fences.pop(worker, None)
             connections = [self._connections.pop(key) for key in list(self._connections) if key[0] == worker]
             self._present -= {key for key in self._present if key[0] == worker}
@@ -161,11 +155,12 @@ class Server:
             connection.shutdown()
         return returned
 
-    def admit(self, worker: int) -> None:
-        """Lets a worker in that was evicted, or that comes in addition."""
-        self._ledger.admit(worker)
+    def let_in(self, worker: int) -> None:
+        """Has a worker come that was evicted, or comes in addition; it takes part once it is admitted."""
         with self._lock:
-            self._living.add(worker)
+            self._expected.add(worker)
+        if self._listener is not None:
+            self._listener.expect(worker)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
@@ -226,7 +221,7 @@ class Server:
             )
         slot = (peer.rank, peer.slot)
         with self._lock:
-            if peer.rank not in self._living:
+            if peer.rank not in self._expected:
                 raise HandshakeError(f"rank {peer.rank} was taken out of the run")
             if slot in self._present:
                 raise HandshakeError(f"rank {peer.rank} is here already")

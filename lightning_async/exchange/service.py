@@ -64,11 +64,19 @@ class Service(Protocol):
     def evict(self, worker: int) -> int:
         """Takes a worker out of the run, at any time; returns how many tickets others get in its place."""
 
-    def admit(self, worker: int) -> None:
-        """Lets a worker in that was evicted, or that comes in addition; at any time."""
+    def let_in(self, worker: int) -> None:
+        """Has a worker come that was evicted, or comes in addition; at any time. It takes part once it is admitted."""
 
-    def open(self, tickets: int) -> None:
-        """Opens a segment of the next ``tickets`` tickets."""
+    def admit(self, worker: int) -> None:
+        """Has such a worker take part; at any time."""
+
+    def open(self, tickets: int, ranks: Sequence[int] | None = None) -> None:
+        """Opens a segment of the next ``tickets`` tickets.
+
+        Args:
+            tickets: how many.
+            ranks: those in the run; None if they are those that it began with.
+        """
 
     def progress(self) -> tuple[int, int]:
         """``(applied, not yet handed out)``: how many tickets of this epoch; at any time."""

@@ -23,6 +23,7 @@ from lightning_async.loops.counters import count_as_ddp, rewrite_as_ddp
 from lightning_async.loops.epoch_size import epoch_size
 from lightning_async.loops.epoch_state import EpochState, EpochStop, Stage
 from lightning_async.loops.fetcher import TicketFetcher
+from lightning_async.loops.joining import restore_epoch
 from lightning_async.loops.optimization import flush_accumulated_gradients, share_plateaus
 from lightning_async.loops.progress_bar import show_progress
 from lightning_async.loops.protocols import Collectives, Coordinator, RunSignals
@@ -231,6 +232,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
 
     def _start_segment(self, fetcher: TicketFetcher) -> None:
         epoch, coordinator, clock = self._epoch, self._coordinator, self._coordinator.clock
+        if coordinator.joins:
+            self._join_segment(fetcher)
+            return
         self._agree_on_stopping()
         if super().done:
             return
@@ -254,6 +258,19 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         epoch.batches_started = self._batches_started
         # The ranks part.
         coordinator.enter_segment(tickets, equal_shares=epoch.learning)
+        source = coordinator.batches
+        fetcher.open(source.draw, source.release, source.leave_out, ahead=not epoch.learning)
+        epoch.stage = Stage.APART
+        coordinator.open_admission()
+
+    def _join_segment(self, fetcher: TicketFetcher) -> None:
+        """Begins where the others are, in the middle of an epoch."""
+        coordinator, limit = self._coordinator, self.trainer.num_training_batches
+        tickets = None if limit == float("inf") else int(limit) * self._ranks
+        order = fetcher.begin_epoch(self.trainer.current_epoch, tickets)
+        epoch = self._epoch = restore_epoch(self.trainer, coordinator.join_segment(order))
+        epoch.batches_started = self._batches_started
+        fetcher.fetched = self.batch_progress.current.ready
         source = coordinator.batches
         fetcher.open(source.draw, source.release, source.leave_out, ahead=not epoch.learning)
         epoch.stage = Stage.APART

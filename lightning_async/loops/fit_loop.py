@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_async.loops.epoch_size import agree_on_size
 from lightning_async.loops.fetcher import TicketFetcher, shared_loader
+from lightning_async.loops.joining import SegmentOverError
 from lightning_async.loops.patching import set_until_closed
 from lightning_async.loops.protocols import Collectives
 
@@ -32,6 +33,20 @@ class AsyncFitLoop(_FitLoop):
     _collectives: Collectives
     _strategy_name: str
     _on_train_loaders: Callable[[int], None]
+
+    @override
+    def run(self) -> None:
+        coordinator = self.epoch_loop._fit_coordinator  # type: ignore[attr-defined]  # of `AsyncEpochLoop`
+        while coordinator is not None and coordinator.joins:
+            # Whatever takes long comes before the others count on this rank.
+            self.setup_data()
+            if not coordinator.take_state():
+                # The run was over before this rank had come to it.
+                raise SystemExit(0)
+            with suppress(SegmentOverError):
+                super().run()
+                return
+        super().run()
 
     @override
     def setup_data(self) -> None:

@@ -34,8 +34,15 @@ class Collectives(Protocol):
         """The number of ranks that the run was started with, N: clock, epochs and bounds go by it."""
 
     @property
+    def ranks_present(self) -> Sequence[int]:
+        """The ranks that took part in the last meeting, by the numbers that they have in the exchange."""
+
+    @property
     def outlives_ranks(self) -> bool:
         """Whether the run goes on without ranks that it loses."""
+
+    def follow_roster(self) -> None:
+        """Gives the ranks in the run a process group of their own, if the present one has others; a collective call."""
 
     def take_changed_members(self) -> bool:
         """Whether other ranks are in the process group than when this was last asked."""
@@ -151,6 +158,26 @@ class Coordinator(Protocol):
 
     def enter_segment(self, tickets: int, equal_shares: bool = False) -> None:
         """Opens a segment of ``tickets`` batches over all ranks; a collective call, the last one until it is over."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether this rank is about to join a fit that is under way."""
+
+    def take_state(self) -> bool:
+        """Takes over what the others know of the segment under way, to join it; False if the run is over."""
+
+    def join_segment(self, order: str) -> Any:
+        """Joins the segment whose state was taken over; returns where the ranks stand in its epoch.
+
+        Args:
+            order: digest of this rank's order of batches.
+
+        Raises:
+            SegmentOverError: if it has ended.
+        """
+
+    def open_admission(self) -> None:
+        """Lets ranks join the segment that has begun."""
 
     def begin_batch(self, samples: int) -> None:
         """Notes that this rank computes a batch; waits for parameters if it holds none."""

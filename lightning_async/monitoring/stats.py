@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -40,7 +40,8 @@ class RunStats:
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
-        evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
+        evicted: ranks that were taken out of the run, in that order, where it goes on without them.
+        joined: ranks that have joined the run since it began, in that order.
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
@@ -62,6 +63,7 @@ class RunStats:
         self.dropped = 0
         self.rejected = 0
         self.evicted: list[int] = []
+        self.joined: list[int] = []
         self.train_seconds = 0.0
         self._segment_started: float | None = None
         # Of each rank: when its last update was recorded, and how long the barrier had held that one back.
@@ -111,10 +113,29 @@ class RunStats:
             self._steps[worker].append(max(0.0, now - before - update.push.waited_s + parked_s - update.parked_s))
         self._last[worker] = (now, update.parked_s)
 
-    def note_cpu_use(self, ranks: Sequence[CpuUse]) -> None:
+    def evict(self, rank: int) -> None:
+        """Notes that a rank is out of the run."""
+        with self._lock:
+            self.evicted.append(rank)
+            self._last.pop(rank, None)
+
+    def join(self, rank: int) -> None:
+        """Notes that a rank is in the run that was out of it, or is new."""
+        with self._lock:
+            self.joined.append(rank)
+            self._last.pop(rank, None)
+            self._steps.setdefault(rank, deque(maxlen=_STEPS_KEPT))
+            self.staleness_by_rank.setdefault(rank, Counter())
+            for counts in (self.updates_by_rank, self.batches_by_rank, self.cores_by_rank):
+                counts.setdefault(rank, 0)
+            for seconds in (self.wait_seconds_by_rank, self.parked_seconds_by_rank, self.cores_used_by_rank):
+                seconds.setdefault(rank, 0.0)
+            self.host_by_rank.setdefault(rank, "")
+
+    def note_cpu_use(self, ranks: Mapping[int, CpuUse]) -> None:
         """Notes what each rank uses of its host, where all have met."""
         with self._lock:
-            for rank, use in enumerate(ranks):
+            for rank, use in ranks.items():
                 self.host_by_rank[rank], self.cores_by_rank[rank] = use.host, use.cores
                 self.cores_used_by_rank[rank] = use.used
 
@@ -153,6 +174,7 @@ class RunStats:
                 "dropped": self.dropped,
                 "rejected": self.rejected,
                 "evicted": list(self.evicted),
+                "joined": list(self.joined),
                 "train_seconds": self._train_seconds(),
             }
 

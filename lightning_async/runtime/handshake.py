@@ -1,6 +1,7 @@
 """How a connection to rank 0 begins: a HELLO that says which rank connects and what for, and rank 0's answer.
 
-A connection is a heartbeat, a worker's control channel, asks for an optimizer's state, or is for meetings.
+A connection is a heartbeat, a worker's control channel, asks for an optimizer's state, is for meetings, or is of a rank
+that asks to join.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "CONTROL",
     "HANDSHAKE_TIMEOUT_S",
     "HEARTBEAT",
+    "JOIN",
     "MEETING",
     "STATE",
     "Address",
@@ -24,7 +26,7 @@ __all__ = [
     "handshake",
 ]
 
-HEARTBEAT, CONTROL, STATE, MEETING = "heartbeat", "control", "state", "meeting"
+HEARTBEAT, CONTROL, STATE, MEETING, JOIN = "heartbeat", "control", "state", "meeting", "join"
 
 # How long either side waits for the other's next word.
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -84,7 +86,7 @@ def handshake(
     Args:
         address: from `Listener.address`.
         rank: this rank.
-        role: `HEARTBEAT`, `CONTROL`, `STATE` or `MEETING`.
+        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING` or `JOIN`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 

@@ -17,6 +17,7 @@ from lightning_async.runtime.handshake import (
     CONTROL,
     HANDSHAKE_TIMEOUT_S,
     HEARTBEAT,
+    JOIN,
     MEETING,
     STATE,
     Address,
@@ -38,6 +39,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # Less than a rank waits for the answer to its HELLO.
 _LONGEST_TROUBLES_S = 5.0
 _SHORT_HEARING_S = 0.5
+_ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN)
 _REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
 
 
@@ -94,6 +96,8 @@ class Listener:
         self.on_state: Callable[[PeerInfo, ControlConnection], None] | None = None
         # Takes the connections that ranks meet by, where a run goes on without those that it loses.
         self.on_meeting: Callable[[PeerInfo, ControlConnection], None] | None = None
+        # Serves those that want to join the run, each in its own thread.
+        self.on_join: Callable[[PeerInfo, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
         self.admits_rank_0 = False
@@ -108,6 +112,10 @@ class Listener:
         self._spare: socket.socket | None = socket.socket()
         self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
         self._thread.start()
+
+    def expect(self, rank: int) -> None:
+        """Lets in a rank beyond those that the run was started with."""
+        self._workers = max(self._workers, rank + 1)
 
     def close(self) -> None:
         """Lets nobody in any more; idempotent."""
@@ -177,7 +185,13 @@ class Listener:
             if role == HEARTBEAT:
                 self._take_heartbeat(peer, connection)
                 return
-            answer = {CONTROL: self.on_control, STATE: self.on_state, MEETING: self.on_meeting}[role]
+            answers = {
+                CONTROL: self.on_control,
+                STATE: self.on_state,
+                MEETING: self.on_meeting,
+                JOIN: self.on_join,
+            }
+            answer = answers[role]
             if answer is None:
                 raise HandshakeError("no training is under way")
             answer(peer, connection)
@@ -235,6 +249,6 @@ class Listener:
         if not hmac.compare_digest(token, self.address.token.encode()):
             raise HandshakeError("it does not know this run's token")
         first = 0 if role == CONTROL and self.admits_rank_0 else 1
-        if role not in (HEARTBEAT, CONTROL, STATE, MEETING) or not first <= hello.worker < self._workers:
+        if role not in _ROLES or not first <= hello.worker < self._workers:
             raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
         return PeerInfo(hello.worker, hello.incarnation, claims), role

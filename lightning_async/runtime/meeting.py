@@ -28,7 +28,7 @@ from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Welcome
 
-__all__ = ["Meeting", "MeetingGuest", "MeetingHost", "Place", "RanksLostError"]
+__all__ = ["Meeting", "MeetingGuest", "MeetingHost", "Place", "RanksLostError", "receive_object", "send_object"]
 
 _T = TypeVar("_T")
 
@@ -320,7 +320,7 @@ class MeetingHost(Meeting):
         if early is not None or connection is None:
             return early
         try:
-            place, value = _receive(connection)
+            place, value = receive_object(connection)
         except ChannelClosedError as error:
             self._on_lost(rank, str(error))
             return None
@@ -332,7 +332,7 @@ class MeetingHost(Meeting):
         if rank == 0 or connection is None:
             return
         try:
-            _send(connection, answer)
+            send_object(connection, answer)
         except ChannelClosedError as error:
             self._on_lost(rank, str(error))
 
@@ -375,11 +375,11 @@ class MeetingGuest(Meeting):
     def _ask(self, place: Place, mine: Any) -> Any:
         self._latch.check()
         try:
-            _send(self._connection, (tuple(place), mine))
+            send_object(self._connection, (tuple(place), mine))
             waited_for: list[Any] = [self._connection]
             while not wait(waited_for, timeout=_LOOK_S):
                 self._latch.check()
-            kind, present, value = _receive(self._connection)
+            kind, present, value = receive_object(self._connection)
         except ChannelClosedError as error:
             reason = f"the meeting with it was broken off: {error}"
             raise WorkerFailedError(self._latch.explain_loss(lambda: RunFailure(0, reason))) from error
@@ -397,15 +397,25 @@ def _mismatch(rank: int, theirs: Place, place: Place) -> RunFailure:
     )
 
 
-def _send(connection: ControlConnection, value: Any) -> None:
+def send_object(connection: ControlConnection, value: Any) -> None:
+    """Sends an object to a rank of the run.
+
+    Raises:
+        ChannelClosedError: if it is gone.
+    """
     data = pickle.dumps(value)
     connection.send_bytes(memoryview(_SIZE.pack(len(data)) + data))
 
 
-def _receive(connection: ControlConnection) -> Any:
+def receive_object(connection: ControlConnection) -> Any:
+    """Waits for an object from a rank of the run, which has proven that it is one.
+
+    Raises:
+        ChannelClosedError: if it is gone.
+    """
     size = bytearray(_SIZE.size)
     connection.receive_bytes(memoryview(size))
     data = bytearray(_SIZE.unpack(size)[0])
     connection.receive_bytes(memoryview(data))
-    # From a rank that has proven that it belongs to this run, as what torch's collectives gather.
+    # As what torch's collectives gather.
     return pickle.loads(data)

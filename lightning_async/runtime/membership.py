@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
 
+from lightning_async.runtime.admission import Admission, Invitation, JoinRequest
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.elastic import forget_failure, is_supervised, record_failure
@@ -66,6 +67,8 @@ class Membership:
         address: where that is.
         meeting: where the ranks meet, if the run goes on without those that it loses; None otherwise.
         evictions: rank 0's decisions then; None elsewhere.
+        admission: takes in ranks that join, on rank 0; None elsewhere.
+        joining: the request of a rank that joins a run that is under way; None of others.
     """
 
     def __init__(
@@ -80,7 +83,10 @@ class Membership:
         self.rank = rank
         self.meeting: Meeting | None = None
         self.evictions: Evictions | None = None
+        self.admission: Admission | None = None
+        self.joining: JoinRequest | None = None
         self._resilience = Resilience()
+        self._incarnation = 0
         # On every rank: the failures of those that the run has gone on without.
         self._lost: list[RunFailure] = []
         self._heard = threading.Condition()
@@ -138,8 +144,8 @@ class Membership:
         if self.rank == 0:
             self.listener = Listener(host, world_size, self._heartbeats)
             self.address = self.listener.address
-            if isinstance(host_side := self.meeting, MeetingHost):
-                self.listener.on_meeting = host_side.take
+            if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
+                self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
             broadcast(self.address.as_json())
             return
         self.address = Address.from_json(broadcast(""))
@@ -148,6 +154,39 @@ class Membership:
             connection, _ = handshake(self.address, self.rank, MEETING)
             self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
 
+    def join(self, invitation: Invitation) -> JoinRequest:
+        """Begins to join a run that is under way: from here on rank 0 watches over this rank.
+
+        Raises:
+            HandshakeError: if rank 0 refuses, with its reason.
+            ChannelClosedError: if rank 0 cannot be reached.
+        """
+        self._resilience = Resilience("continue")
+        request = self.joining = JoinRequest(invitation, self.latch)
+        self.rank, self.address, self._incarnation = request.rank, invitation.address, request.incarnation
+        self._heartbeats = Heartbeats(
+            self.rank, self.latch, self._worker_timeout_s, self._describe_end, on_evicted=self._hear_of
+        )
+        connection, _ = handshake(self.address, self.rank, HEARTBEAT, request.incarnation)
+        self._heartbeats.add(0, connection)
+        return request
+
+    def come_in(self, segment: int) -> bool:
+        """Takes part in a segment, and in the meetings after it; False if the segment has ended.
+
+        Args:
+            segment: the one whose state this rank has taken over.
+        """
+        request = self.joining
+        assert request is not None and self.address is not None
+        if (admitted := request.come_in(segment)) is None:
+            return False
+        connection, _ = handshake(self.address, self.rank, MEETING, request.incarnation)
+        guest = self.meeting = MeetingGuest(connection, admitted.ranks, self.latch, self.address.host)
+        guest.counts = admitted.counts
+        self.joining = None
+        return True
+
     def lose(self, failure: RunFailure) -> None:
         """A rank that was started from here is gone: the run goes on without it, or ends."""
         if self.evictions is not None:
@@ -155,6 +194,11 @@ class Membership:
         elif self.rank == 0 or not self._resilience.goes_on or self.meeting is None:
             self.latch.trip(failure)
         # Else rank 0 sees it, too, and decides.
+
+    @property
+    def incarnation(self) -> int:
+        """How many workers of this rank came before."""
+        return self._incarnation
 
     @property
     def losses(self) -> int:
@@ -185,6 +229,13 @@ class Membership:
                 self._heartbeats.evict(rank, reason)
 
         evictions.steps.append(tell)
+        admission = self.admission = Admission(roster, self.latch, lambda: host.counts)
+
+        def check(rank: int) -> None:
+            if self._heartbeats is not None and not self._heartbeats.watches(rank):
+                evictions.lose(RunFailure(rank, "its process is gone: it ended while it joined"))
+
+        admission.check = check
 
     def _hear_of(self, failure: RunFailure) -> None:
         """Another rank was taken out of the run, or this one."""
@@ -221,8 +272,9 @@ class Membership:
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
                 _a_run_has_failed.set()
-            if self.meeting is not None:
-                steps.callback(self.meeting.close)
+            for part in (self.meeting, self.admission, self.joining):
+                if part is not None:
+                    steps.callback(part.close)
             if self._heartbeats is not None:
                 steps.callback(self._heartbeats.close)
             if self.listener is not None:

@@ -18,7 +18,7 @@ class Resilience:
     Args:
         on_worker_failure: ``"stop"`` ends the run, as under DDP; ``"continue"`` goes on without the rank.
         min_ranks: fewer ranks than these do not go on.
-        max_restarts: how often a rank that was started from here is started again.
+        max_restarts: how often a lost rank that was started from here is started again, where the run goes on.
 
     Raises:
         ValueError: if one of them has no meaning.
@@ -42,8 +42,6 @@ class Resilience:
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, not {value!r}.")
-        if self.max_restarts and not self.goes_on:
-            raise ValueError('max_restarts takes on_worker_failure="continue": a run that stops has nobody to join.')
 
     @property
     def goes_on(self) -> bool:
@@ -68,8 +66,8 @@ class Roster:
         (True, (0, 2))
         >>> roster.remove(2, "gave no sign of life"), roster.living
         (False, (0, 2))
-        >>> roster.add(1)
-        1
+        >>> roster.next_incarnation(1), roster.add(1), roster.living
+        (1, None, (0, 1, 2))
     """
 
     def __init__(self, ranks: Iterable[int], min_ranks: int = 1) -> None:
@@ -87,9 +85,15 @@ class Roster:
     def __contains__(self, rank: object) -> bool:
         return rank in self._living
 
-    def incarnation(self, rank: int) -> int:
-        """How many workers of a rank came before the one that is in the run, or was last."""
-        return self._incarnations.get(rank, -1)
+    def next_incarnation(self, rank: int) -> int:
+        """The number of the next worker that is to be a rank; another one each time."""
+        self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
+        return self._incarnations[rank]
+
+    def next_rank(self) -> tuple[int, int]:
+        """A rank that nobody has been, and its incarnation."""
+        rank = max(self._incarnations) + 1
+        return rank, self.next_incarnation(rank)
 
     def remove(self, rank: int, reason: str) -> bool:
         """Takes a rank out; False, with nothing changed, if the run cannot go on without it.
@@ -103,8 +107,8 @@ class Roster:
         self.lost.append((rank, reason))
         return True
 
-    def add(self, rank: int) -> int:
-        """Takes a rank in that was lost, or is new; returns its incarnation.
+    def add(self, rank: int) -> None:
+        """Takes a rank in that was lost, or is new.
 
         Raises:
             ValueError: if it is in the run.
@@ -113,8 +117,6 @@ class Roster:
             raise ValueError(f"rank {rank} is in the run")
         self._living.add(rank)
         self.generation += 1
-        self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
-        return self._incarnations[rank]
 
 
 def is_out_of_memory(reason: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -53,6 +53,9 @@ class PhasedCollectives(DDPStrategy):
         self.meeting: Meeting | None = None
         self._members: tuple[int, ...] | None = None
         self._group_generation = self._members_seen = 0
+        # Whether this rank is about to join a run that is under way, and has nobody to meet yet.
+        self.joins = False
+        self._worker_rank: int | None = None
         self._was_lost: Callable[[Exception], bool]
         self._on_group_forming: Callable[[], None]
         super().__init__(**arguments)
@@ -91,7 +94,7 @@ class PhasedCollectives(DDPStrategy):
     @property
     def worker_rank(self) -> int:
         """This rank's number in the exchange of gradients: what it was started with, whoever is lost."""
-        return super().global_rank
+        return super().global_rank if self._worker_rank is None else self._worker_rank
 
     def meet_by(
         self,
@@ -107,8 +110,15 @@ class PhasedCollectives(DDPStrategy):
             on_group_forming: called before a group is formed.
         """
         self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
-        self._members, self._group_generation, self._members_seen = None, 0, 0
+        # One that has joined is in no group yet.
+        self._members, self._group_generation, self._members_seen = None, -1 if self.joins else 0, 0
+        self.joins = False
         set_meeting(meeting)
+
+    @property
+    def ranks_present(self) -> Sequence[int]:
+        """The ranks that took part in the last meeting, by the numbers that they have in the exchange."""
+        return range(self.world_size) if self.meeting is None else self.meeting.ranks
 
     @property
     def outlives_ranks(self) -> bool:
@@ -173,7 +183,7 @@ class PhasedCollectives(DDPStrategy):
         """Every rank's object, in the order of ranks; a collective call of the strategy's own."""
         if self.meeting is not None:
             return self.meeting.gather(mine, "gather_objects")
-        if self.world_size == 1:
+        if self.world_size == 1 or self.joins:
             return [mine]
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, mine, group=exchange_group())
@@ -186,10 +196,12 @@ class PhasedCollectives(DDPStrategy):
         Raises:
             MisconfigurationException: if user code calls it in the asynchronous phase.
         """
-        if self._is_local("barrier") or not _is_initialized():
+        if self._is_local("barrier"):
             return
         if self.meeting is not None:
             self.meeting.gather(None, self._named("barrier"))
+            return
+        if not _is_initialized():
             return
         group = self._group()
         on_gpu = dist.get_backend(group) == "nccl"
@@ -202,13 +214,15 @@ class PhasedCollectives(DDPStrategy):
         Raises:
             MisconfigurationException: if user code calls it in the asynchronous phase.
         """
-        if self._is_local("broadcast") or not _is_initialized():
+        if self._is_local("broadcast"):
             return obj
         if self.meeting is not None:
             mine = obj if self.global_rank == src else None
             gathered: list[Any] = self.meeting.gather(mine, self._named("broadcast"))
             from_there: _T = gathered[src]
             return from_there
+        if not _is_initialized():
+            return obj
         shared: list[Any] = [obj]
         dist.broadcast_object_list(shared, src, group=self._group())
         received: _T = shared[0]

@@ -14,6 +14,7 @@ from lightning_async.exchange.worker import Worker
 from lightning_async.holder.layout import all_parameters
 from lightning_async.loops import protocols, trainer_state
 from lightning_async.loops.buffer_sync import BufferSync, ignored_names
+from lightning_async.loops.joining import TrainerState
 from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.protocols import Collectives, SegmentEnd
@@ -26,6 +27,7 @@ from lightning_async.strategies.by_hand import ByHand, Leftover
 from lightning_async.strategies.checkpointing import Checkpointing
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.gradient_exchange import GradientExchange
+from lightning_async.strategies.joining import Joining, capture_fit
 from lightning_async.strategies.resolved import BatchSource
 from lightning_async.strategies.resume import EpochPlace, agree_on_order
 from lightning_async.strategies.supervisor import RunSupervisor
@@ -50,6 +52,8 @@ class Coordinator(protocols.Coordinator):
         buffers: the module's buffers from meeting to meeting; None with one rank.
         sigterm_received: whether this rank was told to end gracefully.
         supervisor: told when the ranks train.
+        joining: this rank's way into a fit that is under way; None of one that begins with it.
+        on_joined: called when it is in.
         resolve: told where the batches come from; tells how the run exchanges gradients, for the loggers.
     """
 
@@ -68,6 +72,8 @@ class Coordinator(protocols.Coordinator):
         buffers: BufferSync | None,
         sigterm_received: Callable[[], bool],
         supervisor: RunSupervisor,
+        joining: Joining | None,
+        on_joined: Callable[[], None],
         resolve: Callable[[BatchSource], dict[str, Any]],
     ) -> None:
         self._trainer = trainer
@@ -84,10 +90,14 @@ class Coordinator(protocols.Coordinator):
         self._sigterm_received = sigterm_received
         self._cpu = CpuMeter()
         self._supervisor = supervisor
+        self._joining = joining
+        self._on_joined = on_joined
         self._resolve = resolve
         self._is_resolved = False
         # Ends the asynchronous phase.
         self._segment = ExitStack()
+        # Digest of the epoch's order of batches.
+        self._order = ""
         # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
         self._dealt: tuple[int, bool] | None = None
 
@@ -141,6 +151,7 @@ class Coordinator(protocols.Coordinator):
             MisconfigurationException: if the ranks' orders differ.
         """
         agree_on_order(self._collectives.gather_objects(order))
+        self._order = order
         if not self._is_resolved:
             self._is_resolved = True
             configuration = self._resolve("shared order" if order else "stream per rank")
@@ -182,7 +193,7 @@ class Coordinator(protocols.Coordinator):
             if dealt != self._dealt and self._by_hand.manual:
                 engine.service.regroup(*dealt)
             self._dealt = dealt
-            engine.service.open(tickets)
+            engine.service.open(tickets, self._supervisor.ranks)
         # Every rank notes where it stands.
         if self._metrics is not None:
             self._metrics.begin(self._clock.log_step - 1)
@@ -192,9 +203,42 @@ class Coordinator(protocols.Coordinator):
         # The last time that they wait for one another.
         self._collectives.barrier("a segment begins")
         self._supervisor.begin_training()
+        self._part()
+
+    def _part(self) -> None:
         self._cpu.start()
-        engine.states.begin_segment()
+        self._exchange.engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
+
+    @override
+    def open_admission(self) -> None:
+        if (admission := self._supervisor.admission) is not None:
+            version = self._exchange.worker.version
+            admission.open(capture_fit(self._trainer, self._order, version, self._by_hand))
+
+    @property
+    @override
+    def joins(self) -> bool:
+        return self._joining is not None and self._supervisor.membership.joining is not None
+
+    @override
+    def take_state(self) -> bool:
+        assert self._joining is not None
+        return self._joining.take_state()
+
+    @override
+    def join_segment(self, order: str) -> TrainerState:
+        joining = self._joining
+        assert joining is not None and joining.state is not None
+        agree_on_order([joining.state.order, order])
+        self._exchange.worker.begin_epoch()
+        self._by_hand.prepare(self._exchange.worker)
+        if self._buffers is not None:
+            self._buffers.begin_segment()
+        joining.come_in()
+        self._on_joined()
+        self._part()
+        return joining.state.trainer
 
     @override
     def begin_batch(self, samples: int) -> None:
@@ -207,6 +251,8 @@ class Coordinator(protocols.Coordinator):
     def leave_segment(self, validation_requested: bool, skip_rest: bool) -> SegmentEnd:
         # This rank's part ends: what is left to push is pushed, and nothing more computed.
         worker, trainer = self._exchange.worker, self._trainer
+        if self._supervisor.admission is not None:
+            self._supervisor.admission.shut()
         leftover = self._by_hand.finish_segment(worker)
         worker.finish_segment()
         self.abandon_segment()
@@ -214,14 +260,17 @@ class Coordinator(protocols.Coordinator):
         self._metric_sync.forget_local_results()
         # All ranks tell what they want and what they have left; then they know the same.
         wishes = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
-        mine = (wishes, leftover, self._cpu.stop())
-        ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse]] = self._collectives.gather_objects(mine)
+        mine = (wishes, leftover, self._cpu.stop(), self._stats.all_reduce_seconds > 0)
+        ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse, bool]] = self._collectives.gather_objects(mine)
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
-            any(wish) for wish in zip(*(wishes for wishes, _, _ in ranks), strict=True)
+            any(wish) for wish in zip(*(wishes for wishes, *_ in ranks), strict=True)
         )
         self._stats.end_segment()
-        self._collectives.repeat_if_lost(self._time_all_reduce, lambda: None)
-        self._stats.note_cpu_use([use for _, _, use in ranks])
+        self._collectives.follow_roster()
+        if trainer.world_size > 1 and not ranks[0][-1]:
+            self._collectives.repeat_if_lost(self._time_all_reduce, lambda: None)
+        present = self._collectives.ranks_present
+        self._stats.note_cpu_use({rank: use for rank, (_, _, use, _) in zip(present, ranks, strict=True)})
         if sigterm:
             trainer_state.set_received_sigterm(trainer)
         # Rank 0 tells what became of the tickets, and what the holder's steps have changed in the param groups.
@@ -238,17 +287,16 @@ class Coordinator(protocols.Coordinator):
                 service.complete_version()
             adapted = self._collectives.broadcast([] if service is None else service.take_adapted())
             worker.refresh()
-        self._by_hand.agree(leftover for _, leftover, _ in ranks)
+        self._by_hand.agree(leftover for _, leftover, *_ in ranks)
         if trainer.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())
         self._exchange.engine.show_adapted(adapted)
         return SegmentEnd(done, left, validation_requested, skip_rest)
 
     def _time_all_reduce(self) -> None:
-        if self._trainer.world_size > 1 and not self._stats.all_reduce_seconds:
-            # DDP makes one in each step: what lock step would take is estimated with it.
-            elements = self._exchange.engine.layout.numel
-            self._stats.all_reduce_seconds = time_all_reduce(elements, self._trainer.strategy.root_device)
+        # DDP makes one in each step: what lock step would take is estimated with it.
+        elements = self._exchange.engine.layout.numel
+        self._stats.all_reduce_seconds = time_all_reduce(elements, self._trainer.strategy.root_device)
 
     def _is_over(self) -> bool:
         """Whether the fit ends here, as far as is known."""

@@ -22,6 +22,7 @@ from lightning_async.strategies.checkpointing import Checkpointing
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.coordinator import Coordinator
 from lightning_async.strategies.gradient_exchange import ExchangeContext, GradientExchange
+from lightning_async.strategies.joining import Joining
 from lightning_async.strategies.resolved import Resolved
 
 __all__ = ["Fit", "set_up_fit"]
@@ -58,6 +59,7 @@ def set_up_fit(
     loops: InstalledLoops,
     signals: RunSignals,
     resolve: Callable[[Resolved], dict[str, Any]],
+    on_joined: Callable[[], None] = lambda: None,
 ) -> Fit:
     """Gives all ranks one module, and builds the parts of a fit; a collective call.
 
@@ -71,6 +73,7 @@ def set_up_fit(
         loops: the trainer's loops, which follow the coordinator from here on.
         signals: what signals have asked for.
         resolve: told what the ranks found when they met; tells how the run exchanges gradients, for the loggers.
+        on_joined: called when this rank has joined a fit that is under way.
 
     Raises:
         MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
@@ -88,7 +91,11 @@ def set_up_fit(
         trainer, context.name, gradients, phase, context.world_size, counts_gradients=gradients_per_update > 1
     )
     exchange = GradientExchange(context, optimizers, take, by_hand, version)
+    membership = context.supervisor.membership
     context.supervisor.on_eviction(exchange.evict)
+    joining = None if membership.joining is None else Joining(trainer, membership, exchange, by_hand)
+    if membership.admission is not None:
+        exchange.receive(membership.admission)
     transports = context.collectives.gather_objects(exchange.engine.transport)
     clock = SharedClock(
         lambda: exchange.worker.version,
@@ -113,6 +120,8 @@ def set_up_fit(
         buffers=buffers,
         sigterm_received=lambda: signals.sigterm_received,
         supervisor=context.supervisor,
+        joining=joining,
+        on_joined=on_joined,
         resolve=lambda source: resolve(Resolved(transports, exchange.engine.holder_device, source)),
     )
     loops.follow(coordinator)
@@ -127,7 +136,8 @@ def _share(context: ExchangeContext) -> BufferSync | None:
         check_averaged(module)
         if context.world_size == 1:
             return None
-        share_module(module, gather)
+        if context.supervisor.membership.joining is None:
+            share_module(module, gather)
     except ValueError as error:
         raise MisconfigurationException(f"{context.name} cannot train this module: {error}.") from error
     return BufferSync(module, gather, context.rank)

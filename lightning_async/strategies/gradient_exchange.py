@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.param_views import UnsupportedGradientError
-from lightning_async.exchange.service import UpdateObserver
+from lightning_async.exchange.service import Service, UpdateObserver
 from lightning_async.exchange.worker import Worker
 from lightning_async.loops.buffer_sync import check_ignored
 from lightning_async.loops.protocols import Collectives
 from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.admission import Admission
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.optimizer_proxy import agree_on_optimizers, place_in
 from lightning_async.strategies.supervisor import RunSupervisor
@@ -115,12 +116,27 @@ class GradientExchange:
         """Takes a worker out of the exchange, at any time; returns what the others get of it, in words."""
         service = self.engine.service
         assert service is not None
-        self._context.stats.evicted.append(worker)
+        self._context.stats.evict(worker)
         returned = service.evict(worker)
         if not returned:
             return None
         batches = "batch is" if returned == 1 else f"{returned} batches are"
         return f"its unfinished {batches} handed out again"
+
+    def receive(self, admission: Admission) -> None:
+        """Has workers that join come to the holder."""
+
+        def service() -> Service:
+            assert self.engine.service is not None
+            return self.engine.service
+
+        def admit(worker: int) -> None:
+            self._context.stats.join(worker)
+            service().admit(worker)
+
+        admission.exchange = service().address
+        admission.let_in = lambda worker: service().let_in(worker)
+        admission.admit = admit
 
     def follow_user_code(self) -> None:
         """Takes over what hooks between segments did to parameters, optimizers and their states; a collective call."""
@@ -167,6 +183,7 @@ class GradientExchange:
                 devices=self._devices(),
                 process=context.supervisor.holder_process,
                 on_lost=context.supervisor.on_lost,
+                incarnation=context.supervisor.membership.incarnation,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error

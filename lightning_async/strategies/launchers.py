@@ -9,6 +9,7 @@ Private API: see the canary tests.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -26,6 +27,11 @@ import lightning.pytorch as pl
 import torch.multiprocessing as mp
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
+from lightning.fabric.strategies.launchers.subprocess_script import (
+    _HYDRA_AVAILABLE,
+    _basic_subprocess_cmd,
+    _hydra_subprocess_cmd,
+)
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
@@ -33,12 +39,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
+from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit, tell_in_one_line
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
-__all__ = ["ProcessLauncher", "ScriptLauncher"]
+__all__ = ["ProcessLauncher", "ScriptLauncher", "back_off_s"]
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
 
@@ -48,6 +55,8 @@ _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 # The processes of these ranks, on this host and but for this one.
 _started: list[subprocess.Popen[bytes]] = []
 
+# Before a lost rank is started again: at once, then twice as long each time.
+_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
 _POLL_S = 0.5
 _EXIT_POLL_S = 0.05
 _EXIT_STATUS_TIMEOUT_S = 1.0
@@ -63,6 +72,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
         self._guard = guard
+        self._restarts: dict[int, int] = {}
+        self._is_over = threading.Event()
 
     @property
     @override
@@ -92,6 +103,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                 _started[:] = self.procs
         # A script's later Trainers train with the ranks that the first has started.
         self.procs = list(_started)
+        self._restarts.clear()
+        self._is_over.clear()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             with self._watching(), self._guard.guard_run():
@@ -103,8 +116,43 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                 super().kill(signal.SIGTERM)
             elif isinstance(error, WorkerFailedError):
                 tell_in_one_line()
+            self._is_over.set()
             self.end_children(_END_TIMEOUT_S)
             raise
+        finally:
+            self._is_over.set()
+
+    def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
+        """Starts a lost rank again soon, if it was started from here and not too often before.
+
+        Args:
+            local_rank: which one.
+            invitation: what it joins the run with.
+            most: how often it may be started again.
+
+        Returns:
+            What becomes of it, in words; None if it was not started from here.
+        """
+        if not 0 < local_rank <= len(self.procs):
+            return None
+        self.procs[local_rank - 1].kill()
+        count = self._restarts[local_rank] = self._restarts.get(local_rank, 0) + 1
+        if count > most:
+            return f"it is not started again (max_restarts={most})"
+        delay_s = back_off_s(count)
+        args = (local_rank, invitation, delay_s)
+        threading.Thread(target=self._start_again, args=args, name="restart", daemon=True).start()
+        return f"it is started again{f' in {delay_s:g} s' if delay_s else ''} ({count} of {most})"
+
+    def _start_again(self, local_rank: int, invitation: Invitation, delay_s: float) -> None:
+        if self._is_over.wait(delay_s):
+            return
+        command, folder = _basic_subprocess_cmd(), None
+        if _HYDRA_AVAILABLE and importlib.import_module("hydra.core.hydra_config").HydraConfig.initialized():
+            command, folder = _hydra_subprocess_cmd(local_rank)
+        variables = os.environ | invitation.variables() | {"LOCAL_RANK": str(local_rank)}
+        self.procs[local_rank - 1] = subprocess.Popen(command, env=variables, cwd=folder)
+        _started[:] = self.procs
 
     @override
     def kill(self, signum: int) -> None:
@@ -127,7 +175,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             yield
             return
         over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(list(self.procs), over), name="child-watch", daemon=True)
+        watch = threading.Thread(target=self._watch, args=(over,), name="child-watch", daemon=True)
         watch.start()
         try:
             yield
@@ -170,19 +218,22 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         except subprocess.TimeoutExpired:
             return None
 
-    def _watch(self, processes: list[subprocess.Popen[bytes]], over: threading.Event) -> None:
+    def _watch(self, over: threading.Event) -> None:
         # The heartbeats see most deaths first; this sees those that come before they exist.
         running = True
         reported: set[int] = set()
-        while running and not over.is_set():
+        while (running or self._guard.goes_on) and not over.is_set():
             # Asked before the statuses are looked at, so that those of the last to end are looked at too.
-            running = any(process.poll() is None for process in processes)
-            for local_rank, process in enumerate(processes, start=1):
-                if process.poll() and local_rank not in reported:
+            running = any(process.poll() is None for process in self.procs)
+            for local_rank, process in enumerate(list(self.procs), start=1):
+                if process.poll() and process.pid not in reported:
                     if over.wait(_EXIT_STATUS_TIMEOUT_S):
                         return
-                    reported.add(local_rank)
-                    self._guard.report_failure(local_rank, describe_exit(process.returncode))
+                    reported.add(process.pid)
+                    if self.procs[local_rank - 1] is process:
+                        self._guard.report_failure(local_rank, describe_exit(process.returncode))
+                    if not self._guard.goes_on:
+                        return
             over.wait(_POLL_S)
 
 
@@ -193,6 +244,10 @@ class ProcessLauncher(_MultiProcessingLauncher):
         launched: Any = strategy
         super().__init__(launched, start_method=start_method)
         self._guard = guard
+        # Where rank 0 says how a lost rank joins, and what it has said; how often each was started again.
+        self._invitations: Any = None
+        self._invited: tuple[Invitation, int] | None = None
+        self._restarts: dict[int, int] = {}
 
     @property
     @override
@@ -238,10 +293,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
         os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
         results = mp.get_context(self._start_method).SimpleQueue()
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
+        self._invitations = mp.get_context(self._start_method).SimpleQueue()
+        arguments = [trainer, function, args, kwargs, results, *states]
         with held_back():
             context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
                 self._wrapping_function,
-                args=[trainer, function, args, kwargs, results, *states],
+                args=arguments,
                 nprocs=strategy.num_processes,
                 start_method=self._start_method,
                 join=False,
@@ -249,7 +306,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             self.procs = context.processes
         try:
             with self._passing_on_sigterm():
-                result = self._wait(results, context.error_files)
+                result = self._wait(results, context.error_files, arguments)
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
             self.kill(signal.SIGTERM)
@@ -286,7 +343,43 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
         super()._wrapping_function(process_idx, trainer, guarded, *rest)
 
-    def _wait(self, results: Any, error_files: Sequence[str]) -> Any:
+    def invite(self, invitation: Invitation, most: int) -> None:
+        """Tells the process that has started the ranks how one that is lost joins the run; called by rank 0.
+
+        Args:
+            invitation: what ranks join with; each with its own number.
+            most: how often one may be started again.
+        """
+        if self._invitations is not None:
+            self._invitations.put((invitation, most))
+
+    def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
+        """None: the process that has started the ranks starts them again."""
+        return None
+
+    def _start_again(self, index: int, arguments: Sequence[Any]) -> bool:
+        """Starts a lost rank again, if it may be; returns whether it is."""
+        while not self._invitations.empty():
+            self._invited = self._invitations.get()
+        count = self._restarts[index] = self._restarts.get(index, 0) + 1
+        if self._invited is None or count > self._invited[1]:
+            return False
+        strategy: Any = self._strategy
+        address, rank = self._invited[0].address, strategy.node_rank * strategy.num_processes + index
+        context: Any = mp.get_context(self._start_method)
+        process = context.Process(
+            target=self._run_again, args=(index, Invitation(address, rank), back_off_s(count), *arguments), daemon=False
+        )
+        process.start()
+        self.procs[index] = process
+        return True
+
+    def _run_again(self, index: int, invitation: Invitation, delay_s: float, *arguments: Any) -> None:
+        time.sleep(delay_s)
+        os.environ |= invitation.variables()
+        self._wrapping_function(index, *arguments)
+
+    def _wait(self, results: Any, error_files: Sequence[str], arguments: Sequence[Any] = ()) -> Any:
         """Waits for rank 0's result.
 
         Raises:
@@ -305,6 +398,10 @@ class ProcessLauncher(_MultiProcessingLauncher):
             for index in [index for index, process in running.items() if not process.is_alive()]:
                 process = running.pop(index)
                 process.join()
+                if index and process.exitcode and self._guard.goes_on and self.procs[0].is_alive():
+                    if self._start_again(index, arguments):
+                        running[index] = self.procs[index]
+                    continue
                 ended.append(index)
                 if index == 0 if self._guard.goes_on else process.exitcode != 0:
                     deadline = min(deadline, time.monotonic() + _END_TIMEOUT_S)
@@ -381,6 +478,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def back_off_s(count: int) -> float:
+    """Seconds to wait before a rank is started for the ``count``-th time again.
+
+    Examples:
+        >>> [back_off_s(count) for count in (1, 2, 3, 4, 50)]
+        [0.0, 1.0, 2.0, 4.0, 60.0]
+    """
+    return 0.0 if count == 1 else min(_FIRST_BACK_OFF_S * 2 ** min(count - 2, 30), _LONGEST_BACK_OFF_S)
 
 
 def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:

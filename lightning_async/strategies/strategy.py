@@ -48,6 +48,7 @@ from lightning_async.holder.rebuild import check_steppable
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
 from lightning_async.monitoring.stats import RunStats
+from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
@@ -120,6 +121,8 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
             an error that names the rank, as under DDP; ``"continue"`` goes on with the others, who compute its batches.
         min_ranks: with ``"continue"``, how many ranks must be left.
+        max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
+            the run in the middle of an epoch.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -154,6 +157,7 @@ class AsyncStrategy(PhasedCollectives):
         momentum_correction: MomentumCorrection = None,
         on_worker_failure: OnWorkerFailure = "stop",
         min_ranks: int = 1,
+        max_restarts: int = 3,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -174,7 +178,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
-            self._resilience = Resilience(on_worker_failure, min_ranks)
+            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
                 max_staleness=max_staleness,
@@ -204,6 +208,8 @@ class AsyncStrategy(PhasedCollectives):
         # While a fit is under way: its loops, what undoes all changes, and its parts once they are set up.
         self._loops: InstalledLoops | None = None
         self._undo = ExitStack()
+        # Of a rank that joins, until it trains.
+        self._before_joining = ExitStack()
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
@@ -313,10 +319,29 @@ class AsyncStrategy(PhasedCollectives):
         if wants_holder_process and self.is_global_zero and self.world_size > 1:
             supervisor.start_holder_process()
         self.meet_by(None)
+        if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
+            self._join(supervisor, invitation)
+            return
         with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
+        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
+
+    def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
+        """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        supervisor.join(invitation)
+        self.joins, self._worker_rank = True, supervisor.membership.rank
+        self._trainer.num_sanity_val_steps = 0
+        self._before_joining.enter_context(self.phase.asynchronous())
+
+    def _meet_others(self) -> None:
+        """Meets the others from the next stop on; this rank has joined the run."""
+        assert self._supervisor is not None
+        supervisor = self._supervisor
+        self._before_joining.close()
         self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
@@ -379,7 +404,7 @@ class AsyncStrategy(PhasedCollectives):
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        if self.phase.is_asynchronous:
+        if self.phase.is_asynchronous and not self.joins:
             raise MisconfigurationException(
                 "the optimizers were replaced between two batches, while the other ranks train with those of before. "
                 "Replace them where the ranks meet, for example in on_train_epoch_start, on_validation_end or "
@@ -405,11 +430,11 @@ class AsyncStrategy(PhasedCollectives):
             name=self.strategy_name,
             module=self.lightning_module,
             options=self.options,
-            rank=self.worker_rank,
+            rank=self._supervisor.membership.rank,
             world_size=self.nominal_world_size,
             device=self.root_device,
             collectives=self,
-            meet=super().broadcast,
+            meet=self._meet_at_holder,
             supervisor=self._supervisor,
             stats=self.stats,
             observers=self.observers,
@@ -424,6 +449,7 @@ class AsyncStrategy(PhasedCollectives):
             loops=self._loops,
             signals=self._signals,
             resolve=self._resolve,
+            on_joined=self._meet_others,
         )
         self._undo.callback(self._fit.by_hand.release)
         self._ending = FitEnding(
@@ -434,6 +460,12 @@ class AsyncStrategy(PhasedCollectives):
             wants_table=lambda: self.summary,
             finish_metrics=self._fit.coordinator.finish_metrics,
         )
+
+    def _meet_at_holder(self, address: str) -> str:
+        """Gives every rank the address that rank 0's holder takes workers in at."""
+        assert self._supervisor is not None
+        joining = self._supervisor.membership.joining
+        return super().broadcast(address) if joining is None else joining.exchange.as_json()
 
     def _resolve(self, resolved: Resolved) -> dict[str, Any]:
         self._resolved = resolved
@@ -515,6 +547,9 @@ class AsyncStrategy(PhasedCollectives):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.joins:
+            # The run that it joins is further.
+            return
         # A callback may have given the optimizers the param groups of the checkpoint.
         self._parts.exchange.follow_user_code()
         self._parts.checkpointing.load(checkpoint, self.optimizers, self.nominal_world_size)
@@ -550,6 +585,7 @@ class AsyncStrategy(PhasedCollectives):
     @override
     def teardown(self) -> None:
         # Whatever becomes of the exchange, Lightning, torchmetrics and what user code has are then as they were.
+        self._before_joining.close()
         with self._undo.pop_all():
             fit, self._loops = self._fit, None
             if fit is not None:

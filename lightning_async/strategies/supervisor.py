@@ -16,13 +16,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
-from lightning_async.runtime.failure import FailureLatch, RunFailure
+from lightning_async.runtime.admission import Admission, Invitation
+from lightning_async.runtime.failure import FailureLatch, RunFailure, say
+from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
+from lightning_async.transport.base import ChannelClosedError
 
 __all__ = ["RunSupervisor", "StartMethod"]
 
@@ -115,7 +118,10 @@ class RunSupervisor:
         self._membership.lose(RunFailure(rank, reason))
 
     def _describe_end(self, rank: int) -> str | None:
-        return self.launcher.describe_end(rank - self._ranks.node_rank * self._ranks.num_processes)
+        return self.launcher.describe_end(self._local_rank(rank))
+
+    def _local_rank(self, rank: int) -> int:
+        return rank - self._ranks.node_rank * self._ranks.num_processes
 
     # --- what the strategy calls -------------------------------------------------------------------------------------
 
@@ -137,6 +143,15 @@ class RunSupervisor:
         assert self._membership is not None
         return self._membership
 
+    def join(self, invitation: Invitation) -> None:
+        """Begins to join a run that is under way."""
+        try:
+            self.membership.join(invitation)
+        except (HandshakeError, ChannelClosedError) as error:
+            say(self._ranks.global_rank, f"cannot join the run: {error}")
+            raise SystemExit(1) from error
+        _prepare_exit()
+
     def was_lost(self, error: Exception) -> bool:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
@@ -144,6 +159,17 @@ class RunSupervisor:
     def note_group_formed(self) -> None:
         """Notes that the process group has the ranks in the run."""
         self._losses_known = self.membership.losses
+
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """The ranks in the run, on rank 0, if they may have changed; None otherwise."""
+        evictions = self.membership.evictions
+        return None if evictions is None else evictions.roster.living
+
+    @property
+    def admission(self) -> Admission | None:
+        """Takes in ranks that join, on rank 0; None elsewhere."""
+        return self.membership.admission
 
     @property
     def on_lost(self) -> OnLost | None:
@@ -158,8 +184,19 @@ class RunSupervisor:
 
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
-        if self.membership.evictions is not None:
-            self.membership.evictions.under_way = True
+        evictions, address = self.membership.evictions, self.membership.address
+        if evictions is None or evictions.under_way:
+            return
+        evictions.under_way = True
+        assert address is not None
+        most = self.resilience.max_restarts
+        if isinstance(self.launcher, ProcessLauncher):
+            self.launcher.invite(Invitation(address, None), most)
+        else:
+            evictions.steps.append(lambda rank, reason: self._restart(rank, Invitation(address, rank), most))
+
+    def _restart(self, rank: int, invitation: Invitation, most: int) -> str | None:
+        return self.launcher.restart(self._local_rank(rank), invitation, most)
 
     def end_training(self) -> None:
         """Until here."""

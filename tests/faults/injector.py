@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_async.runtime.admission import Invitation
+
 __all__ = ["Fault", "FaultInjector", "InjectedError", "Kind", "pid_of"]
 
 Kind = Literal["raise", "kill", "stop", "exit", "interrupt", "sigterm", "sigterm_all", "exhaust", "threadless"]
@@ -42,6 +44,8 @@ class Fault:
             nothing is raised.
         place: the LightningModule's method in which it happens, or ``setup``.
         after_s: seconds to wait first, in which the other ranks come to wait for this one.
+        incarnation: which worker of that rank it happens to: 0 for those that the run begins with, 1 for those that
+            have joined it.
     """
 
     rank: int
@@ -49,6 +53,7 @@ class Fault:
     kind: Kind
     place: str = "training_step"
     after_s: float = 0.0
+    incarnation: int = 0
 
     def strike(self) -> None:
         """Makes it happen, in the calling process."""
@@ -85,7 +90,8 @@ class FaultInjector(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for fault in self.faults:
-            if fault.rank != trainer.global_rank:
+            joined = Invitation.of_this_process() is not None
+            if fault.rank != trainer.global_rank or fault.incarnation != joined:
                 continue
             if fault.place == "setup":
                 fault.strike()

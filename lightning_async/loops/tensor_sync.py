@@ -37,7 +37,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device | None = N
         with torch.no_grad():
             if _meeting is not None:
                 mine: Any = tensor.detach().cpu() if _meeting.is_host else None
-                _write(tensor, _meeting.gather(mine, "broadcast_tensors")[0])
+                _write(tensor.detach(), _meeting.gather(mine, "broadcast_tensors")[0])
                 continue
             shared = _reachable(tensor.detach().to(device or tensor.device).contiguous())
             # As bytes: Gloo of torch 2.8 knows no complex numbers, and NCCL no 16-bit integers.

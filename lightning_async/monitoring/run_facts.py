@@ -28,6 +28,8 @@ class RunFacts:
         gradients_per_update: gradients that made a version.
         all_reduce_s: seconds that an all-reduce of the parameters takes; 0.0 if that was not measured.
         cpu: for each rank what it used of its host; empty if that is not known.
+        evicted: ranks that were lost, in that order.
+        joined: ranks that have joined since the run began, in that order.
     """
 
     max_staleness: int | None
@@ -42,6 +44,8 @@ class RunFacts:
     gradients_per_update: int = 1
     all_reduce_s: float = 0.0
     cpu: Sequence[CpuUse] = ()
+    evicted: Sequence[int] = ()
+    joined: Sequence[int] = ()
 
     @classmethod
     def of(
@@ -63,6 +67,9 @@ class RunFacts:
             gradients_per_update=configuration["gradients_per_update"],
             all_reduce_s=stats["all_reduce_seconds"],
             cpu=cpu if all(use.cores > 0 for use in cpu) else (),
+            # Records of before have none.
+            evicted=stats.get("evicted", ()),
+            joined=stats.get("joined", ()),
         )
 
     @property

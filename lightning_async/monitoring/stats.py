@@ -27,6 +27,7 @@ class RunStats:
 
     Attributes:
         updates: updates applied, over all optimizers.
+        ranks: number of ranks in the run.
         version: the version that the last of them made.
         staleness: staleness -> number of applied updates.
         staleness_by_rank: the same for each rank.
@@ -49,6 +50,7 @@ class RunStats:
         self._lock = threading.Lock()
         self._clock = clock
         self.updates = 0
+        self.ranks = workers
         self.version = 0
         self.staleness: Counter[int] = Counter()
         self.staleness_by_rank: dict[int, Counter[int]] = {rank: Counter() for rank in range(workers)}
@@ -117,12 +119,14 @@ class RunStats:
         """Notes that a rank is out of the run."""
         with self._lock:
             self.evicted.append(rank)
+            self.ranks -= 1
             self._last.pop(rank, None)
 
     def join(self, rank: int) -> None:
         """Notes that a rank is in the run that was out of it, or is new."""
         with self._lock:
             self.joined.append(rank)
+            self.ranks += 1
             self._last.pop(rank, None)
             self._steps.setdefault(rank, deque(maxlen=_STEPS_KEPT))
             self.staleness_by_rank.setdefault(rank, Counter())
@@ -161,6 +165,7 @@ class RunStats:
         with self._lock:
             return {
                 "updates": self.updates,
+                "ranks": self.ranks,
                 "staleness": dict(self.staleness),
                 "staleness_by_rank": {rank: dict(counts) for rank, counts in self.staleness_by_rank.items()},
                 "updates_by_rank": dict(self.updates_by_rank),

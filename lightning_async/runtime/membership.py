@@ -132,7 +132,13 @@ class Membership:
         goes_on = self._resilience.goes_on
         if self.rank == 0 and goes_on:
             self._host_meetings(world_size, host)
-        watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
+        evictions = self.evictions
+        everyone = tuple(range(world_size))
+
+        def ranks() -> tuple[int, ...]:
+            return everyone if evictions is None else evictions.roster.living
+
+        watch = CollectiveWatch(self.rank, ranks, self._worker_timeout_s)
         self._heartbeats = Heartbeats(
             self.rank,
             self.latch,

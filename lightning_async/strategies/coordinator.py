@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -82,6 +83,7 @@ class Coordinator(protocols.Coordinator):
         self._cpu = CpuMeter()
         self._resolve = resolve
         self._is_resolved = False
+        self._source: BatchSource = "shared order"
         # Ends the asynchronous phase.
         self._segment = ExitStack()
         # How the ledger deals what is left of the epoch: batches at once, in equal shares or not.
@@ -116,6 +118,11 @@ class Coordinator(protocols.Coordinator):
     def snapshot_between_batches(self) -> tuple[protocols.Snapshot, int] | None:
         return self._checkpointing.snapshot_between_batches
 
+    @property
+    @override
+    def steps_to_measure(self) -> int | None:
+        return self._exchange.dial.steps_to_measure
+
     # --- an epoch begins ---------------------------------------------------------------------------------------------
 
     @override
@@ -139,9 +146,8 @@ class Coordinator(protocols.Coordinator):
         agree_on_order(self._collectives.gather_objects(order))
         if not self._is_resolved:
             self._is_resolved = True
-            configuration = self._resolve("shared order" if order else "stream per rank")
-            if self._metrics is not None:
-                self._metrics.configure(configuration)
+            self._source = "shared order" if order else "stream per rank"
+            self._configure_metrics()
         place = self._checkpointing.begin_epoch(self._trainer.current_epoch, order, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
         self._exchange.worker.begin_epoch()
@@ -156,6 +162,11 @@ class Coordinator(protocols.Coordinator):
         everyone = self._collectives.gather_objects(digests)
         common = min(map(len, everyone))
         agree_on_order(["".join(theirs[:common]) for theirs in everyone])
+
+    def _configure_metrics(self) -> None:
+        configuration = self._resolve(self._source)
+        if self._metrics is not None:
+            self._metrics.configure(configuration)
 
     # --- the ranks part ----------------------------------------------------------------------------------------------
 
@@ -229,18 +240,37 @@ class Coordinator(protocols.Coordinator):
         )
         # Every rank's last push was answered before it came here, so these parameters are final.
         worker.refresh()
+        has_chosen = self._choose()
         # But for gradients that wait for more, where none will follow; all ranks know the same of that.
-        if self._exchange.averages and (not left or skip_rest or self._is_over()):
+        if self._exchange.averages and (not left or skip_rest or self._is_over() or has_chosen):
             self._exchange.engine.show_adapted(adapted)
             if service is not None:
                 service.complete_version()
             adapted = self._collectives.broadcast([] if service is None else service.take_adapted())
             worker.refresh()
+        if has_chosen:
+            self._exchange.follow_dial()
+            self._configure_metrics()
         self._by_hand.agree(leftover for _, leftover, _ in ranks)
         if trainer.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())
         self._exchange.engine.show_adapted(adapted)
         return SegmentEnd(done, left, validation_requested, skip_rest)
+
+    def _choose(self) -> bool:
+        """Lets rank 0 choose what was left to "auto", once enough was measured; a collective call.
+
+        Returns:
+            Whether it has chosen; what is in force at the holder follows.
+        """
+        dial = self._exchange.dial
+        if dial.steps_to_measure is None or self._is_over():
+            return False
+        dial.choice = self._collectives.broadcast(dial.choose() if self._trainer.is_global_zero else None)
+        if dial.choice is None:
+            return False
+        rank_zero_info(dial.notice)
+        return True
 
     def _is_over(self) -> bool:
         """Whether the fit ends here, as far as is known."""

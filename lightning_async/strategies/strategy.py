@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
-from lightning_async.exchange.dial import Dial, GradientsPerUpdate
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import (
     Batches,
@@ -200,6 +199,8 @@ class AsyncStrategy(PhasedCollectives):
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
+        # Of a fit from its setup on, and of the last one.
+        self._run_dial: RunDial | None = None
         self._ending: FitEnding | None = None
         self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
@@ -208,9 +209,10 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def options(self) -> ExchangeOptions:
         """How gradients are exchanged among the ranks that there are."""
-        # With several optimizers each gradient is an update.
-        several = self._dial.gradients_per_update == "auto" and len(self.optimizers) > 1
-        return replace(self._asked, gradients_per_update=1 if several else self._dial.gradients(self.world_size))
+        return (self._run_dial or self._begin_dial()).options
+
+    def _begin_dial(self) -> RunDial:
+        return RunDial(self._dial, self._asked, self.world_size, lambda: self.stats, lambda: len(self.optimizers) or 1)
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -278,7 +280,8 @@ class AsyncStrategy(PhasedCollectives):
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
-        refuse_options(self.options, self.strategy_name, self.root_device, self.world_size)
+        for options in self._dial.possible(self._asked, self.world_size):
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
         try:
             check_module(module)
         except ValueError as error:
@@ -313,6 +316,7 @@ class AsyncStrategy(PhasedCollectives):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         if self._is_fitting:
+            self._run_dial = None
             self._signals.forget()
             if self.is_global_zero:
                 assert self._supervisor is not None
@@ -386,13 +390,14 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        if (chosen := self._dial.notice(self.world_size, self.options.gradients_per_update)) is not None:
-            rank_zero_info(chosen)
+        self._run_dial = self._begin_dial()
+        if self._run_dial.notice is not None:
+            rank_zero_info(self._run_dial.notice)
         self._resolved, self.has_stepped = None, False
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
-            options=self.options,
+            dial=self._run_dial,
             rank=self.global_rank,
             world_size=self.world_size,
             device=self.root_device,
@@ -517,6 +522,8 @@ class AsyncStrategy(PhasedCollectives):
             # As under DDP, user code finds the state on every rank after fit.
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
+        if self._run_dial is not None and self._run_dial.unfinished is not None:
+            rank_zero_info(self._run_dial.unfinished)
         assert self._ending is not None
         self._ending.finish()
 
@@ -556,8 +563,9 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
-        described = describe_run(type(self).__name__, self.world_size, self.options, self._resolved)
-        return {**described, "requested": described["requested"] | self._dial.requested}
+        dial = self._run_dial or self._begin_dial()
+        described = describe_run(type(self).__name__, self.world_size, dial.options, self._resolved)
+        return {**described, **dial.described, "requested": described["requested"] | dial.requested}
 
     @classmethod
     @override

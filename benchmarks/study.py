@@ -35,9 +35,14 @@ from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from lightning_async import SimulatedClusterStrategy
 from recipes.classifier import Classifier
-from recipes.datasets import HelpTextDataModule, SyntheticInteractionsDataModule, SyntheticSparseDataModule
+from recipes.datasets import (
+    HelpTextDataModule,
+    SyntheticImagesDataModule,
+    SyntheticInteractionsDataModule,
+    SyntheticSparseDataModule,
+)
 from recipes.digits import DigitsDataModule
-from recipes.models import Factorization, LeNet5, SmallGPT, SparseLinear
+from recipes.models import Factorization, LeNet5, ResNet18, SmallGPT, SparseLinear
 
 OUT = Path("runs/study")
 JITTER = 0.1
@@ -114,6 +119,15 @@ PROBLEMS: dict[str, Problem] = {
         checks=6,
         adamw=True,
         settings={"num_classes": 96},
+    ),
+    "resnet18": Problem(
+        partial(ResNet18, num_classes=10, width=8),
+        partial(SyntheticImagesDataModule, train_samples=2_000, eval_samples=500, noise=3.0, batch_size=10),
+        "val/acc",
+        "max",
+        5,
+        (0.002, 0.004, 0.008),
+        checks=2,
     ),
 }
 

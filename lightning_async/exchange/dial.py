@@ -174,7 +174,10 @@ those of DDP.
         """What "auto" has chosen, and why, ready for JSON; empty if nothing was left to it."""
         if self._dial.gradients_per_update != "auto":
             return {}
-        return {"auto": None if self.choice is None else asdict(self.choice)}
+        why = "step times are measured; each update is made of a gradient of each rank, as under DDP"
+        if self.steps_to_measure is None:
+            why = "nothing to choose with one rank" if self._workers == 1 else self._reason
+        return {"auto": {"why": why, **({} if self.choice is None else asdict(self.choice))}}
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -190,27 +193,28 @@ those of DDP.
     @property
     def notice(self) -> str | None:
         """What "auto" has chosen and why, in a line; None if nothing was left to it, or there is nothing to say yet."""
-        if self._dial.gradients_per_update != "auto" or self._workers == 1:
+        if self._dial.gradients_per_update != "auto" or self._workers == 1 or self.steps_to_measure is not None:
             return None
-        begin, options = 'gradients_per_update="auto"', self.options
-        if self.steps_to_measure is not None:
-            return None
-        ranks = f"{self._workers} ranks"
+        return f'gradients_per_update="auto": {self._reason}.'
+
+    @property
+    def _reason(self) -> str:
+        options, ranks = self.options, f"{self._workers} ranks"
         policy = f"staleness_policy={describe_policy(options.staleness_policy)}"
         if self._dial.staleness_policy is None:
             policy += ", so that learning rate and momentum can be those of DDP"
         if self.choice is None:
-            return f"{begin}: 1 gradient an update for {ranks}, since there are several optimizers; {policy}."
+            return f"1 gradient an update for {ranks}, since there are several optimizers; {policy}"
         seconds = f"whose steps take {_listed(self.choice.step_seconds)}"
         if self.choice.waits_for_all:
             return (
-                f"{begin}: as under DDP, each update is made of a gradient of each of {ranks}, {seconds}: without "
-                f"waiting they would be an estimated {self.choice.gain:.2f} times as fast, and less than "
-                f"{auto.LEAST_GAIN:g} is not worth it."
+                f"as under DDP, each update is made of a gradient of each of {ranks}, {seconds}: without waiting they "
+                f"would be an estimated {self.choice.gain:.2f} times as fast, and less than {auto.LEAST_GAIN:g} is "
+                "not worth it"
             )
         number = f"{options.gradients_per_update} gradient{'s' if options.gradients_per_update > 1 else ''}"
         gain = f"an estimated {self.choice.gain:.1f} times as fast as in lock step"
-        return f"{begin}: {number} an update for {ranks}, {seconds}: {gain}; {policy}."
+        return f"{number} an update for {ranks}, {seconds}: {gain}; {policy}"
 
     @property
     def unfinished(self) -> str | None:

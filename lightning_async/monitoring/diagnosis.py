@@ -70,6 +70,10 @@ def conclusions(facts: RunFacts) -> list[str]:
         ]
     slow = slow_ranks(facts.steps)
     found = [_slowness(slow)] if slow else []
+    if facts.in_lock_step:
+        # Ranks wait for each other by intent.
+        part = f"{facts.exchange_fraction:.0%} of worker time went into that and the exchange"
+        return [*found, f"each update waited for a gradient of every rank, as under DDP: {part}"]
     found.append(_bound(facts))
     crowded = [f"{ranks} ranks on {cores} cores" for ranks, cores in facts.shared_cores()]
     starved = facts.places is not None and facts.places < facts.ranks

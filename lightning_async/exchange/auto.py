@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["LEAST_GAIN", "WARM_UP_STEPS", "Choice", "choose"]
 
@@ -20,21 +20,22 @@ _ONE_HICCUP_IN = 10
 LEAST_GAIN = 1.2
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What was chosen for a run, and why.
 
-    Args:
+    Attributes:
         gradients: that make an update, K: the number of ranks, N, if each update waits for all of them.
         gain: how many times as fast the same batches are estimated to be if no rank waits for another.
         step_seconds: mean step of each rank.
         waited_seconds: what each rank had waited for the others by then.
+        version: the first one that it holds for.
     """
 
     gradients: int
     gain: float
     step_seconds: tuple[float, ...]
     waited_seconds: tuple[float, ...] = ()
+    version: int = 0
 
     @property
     def waits_for_all(self) -> bool:
@@ -60,7 +61,7 @@ def choose(steps: Sequence[Sequence[float]], update_s: float = 0.0, busy: float 
 
     Examples:
         >>> choose([[1.0] * 24] * 3 + [[4.0] * 24])
-        Choice(gradients=2, gain=3.25, step_seconds=(1.0, 1.0, 1.0, 4.0), waited_seconds=())
+        Choice(gradients=2, gain=3.25, step_seconds=(1.0, 1.0, 1.0, 4.0), waited_seconds=(), version=0)
         >>> choose([[1.0] * 24] * 4).waits_for_all, choose([[1.0] * 24] * 3 + [[4.0] * 24], busy=0.9).waits_for_all
         (True, True)
         >>> choose([[1.0] * 5] * 4) is None

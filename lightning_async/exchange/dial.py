@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -167,7 +167,12 @@ those of DDP.
         update_s = stats.seconds_an_update if update_s is None else update_s
         chosen = auto.choose(self._measured, update_s, stats.busiest_host)
         waited = tuple(stats.wait_seconds_by_rank.values())
-        return None if chosen is None else replace(chosen, waited_seconds=waited)
+        return None if chosen is None else chosen._replace(waited_seconds=waited)
+
+    def begin_at(self, version: int) -> None:
+        """Notes the version that the choice holds from."""
+        assert self.choice is not None
+        self.choice = self.choice._replace(version=version)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -177,7 +182,7 @@ those of DDP.
         why = "step times are measured; each update is made of a gradient of each rank, as under DDP"
         if self.steps_to_measure is None:
             why = "nothing to choose with one rank" if self._workers == 1 else self._reason
-        return {"auto": {"why": why, **({} if self.choice is None else asdict(self.choice))}}
+        return {"auto": {"why": why, **({} if self.choice is None else self.choice._asdict())}}
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -230,7 +235,7 @@ those of DDP.
         """What a checkpoint keeps: the choice or, before that, what was measured; empty if nothing was left to it."""
         if not self._is_measured:
             return {}
-        return {"auto": {"measured": self._measured} if self.choice is None else asdict(self.choice)}
+        return {"auto": {"measured": self._measured} if self.choice is None else self.choice._asdict()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Goes on from what `state` has returned, unless that was a run of another number of ranks."""
@@ -240,7 +245,9 @@ those of DDP.
             return
         if "gradients" in noted and len(noted["step_seconds"]) == self._workers:
             # What was waited before is not in this fit's statistics.
-            self.choice = Choice(noted["gradients"], noted["gain"], tuple(noted["step_seconds"]))
+            self.choice = Choice(
+                noted["gradients"], noted["gain"], tuple(noted["step_seconds"]), version=noted["version"]
+            )
         elif len(noted.get("measured", ())) == self._workers:
             self._before = noted["measured"]
 

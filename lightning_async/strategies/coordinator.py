@@ -249,7 +249,7 @@ class Coordinator(protocols.Coordinator):
             adapted = self._collectives.broadcast([] if service is None else service.take_adapted())
             worker.refresh()
         if has_chosen:
-            self._exchange.follow_dial()
+            self._exchange.follow_dial(worker.version)
             self._configure_metrics()
         self._by_hand.agree(leftover for _, leftover, _ in ranks)
         if trainer.world_size > 1:

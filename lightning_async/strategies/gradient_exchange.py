@@ -113,10 +113,18 @@ class GradientExchange:
         before = self.options
         self.dial.load(saved)
         if self.options != before:
-            self.follow_dial()
+            self._adjust()
 
-    def follow_dial(self) -> None:
-        """Lets the holder go on as the dial says; nobody computes, and no gradient waits for more."""
+    def follow_dial(self, version: int) -> None:
+        """Lets the holder go on as the dial has chosen; nobody computes, and no gradient waits for more.
+
+        Args:
+            version: the holder's.
+        """
+        self.dial.begin_at(version)
+        self._adjust()
+
+    def _adjust(self) -> None:
         if self.engine.service is not None:
             self.engine.service.adjust(self.options)
 

@@ -353,6 +353,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         if self._dial.choice is None:
             return
         self._end_run_at_border()
+        self._dial.begin_at(self._version)
         rank_zero_info(self._dial.notice)
         if self._metrics is not None:
             self._metrics.configure(self.configuration)

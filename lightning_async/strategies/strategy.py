@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
+from lightning_async.exchange.auto import Choice
 from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import (
@@ -213,6 +214,17 @@ class AsyncStrategy(PhasedCollectives):
 
     def _begin_dial(self) -> RunDial:
         return RunDial(self._dial, self._asked, self.world_size, lambda: self.stats, lambda: len(self.optimizers) or 1)
+
+    @property
+    def choice(self) -> Choice | None:
+        """What ``gradients_per_update="auto"`` has chosen in this fit, or the last one; None before that."""
+        return None if self._run_dial is None else self._run_dial.choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        # In the process that has started the ranks.
+        self._run_dial = self._begin_dial()
+        self._run_dial.choice = choice
 
     # --- who and where -----------------------------------------------------------------------------------------------
 

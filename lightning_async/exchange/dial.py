@@ -86,6 +86,7 @@ class Dial:
             >>> shown(dial.options(asked, 4, optimizers=2)), shown(Dial(3, None).options(asked, 4))
             ((1, 8, 'from_ddp'), (3, 8, 'plain'))
         """
+        asked = replace(asked, staleness_policy=self.policy)
         if self.gradients_per_update != "auto":
             return replace(asked, gradients_per_update=self.gradients_per_update)
         gradients = workers if choice is None else choice.gradients

@@ -166,7 +166,10 @@ class Checkpointing:
         engine, states = self._exchange.engine, checkpoint["optimizer_states"]
         held = [held_state(optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
         gathered = Gathered(**saved["gathered"]) if "gathered" in saved else None
-        if engine.service is not None and engine.service.restore(version, held, gathered, self._policy_state(saved)):
+        # Where they are enough by now, the holder makes an update of them, which is counted already.
+        made = gathered is not None and gathered.count >= self._exchange.options.gradients_per_update
+        policy = self._policy_state(saved)
+        if engine.service is not None and engine.service.restore(version - made, held, gathered, policy):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )

@@ -240,9 +240,10 @@ class Coordinator(protocols.Coordinator):
         )
         # Every rank's last push was answered before it came here, so these parameters are final.
         worker.refresh()
+        averages = self._exchange.averages
         has_chosen = self._choose()
         # But for gradients that wait for more, where none will follow; all ranks know the same of that.
-        if self._exchange.averages and (not left or skip_rest or self._is_over() or has_chosen):
+        if averages and (not left or skip_rest or self._is_over() or has_chosen):
             self._exchange.engine.show_adapted(adapted)
             if service is not None:
                 service.complete_version()

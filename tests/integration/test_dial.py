@@ -214,10 +214,16 @@ class UnequalStream(IterableDataset[Any]):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("arguments", [{}, {"val_check_interval": 2}], ids=["epochs", "validations"])
-def test_ranks_whose_streams_end_earlier_hold_nobody_up_in_lock_step(tmp_path: Path, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("per_update", "arguments"),
+    [(RANKS, {}), (RANKS, {"val_check_interval": 2}), ("auto", {"max_epochs": EPOCHS})],
+    ids=["epochs", "validations", "auto"],
+)
+def test_ranks_whose_streams_end_earlier_hold_nobody_up_in_lock_step(
+    tmp_path: Path, per_update: Any, arguments: dict[str, Any]
+) -> None:
     def script(folder: Path) -> None:
-        strategy = AsyncStrategy(0, gradients_per_update=RANKS, start_method="fork")
+        strategy = AsyncStrategy(0, gradients_per_update=per_update, start_method="fork")
         trainer = fork_trainer(folder, RANKS, strategy, **({"max_epochs": EPOCHS} | arguments))
         trainer.fit(Module(), DataLoader(UnequalStream(), batch_size=BATCH), loader(12, BATCH))
 
@@ -348,6 +354,58 @@ def test_auto_stays_with_ddp_where_ranks_are_equal(tmp_path: Path) -> None:
     assert "as under DDP" in said
     for mine, theirs in zip(finished(run), ddp, strict=True):
         assert torch.allclose(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-6)
+
+
+class SavesAfterTheChoice(SlowRank):
+    """Rank 0 saves in the second epoch, between two batches."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.current_epoch == 1 and self.global_rank == 0 and not Path("chosen.ckpt").exists():
+            self.trainer.save_checkpoint("chosen.ckpt")
+
+
+@pytest.mark.parametrize("least_gain", [1.0], indirect=True)
+@pytest.mark.usefixtures("least_gain")
+@pytest.mark.parametrize(
+    ("ranks", "per_update", "holder"), [(RANKS, "auto", "process"), (2, "auto", "thread"), (RANKS, 1, "thread")]
+)
+def test_a_resumed_run_goes_on_with_the_choice_for_as_many_ranks(
+    tmp_path: Path, ranks: int, per_update: Any, holder: Any
+) -> None:
+    def go_on(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        strategy = AsyncStrategy(gradients_per_update=per_update, holder=holder, start_method="fork")
+        trainer = fork_trainer(folder, ranks, strategy, max_epochs=2)
+        trainer.fit(SlowRank(0.005), loader(SAMPLES, BATCH), ckpt_path=tmp_path / "chosen.ckpt")
+
+    auto_strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork")
+    first = launch(lambda folder: auto_fit(folder, SavesAfterTheChoice(0.005), auto_strategy), tmp_path)
+    chosen = finished(first)[0]["run"]["auto"]
+    noted = torch.load(tmp_path / "chosen.ckpt", weights_only=False)["async_amsgrad"]
+    # Eleven versions of three, the first epoch; then of two.
+    assert chosen["version"] == 11
+    assert noted["auto"]["gradients"] == 2
+    (tmp_path / "rest").mkdir()
+
+    rest = launch(go_on, tmp_path / "rest")
+
+    gradients = noted["counts"][0]
+    before = gradients if ranks == RANKS else gradients // RANKS * ranks
+    for rank in finished(rest):
+        assert rank["steps"] == sorted(rank["steps"])
+        assert rank["step"] == (before + 66 - gradients) // ranks
+    assert finished(rest)[0]["stats"]["updates"] == 66 - gradients
+    run = finished(rest)[0]["run"]
+    if (ranks, per_update) == (RANKS, "auto"):
+        assert run["gradients_per_update"] == 2
+        assert run["auto"]["step_seconds"] == chosen["step_seconds"]
+        assert run["staleness_policy"] == "from_ddp"
+    elif per_update == "auto":
+        assert (run["gradients_per_update"], run["max_staleness"]) == (2, 0)
+        assert "gain" not in run["auto"]
+    else:
+        assert (run["gradients_per_update"], finished(rest)[0]["version"]) == (1, 66)
 
 
 def test_a_fit_that_is_too_short_for_auto_says_so(tmp_path: Path) -> None:

@@ -402,8 +402,9 @@ def test_a_resumed_run_goes_on_with_the_choice_for_as_many_ranks(
         assert run["auto"]["step_seconds"] == chosen["step_seconds"]
         assert run["staleness_policy"] == "from_ddp"
     elif per_update == "auto":
-        assert (run["gradients_per_update"], run["max_staleness"]) == (2, 0)
-        assert "gain" not in run["auto"]
+        # Measured anew: half of two.
+        assert (run["gradients_per_update"], len(run["auto"]["step_seconds"])) == (1, 2)
+        assert run["auto"]["version"] > gradients // RANKS
     else:
         assert (run["gradients_per_update"], finished(rest)[0]["version"]) == (1, 66)
 

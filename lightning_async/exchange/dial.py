@@ -112,6 +112,7 @@ class RunDial:
 
     Attributes:
         choice: what ``"auto"`` has chosen; None before that, and where there is nothing to choose.
+        rounds: steps of each rank that were measured by the last time that the ranks have met.
 
     Examples:
         >>> run = RunDial(Dial("auto", None), ExchangeOptions(), 4, stats=lambda: RunStats(4))
@@ -141,6 +142,7 @@ those of DDP.
         self._stats = stats
         self._optimizers = optimizers
         self.choice: Choice | None = None
+        self.rounds = 0
         # What a run that this one goes on from has measured.
         self._before: Sequence[Sequence[float]] = [()] * workers
 
@@ -152,7 +154,10 @@ those of DDP.
     @property
     def steps_to_measure(self) -> int | None:
         """After how many steps of each rank the ranks are to meet, so that `choose` can be asked; None for never."""
-        return auto.WARM_UP_STEPS if self.choice is None and self._is_measured else None
+        if self.choice is not None or not self._is_measured:
+            return None
+        # The first of a segment is not timed.
+        return max(2, auto.WARM_UP_STEPS - self.rounds)
 
     @property
     def _is_measured(self) -> bool:
@@ -167,6 +172,7 @@ those of DDP.
         stats = self._stats()
         update_s = stats.seconds_an_update if update_s is None else update_s
         chosen = auto.choose(self._measured, update_s, stats.busiest_host)
+        self.rounds = min(map(len, self._measured))
         waited = tuple(stats.wait_seconds_by_rank.values())
         return None if chosen is None else chosen._replace(waited_seconds=waited)
 
@@ -228,7 +234,7 @@ those of DDP.
         if self.steps_to_measure is None:
             return None
         return (
-            f'gradients_per_update="auto": the fit was over before {self.steps_to_measure} steps of each rank were '
+            f'gradients_per_update="auto": the fit was over before {auto.WARM_UP_STEPS} steps of each rank were '
             "measured, so every update was made of a gradient of each rank, as under DDP."
         )
 

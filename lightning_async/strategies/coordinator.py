@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from lightning_async.loops import protocols, trainer_state
 from lightning_async.loops.buffer_sync import BufferSync, ignored_names
 from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.phase import Phase
+from lightning_async.loops.progress_bar import say
 from lightning_async.loops.protocols import Collectives, SegmentEnd
 from lightning_async.loops.tensor_sync import average_unlike
 from lightning_async.monitoring.cpu_use import CpuMeter, CpuUse
@@ -267,10 +267,11 @@ class Coordinator(protocols.Coordinator):
         dial = self._exchange.dial
         if dial.steps_to_measure is None or self._is_over():
             return False
-        dial.choice = self._collectives.broadcast(dial.choose() if self._trainer.is_global_zero else None)
-        if dial.choice is None:
+        mine = dial.choose() if self._trainer.is_global_zero else None
+        dial.choice, dial.rounds = self._collectives.broadcast((mine, dial.rounds))
+        if dial.notice is None:
             return False
-        rank_zero_info(dial.notice)
+        say(self._trainer, dial.notice)
         return True
 
     def _is_over(self) -> bool:

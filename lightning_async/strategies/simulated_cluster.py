@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.streams import count_samples
+from lightning_async.exchange import auto
 from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial, policy_and_momentum
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
@@ -30,7 +31,7 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.holder.staleness import MaxStaleness, resolve_max_staleness
-from lightning_async.loops.progress_bar import end_live_bars
+from lightning_async.loops.progress_bar import end_live_bars, say
 from lightning_async.loops.trainer_state import is_optimizer, logger_prefix
 from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.metrics import MetricsLogger
@@ -345,16 +346,16 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
 
     def _choose_if_due(self, trainer: Trainer) -> None:
         """Lets "auto" choose, at a stop, once each worker has made the steps that it measures."""
-        steps = self._dial.steps_to_measure
-        if steps is None or sum(self.progress.steps) % (steps * self.workers * trainer.accumulate_grad_batches):
+        batches = auto.WARM_UP_STEPS * self.workers * trainer.accumulate_grad_batches
+        if self._dial.steps_to_measure is None or sum(self.progress.steps) % batches:
             return
         self._settle()
         self._dial.choice = self._dial.choose(self._times.update)
-        if self._dial.choice is None:
+        if self._dial.notice is None:
             return
+        say(trainer, self._dial.notice)
         self._end_run_at_border()
         self._dial.begin_at(self._version)
-        rank_zero_info(self._dial.notice)
         if self._metrics is not None:
             self._metrics.configure(self.configuration)
 
@@ -432,6 +433,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         trainer = self._module.trainer
         if self._metrics is not None:
             self._metrics.finish(self.version, max(0, trainer.global_step - 1), trainer.current_epoch)
+        if self._dial.unfinished is not None:
+            say(trainer, self._dial.unfinished)
         if self.summary and self.stats.updates:
             end_live_bars(trainer)
             width = shutil.get_terminal_size().columns

@@ -47,6 +47,7 @@ from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
@@ -109,11 +110,12 @@ class AsyncStrategy(PhasedCollectives):
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
-            less than DDP. Gradients are weighted by their samples. ``"auto"`` is half of the ranks, with DDP's own
-            learning rate and momentum (``staleness_policy="from_ddp"``).
+            less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
+            it begins as DDP does, measures the ranks' steps, and stays with DDP where they are equal; else it goes on
+            with half of the ranks and ``staleness_policy="from_ddp"``. It says once what it has chosen, and why.
         staleness_policy: what is done with a gradient because of its age: ``"plain"`` (nothing), ``"damping"``,
             ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, ``"from_ddp"``, or
-            a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
+            a `StalenessPolicy`; None is ``"plain"``, or what ``gradients_per_update="auto"`` chooses.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
         accelerator: see `DDPStrategy`.
@@ -535,7 +537,7 @@ class AsyncStrategy(PhasedCollectives):
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
         if self._run_dial is not None and self._run_dial.unfinished is not None:
-            rank_zero_info(self._run_dial.unfinished)
+            say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
         self._ending.finish()
 

@@ -9,7 +9,7 @@ __all__ = ["LEAST_GAIN", "WARM_UP_STEPS", "Choice", "choose"]
 
 # Steps of each rank in lock step: what is measured. Fewer would do for that; but where gradients change most, at the
 # beginning of a training, stale ones do most harm (docs/results.md).
-WARM_UP_STEPS = 32
+WARM_UP_STEPS = 24
 # The first of each segment is not timed, so a part of them is enough.
 _NEEDED_PART = 0.75
 # The first steps of a process are no measure: memory is new, kernels are chosen, loaders start.

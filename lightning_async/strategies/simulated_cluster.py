@@ -330,7 +330,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
                 "workers' gradients are under way. Do it at a stop, for example in on_train_epoch_start or "
                 "on_validation_end."
             )
-        self._has_pushed = False
+        self._has_pushed, version = False, run.version
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if not self._has_pushed:
             # training_step returned None, or the gradient scaler found an infinity.
@@ -341,19 +341,21 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         step = trainer.global_step + 1
         if self._metrics is not None and every > 0 and step % every == 0:
             self._metrics.log(run.version, step - 1, trainer.current_epoch)
-        self._choose_if_due(trainer)
+        if run.version > version:
+            # In lock step everyone has arrived where a version is made.
+            self._choose_if_due(trainer)
         return output
 
     def _choose_if_due(self, trainer: Trainer) -> None:
         """Lets "auto" choose, at a stop, once each worker has made the steps that it measures."""
         batches = auto.WARM_UP_STEPS * self.workers * trainer.accumulate_grad_batches
-        if self._dial.steps_to_measure is None or sum(self.progress.steps) % batches:
+        if self._dial.steps_to_measure is None or sum(self.progress.steps) < batches:
             return
-        self._settle()
         self._dial.choice = self._dial.choose(self._times.update)
         if self._dial.notice is None:
             return
         say(trainer, self._dial.notice)
+        self._settle()
         self._end_run_at_border()
         self._dial.begin_at(self._version)
         if self._metrics is not None:

@@ -117,7 +117,7 @@ class RunDial:
     Examples:
         >>> run = RunDial(Dial("auto", None), ExchangeOptions(), 4, stats=lambda: RunStats(4))
         >>> run.steps_to_measure, run.options.gradients_per_update
-        (32, 4)
+        (24, 4)
         >>> run.load({"auto": {"measured": [[0.02] * 31] * 3 + [[0.08] * 31]}})
         >>> run.choice = run.choose()
         >>> run.steps_to_measure, run.options.gradients_per_update

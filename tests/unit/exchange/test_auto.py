@@ -173,4 +173,4 @@ def test_the_line_says_what_was_measured_and_what_follows() -> None:
     )
     assert apart.described["auto"]["why"] in apart.notice
     assert apart.unfinished is None
-    assert "was over before 32 steps" in (dial_of().unfinished or "")
+    assert "was over before 24 steps" in (dial_of().unfinished or "")

@@ -93,6 +93,12 @@ def conclusions(facts: RunFacts) -> list[str]:
 
 def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str]) -> str:
     """What lock step would have taken, where that can be told."""
+    if facts.gain_measured is not None:
+        # The run itself is partly one in lock step.
+        return (
+            f"up to version {facts.apart_from} the ranks went in lock step, to be measured: so the rest would take "
+            f"an estimated {facts.gain_measured:.1f}x as long"
+        )
     lock_step = estimate(facts)
     if not lock_step.known:
         if not facts.cpu or not facts.all_reduce_s:

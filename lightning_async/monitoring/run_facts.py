@@ -28,6 +28,8 @@ class RunFacts:
         gradients_per_update: gradients that made a version.
         all_reduce_s: seconds that an all-reduce of the parameters takes; 0.0 if that was not measured.
         cpu: for each rank what it used of its host; empty if that is not known.
+        gain_measured: how many times as long lock step takes, as "auto" has measured it there; None if it has not.
+        apart_from: the version from which on the ranks did not wait for each other.
     """
 
     max_staleness: int | None
@@ -42,6 +44,8 @@ class RunFacts:
     gradients_per_update: int = 1
     all_reduce_s: float = 0.0
     cpu: Sequence[CpuUse] = ()
+    gain_measured: float | None = None
+    apart_from: int = 0
 
     @classmethod
     def of(
@@ -69,6 +73,8 @@ class RunFacts:
             gradients_per_update=configuration["gradients_per_update"],
             all_reduce_s=stats["all_reduce_seconds"],
             cpu=cpu if all(use.cores > 0 for use in cpu) else (),
+            gain_measured=chosen.get("gain"),
+            apart_from=chosen.get("version", 0),
         )
 
     @property

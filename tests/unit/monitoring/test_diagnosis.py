@@ -141,6 +141,14 @@ def test_ranks_that_wait_for_each_other_as_under_ddp_do_so_by_intent() -> None:
     ]
 
 
+def test_a_run_that_was_partly_in_lock_step_is_told_what_was_measured_there() -> None:
+    facts = replace(FACTS, gradients_per_update=2, max_staleness=8, gain_measured=2.24, apart_from=24)
+
+    assert conclusions(facts)[-1] == (
+        "up to version 24 the ranks went in lock step, to be measured: so the rest would take an estimated 2.2x as long"
+    )
+
+
 @pytest.mark.parametrize(("gradients", "waited"), [(2, [0.5] * 4), (4, [3.5] * 4)], ids=["apart", "together"])
 def test_what_ranks_waited_while_auto_measured_is_no_fault_of_the_exchange(gradients: int, waited: list[float]) -> None:
     stats = RunStats(4)

@@ -74,6 +74,10 @@ def conclusions(facts: RunFacts) -> list[str]:
         ]
     slow = slow_ranks(facts.steps)
     found = [_slowness(slow)] if slow else []
+    if facts.in_lock_step:
+        # Ranks wait for each other by intent.
+        part = f"{facts.exchange_fraction:.0%} of worker time went into that and the exchange"
+        return [*found, f"each update waited for a gradient of every rank, as under DDP: {part}"]
     found.append(_bound(facts))
     crowded = [f"{ranks} ranks on {cores} cores" for ranks, cores in facts.shared_cores()]
     starved = facts.places is not None and facts.places < facts.ranks
@@ -119,6 +123,12 @@ def _times(count: int) -> str:
 
 def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str]) -> str:
     """What lock step would have taken, where that can be told."""
+    if facts.gain_measured is not None:
+        # The run itself is partly one in lock step.
+        return (
+            f"up to version {facts.apart_from} the ranks went in lock step, to be measured: so the rest would take "
+            f"an estimated {facts.gain_measured:.1f}x as long"
+        )
     lock_step = estimate(facts)
     if not lock_step.known:
         if not facts.cpu or not facts.all_reduce_s:

@@ -71,7 +71,7 @@ class MetricsLogger:
         self._finished = False
 
     def configure(self, configuration: dict[str, Any]) -> None:
-        """Writes how the run is set up, once, before anything else."""
+        """Writes how the run is set up: before anything else, and again where "auto" has chosen."""
         for writer in self._writers:
             writer.configure(configuration)
 

@@ -465,12 +465,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         strategy: Any = self._strategy
-        return {**super().get_extra_results(trainer), "async_stats": strategy.stats}
+        return {**super().get_extra_results(trainer), "async_stats": strategy.stats, "async_choice": strategy.choice}
 
     @override
     def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
         strategy: Any = self._strategy
-        strategy.stats = extra.pop("async_stats")
+        strategy.stats, strategy.choice = extra.pop("async_stats"), extra.pop("async_choice")
         super().update_main_process_results(trainer, extra)
 
     def _end_children(self) -> None:

@@ -58,6 +58,8 @@ class ExchangeOptions:
     gradients_per_update: int = 1
     staleness_policy: str | StalenessPolicy = "plain"
     momentum_correction: MomentumCorrection = None
+    reject_nonfinite: bool = True
+    max_rejected_in_a_row: int = 10
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -77,6 +79,7 @@ class ExchangeOptions:
             ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
             ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
             ("overlap", self.overlap, (False, True)),
+            ("reject_nonfinite", self.reject_nonfinite, (False, True)),
         )
         for name, value, allowed in choices:
             if value not in allowed:
@@ -94,6 +97,9 @@ class ExchangeOptions:
                 )
             if not hasattr(os, "memfd_create"):
                 raise ValueError('holder="process" needs Linux (memfd_create); take holder="thread".')
+        limit: object = self.max_rejected_in_a_row
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_rejected_in_a_row must be an int of at least 1, not {limit!r}.")
         timeout: object = self.worker_timeout_s
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")

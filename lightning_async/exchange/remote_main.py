@@ -73,7 +73,10 @@ class UpdateBuffer:
             (
                 # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
                 tuple(push._replace(gradients=(), flat=None)),
-                (update.version, update.staleness, update.applied, update.parked_s, update.at_ns, update.took_ns),
+                (
+                    *(update.version, update.staleness, update.applied, update.parked_s),
+                    *(update.at_ns, update.took_ns, update.rejected),
+                ),
                 tickets,
             )
         )

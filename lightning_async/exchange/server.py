@@ -20,6 +20,7 @@ from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.health import Sick
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
@@ -119,6 +120,11 @@ class Server:
         with self._lock:
             self._channels.append(theirs)
         return mine
+
+    def on_sick(self, sick: Sick) -> None:
+        """Ends what cannot go on with a sick worker; returns at once, so it may be called under the holder's lock."""
+        self._ends.start()
+        self._ends.run(lambda: self._latch.trip(RunFailure(sick.worker, sick.reason)))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""

@@ -156,6 +156,7 @@ class Session:
             self.slot,
             unpack_counts(message.counts),
             self._segments[message.optimizer],
+            message.finite,
         )
         tickets = range(0)
 
@@ -176,7 +177,9 @@ class Session:
                     update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
         except ValueError as error:
             self._refuse(str(error))
-        outcome = Outcome.APPLIED if update.applied else Outcome.DROPPED
+        outcome = Outcome.APPLIED
+        if not update.applied:
+            outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
         if message.wants_tickets and not tickets:
             self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
         else:

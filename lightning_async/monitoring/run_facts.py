@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_async.monitoring.cpu_use import CpuUse
@@ -28,6 +28,7 @@ class RunFacts:
         gradients_per_update: gradients that made a version.
         all_reduce_s: seconds that an all-reduce of the parameters takes; 0.0 if that was not measured.
         cpu: for each rank what it used of its host; empty if that is not known.
+        rejected: for each rank that has some, the number of its gradients that were not finite.
     """
 
     max_staleness: int | None
@@ -42,6 +43,7 @@ class RunFacts:
     gradients_per_update: int = 1
     all_reduce_s: float = 0.0
     cpu: Sequence[CpuUse] = ()
+    rejected: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class RunFacts:
             gradients_per_update=configuration["gradients_per_update"],
             all_reduce_s=stats["all_reduce_seconds"],
             cpu=cpu if all(use.cores > 0 for use in cpu) else (),
+            rejected={rank: count for rank, count in stats["rejected_by_rank"].items() if count},
         )
 
     @property

@@ -39,7 +39,9 @@ class RunStats:
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
-        rejected: connections and requests that were refused.
+        rejected: pushes that were not applied since the gradient had NaN or infinity in it.
+        rejected_by_rank: the same for each rank.
+        refused: connections and requests that were refused.
         evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
@@ -61,6 +63,8 @@ class RunStats:
         self.all_reduce_seconds = 0.0
         self.dropped = 0
         self.rejected = 0
+        self.rejected_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.refused = 0
         self.evicted: list[int] = []
         self.train_seconds = 0.0
         self._segment_started: float | None = None
@@ -87,7 +91,7 @@ class RunStats:
             return self._train_seconds()
 
     def record(self, update: Update) -> None:
-        """Counts an applied or dropped push."""
+        """Counts an applied, dropped or rejected push."""
         worker, now = update.push.worker, update.at_ns / 1e9
         with self._lock:
             self._time_step(worker, now, update)
@@ -100,6 +104,9 @@ class RunStats:
                 self.updates_by_rank[worker] += 1
                 self.staleness[update.staleness] += 1
                 self.staleness_by_rank[worker][update.staleness] += 1
+            elif update.rejected:
+                self.rejected += 1
+                self.rejected_by_rank[worker] += 1
             else:
                 self.dropped += 1
 
@@ -126,7 +133,7 @@ class RunStats:
     def refuse(self) -> None:
         """Counts a refused connection or request."""
         with self._lock:
-            self.rejected += 1
+            self.refused += 1
 
     def __getstate__(self) -> dict[str, Any]:
         # The statistics travel from a spawned rank 0 to the process that started it; the lock does not.
@@ -152,6 +159,8 @@ class RunStats:
                 "all_reduce_seconds": self.all_reduce_seconds,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
+                "rejected_by_rank": dict(self.rejected_by_rank),
+                "refused": self.refused,
                 "evicted": list(self.evicted),
                 "train_seconds": self._train_seconds(),
             }
@@ -177,6 +186,7 @@ class RunStats:
             "train_seconds": seconds,
             "dropped": float(stats["dropped"]),
             "rejected": float(stats["rejected"]),
+            "refused": float(stats["refused"]),
         }
         for rank, count in ranks.items():
             summary[f"updates_rank_{rank}"] = float(count)

@@ -116,6 +116,10 @@ class AsyncStrategy(PhasedCollectives):
             a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
+        reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
+            batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
+            applies it, as DDP does.
+        max_rejected_in_a_row: a rank whose gradients are rejected so often without a break fails.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -148,6 +152,8 @@ class AsyncStrategy(PhasedCollectives):
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -182,6 +188,8 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None

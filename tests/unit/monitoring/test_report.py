@@ -51,6 +51,8 @@ def record(**changes: object) -> RunRecord:
             "all_reduce_seconds": 1e-4,
             "dropped": 0,
             "rejected": 0,
+            "rejected_by_rank": dict.fromkeys(range(RANKS), 0),
+            "refused": 0,
             "evicted": [],
             "train_seconds": 1.0,
             "median_step_seconds_by_rank": {0: 0.01, 1: 0.01, 2: 0.01, 3: 0.041},

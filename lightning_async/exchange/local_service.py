@@ -24,6 +24,7 @@ from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.health import RejectionStreaks
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.transport.base import Channel
 
 __all__ = ["HolderService"]
@@ -97,6 +98,7 @@ class HolderService(Service):
             placement=placement,
             workers=spec.world_size,
             slots=options.slots(spec.world_size),
+            steps=StepWatch(options.step_timeout_s, options.max_slowdown) if options.watches_steps else None,
         )
 
     @property

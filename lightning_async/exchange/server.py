@@ -18,10 +18,12 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.placement import HolderPlacement
+from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
 from lightning_async.runtime.health import Sick
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.runtime.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -34,6 +36,8 @@ __all__ = ["Server"]
 log = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 1.0
+# How often workers whose step takes too long are looked for.
+_LOOK_S = 0.5
 
 
 class Server:
@@ -52,6 +56,7 @@ class Server:
         slots: how many control channels each worker has.
         on_refused: called when a connection or a request is refused.
         wire: what payloads are rounded to on a network.
+        steps: watches how long workers take for a step; None where nobody does.
     """
 
     def __init__(
@@ -68,7 +73,11 @@ class Server:
         placement: HolderPlacement | None = None,
         workers: int = 1,
         slots: int = 1,
+        steps: StepWatch | None = None,
     ) -> None:
+        self._steps = steps
+        # A worker may be in the middle of a step, and say nothing.
+        self._looking = None if steps is None else Alarm(self._look_for_overdue)
         self._slots = slots
         self._holder = holder
         self._ledger = ledger
@@ -104,6 +113,8 @@ class Server:
             listener.on_refused = on_refused
             listener.on_control = self._answer_control
             listener.on_state = self._answer_state
+        if self._looking is not None:
+            self._looking.set(_LOOK_S)
 
     def local_channel(self, worker: int = 0, alone: bool = False) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread.
@@ -130,6 +141,8 @@ class Server:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
         if self._listener is not None:
             self._listener.on_control = self._listener.on_state = None
+        if self._looking is not None:
+            self._looking.close()
         with self._lock:
             self._closing = True
             threads, channels = list(self._threads.values()), list(self._channels)
@@ -150,8 +163,16 @@ class Server:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._switching.stop()
 
+    def _look_for_overdue(self) -> None:
+        assert self._steps is not None and self._looking is not None
+        for sick in self._steps.overdue(time.monotonic()):
+            self.on_sick(sick)
+        if not self._closing:
+            self._looking.set(_LOOK_S)
+
     def _session(self, worker: int, channel: Channel, slot: int = 0) -> Session:
-        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, slot)
+        shared = (self._holder, self._ledger, self._layout, self._groups)
+        return Session(worker, channel, *shared, slot, self._steps, self.on_sick)
 
     def _answer_control(self, peer: PeerInfo, connection: ControlConnection) -> None:
         theirs = peer.claims.get("model")

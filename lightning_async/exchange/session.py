@@ -14,6 +14,8 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.types import Push
 from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.runtime.health import Sick
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.transport import message as wire
 from lightning_async.transport.base import Channel
 from lightning_async.transport.fields import (
@@ -48,6 +50,8 @@ class Session:
         layout: where each parameter lies.
         groups: which hyperparameters each optimizer's param groups have.
         slot: which of the worker's slots this is.
+        steps: told when the worker begins and ends a step; None where nobody watches.
+        on_sick: called when its steps have become too slow.
     """
 
     def __init__(
@@ -59,9 +63,13 @@ class Session:
         layout: FlatLayout,
         groups: Sequence[HyperparamLayout],
         slot: int = 0,
+        steps: StepWatch | None = None,
+        on_sick: Callable[[Sick], object] = lambda sick: None,
     ) -> None:
         self.worker = worker
         self.slot = slot
+        self._steps = steps
+        self._on_sick = on_sick
         self.finished = False
         self._channel = channel
         self._holder = holder
@@ -131,6 +139,8 @@ class Session:
                 self._refuse_value_error(lambda: self._ledger.release(self.worker, tickets, stream_over))
                 self._acknowledge()
             case wire.Leave():
+                if self._steps is not None:
+                    self._steps.leave(self.worker, self.slot)
                 self._holder.leave(self.worker, self.slot)
                 self._acknowledge()
             case wire.Close():
@@ -142,6 +152,8 @@ class Session:
                 self._refuse(f"a worker may not send {kind_of(message).name}")
 
     def _push(self, message: wire.Push) -> Iterator[None]:
+        if self._steps is not None and (sick := self._steps.end(self.worker, self.slot, time.monotonic())) is not None:
+            self._on_sick(sick)
         gradients = self._check_push(message)
         self._channel.receive_payload(self._segments[message.optimizer])
         push = Push(
@@ -222,6 +234,8 @@ class Session:
                 yield
         except ValueError as error:
             self._refuse(str(error))
+        if self._steps is not None:
+            self._steps.begin(self.worker, self.slot, time.monotonic())
         self._send_parameters(version, outcome, tickets, counted)
 
     def _count(self, counts: bytes) -> None:

@@ -120,6 +120,10 @@ class AsyncStrategy(PhasedCollectives):
             batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
             applies it, as DDP does.
         max_rejected_in_a_row: a rank whose gradients are rejected so often without a break fails.
+        step_timeout: seconds that a rank may take for a step, from fresh parameters to the gradient; one that takes
+            longer fails, whether or not it gives signs of life. None sets no limit.
+        max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
+            slower fails. None sets no limit.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -154,6 +158,8 @@ class AsyncStrategy(PhasedCollectives):
         momentum_correction: MomentumCorrection = None,
         reject_nonfinite: bool = True,
         max_rejected_in_a_row: int = 10,
+        step_timeout: float | None = None,
+        max_slowdown: float | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -190,6 +196,8 @@ class AsyncStrategy(PhasedCollectives):
                 momentum_correction=momentum_correction,
                 reject_nonfinite=reject_nonfinite,
                 max_rejected_in_a_row=max_rejected_in_a_row,
+                step_timeout_s=step_timeout,
+                max_slowdown=max_slowdown,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None

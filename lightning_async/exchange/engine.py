@@ -17,6 +17,7 @@ from lightning_async.exchange.service import HolderSpec, Origins, Service, Updat
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
+from lightning_async.holder.holder import HalfUpdatedError
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
@@ -210,6 +211,8 @@ class Engine:
         try:
             self.show_adapted(self.take_adapted() or [[] for _ in self.optimizers])
             self.states.release(None if service is None else service.optimizer_state, elsewhere, kept)
+        except HalfUpdatedError as error:
+            self.states.release(None, str(error))
         except WorkerFailedError as error:
             log.debug("the optimizers' state went with the process that held it: %s", error)
             self.states.release(None, "the optimizer's state went with the process that held it")

@@ -26,7 +26,11 @@ from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
-__all__ = ["Holder"]
+__all__ = ["HalfUpdatedError", "Holder"]
+
+
+class HalfUpdatedError(RuntimeError):
+    """The holder was to be read in the middle of an update, by the very thread that makes it."""
 
 
 class Holder:
@@ -72,6 +76,8 @@ class Holder:
         self._changed = threading.Condition(self._lock)
         self._changes = 0
         self._waiting = 0
+        # Between the first and the last that a push changes.
+        self._is_changing = False
         self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
@@ -171,6 +177,7 @@ class Holder:
                 return None
             applied = decision is Decision.APPLY
             began_ns = time.monotonic_ns()
+            self._is_changing = True
             if not push.finite:
                 staleness = self._barrier.version - held
                 self._barrier.leave(reader)
@@ -188,6 +195,7 @@ class Holder:
             now_ns = time.monotonic_ns()
             took_ns, rejected = now_ns - began_ns, not push.finite
             update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
+            self._is_changing = False
             self._observer(update)
             if reads_next():
                 self._barrier.ask(reader)
@@ -250,6 +258,7 @@ class Holder:
     def optimizer_state(self, index: int) -> StateByPlace:
         """A copy of what one optimizer keeps, by the places of its parameters."""
         with self._lock:
+            self._check_whole()
             state: StateByPlace = self._optimizers[index].state_dict()["state"]
             return state
 
@@ -287,6 +296,7 @@ class Holder:
                 are those of the same version.
         """
         with self._lock:
+            self._check_whole()
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
@@ -329,6 +339,18 @@ class Holder:
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
         return self._flat
+
+    def _check_whole(self) -> None:
+        """Refuses to show what is half updated: this thread's own update was interrupted.
+
+        Raises:
+            HalfUpdatedError: if it was.
+        """
+        if self._is_changing:
+            raise HalfUpdatedError(
+                "parameters and optimizer states are half updated: a signal's handler, or an error, came in the middle "
+                "of an update. Let the handler set trainer.should_stop = True in place of an exit"
+            )
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:

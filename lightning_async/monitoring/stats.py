@@ -47,7 +47,8 @@ class RunStats:
     """
 
     def __init__(self, workers: int, clock: Callable[[], float] | None = None) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may look at the statistics while its own thread counts.
+        self._lock = threading.RLock()
         self._clock = clock
         self.updates = 0
         self.version = 0
@@ -140,7 +141,7 @@ class RunStats:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.RLock())
 
     def counts(self) -> dict[str, Any]:
         """A copy of the counters, in little time."""

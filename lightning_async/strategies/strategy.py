@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +53,7 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import open_exchange_group
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.ending import FitEnding
+from lightning_async.strategies.ending import FitEnding, do_each
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -533,6 +533,7 @@ class AsyncStrategy(PhasedCollectives):
             # As under DDP, user code finds the state on every rank after fit.
             fit.exchange.engine.states.load()
         self.barrier("every rank has the optimizers' states")
+        self._save_late()
         assert self._ending is not None
         self._ending.finish()
 
@@ -543,7 +544,16 @@ class AsyncStrategy(PhasedCollectives):
             error: the exception.
         """
         if self._fit is not None and self._ending is not None:
+            # A handler may have asked for a checkpoint before it has ended the fit.
+            do_each([self._save_late])
             self._ending.break_off(error)
+
+    def _save_late(self) -> None:
+        """Saves what a signal's handler has asked for since the last batch; no collective."""
+        if not self._signals.saves:
+            return
+        with nullcontext() if self.phase.is_asynchronous else self.phase.asynchronous():
+            self._signals.save()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -148,6 +148,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._epoch.stage is not Stage.APART:
             return
         super().on_advance_end(data_fetcher)
+        self._signals.save()
         self._requeue_if_asked()
         if self._wants_to_stop():
             self._coordinator.batches.stop_dispatch()

@@ -13,6 +13,7 @@ from lightning_async.loops.checkpoint_interval import save_by_clock
 from lightning_async.loops.epoch_loop import AsyncEpochLoop
 from lightning_async.loops.epoch_state import EpochState
 from lightning_async.loops.fit_loop import AsyncFitLoop
+from lightning_async.loops.interrupted_saves import put_off_interrupting_saves
 from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.optimization import AsyncAutomaticOptimization
 from lightning_async.loops.patching import become_until_closed, set_until_closed
@@ -113,6 +114,7 @@ def install(
         average_by_clock(trainer, ticks, undo)
         # The signal handlers, which run wherever the process happens to be.
         _note_signals(trainer, signals, undo)
+        put_off_interrupting_saves(trainer, signals, undo)
         # torchmetrics, in the whole process.
         metrics = MetricSync(phase, collectives)
         metrics.install(undo)

@@ -5,6 +5,7 @@ Pure rules over `RunFacts`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -21,6 +22,8 @@ _LITTLE_GAIN = 1.15
 _COSTLY_BARRIER = 0.01
 _COSTLY_EXCHANGE = 0.25
 _NEEDED_STEPS = 5
+# Ranks that are named one by one.
+_NAMED = 4
 
 
 def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
@@ -56,6 +59,9 @@ def conclusions(facts: RunFacts) -> list[str]:
         the barrier cost nothing
         in lock step the same batches would take an estimated 3.3x as long
     """
+    if facts.rejected:
+        spoiled = _rejections(facts.rejected)
+        return [spoiled, *conclusions(dataclasses.replace(facts, rejected={}))]
     if facts.updates == 0:
         return ["no update was applied"]
     if facts.ranks == 1:
@@ -170,6 +176,14 @@ def _named(ranks: Sequence[int]) -> str:
     ]
     listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _rejections(counts: Mapping[int, int]) -> str:
+    total = sum(counts.values())
+    subject = "1 gradient was" if total == 1 else f"{total} gradients were"
+    each = ", ".join(f"{count} of rank {rank}" for rank, count in list(counts.items())[:_NAMED])
+    more = f" and {len(counts) - _NAMED} others" if len(counts) > _NAMED else ""
+    return f"{subject} not finite (NaN or infinity) and not applied: {each}{more}"
 
 
 def _slowness(slow: Mapping[int, float]) -> str:

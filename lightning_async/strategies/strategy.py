@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from lightning_async.runtime.process_groups import breakable, open_exchange_grou
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.ending import FitEnding
+from lightning_async.strategies.ending import FitEnding, do_each
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -125,6 +125,14 @@ class AsyncStrategy(PhasedCollectives):
         min_ranks: with ``"continue"``, how many ranks must be left.
         max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
             the run in the middle of an epoch.
+        reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
+            batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
+            applies it, as DDP does.
+        max_rejected_in_a_row: a rank whose gradients are rejected so often without a break fails.
+        step_timeout: seconds that a rank may take for a step, from fresh parameters to the gradient; one that takes
+            longer fails, whether or not it gives signs of life. None sets no limit.
+        max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
+            slower fails. None sets no limit.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -160,6 +168,10 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: OnWorkerFailure = "stop",
         min_ranks: int = 1,
         max_restarts: int = 3,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
+        step_timeout: float | None = None,
+        max_slowdown: float | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -195,6 +207,10 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
+                step_timeout_s=step_timeout,
+                max_slowdown=max_slowdown,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
@@ -585,6 +601,7 @@ class AsyncStrategy(PhasedCollectives):
         self.barrier("every rank has the optimizers' states")
         assert self._supervisor is not None
         self._supervisor.end_training()
+        self._save_late()
         if self._run_dial is not None and self._run_dial.unfinished is not None:
             say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
@@ -597,7 +614,16 @@ class AsyncStrategy(PhasedCollectives):
             error: the exception.
         """
         if self._fit is not None and self._ending is not None:
+            # A handler may have asked for a checkpoint before it has ended the fit.
+            do_each([self._save_late])
             self._ending.break_off(error)
+
+    def _save_late(self) -> None:
+        """Saves what a signal's handler has asked for since the last batch; no collective."""
+        if not self._signals.saves:
+            return
+        with nullcontext() if self.phase.is_asynchronous else self.phase.asynchronous():
+            self._signals.save()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -117,7 +117,10 @@ def _churn(facts: RunFacts) -> list[str]:
         counts = Counter(facts.evicted)
         often = ", ".join(f"{rank} {_times(count)}" for rank, count in sorted(counts.items()) if count > 1)
         line = f"{_named(lost)} {'was' if len(lost) == 1 else 'were'} lost{f' ({often})' if often else ''}"
-        told.append(f"{line}; {_named(back)} came back" if back else f"{line}, and the others went on")
+        if back == lost:
+            told.append(f"{line} and came back")
+        else:
+            told.append(f"{line}; {_named(back)} came back" if back else f"{line}, and the others went on")
     if new:
         told.append(f"{_named(new)} joined")
     return told

@@ -146,6 +146,11 @@ class RunStats:
                 seconds.setdefault(rank, 0.0)
             self.host_by_rank.setdefault(rank, "")
 
+    def is_in_run(self, rank: int) -> bool:
+        """Whether a rank is in the run, of those that it began with or that have joined since."""
+        with self._lock:
+            return rank in self.updates_by_rank and self.evicted.count(rank) <= self.joined.count(rank)
+
     def note_cpu_use(self, ranks: Mapping[int, CpuUse]) -> None:
         """Notes what each rank uses of its host, where all have met."""
         with self._lock:

@@ -224,8 +224,7 @@ class Coordinator(protocols.Coordinator):
     @override
     def open_admission(self) -> None:
         if (admission := self._supervisor.admission) is not None:
-            version = self._exchange.worker.version
-            admission.open(capture_fit(self._trainer, self._order, version, self._by_hand))
+            admission.open(capture_fit(self._trainer, self._order, self._exchange, self._by_hand))
 
     @property
     @override

@@ -115,6 +115,7 @@ class HolderService(Service):
 
     @override
     def evict(self, worker: int) -> int:
+        self._streaks.forget(worker)
         return self._server.evict(worker)
 
     @override

@@ -161,8 +161,8 @@ class Server:
             fence.close()
         for slot in range(self._slots):
             self._holder.leave(worker, slot)
-            if self._steps is not None:
-                self._steps.leave(worker, slot)
+        if self._steps is not None:
+            self._steps.forget(worker)
         returned = self._ledger.evict(worker)
         for connection in connections:
             # Its session ends, if it does not know yet.
@@ -179,8 +179,10 @@ class Server:
     def on_sick(self, sick: Sick) -> None:
         """Takes a sick worker out, or ends the run for it; returns at once, also under the holder's lock."""
         self._ends.start()
-        lost = functools.partial(self._latch.trip, RunFailure(sick.worker, sick.reason))
-        self._ends.run(lost if self._on_lost is None else functools.partial(self._on_lost, sick.worker, sick.reason))
+        if self._on_lost is None or sick.everyone:
+            self._ends.run(lambda: self._latch.trip(RunFailure(sick.worker, sick.reason)))
+        else:
+            self._ends.run(functools.partial(self._on_lost, sick.worker, sick.reason))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""

@@ -208,6 +208,10 @@ class Worker:
             self._samples = 0
         self._turns.slot.leave()
 
+    def settle(self) -> None:
+        """Waits for the answers to what was pushed."""
+        self._turns.settle()
+
     def refresh(self) -> None:
         """Installs the holder's parameters, past the barrier; for the synchronous phase."""
         self._turns.slot.refresh()

@@ -113,7 +113,7 @@ def install(
         save_by_clock(trainer, ticks, undo)
         average_by_clock(trainer, ticks, undo)
         # The signal handlers, which run wherever the process happens to be.
-        _note_signals(trainer, signals, undo)
+        _note_signals(trainer, signals, collectives, undo)
         put_off_interrupting_saves(trainer, signals, undo)
         # torchmetrics, in the whole process.
         metrics = MetricSync(phase, collectives)
@@ -123,11 +123,12 @@ def install(
         return installed
 
 
-def _note_signals(trainer: Trainer, signals: RunSignals, undo: ExitStack) -> None:
+def _note_signals(trainer: Trainer, signals: RunSignals, collectives: Collectives, undo: ExitStack) -> None:
     connector: Any = trainer._signal_connector
 
     def on_sigterm(signum: int, frame: object) -> None:
-        if not signals.sigterm_received:
+        # Where ranks may leave alone, rank 0's end is agreed on with the others at the next stop.
+        if not signals.sigterm_received and not (collectives.outlives_ranks and trainer.is_global_zero):
             signals.pass_on(signum)
         signals.sigterm_received = True
 

@@ -180,6 +180,17 @@ class Coordinator(Protocol):
             SegmentOverError: if it has ended.
         """
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether the others go on without this rank, if it is told to end."""
+
+    def leave_run(self) -> None:
+        """Leaves the others to go on: what this rank was handed and has not finished is theirs.
+
+        Raises:
+            SystemExit: always.
+        """
+
     def open_admission(self) -> None:
         """Lets ranks join the segment that has begun."""
 

@@ -88,6 +88,7 @@ class Membership:
         self.joining: JoinRequest | None = None
         self._resilience = Resilience()
         self._incarnation = 0
+        self._has_left = False
         # On every rank: the failures of those that the run has gone on without.
         self._lost: list[RunFailure] = []
         self._heard = threading.Condition()
@@ -146,6 +147,7 @@ class Membership:
             self._describe_end,
             watch=watch,
             on_lost=None if self.evictions is None else self.evictions.lose,
+            on_left=None if self.evictions is None else self.evictions.let_go,
             on_evicted=self._hear_of,
         )
         if self.rank == 0:
@@ -195,6 +197,16 @@ class Membership:
         self.joining = None
         return True
 
+    def leave(self, reason: str) -> None:
+        """Tells rank 0 that this rank leaves the run, which goes on without it; what ends it now is no failure.
+
+        Args:
+            reason: why, in words.
+        """
+        assert self._heartbeats is not None
+        self._heartbeats.say_that_it_leaves(reason)
+        self._has_left = True
+
     def lose(self, failure: RunFailure) -> None:
         """A rank that was started from here is gone: the run goes on without it, or ends."""
         if self.evictions is not None:
@@ -231,7 +243,7 @@ class Membership:
         host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection, address)
 
         def tell(rank: int, reason: str) -> None:
-            host.note_lost(rank)
+            host.note_lost(rank, ends=evictions.lets_go)
             self._hear_of(RunFailure(rank, reason))
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)
@@ -298,7 +310,10 @@ class Membership:
             return error
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, self._graceful):
+        if isinstance(error, self._graceful) or self._has_left:
+            return error
+        if isinstance(error, SystemExit) and self.joining is not None:
+            # The run was over before this rank has come to it.
             return error
         if isinstance(error, KeyboardInterrupt):
             # Ctrl+C reaches every rank, and is each one's own reason to end.

@@ -221,6 +221,18 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
 
+    @property
+    @override
+    def may_leave(self) -> bool:
+        return self._collectives.outlives_ranks and not self._trainer.is_global_zero
+
+    @override
+    def leave_run(self) -> None:
+        # Its last push is answered; what is drawn beyond that goes back with its leases.
+        self._exchange.worker.settle()
+        self._supervisor.membership.leave("it was told to end (SIGTERM)")
+        raise SystemExit(0)
+
     @override
     def open_admission(self) -> None:
         if (admission := self._supervisor.admission) is not None:
@@ -269,7 +281,9 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.end_segment()
         self._metric_sync.forget_local_results()
         # All ranks tell what they want and what they have left; then they know the same.
-        wishes = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
+        # A rank that may leave alone does so at its next batch.
+        told_to_end = self._sigterm_received() and not self.may_leave
+        wishes = (trainer.should_stop, told_to_end, validation_requested, skip_rest)
         mine = (wishes, leftover, self._cpu.stop(), self._stats.all_reduce_seconds > 0)
         ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse, bool]] = self._collectives.gather_objects(mine)
         trainer.should_stop, sigterm, validation_requested, skip_rest = (

@@ -192,7 +192,7 @@ class RunSupervisor:
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.invite(Invitation(address, None), most)
         else:
-            evictions.steps.append(lambda rank, reason: self._restart(rank, Invitation(address, rank), most))
+            evictions.restart = lambda rank: self._restart(rank, Invitation(address, rank), most)
 
     def _restart(self, rank: int, invitation: Invitation, most: int) -> str | None:
         return self.launcher.restart(self._local_rank(rank), invitation, most)

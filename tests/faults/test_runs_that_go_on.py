@@ -189,3 +189,11 @@ def test_a_rank_that_runs_out_of_memory_is_lost_and_no_bug(tmp_path: Path) -> No
 
     check(run, lost=[1])
     assert "rank 1 is lost: MemoryError" in run.output or os.environ.get("CI")
+
+
+def test_a_rank_that_is_told_to_end_finishes_its_batch_and_leaves(tmp_path: Path) -> None:
+    run = start(tmp_path, Fault(2, 6, "sigterm"), max_restarts=2)
+
+    first = check(run, lost=[2])
+    assert "rank 2 leaves: it was told to end (SIGTERM); 2 ranks go on without it" in run.output
+    assert first["world_sizes"][-1] == 2

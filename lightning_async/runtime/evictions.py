@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from lightning_async.runtime.failure import FailureLatch, RunFailure, say
-from lightning_async.runtime.roster import Roster
+from lightning_async.runtime.roster import Roster, is_out_of_memory
 
 __all__ = ["Evictions"]
 
@@ -63,6 +63,15 @@ class Evictions:
             say(0, "; ".join(filter(None, (f"rank {rank} {what}: {reason}", go_on, *told))))
         with self._changed:
             self._changed.notify_all()
+
+    def fail(self, failure: RunFailure) -> None:
+        """A rank says that it has failed: an error of user code ends the run, a lack of memory is a loss."""
+        if failure.rank not in self.roster:
+            say(0, f"rank {failure.rank}, which was about to join, failed: {failure.reason}")
+        elif is_out_of_memory(failure.reason):
+            self.lose(failure)
+        else:
+            self._latch.trip(failure)
 
     def let_go(self, failure: RunFailure) -> None:
         """A rank leaves by itself: takes it out, and does not start it again."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
-from lightning_async.runtime.roster import is_out_of_memory
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
@@ -56,6 +55,7 @@ class Heartbeats:
         watch: asked at each beat which collective this rank waits in, and told where the others do.
         on_lost: told of a peer that is lost, or out of memory; trips the latch by default.
         on_evicted: told of a rank that rank 0 has taken out of the run.
+        on_failed: told of a peer that has failed by itself; trips the latch by default.
         on_left: told of a peer that leaves the run by itself; None where ranks do not.
     """
 
@@ -70,8 +70,10 @@ class Heartbeats:
         on_lost: Callable[[RunFailure], object] | None = None,
         on_evicted: Callable[[RunFailure], object] = lambda failure: None,
         on_left: Callable[[RunFailure], object] | None = None,
+        on_failed: Callable[[RunFailure], object] | None = None,
     ) -> None:
         self._on_left = on_left
+        self._on_failed = on_failed
         self._on_lost = on_lost
         self._on_evicted = on_evicted
         self._collectives = watch
@@ -250,8 +252,8 @@ class Heartbeats:
                 self._forget(peer)
             by_itself = message.worker == peer.rank
             failure = RunFailure(message.worker, message.reason, self._rank != 0, by_itself)
-            if by_itself and self._on_lost is not None and is_out_of_memory(message.reason):
-                self._on_lost(failure)
+            if by_itself and self._on_failed is not None:
+                self._on_failed(failure)
             else:
                 self._latch.trip(failure)
         elif isinstance(message, Evict) and message.worker == peer.rank and self._on_left is not None:

@@ -148,12 +148,14 @@ class Membership:
             watch=watch,
             on_lost=None if self.evictions is None else self.evictions.lose,
             on_left=None if self.evictions is None else self.evictions.let_go,
+            on_failed=None if self.evictions is None else self.evictions.fail,
             on_evicted=self._hear_of,
         )
         if self.rank == 0:
             self.listener = Listener(host, world_size, self._heartbeats)
             self.address = self.listener.address
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
+                self.admission.expect = self.listener.expect
                 self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
             broadcast(self.address.as_json())
             return

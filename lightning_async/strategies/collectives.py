@@ -91,7 +91,9 @@ class PhasedCollectives(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Lightning takes the ranks that were started.
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        # One that joins has its share of an evaluation once it has met the others.
+        ranks = max(self.world_size, self.global_rank + 1) if self.joins else self.world_size
+        return {"num_replicas": ranks, "rank": self.global_rank}
 
     @property
     def nominal_world_size(self) -> int:

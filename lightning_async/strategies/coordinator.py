@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -253,6 +254,11 @@ class Coordinator(protocols.Coordinator):
         joining = self._joining
         assert joining is not None and joining.state is not None
         agree_on_order([joining.state.order, order])
+        if not order and self._supervisor.membership.rank >= self._collectives.nominal_world_size:
+            raise MisconfigurationException(
+                "Each rank of this run has a train loader of its own, whose samples are the ranks' that the run began "
+                "with: a further one would repeat them. Let the ranks share a map-style dataset."
+            )
         self._exchange.worker.begin_epoch()
         self._by_hand.prepare(self._exchange.worker)
         if self._buffers is not None:

@@ -125,6 +125,8 @@ class AsyncStrategy(PhasedCollectives):
         min_ranks: with ``"continue"``, how many ranks must be left.
         max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
             the run in the middle of an epoch.
+        join_file: with ``"continue"``, a file in which rank 0 leaves what workers on any machine join the run with:
+            ``lightning-async join FILE -- python train.py``. It has the run's token, and only its owner can read it.
         reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
             batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
             applies it, as DDP does.
@@ -168,6 +170,7 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: OnWorkerFailure = "stop",
         min_ranks: int = 1,
         max_restarts: int = 3,
+        join_file: str | Path | None = None,
         reject_nonfinite: bool = True,
         max_rejected_in_a_row: int = 10,
         step_timeout: float | None = None,
@@ -192,7 +195,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
-            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts)
+            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts, join_file)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
                 max_staleness=max_staleness,

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
-from lightning_async.runtime.admission import Admission, Invitation
+from lightning_async.runtime.admission import Admission, Invitation, leave_invitation, outward_address
 from lightning_async.runtime.failure import FailureLatch, RunFailure, say
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
@@ -187,6 +188,9 @@ class RunSupervisor:
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True
+        if self.resilience.join_file is not None:
+            assert address is not None
+            leave_invitation(address, Path(self.resilience.join_file))
         assert address is not None
         most = self.resilience.max_restarts
         if isinstance(self.launcher, ProcessLauncher):
@@ -217,6 +221,9 @@ class RunSupervisor:
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
         host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
+        if self.resilience.join_file is not None and self._ranks.is_fitting and self._ranks.num_nodes == 1:
+            # For workers on other machines.
+            host = outward_address()
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
         self._membership.meet(self._ranks.world_size, host, broadcast, resilience)

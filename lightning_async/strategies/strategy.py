@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -51,6 +51,7 @@ from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
+from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
@@ -358,6 +359,11 @@ class AsyncStrategy(PhasedCollectives):
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
             return
+        if self._resilience.goes_on and self.is_fitting and is_supervised():
+            rank_zero_warn(
+                'on_worker_failure="continue" has no effect under torchrun, whose agent ends all ranks when one ends. '
+                "Start the script itself: it starts its ranks."
+            )
         with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.data.ledger import Ledger
+from lightning_async.data.ledger import Batches, Ledger
 from lightning_async.exchange.dial import policy_and_momentum
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost, Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
@@ -58,11 +59,9 @@ class HolderService(Service):
         self._on_update = on_update
         self._listener = listener
         self.layout = layout = FlatLayout(owned)
-        bound = resolve_max_staleness(options.max_staleness, spec.world_size, options.gradients_per_update)
-        # As under DDP each version has one gradient of each rank: there is nothing to share, and none is overtaken.
-        every_rank = options.gradients_per_update == spec.world_size > 1
-        self._in_lock_step = every_rank and bound == 0 and options.on_stale == "wait"
-        batches = "sharded" if self._in_lock_step else options.batches
+        self._optimizers, self._workers = spec.optimizers, spec.world_size
+        bound = self._follow(options)
+        batches = self._batches(options)
         self.ledger: Ledger = Ledger(spec.world_size, batches) if predecessor is None else predecessor.ledger
         initial = layout.buffer()
         for index, parameters in enumerate(owned):
@@ -178,6 +177,24 @@ class HolderService(Service):
         policy: Mapping[str, Any] | None = None,
     ) -> bool:
         return self.holder.restore(version, optimizer_states, gathered, policy)
+
+    @override
+    def adjust(self, options: ExchangeOptions) -> None:
+        policy, rule = policy_and_momentum(options, self._optimizers, self._workers)
+        bound = self._follow(options)
+        self.holder.adjust(bound, options.on_stale, options.gradients_per_update, policy, rule)
+        self.ledger.deal(self._batches(options))
+
+    def _follow(self, options: ExchangeOptions) -> int | None:
+        """Notes whether the ranks go in lock step; returns the bound."""
+        bound = resolve_max_staleness(options.max_staleness, self._workers, options.gradients_per_update)
+        every_rank = options.gradients_per_update == self._workers > 1
+        self._in_lock_step = every_rank and bound == 0 and options.on_stale == "wait"
+        return bound
+
+    def _batches(self, options: ExchangeOptions) -> Batches:
+        # As under DDP each version has one gradient of each rank: there is nothing to share, and none is overtaken.
+        return "sharded" if self._in_lock_step else options.batches
 
     @override
     def set_counts(self, counts: Sequence[int]) -> None:

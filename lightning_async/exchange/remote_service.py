@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
@@ -234,6 +235,10 @@ class HolderProcess(Service):
     ) -> bool:
         with SharedPayload((list(optimizer_states), gathered, policy)) as shared_payload:
             return bool(self._call("restore", version, shared_payload.address))
+
+    @override
+    def adjust(self, options: ExchangeOptions) -> None:
+        self._call("adjust", options)
 
     @override
     def set_counts(self, counts: Sequence[int]) -> None:

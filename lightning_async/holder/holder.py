@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.barrier_policies import Decision
+from lightning_async.holder.barrier_policies import Decision, OnStale
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
@@ -82,9 +82,7 @@ class Holder:
                 for group in template.param_groups
             ]
             self._optimizers.append(HeldOptimizer(template, groups, momentum_rule))
-        self._intake = GradientIntake(
-            layout, self._flat, self._optimizers, policy or StalenessPolicy(), barrier.gradients_per_update
-        )
+        self._intake = self._make_intake(policy or StalenessPolicy())
         self.load_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
         this = weakref.ref(self)
@@ -183,6 +181,42 @@ class Holder:
                 self._barrier.ask(reader)
             self._tell()
             return update
+
+    def adjust(
+        self,
+        max_staleness: int | None,
+        on_stale: OnStale,
+        gradients_per_update: int,
+        policy: StalenessPolicy,
+        momentum_rule: Callable[[float], float] | None,
+    ) -> None:
+        """Goes on by other rules, at the border of a version; nobody may be computing.
+
+        Args:
+            max_staleness: see `StalenessBarrier`.
+            on_stale: see `StalenessBarrier`.
+            gradients_per_update: see `StalenessBarrier`.
+            policy: what is done with a gradient because of its age, bound to the run; it goes on from what the one
+                before has learned, if it is of the same class.
+            momentum_rule: what steps use in place of the user's momentum; None leaves it.
+
+        Raises:
+            ValueError: if the barrier refuses.
+        """
+        with self._lock:
+            self._barrier.adjust(max_staleness, on_stale, gradients_per_update)
+            learned = self._intake.policy_state()
+            for optimizer in self._optimizers:
+                optimizer.momentum_rule = momentum_rule
+            self._intake = self._make_intake(policy)
+            self._intake.load_policy_state(learned)
+            self._tell()
+
+    def _make_intake(self, policy: StalenessPolicy) -> GradientIntake:
+        # Where no gradient can be stale, nobody has anything to look ahead to.
+        looks_ahead = self._barrier.max_staleness != 0
+        needed = self._barrier.gradients_per_update
+        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead)
 
     def complete_version(self) -> bool:
         """Makes an update of the gradients that wait for more; nobody may be computing.

@@ -139,6 +139,10 @@ class Coordinator(Protocol):
         """This rank's source of batches."""
 
     @property
+    def steps_to_measure(self) -> int | None:
+        """After how many steps of each rank the ranks are to meet, since step times are measured; None if not."""
+
+    @property
     def unfinished_tickets(self) -> int:
         """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
 

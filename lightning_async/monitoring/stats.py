@@ -27,6 +27,7 @@ class RunStats:
 
     Attributes:
         updates: updates applied, over all optimizers.
+        ranks: number of ranks in the run.
         version: the version that the last of them made.
         staleness: staleness -> number of applied updates.
         staleness_by_rank: the same for each rank.
@@ -49,6 +50,7 @@ class RunStats:
         self._lock = threading.Lock()
         self._clock = clock
         self.updates = 0
+        self.ranks = workers
         self.version = 0
         self.staleness: Counter[int] = Counter()
         self.staleness_by_rank: dict[int, Counter[int]] = {rank: Counter() for rank in range(workers)}
@@ -69,6 +71,7 @@ class RunStats:
         # Of each rank: when its last update was recorded, and how long the barrier had held that one back.
         self._last: dict[int, tuple[float, float]] = {}
         self._steps: dict[int, deque[float]] = {rank: deque(maxlen=_STEPS_KEPT) for rank in range(workers)}
+        self._update_ns = 0
 
     def start_segment(self) -> None:
         """Training begins, or goes on after a validation."""
@@ -97,6 +100,7 @@ class RunStats:
             self.wait_seconds_by_rank[worker] += update.push.waited_s
             self.parked_seconds_by_rank[worker] += update.parked_s
             if update.applied:
+                self._update_ns += update.took_ns
                 self.updates += 1
                 self.version = update.version
                 self.updates_by_rank[worker] += 1
@@ -117,12 +121,14 @@ class RunStats:
         """Notes that a rank is out of the run."""
         with self._lock:
             self.evicted.append(rank)
+            self.ranks -= 1
             self._last.pop(rank, None)
 
     def join(self, rank: int) -> None:
         """Notes that a rank is in the run that was out of it, or is new."""
         with self._lock:
             self.joined.append(rank)
+            self.ranks += 1
             self._last.pop(rank, None)
             self._steps.setdefault(rank, deque(maxlen=_STEPS_KEPT))
             self.staleness_by_rank.setdefault(rank, Counter())
@@ -138,6 +144,22 @@ class RunStats:
             for rank, use in ranks.items():
                 self.host_by_rank[rank], self.cores_by_rank[rank] = use.host, use.cores
                 self.cores_used_by_rank[rank] = use.used
+
+    @property
+    def seconds_an_update(self) -> float:
+        """Seconds that the holder has worked on a gradient, on average."""
+        return self._update_ns / 1e9 / max(self.updates, 1)
+
+    @property
+    def busiest_host(self) -> float:
+        """Part of its cores that the ranks keep busy on the host where it is largest; 0.0 if that is not known."""
+        hosts: Counter[str] = Counter()
+        cores: Counter[str] = Counter()
+        with self._lock:
+            for rank, host in self.host_by_rank.items():
+                hosts[host] += self.cores_used_by_rank[rank]  # type: ignore[assignment]  # floats add up as well
+                cores[host] = max(cores[host], self.cores_by_rank[rank])
+        return max((min(1.0, used / cores[host]) for host, used in hosts.items() if cores[host]), default=0.0)
 
     def step_seconds(self, rank: int) -> list[float]:
         """Seconds that ``rank`` took to compute each of its latest updates (at most 1001), without waiting."""
@@ -161,6 +183,7 @@ class RunStats:
         with self._lock:
             return {
                 "updates": self.updates,
+                "ranks": self.ranks,
                 "staleness": dict(self.staleness),
                 "staleness_by_rank": {rank: dict(counts) for rank, counts in self.staleness_by_rank.items()},
                 "updates_by_rank": dict(self.updates_by_rank),

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.roster import Roster
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -181,15 +182,23 @@ class MeetingHost(Meeting):
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._connections: dict[int, ControlConnection] = {}
+        self._processes: dict[int, ProcessIdentity | None] = {}
         # What ranks have brought that are further than this one.
         self._early: dict[int, tuple[Place, Any]] = {}
         self._broken = False
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
 
-    def add(self, rank: int, connection: ControlConnection) -> None:
-        """Meets another rank; its connection is owned from here on."""
+    def add(self, rank: int, connection: ControlConnection, process: ProcessIdentity | None = None) -> None:
+        """Meets another rank.
+
+        Args:
+            rank: the rank.
+            connection: to it; owned from here on.
+            process: which one it is, if that is known.
+        """
         with self._lock:
+            self._processes[rank] = process
             before = self._connections.pop(rank, None)
             self._connections[rank] = connection
             self._early.pop(rank, None)
@@ -207,17 +216,21 @@ class MeetingHost(Meeting):
             raise HandshakeError(f"rank {peer.rank} was taken out of the run")
         connection.send(Welcome(peer.rank))
         connection.settimeout(None)
-        self.add(peer.rank, connection)
+        self.add(peer.rank, connection, ProcessIdentity.from_claims(peer.claims))
 
     def note_lost(self, rank: int) -> None:
-        """Notes that a rank is out of the roster: nobody waits for it any more."""
+        """Notes that a rank is out of the roster: nobody waits for it any more, and its process ends if it is here."""
         with self._lock:
+            process = self._processes.pop(rank, None)
             connection = self._connections.pop(rank, None)
             self._early.pop(rank, None)
             self._broken = True
         if connection is not None:
             # Wakes a thread that is in the middle of a message from there.
             connection.shutdown()
+        if process is not None:
+            # It may only be stopped, and would come to life when another one has its place.
+            process.kill()
         self._wake()
 
     @override

@@ -30,6 +30,7 @@ from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
 from lightning_async.runtime.process_groups import break_groups
+from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.roster import Resilience, Roster
 
 __all__ = ["Membership", "guard_shutdown"]
@@ -131,7 +132,13 @@ class Membership:
         goes_on = self._resilience.goes_on
         if self.rank == 0 and goes_on:
             self._host_meetings(world_size, host)
-        watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
+        evictions = self.evictions
+        everyone = tuple(range(world_size))
+
+        def ranks() -> tuple[int, ...]:
+            return everyone if evictions is None else evictions.roster.living
+
+        watch = CollectiveWatch(self.rank, ranks, self._worker_timeout_s)
         self._heartbeats = Heartbeats(
             self.rank,
             self.latch,
@@ -151,7 +158,7 @@ class Membership:
         self.address = Address.from_json(broadcast(""))
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
         if goes_on:
-            connection, _ = handshake(self.address, self.rank, MEETING)
+            connection, _ = handshake(self.address, self.rank, MEETING, **ProcessIdentity.of_this_process().as_claims())
             self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
 
     def join(self, invitation: Invitation) -> JoinRequest:
@@ -181,7 +188,8 @@ class Membership:
         assert request is not None and self.address is not None
         if (admitted := request.come_in(segment)) is None:
             return False
-        connection, _ = handshake(self.address, self.rank, MEETING, request.incarnation)
+        claims = ProcessIdentity.of_this_process().as_claims()
+        connection, _ = handshake(self.address, self.rank, MEETING, request.incarnation, **claims)
         guest = self.meeting = MeetingGuest(connection, admitted.ranks, self.latch, self.address.host)
         guest.counts = admitted.counts
         self.joining = None

@@ -85,7 +85,7 @@ class HolderSink(GradientSink):
         self.holder = make_holder(self._layout, optimizer, barrier, self._in_virtual_time, state, policy, momentum_rule)
         self._views = self._layout.views(self.holder.lend(), 0)
         # What a worker is answered with, where a policy moves it.
-        moves = policy is not None and overrides(policy, "look_ahead")
+        moves = policy is not None and overrides(policy, "look_ahead") and barrier.max_staleness != 0
         self._answer = torch.zeros_like(self.holder.lend()) if moves else self.holder.lend()
         if gathered is not None or learned is not None:
             gathered = gathered and gathered.to(self.holder.lend().device)

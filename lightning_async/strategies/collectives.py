@@ -21,7 +21,13 @@ from lightning_async.loops.collective_guard import asynchronous_call_error
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.tensor_sync import set_meeting
 from lightning_async.runtime.meeting import Meeting
-from lightning_async.runtime.process_groups import breakable, exchange_group, open_store, reform_default_group
+from lightning_async.runtime.process_groups import (
+    breakable,
+    exchange_group,
+    open_store,
+    reform_default_group,
+    reformed_place,
+)
 
 __all__ = ["PhasedCollectives"]
 
@@ -56,6 +62,7 @@ class PhasedCollectives(DDPStrategy):
         # Whether this rank is about to join a run that is under way, and has nobody to meet yet.
         self.joins = False
         self._worker_rank: int | None = None
+        self._before: tuple[int, int] | None = None
         self._was_lost: Callable[[Exception], bool]
         self._on_group_forming: Callable[[], None]
         super().__init__(**arguments)
@@ -72,13 +79,13 @@ class PhasedCollectives(DDPStrategy):
     @override
     def world_size(self) -> int:
         """Number of ranks: those in the process group."""
-        return super().world_size if self._members is None else len(self._members)
+        return self.nominal_world_size if self._members is None else len(self._members)
 
     @property
     @override
     def global_rank(self) -> int:
         """This rank's place among them."""
-        return super().global_rank if self._members is None else self._members.index(self.worker_rank)
+        return self.worker_rank if self._members is None else self._members.index(self.worker_rank)
 
     @property
     @override
@@ -89,12 +96,20 @@ class PhasedCollectives(DDPStrategy):
     @property
     def nominal_world_size(self) -> int:
         """The number of ranks that the run was started with, N: clock, epochs and bounds go by it."""
-        return super().world_size
+        return super().world_size if self._before is None else self._before[1]
 
     @property
     def worker_rank(self) -> int:
         """This rank's number in the exchange of gradients: what it was started with, whoever is lost."""
-        return super().global_rank if self._worker_rank is None else self._worker_rank
+        if self._worker_rank is not None:
+            return self._worker_rank
+        return super().global_rank if self._before is None else self._before[0]
+
+    @override
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        # Where an earlier run of this script has lost ranks, the others are all there is.
+        self._before, self._members, self._worker_rank = reformed_place(), None, None
 
     def meet_by(
         self,

@@ -85,7 +85,7 @@ def set_up_fit(
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
         metrics = MetricsLogger(context.stats, writers, every)
-    gradients_per_update = context.options.gradients_per_update
+    gradients_per_update = context.dial.options.gradients_per_update
     version = gradients // gradients_per_update
     by_hand = ByHand(
         trainer, context.name, gradients, phase, context.world_size, counts_gradients=gradients_per_update > 1
@@ -103,9 +103,7 @@ def set_up_fit(
         by_hand,
         accumulate=lambda: int(trainer.accumulate_grad_batches),
     )
-    checkpointing = Checkpointing(
-        context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps, context.options
-    )
+    checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
     coordinator = Coordinator(
         trainer=trainer,
         collectives=context.collectives,

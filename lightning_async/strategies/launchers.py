@@ -52,8 +52,9 @@ StartMethod = Literal["spawn", "fork", "forkserver"]
 # How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
 _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 
-# The processes of these ranks, on this host and but for this one.
+# The processes of these ranks, on this host and but for this one; and which of them a run has gone on without.
 _started: list[subprocess.Popen[bytes]] = []
+_lost: set[int] = set()
 
 # Before a lost rank is started again: at once, then twice as long each time.
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
@@ -101,8 +102,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             with held_back():
                 self._call_children_scripts()
                 _started[:] = self.procs
-        # A script's later Trainers train with the ranks that the first has started.
-        self.procs = list(_started)
+        # A script's later Trainers train with the ranks that the first has started, as far as they are left.
+        self.procs = [process for process in _started if process.pid not in _lost]
         self._restarts.clear()
         self._is_over.clear()
         _set_num_threads_if_needed(num_processes=self.num_processes)
@@ -151,8 +152,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if _HYDRA_AVAILABLE and importlib.import_module("hydra.core.hydra_config").HydraConfig.initialized():
             command, folder = _hydra_subprocess_cmd(local_rank)
         variables = os.environ | invitation.variables() | {"LOCAL_RANK": str(local_rank)}
-        self.procs[local_rank - 1] = subprocess.Popen(command, env=variables, cwd=folder)
-        _started[:] = self.procs
+        process = subprocess.Popen(command, env=variables, cwd=folder)
+        _started[_started.index(self.procs[local_rank - 1])] = process
+        self.procs[local_rank - 1] = process
 
     @override
     def kill(self, signum: int) -> None:
@@ -234,6 +236,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                         self._guard.report_failure(local_rank, describe_exit(process.returncode))
                     if not self._guard.goes_on:
                         return
+                    _lost.add(process.pid)
             over.wait(_POLL_S)
 
 
@@ -462,12 +465,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         strategy: Any = self._strategy
-        return {**super().get_extra_results(trainer), "async_stats": strategy.stats}
+        return {**super().get_extra_results(trainer), "async_stats": strategy.stats, "async_choice": strategy.choice}
 
     @override
     def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
         strategy: Any = self._strategy
-        strategy.stats = extra.pop("async_stats")
+        strategy.stats, strategy.choice = extra.pop("async_stats"), extra.pop("async_choice")
         super().update_main_process_results(trainer, extra)
 
     def _end_children(self) -> None:

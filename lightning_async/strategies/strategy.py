@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
-from lightning_async.exchange.dial import Dial, GradientsPerUpdate
+from lightning_async.exchange.auto import Choice
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import (
     Batches,
@@ -47,6 +47,7 @@ from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
@@ -111,11 +112,12 @@ class AsyncStrategy(PhasedCollectives):
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
-            less than DDP. Gradients are weighted by their samples. ``"auto"`` is half of the ranks, with DDP's own
-            learning rate and momentum (``staleness_policy="from_ddp"``).
+            less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
+            it begins as DDP does, measures the ranks' steps, and stays with DDP where they are equal; else it goes on
+            with half of the ranks and ``staleness_policy="from_ddp"``. It says once what it has chosen, and why.
         staleness_policy: what is done with a gradient because of its age: ``"plain"`` (nothing), ``"damping"``,
             ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, ``"from_ddp"``, or
-            a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
+            a `StalenessPolicy`; None is ``"plain"``, or what ``gradients_per_update="auto"`` chooses.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
         on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
@@ -213,6 +215,8 @@ class AsyncStrategy(PhasedCollectives):
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
+        # Of a fit from its setup on, and of the last one.
+        self._run_dial: RunDial | None = None
         self._ending: FitEnding | None = None
         self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
@@ -221,11 +225,23 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def options(self) -> ExchangeOptions:
         """How gradients are exchanged among the ranks that there are."""
-        # With several optimizers each gradient is an update.
-        several = self._dial.gradients_per_update == "auto" and len(self.optimizers) > 1
-        return replace(
-            self._asked, gradients_per_update=1 if several else self._dial.gradients(self.nominal_world_size)
+        return (self._run_dial or self._begin_dial()).options
+
+    def _begin_dial(self) -> RunDial:
+        return RunDial(
+            self._dial, self._asked, self.nominal_world_size, lambda: self.stats, lambda: len(self.optimizers) or 1
         )
+
+    @property
+    def choice(self) -> Choice | None:
+        """What ``gradients_per_update="auto"`` has chosen in this fit, or the last one; None before that."""
+        return None if self._run_dial is None else self._run_dial.choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        # In the process that has started the ranks.
+        self._run_dial = self._begin_dial()
+        self._run_dial.choice = choice
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -294,7 +310,8 @@ class AsyncStrategy(PhasedCollectives):
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
-        refuse_options(self.options, self.strategy_name, self.root_device, self.world_size)
+        for options in self._dial.possible(self._asked, self.world_size):
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
         try:
             check_module(module)
         except ValueError as error:
@@ -350,6 +367,7 @@ class AsyncStrategy(PhasedCollectives):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         if self.is_fitting:
+            self._run_dial = None
             self._signals.forget()
             if self.is_global_zero:
                 assert self._supervisor is not None
@@ -423,13 +441,14 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        if (chosen := self._dial.notice(self.world_size, self.options.gradients_per_update)) is not None:
-            rank_zero_info(chosen)
+        self._run_dial = self._begin_dial()
+        if self._run_dial.notice is not None:
+            rank_zero_info(self._run_dial.notice)
         self._resolved, self.has_stepped = None, False
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
-            options=self.options,
+            dial=self._run_dial,
             rank=self._supervisor.membership.rank,
             world_size=self.nominal_world_size,
             device=self.root_device,
@@ -566,6 +585,8 @@ class AsyncStrategy(PhasedCollectives):
         self.barrier("every rank has the optimizers' states")
         assert self._supervisor is not None
         self._supervisor.end_training()
+        if self._run_dial is not None and self._run_dial.unfinished is not None:
+            say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
         self._ending.finish()
 
@@ -606,8 +627,9 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
-        described = describe_run(type(self).__name__, self.nominal_world_size, self.options, self._resolved)
-        return {**described, "requested": described["requested"] | self._dial.requested}
+        dial = self._run_dial or self._begin_dial()
+        described = describe_run(type(self).__name__, self.nominal_world_size, dial.options, self._resolved)
+        return {**described, **dial.described, "requested": described["requested"] | dial.requested}
 
     @classmethod
     @override

@@ -114,8 +114,7 @@ class RunSupervisor:
     def report_failure(self, local_rank: int, reason: str) -> None:
         """Tells this rank that the process of another one on this host has ended with an error."""
         assert self._membership is not None
-        rank = self._ranks.node_rank * self._ranks.num_processes + local_rank
-        self._membership.lose(RunFailure(rank, reason))
+        self._membership.lose(RunFailure(self._ranks.node_rank * self._ranks.num_processes + local_rank, reason))
 
     def _describe_end(self, rank: int) -> str | None:
         return self.launcher.describe_end(self._local_rank(rank))

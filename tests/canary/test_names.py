@@ -93,7 +93,7 @@ USES = {
 }
 
 # What is not theirs: of the standard library and of torch's bindings; of this package, where an object uses another's.
-NOT_THEIRS = {"_C", "_current_frames", "_exit", "_getframe", "_replace"}
+NOT_THEIRS = {"_C", "_asdict", "_current_frames", "_exit", "_getframe", "_replace"}
 OWN = {
     "data/loader_proxy.py": {"_proxy_iterate", "_proxy_length", "_proxy_real", "_proxy_shown"},
     "exchange/engine.py": {"_owned"},

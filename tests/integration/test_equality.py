@@ -173,11 +173,13 @@ def replay(
     wire: Wire = UNROUNDED,
     gradients_per_update: int = 1,
     policy: StalenessPolicy | None = None,
+    then: tuple[int, int, StalenessPolicy] | None = None,
 ) -> None:
     """Trains ``module`` in this process as the record says, each gradient at the version that was read.
 
-    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others. What an epoch's last
-    gradients lack to an update is left out of it.
+    ``then`` is what holds from a version on: the version, gradients in an update, and the policy. ``wire`` is what
+    gradients and parameters are rounded to between rank 0 and the others. What an epoch's last gradients lack to an
+    update is left out of it.
     """
     layout = FlatLayout([list(module.parameters())])
     device = next(module.parameters()).device
@@ -239,6 +241,9 @@ def replay(
             # The epoch's end completes a version after the push has been told of.
             assert len(versions) - 1 == update["version"] + (not is_full)
             arrivals.clear()
+            if then is not None and len(versions) - 1 == then[0]:
+                _, gradients_per_update, policy = then
+                versions[-1] = answer()
     assert computed == per_epoch * 2
 
 
@@ -268,7 +273,10 @@ def train_and_replay(
     policy.check(AMSGrad(alone.parameters()))
     beta = 0.9 if options.get("momentum_correction") is None else corrected_momentum(0.9, 3, made_of)
     optimizer = AMSGrad(alone.parameters(), lr=1e-2, betas=(beta, 0.999), fused=True)
-    replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, made_of, policy)
+    rules: tuple[Any, ...] = (made_of, policy)
+    if chosen := strategy.configuration.get("auto"):
+        rules = (3, StalenessPolicy(), (chosen["version"], *rules))
+    replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, *rules)
     torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
 

@@ -138,6 +138,8 @@ def _tiles(stats: Mapping[str, Any]) -> str:
     ]
     if stats["dropped"]:
         tiles.append((f"{stats['dropped']:,}", "gradients dropped"))
+    if lost := stats.get("evicted"):
+        tiles.append((f"{len(lost)}", f"rank{'s' if len(lost) > 1 else ''} lost, {len(stats['joined'])} joined"))
     return "".join(
         f'<div class="tile{" long" if "/" in value else ""}"><b>{value}</b><span class="soft">{name}</span></div>'
         for value, name in tiles

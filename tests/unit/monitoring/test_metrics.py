@@ -90,6 +90,7 @@ def test_each_row_covers_what_has_happened_since_the_last(run: Run) -> None:
         "async/staleness_max": 10.0,
         "async/updates_per_second": pytest.approx(10.0),
         "async/wait_fraction": pytest.approx(1.0 / (2.0 * 2)),
+        "async/ranks": 2.0,
         "async/dropped": 0.0,
         "async/rejected": 0.0,
         "async/share_rank_0": 1.0,

@@ -31,6 +31,7 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
 
     assert stats.as_dict() == {
         "updates": 4,
+        "ranks": 3,
         "staleness": {0: 2, 2: 2},
         "staleness_by_rank": {0: {0: 1}, 1: {2: 2, 0: 1}, 2: {}},
         "updates_by_rank": {0: 1, 1: 3, 2: 0},
@@ -44,6 +45,7 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
         "dropped": 1,
         "rejected": 1,
         "evicted": [],
+        "joined": [],
         "train_seconds": 0.0,
         "median_step_seconds_by_rank": {0: pytest.approx(0.0, abs=1e-3), 1: pytest.approx(0.0, abs=1e-3), 2: 0.0},
     }

@@ -187,6 +187,8 @@ class MeetingHost(Meeting):
         self._lock = threading.Lock()
         self._connections: dict[int, ControlConnection] = {}
         self._processes: dict[int, ProcessIdentity | None] = {}
+        # Of ranks that were lost; closed by the thread that meets.
+        self._retired: list[ControlConnection] = []
         # What ranks have brought that are further than this one.
         self._early: dict[int, tuple[Place, Any]] = {}
         self._broken = False
@@ -231,10 +233,12 @@ class MeetingHost(Meeting):
         with self._lock:
             process = self._processes.pop(rank, None)
             connection = self._connections.pop(rank, None)
+            if connection is not None:
+                self._retired.append(connection)
             self._early.pop(rank, None)
             self._broken = True
         if connection is not None:
-            # Wakes a thread that is in the middle of a message from there.
+            # Wakes the thread that is in the middle of a message from there, and has it still in hand.
             connection.shutdown()
         if process is not None:
             # It may only be stopped, and would come to life when another one has its place.
@@ -279,8 +283,9 @@ class MeetingHost(Meeting):
     @override
     def close(self) -> None:
         with self._lock:
-            connections = list(self._connections.values())
+            connections = [*self._connections.values(), *self._retired]
             self._connections.clear()
+            self._retired.clear()
         for connection in connections:
             connection.close()
         self._wake_in.close()
@@ -289,6 +294,10 @@ class MeetingHost(Meeting):
     def _meet(self, place: Place, mine: Any) -> dict[int, Any]:
         """Waits for every rank in the run; returns what each has brought."""
         arrived: dict[int, Any] = {0: mine}
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for connection in retired:
+            connection.close()
         while missing := [rank for rank in self._roster.living if rank not in arrived]:
             self._latch.check()
             if self._is_to_be_repeated(place):

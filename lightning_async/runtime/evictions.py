@@ -23,8 +23,10 @@ class Evictions:
 
     Attributes:
         under_way: whether the ranks train: one that is lost before or after ends the run.
-        steps: what is done when a rank is out, in this order: called with its rank and what happened to it; what they
-            return is added to the line that tells of it.
+        before: what is done before a rank is out of the roster: a meeting that does without it finds what it was handed
+            handed back. Called with its rank and what happened to it; what they return is added to the line that
+            tells of it.
+        steps: the same, for what is done when it is out; in this order.
         lets_go: whether the rank that the steps are about leaves by itself.
         restart: starts a lost rank again, and says so; None where nobody does.
     """
@@ -32,6 +34,7 @@ class Evictions:
     def __init__(self, roster: Roster, latch: FailureLatch) -> None:
         self.roster = roster
         self.under_way = False
+        self.before: list[Callable[[int, str], str | None]] = []
         self.steps: list[Callable[[int, str], str | None]] = []
         self.lets_go = False
         self.restart: Callable[[int], str | None] | None = None
@@ -50,11 +53,13 @@ class Evictions:
             rank, reason = failure.rank, failure.reason
             if self._latch.failure is not None or (rank != 0 and rank not in self.roster):
                 return
-            if not self.under_way or not self.roster.remove(rank, reason):
+            if not self.under_way or not self.roster.can_lose(rank):
                 self._latch.trip(failure)
                 return
             self.lets_go = leaves
-            told = [step(rank, reason) for step in list(self.steps)]
+            told = [step(rank, reason) for step in list(self.before)]
+            self.roster.remove(rank, reason)
+            told += [step(rank, reason) for step in list(self.steps)]
             if not leaves and self.restart is not None:
                 told.append(self.restart(rank))
             ranks = len(self.roster.living)

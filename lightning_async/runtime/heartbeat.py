@@ -268,6 +268,10 @@ class Heartbeats:
             raise WireError(f"unexpected {kind_of(message).name} on a heartbeat")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
+        with self._lock:
+            if self._peers.get(peer.rank) is not peer:
+                # Taken out meanwhile: another worker may have its place.
+                return
         failure = RunFailure(peer.rank, reason)
         if self._on_lost is None:
             self._forget(peer)
@@ -279,6 +283,7 @@ class Heartbeats:
 
     def _forget(self, peer: _Peer) -> None:
         with self._lock:
-            if self._peers.pop(peer.rank, None) is not None:
+            if self._peers.get(peer.rank) is peer:
+                del self._peers[peer.rank]
                 self._selector.unregister(peer.connection.fileno())
                 peer.connection.close()

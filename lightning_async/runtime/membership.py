@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
@@ -70,6 +70,7 @@ class Membership:
         evictions: rank 0's decisions then; None elsewhere.
         admission: takes in ranks that join, on rank 0; None elsewhere.
         joining: the request of a rank that joins a run that is under way; None of others.
+        group: who is in the present process group, or the one that is being formed; None for all that were started.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Membership:
         # On every rank: the failures of those that the run has gone on without.
         self._lost: list[RunFailure] = []
         self._heard = threading.Condition()
+        self.group: Collection[int] | None = None
         self.latch = FailureLatch()
         self.listener: Listener | None = None
         self.address: Address | None = None
@@ -268,8 +270,10 @@ class Membership:
         with self._heard:
             self._lost.append(failure)
             self._heard.notify_all()
-        # What waits for that rank in a collective waits in vain.
-        break_groups()
+        if self.group is None or failure.rank in self.group:
+            # What waits for that rank in a collective waits in vain. A group that was formed without it goes on, also
+            # where the news of it come late.
+            break_groups()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

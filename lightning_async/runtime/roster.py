@@ -101,12 +101,16 @@ class Roster:
         rank = max(self._incarnations) + 1
         return rank, self.next_incarnation(rank)
 
+    def can_lose(self, rank: int) -> bool:
+        """Whether the run can go on without a rank."""
+        return rank != 0 and rank in self._living and len(self._living) > self._min_ranks
+
     def remove(self, rank: int, reason: str) -> bool:
         """Takes a rank out; False, with nothing changed, if the run cannot go on without it.
 
         Rank 0 has the holder, and fewer ranks than ``min_ranks`` do not go on.
         """
-        if rank == 0 or rank not in self._living or len(self._living) <= self._min_ranks:
+        if not self.can_lose(rank):
             return False
         self._living.discard(rank)
         self.generation += 1

@@ -64,7 +64,7 @@ class PhasedCollectives(DDPStrategy):
         self._worker_rank: int | None = None
         self._before: tuple[int, int] | None = None
         self._was_lost: Callable[[Exception], bool]
-        self._on_group_forming: Callable[[], None]
+        self._on_group_forming: Callable[[Sequence[int]], None]
         super().__init__(**arguments)
         self.phase = Phase()
 
@@ -117,14 +117,14 @@ class PhasedCollectives(DDPStrategy):
         self,
         meeting: Meeting | None,
         was_lost: Callable[[Exception], bool] = lambda error: False,
-        on_group_forming: Callable[[], None] = lambda: None,
+        on_group_forming: Callable[[Sequence[int]], None] = lambda ranks: None,
     ) -> None:
         """Runs the strategy's own collectives by way of rank 0 from here on, past torch's process groups.
 
         Args:
             meeting: this rank's side; None for the process groups.
             was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
-            on_group_forming: called before a group is formed.
+            on_group_forming: called before a group is formed, with the ranks in it.
         """
         self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
         # One that has joined is in no group yet.
@@ -154,7 +154,7 @@ class PhasedCollectives(DDPStrategy):
             return
         while True:
             generation, members = meeting.generation, meeting.ranks
-            self._on_group_forming()
+            self._on_group_forming(members)
             done = self._reform(members)
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
                 break

@@ -368,7 +368,7 @@ class AsyncStrategy(PhasedCollectives):
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
+        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
@@ -384,7 +384,7 @@ class AsyncStrategy(PhasedCollectives):
         assert self._supervisor is not None
         supervisor = self._supervisor
         self._before_joining.close()
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
+        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 

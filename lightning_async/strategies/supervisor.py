@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -156,8 +156,9 @@ class RunSupervisor:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
 
-    def note_group_formed(self) -> None:
-        """Notes that the process group has the ranks in the run."""
+    def note_group_forming(self, ranks: Sequence[int]) -> None:
+        """Notes that ranks are about to form a process group."""
+        self.membership.group = ranks
         self._losses_known = self.membership.losses
 
     @property
@@ -180,7 +181,7 @@ class RunSupervisor:
     def on_eviction(self, step: Callable[[int, str], str | None]) -> None:
         """Has something done on rank 0 when a rank is out, before the others hear of it; see `Evictions`."""
         if self.membership.evictions is not None:
-            self.membership.evictions.steps.insert(0, step)
+            self.membership.evictions.before.append(step)
 
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""

@@ -51,6 +51,7 @@ from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
@@ -249,6 +250,12 @@ class AsyncStrategy(PhasedCollectives):
     def failure(self) -> RunFailure | None:
         """The first failure of the run, as far as this rank knows; None while there is none."""
         return None if self._supervisor is None else self._supervisor.failure
+
+    @property
+    def membership(self) -> Membership:
+        """This rank's part in the run that is under way."""
+        assert self._supervisor is not None
+        return self._supervisor.membership
 
     @property
     @override

@@ -23,6 +23,7 @@ from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
+from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.transport.base import ChannelClosedError
@@ -76,6 +77,7 @@ class RunSupervisor:
     def guard_run(self) -> AbstractContextManager[None]:
         """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
         self._ranks.set_world_ranks()
+        announce_rank(self._ranks.global_rank)
         self._membership = Membership(
             self._ranks.global_rank,
             self._worker_timeout_s,
@@ -185,6 +187,7 @@ class RunSupervisor:
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
         evictions, address = self.membership.evictions, self.membership.address
+        announce_training()
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True

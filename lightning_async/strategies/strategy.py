@@ -333,7 +333,7 @@ class AsyncStrategy(PhasedCollectives):
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
+        self._meet_by_way_of_rank_0(supervisor)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
@@ -349,7 +349,11 @@ class AsyncStrategy(PhasedCollectives):
         assert self._supervisor is not None
         supervisor = self._supervisor
         self._before_joining.close()
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_formed)
+        self._meet_by_way_of_rank_0(supervisor)
+
+    def _meet_by_way_of_rank_0(self, supervisor: RunSupervisor) -> None:
+        meeting = supervisor.membership.meeting
+        self.meet_by(meeting, supervisor.was_lost, supervisor.note_group_forming, supervisor.is_group_outdated)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 

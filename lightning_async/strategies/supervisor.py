@@ -158,9 +158,13 @@ class RunSupervisor:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
 
-    def note_group_formed(self) -> None:
-        """Notes that the process group has the ranks in the run."""
+    def note_group_forming(self) -> None:
+        """Notes that the ranks in the run are about to form a process group."""
         self._losses_known = self.membership.losses
+
+    def is_group_outdated(self) -> bool:
+        """Whether a rank was lost since then, which may be in that group."""
+        return self.membership.losses > self._losses_known
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

@@ -119,7 +119,8 @@ class FaultInjector(Callback):
         request = strategy.membership.joining
         if request is not None and "handshake" in self._counters:
             self._pass("handshake")
-            engine.dial = self._after("handshake", engine.dial)
+            dialling: Any = engine
+            dialling.dial = self._after("handshake", dialling.dial)
             request.fetch_state = self._after("handshake", request.fetch_state)
             request.come_in = self._after("handshake", request.come_in)
 

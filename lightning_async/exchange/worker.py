@@ -83,6 +83,11 @@ class Worker:
         self._turns.version = version
 
     @property
+    def channels(self) -> list[Channel]:
+        """The worker's ends of its channels, one for each slot."""
+        return [slot.channel for slot in self._turns.slots]
+
+    @property
     def waited_s(self) -> float:
         """Seconds that this rank has waited for the holder."""
         return self._observation.waited_s

@@ -292,6 +292,8 @@ class Coordinator(protocols.Coordinator):
         wishes = (trainer.should_stop, told_to_end, validation_requested, skip_rest)
         mine = (wishes, leftover, self._cpu.stop(), self._stats.all_reduce_seconds > 0)
         ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse, bool]] = self._collectives.gather_objects(mine)
+        # Who has come to this meeting: fewer may come to the next.
+        present = self._collectives.ranks_present
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
             any(wish) for wish in zip(*(wishes for wishes, *_ in ranks), strict=True)
         )
@@ -299,7 +301,6 @@ class Coordinator(protocols.Coordinator):
         self._collectives.follow_roster()
         if trainer.world_size > 1 and not ranks[0][-1]:
             self._collectives.repeat_if_lost(self._time_all_reduce, lambda: None)
-        present = self._collectives.ranks_present
         self._stats.note_cpu_use({rank: use for rank, (_, _, use, _) in zip(present, ranks, strict=True)})
         if sigterm:
             trainer_state.set_received_sigterm(trainer)

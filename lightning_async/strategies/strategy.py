@@ -53,6 +53,7 @@ from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
@@ -287,6 +288,12 @@ class AsyncStrategy(PhasedCollectives):
         return None if self._supervisor is None else self._supervisor.failure
 
     @property
+    def membership(self) -> Membership:
+        """This rank's part in the run that is under way."""
+        assert self._supervisor is not None
+        return self._supervisor.membership
+
+    @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # While training all ranks walk one order and draw tickets from it; evaluation is sharded as under DDP.
@@ -368,7 +375,7 @@ class AsyncStrategy(PhasedCollectives):
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
+        self._meet_by_way_of_rank_0(supervisor)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
@@ -384,7 +391,11 @@ class AsyncStrategy(PhasedCollectives):
         assert self._supervisor is not None
         supervisor = self._supervisor
         self._before_joining.close()
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
+        self._meet_by_way_of_rank_0(supervisor)
+
+    def _meet_by_way_of_rank_0(self, supervisor: RunSupervisor) -> None:
+        meeting = supervisor.membership.meeting
+        self.meet_by(meeting, supervisor.was_lost, supervisor.note_group_forming, supervisor.is_group_outdated)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
+from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.transport.base import ChannelClosedError
@@ -77,6 +78,7 @@ class RunSupervisor:
     def guard_run(self) -> AbstractContextManager[None]:
         """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
         self._ranks.set_world_ranks()
+        announce_rank(self._ranks.global_rank)
         self._membership = Membership(
             self._ranks.global_rank,
             self._worker_timeout_s,
@@ -156,10 +158,15 @@ class RunSupervisor:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
 
-    def note_group_forming(self, ranks: Sequence[int]) -> None:
-        """Notes that ranks are about to form a process group."""
+    def note_group_forming(self, ranks: Sequence[int] | None) -> None:
+        """Notes that a process group is about to be formed: before it is settled who is in it, and with its ranks."""
         self.membership.group = ranks
-        self._losses_known = self.membership.losses
+        if ranks is None:
+            self._losses_known = self.membership.losses
+
+    def is_group_outdated(self) -> bool:
+        """Whether a rank was lost since then, which may be in that group."""
+        return self.membership.losses > self._losses_known
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -186,6 +193,7 @@ class RunSupervisor:
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
         evictions, address = self.membership.evictions, self.membership.address
+        announce_training()
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True

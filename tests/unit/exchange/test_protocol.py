@@ -7,7 +7,6 @@ each change, as the reactor does. ``make soak`` runs the longer form.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -491,7 +490,16 @@ class Protocol(RuleBasedStateMachine):
         ledger = service.ledger
         leased = {worker: frozenset(tickets) for worker, tickets in ledger._leased.items()}
         closed, over = ledger._closed, frozenset(ledger._over)
-        return barrier.version, barrier.filled, barrier.outstanding, barrier.waiting, leased, ledger.applied(), closed, over
+        return (
+            barrier.version,
+            barrier.filled,
+            barrier.outstanding,
+            barrier.waiting,
+            leased,
+            ledger.applied(),
+            closed,
+            over,
+        )
 
     @invariant()
     def every_batch_is_in_one_place(self) -> None:

@@ -135,8 +135,8 @@ def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str
     if facts.gain_measured is not None:
         # The run itself is partly one in lock step.
         return (
-            f"up to version {facts.apart_from} the ranks went in lock step, to be measured: so the rest would take "
-            f"an estimated {facts.gain_measured:.1f}x as long"
+            f"up to version {facts.apart_from} the ranks were measured in lock step, in which the rest would take an "
+            f"estimated {facts.gain_measured:.1f}x as long"
         )
     lock_step = estimate(facts)
     if not lock_step.known:

@@ -60,7 +60,7 @@ class Engine:
         optimizers: the optimizers that it was built for.
         states: what they show of the holder's state.
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
-        transport: how this rank's gradients travel: "in process", "shm", "gloo" or "nccl".
+        transport: how this rank's gradients travel: "in process", "shm", "tcp" or "nccl".
         holder_device: where the holder is, "cpu" or "cuda".
 
     Raises:

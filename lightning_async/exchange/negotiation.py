@@ -1,4 +1,4 @@
-"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, Gloo otherwise."""
+"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, TCP otherwise."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
 from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
+from lightning_async.transport.tcp import TcpChannel
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
+from lightning_async.transport.wire import PLAIN, RoundedWire, Wire
 
 __all__ = ["ChannelNegotiator", "WireNames", "dial", "transport_of"]
 
@@ -32,7 +33,7 @@ __all__ = ["ChannelNegotiator", "WireNames", "dial", "transport_of"]
 WireNames: TypeAlias = tuple[WireDtype, WireDtype]
 
 _UNROUNDED: WireNames = ("fp32", "fp32")
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ChannelNegotiator:
     """Rank 0's side: offers each worker the best channel that both sides can have.
 
     Args:
-        host: the address that the workers reach rank 0 at.
+        address: of rank 0's listener.
         transport: "auto", or the only channel to offer.
         numel: size of the flat buffers.
         dtype: of the flat buffers.
@@ -53,7 +54,7 @@ class ChannelNegotiator:
 
     def __init__(
         self,
-        host: str,
+        address: Address,
         transport: Transport,
         numel: int,
         dtype: torch.dtype,
@@ -63,7 +64,7 @@ class ChannelNegotiator:
         workers: int = 1,
     ) -> None:
         self._wire = wire
-        self._host = host
+        self._address = address
         self._transport = transport
         self._numel = numel
         self._dtype = dtype
@@ -83,7 +84,7 @@ class ChannelNegotiator:
         if self._transport == "shm" and not _shares_memory(peer):
             raise HandshakeError(
                 f'transport="shm" was asked for, and rank {peer.rank} cannot map the memory of rank 0: it is on '
-                'another host or in another container. Take transport="auto", which uses Gloo for such ranks'
+                'another host or in another container. Take transport="auto", which uses TCP for such ranks'
             )
 
     def open(self, peer: PeerInfo, connection: ControlConnection) -> Channel:
@@ -100,12 +101,9 @@ class ChannelNegotiator:
         segment = self._segment(peer)
         shortcut = None if segment is None else _make_shortcut()
         try:
-            pair = f"worker-{peer.rank}-{peer.slot}-{peer.incarnation}"
             offer = {
-                "pair": pair,
                 "segment": segment.address if segment else None,
                 "shortcut": shortcut.name if shortcut else None,
-                "store_port": self._store_port(segment),
                 "wire": wire,
             }
             connection.send(Welcome(peer.rank, json.dumps(offer)))
@@ -118,7 +116,7 @@ class ChannelNegotiator:
                     return SharedMemoryChannel(connection, segment.buffers)
                 reason = answer.reason if isinstance(answer, Refuse) else f"it answers with {kind_of(answer).name}"
                 self._complain(f"rank {peer.rank} could not map shared memory: {reason}")
-                fallback = offer | {"segment": None, "store_port": self._store_port(None)}
+                fallback = offer | {"segment": None}
                 connection.send(Welcome(peer.rank, json.dumps(fallback)))
         finally:
             if segment is not None:
@@ -126,17 +124,20 @@ class ChannelNegotiator:
             if shortcut is not None:
                 shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), peer.overlaps)
+        gradients, parameters = (_wire(name, self._numel, self._dtype) for name in wire)
+        return TcpChannel(
+            connection, buffers, self._address.timeout_s, parameters, gradients, serves=True, late_reader=peer.overlaps
+        )
 
     def close(self) -> None:
-        """Ends the store, and with it the wait of a session whose worker never came to it."""
+        """Ends what is being connected, and the store."""
         if self._nccl is not None:
             self._nccl.close()
         with self._lock:
             self._store = None
 
     def _segment(self, peer: PeerInfo) -> SharedSegment | None:
-        if self._transport == "gloo" or not _shares_memory(peer):
+        if self._transport == "tcp" or not _shares_memory(peer):
             return None
         try:
             return SharedSegment(self._numel, self._dtype)
@@ -147,21 +148,15 @@ class ChannelNegotiator:
 
     def _complain(self, problem: str) -> None:
         if self._transport == "shm":
-            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses Gloo instead')
-        log.warning("lightning_async: %s; it will use Gloo, which is slower", problem)
-
-    def _store_port(self, segment: SharedSegment | None) -> int:
-        # The store, with its thread and port, exists only if a channel needs it.
-        if segment is not None:
-            return 0
-        with self._lock:
-            if self._store is None:
-                self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-            return int(self._store.port)
+            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses TCP instead')
+        log.warning("lightning_async: %s; it will use TCP, which is slower", problem)
 
     def _client(self) -> tuple[int, Store]:
-        port = self._store_port(None)
-        return port, self._store.clone()
+        # The store, with its thread and port, exists only if NCCL needs it.
+        with self._lock:
+            if self._store is None:
+                self._store = TCPStore(self._address.host, 0, is_master=True, wait_for_workers=False)
+            return int(self._store.port), self._store.clone()
 
 
 def dial(
@@ -213,14 +208,14 @@ def dial(
             if shortcut is not None:
                 connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
-    store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
-    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
+    gradients, parameters = (_wire(name, numel, dtype) for name in offer["wire"])
+    return TcpChannel(connection, buffers, address.timeout_s, gradients, parameters, late_reader=overlaps)
 
 
 def transport_of(channel: Channel) -> str:
     """What a channel is called, as in `Transport`; "in process" for one that moves nothing between processes."""
-    for kind, name in ((SharedMemoryChannel, "shm"), (GlooChannel, "gloo"), (NcclChannel, "nccl")):
+    for kind, name in ((SharedMemoryChannel, "shm"), (TcpChannel, "tcp"), (NcclChannel, "nccl")):
         if isinstance(channel, kind):
             return name
     return "in process"
@@ -241,9 +236,9 @@ def _make_shortcut() -> Shortcut | None:
         return None
 
 
-def _dtypes(wire: Sequence[str]) -> WireDtypes:
-    gradients, parameters = wire
-    return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
+def _wire(name: str, numel: int, dtype: torch.dtype) -> Wire:
+    rounded = _DTYPES.get(name)
+    return PLAIN if rounded is None or rounded is dtype else RoundedWire(numel, rounded)
 
 
 def _shares_memory(peer: PeerInfo) -> bool:

@@ -27,7 +27,7 @@ __all__ = [
     "WireDtype",
 ]
 
-Transport: TypeAlias = Literal["auto", "shm", "gloo", "nccl"]
+Transport: TypeAlias = Literal["auto", "shm", "tcp", "nccl"]
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 HolderPlace: TypeAlias = Literal["thread", "process"]
 

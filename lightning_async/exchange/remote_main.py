@@ -127,7 +127,7 @@ class RpcServer:
         heartbeats = Heartbeats(0, self._latch, timeout_s, lambda rank: "its process is gone")
         heartbeats.add(0, ControlConnection(self._heartbeat))
         # Rank 0's listener takes the ranks' heartbeats.
-        self._listener = Listener(host, world_size, None)
+        self._listener = Listener(host, world_size, None, timeout_s)
         self._listener.admits_rank_0 = True
         return self._listener.address.as_json()
 
@@ -217,7 +217,7 @@ def main(control: int, heartbeat: int, rank_0: int) -> None:
     except (EOFError, OSError) as error:
         log.debug("rank 0 is gone: %s", error)
     sys.stderr.flush()
-    # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
+    # Threads may be in the middle of torch's code, and would abort the process on its way out.
     os._exit(0)
 
 

@@ -39,11 +39,19 @@ class HandshakeError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the workers find rank 0, and the secret that proves they belong to this run."""
+    """Where the workers find rank 0, and the secret that proves they belong to this run.
+
+    Args:
+        host: name or address of rank 0's host.
+        port: of its listener.
+        token: the secret.
+        timeout_s: `worker_timeout`: how long either side waits for a sign of the other's life.
+    """
 
     host: str
     port: int
     token: str
+    timeout_s: float = 60.0
 
     def as_json(self) -> str:
         """For the broadcast to the workers."""

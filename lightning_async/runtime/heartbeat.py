@@ -93,6 +93,9 @@ class Heartbeats:
     def add(self, rank: int, connection: ControlConnection) -> None:
         """Watches over another peer; its connection is owned from here on."""
         connection.settimeout(_SEND_TIMEOUT_S)
+        connection.survive_cuts(self._timeout_s)
+        # A thin link is busy with payloads.
+        connection.go_first()
         peer = _Peer(rank, connection, time.monotonic())
         with self._lock:
             self._peers[rank] = peer

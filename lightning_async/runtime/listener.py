@@ -78,9 +78,10 @@ class Listener:
         host: the address that the workers reach rank 0 at; the loopback address keeps the listener shut to other hosts.
         workers: number of ranks.
         heartbeats: takes the heartbeats; None where they come in at another listener.
+        timeout_s: `worker_timeout`, which the workers are told.
     """
 
-    def __init__(self, host: str, workers: int, heartbeats: Heartbeats | None) -> None:
+    def __init__(self, host: str, workers: int, heartbeats: Heartbeats | None, timeout_s: float = 60.0) -> None:
         self._workers = workers
         self._heartbeats = heartbeats
         # Of each rank whose heartbeat has ever come, in which incarnation it came last.
@@ -96,7 +97,7 @@ class Listener:
         self.admits_rank_0 = False
         self._socket = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
         self._socket.setblocking(False)
-        self.address = Address(host, self._socket.getsockname()[1], secrets.token_hex(16))
+        self.address = Address(host, self._socket.getsockname()[1], secrets.token_hex(16), timeout_s)
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)

@@ -101,7 +101,7 @@ class Membership:
         watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
         self._heartbeats = Heartbeats(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
         if self.rank == 0:
-            self.listener = Listener(host, world_size, self._heartbeats)
+            self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
             self.address = self.listener.address
             broadcast(self.address.as_json())
             return

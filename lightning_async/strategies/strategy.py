@@ -94,8 +94,9 @@ class AsyncStrategy(PhasedCollectives):
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
-            Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
-        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+            TCP for the others, and NCCL between GPUs; ``"shm"``, ``"tcp"`` and ``"nccl"`` insist on one.
+        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends. A link that
+            is cut for less is waited for, and a payload takes as long as its bytes move.
         overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
             that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
         wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``

@@ -26,18 +26,36 @@ RANKS = 3
 
 
 class Host:
-    """Rank 0 without a trainer: a listener, a server and its holder, in this process."""
+    """Rank 0 without a trainer: a listener, a server and its holder, in this process.
 
-    def __init__(self, transport: Literal["auto", "gloo"] = "auto", slots: int = 1) -> None:
-        self.parameters = model()
+    Args:
+        transport: the strategy's argument.
+        slots: of each rank.
+        address: where its listener is.
+        timeout_s: `worker_timeout`.
+        numel: size of a third parameter.
+        wire: what gradients and parameters are rounded to.
+    """
+
+    def __init__(
+        self,
+        transport: Literal["auto", "tcp"] = "auto",
+        slots: int = 1,
+        address: str = "127.0.0.1",
+        timeout_s: float = 30.0,
+        numel: int = 0,
+        wire: Any = ("fp32", "fp32"),
+    ) -> None:
+        self.numel = numel
+        self.parameters = model(numel)
         optimizer = AMSGrad(self.parameters, lr=0.1)
         self.layout = FlatLayout([self.parameters])
         self.groups = [HyperparamLayout(optimizer)]
         self.hyperparams = self.groups[0].read(optimizer.param_groups)
         self.latch = FailureLatch()
         self.stats = RunStats(RANKS)
-        self.heartbeats = Heartbeats(0, self.latch, timeout_s=30.0)
-        self.listener = Listener("127.0.0.1", RANKS, self.heartbeats)
+        self.heartbeats = Heartbeats(0, self.latch, timeout_s)
+        self.listener = Listener(address, RANKS, self.heartbeats, timeout_s)
         self.ledger = Ledger(RANKS)
         self.ledger.begin_epoch(range(100))
         self.ledger.open(100)
@@ -52,6 +70,7 @@ class Host:
             transport,
             self.stats.refuse,
             slots=slots,
+            wire=wire,
         )
 
     def close(self) -> None:
@@ -73,12 +92,13 @@ class Host:
     def serves(self, rank: int) -> bool:
         """Whether a rank of the run is still served."""
         channel = dial(self.listener.address, rank, self.layout, self.groups)
-        worker = Worker(rank, channel, self.layout, [AMSGrad(model())], self.latch)
+        worker = Worker(rank, channel, self.layout, [AMSGrad(model(self.numel))], self.latch)
         drawn = worker.draw()
         worker.refresh()
         worker.close()
         return len(drawn) == 1
 
 
-def model() -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+def model(numel: int = 0) -> list[torch.nn.Parameter]:
+    more = [torch.nn.Parameter(torch.ones(numel))] if numel else []
+    return [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4)), *more]

@@ -245,8 +245,8 @@ def sessions() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("session-")]
 
 
-def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(host: Host) -> None:
-    """It is killed between its handshake and its channel; Gloo alone would wait a minute."""
+def test_a_session_whose_worker_never_takes_its_offer_ends_with_the_run(host: Host) -> None:
+    """It is killed between its handshake and its channel."""
     claims = {"model": describe_model(host.layout, host.groups)}
     connection = handshake(host.listener.address, 1, CONTROL, **claims)[0]
     time.sleep(0.3)
@@ -256,7 +256,6 @@ def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(hos
     connection.close()
     host.server.close()
 
-    # A thread that comes back from Gloo while the interpreter shuts down aborts the process.
     assert sessions() == []
 
 
@@ -338,7 +337,7 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
 }
 
 
-@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
+@pytest.mark.parametrize("host", ["auto", "tcp"], indirect=True)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: Host, mistake: str) -> None:
     request, reason = WRONG[mistake]
@@ -373,7 +372,7 @@ def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> 
     channel.close()
 
 
-@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
+@pytest.mark.parametrize("host", ["auto", "tcp"], indirect=True)
 def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
     """A rank whose param groups have a number more, which the handshake would have noticed."""
     latch = FailureLatch()

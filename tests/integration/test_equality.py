@@ -274,7 +274,7 @@ def train_and_replay(
 
 WAYS: dict[str, dict[str, Any]] = {
     "shm": {"transport": "shm"},
-    "gloo": {"transport": "gloo"},
+    "tcp": {"transport": "tcp"},
     "holder-process": {"transport": "shm", "holder": "process"},
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -293,8 +293,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"accumulate_grad_batches": 2},
     ),
 }
-# `make soak` takes these over Gloo, too: there it makes no difference how the batches of a push were chosen.
-_NOT_OVER_GLOO = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
+# `make soak` takes these over TCP, too: there it makes no difference how the batches of a push were chosen.
+_NOT_OVER_TCP = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
 
 
 def replayed_cases() -> list[Any]:
@@ -305,7 +305,7 @@ def replayed_cases() -> list[Any]:
             arguments,
             taken,
             id=f"{case}-{way}",
-            marks=[pytest.mark.soak] if case == "mean-drop" or (way == "gloo" and case in _NOT_OVER_GLOO) else [],
+            marks=[pytest.mark.soak] if case == "mean-drop" or (way == "tcp" and case in _NOT_OVER_TCP) else [],
         )
         for case, (options, arguments) in CASES.items()
         for way, taken in WAYS.items()
@@ -348,7 +348,7 @@ def test_a_replay_that_rounds_what_a_network_carries_gives_the_same_bits(
 ) -> None:
     gradients, parameters = names
     options = {
-        "transport": "gloo",
+        "transport": "tcp",
         "max_staleness": 5,
         "wire_dtype": gradients,
         "parameter_wire_dtype": parameters,

@@ -82,8 +82,8 @@ def fit_many_times(folder: Path, ranks: int, fits: int, **options: Any) -> None:
 
 
 def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
-    # The allocator maps something anew now and then, and Gloo closes its sockets a moment later; what each fit keeps
-    # would be more.
+    # The allocator maps something anew now and then, and Gloo (of the process group) closes its sockets a moment later;
+    # what each fit keeps would be more.
     for name in ("mappings", "descriptors"):
         assert late.pop(name) < early.pop(name) + fits - 2, name
     assert late == early
@@ -93,7 +93,7 @@ def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "shared memory": {},
-    "gloo, two slots": {"transport": "gloo", "overlap": True},
+    "tcp, two slots": {"transport": "tcp", "overlap": True},
     "a process of its own": {"holder": "process"},
 }
 

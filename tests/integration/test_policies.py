@@ -26,10 +26,10 @@ from tests.models import TinyClassifier, fork_trainer, loader
         {"staleness_policy": "rescaled", "max_staleness": 1, "on_stale": "drop"},
         {"staleness_policy": "ordered_momentum", "max_staleness": 5, "overlap": True},
         {"staleness_policy": "ordered_momentum", "gradients_per_update": 2, "momentum_correction": "auto"},
-        {"staleness_policy": "look_ahead", "transport": "gloo", "momentum_correction": "auto"},
+        {"staleness_policy": "look_ahead", "transport": "tcp", "momentum_correction": "auto"},
         {"gradients_per_update": "auto", "holder": "process"},
     ],
-    ids=["damping", "adaptive-mean", "rescaled-drop", "ordered-overlap", "ordered-mean", "ahead-gloo", "auto-process"],
+    ids=["damping", "adaptive-mean", "rescaled-drop", "ordered-overlap", "ordered-mean", "ahead-tcp", "auto-process"],
 )
 def test_a_recorded_run_replayed_through_the_policy_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any]

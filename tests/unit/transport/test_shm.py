@@ -54,7 +54,7 @@ def test_a_segment_has_no_name_to_be_left_over() -> None:
     assert os.readlink(segment.address.rpartition(":")[0]).startswith("/memfd:lightning_async")
 
 
-def test_a_host_without_enough_memory_falls_back_to_gloo(
+def test_a_host_without_enough_memory_falls_back_to_tcp(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(descriptor: int, offset: int, size: int) -> None:
@@ -67,7 +67,7 @@ def test_a_host_without_enough_memory_falls_back_to_gloo(
         segment = ChannelNegotiator("127.0.0.1", "auto", 1 << 20, torch.float32)._segment(peer)
 
     assert segment is None
-    assert "no 8 MiB of shared memory for rank 1: [Errno 12] Cannot allocate memory; it will use Gloo" in caplog.text
+    assert "no 8 MiB of shared memory for rank 1: [Errno 12] Cannot allocate memory; it will use TCP" in caplog.text
     with pytest.raises(HandshakeError, match=r'transport="auto"'):
         ChannelNegotiator("127.0.0.1", "shm", 1 << 20, torch.float32)._segment(peer)
 

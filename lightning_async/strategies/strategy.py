@@ -99,13 +99,15 @@ class AsyncStrategy(PhasedCollectives):
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
-            Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
-        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+            TCP for the others, and NCCL between GPUs; ``"shm"``, ``"tcp"`` and ``"nccl"`` insist on one.
+        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends. A link that
+            is cut for less is waited for, and a payload takes as long as its bytes move.
         overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
             that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
-        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
-            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
-        parameter_wire_dtype: the same for parameters.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"``, ``"fp16"``
+            (which clamps to ±65,504) or ``"int8"`` (a scale for each 256 values; what rounding loses is sent with the
+            next gradients). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters; ``"int8"`` sends the difference to what a rank has.
         summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
             were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
@@ -374,7 +376,7 @@ class AsyncStrategy(PhasedCollectives):
         with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)
-        supervisor.meet(super().broadcast)
+        supervisor.meet(super().broadcast, self.gather_objects)
         self._meet_by_way_of_rank_0(supervisor)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:

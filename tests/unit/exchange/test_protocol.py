@@ -7,7 +7,6 @@ each change, as the reactor does. ``make soak`` runs the longer form.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +163,14 @@ class Member:
         assert self.held_back is not None
         self._advance(self.held_back)
         return self.held_back is None
+
+    def go_on(self, message: Message, payload: torch.Tensor | None) -> None:
+        """Waits on for what it waits for; sends a message if that is nothing."""
+        held_back, self.held_back = self.held_back, None
+        if held_back is None:
+            self.ask(message, payload)
+        else:
+            self._advance(held_back)
 
     def _advance(self, request: Iterator[None]) -> None:
         self._holding.serving = self
@@ -399,11 +406,7 @@ class Protocol(RuleBasedStateMachine):
             (wire.Pull(member.rank, counts=b""), None),
         ]
         with pytest.raises((EvictedError, WireError)):
-            if member.held_back is not None:
-                held_back, member.held_back = member.held_back, None
-                member._advance(held_back)
-            else:
-                member.ask(*messages[kind])
+            member.go_on(*messages[kind])
         assert self.state() == before
 
     @precondition(lambda self: len(self.in_run) + len(self.at_the_door) < 5)
@@ -483,7 +486,7 @@ class Protocol(RuleBasedStateMachine):
         moved = True
         while moved:
             held = [member for member in self.in_run if member.held_back is not None]
-            moved = any([member.resume() for member in held])
+            moved = sum(member.resume() for member in held) > 0
 
     def state(self) -> object:
         """What a worker's request may change."""
@@ -491,7 +494,16 @@ class Protocol(RuleBasedStateMachine):
         ledger = service.ledger
         leased = {worker: frozenset(tickets) for worker, tickets in ledger._leased.items()}
         closed, over = ledger._closed, frozenset(ledger._over)
-        return barrier.version, barrier.filled, barrier.outstanding, barrier.waiting, leased, ledger.applied(), closed, over
+        return (
+            barrier.version,
+            barrier.filled,
+            barrier.outstanding,
+            barrier.waiting,
+            leased,
+            ledger.applied(),
+            closed,
+            over,
+        )
 
     @invariant()
     def every_batch_is_in_one_place(self) -> None:

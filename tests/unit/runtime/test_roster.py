@@ -16,9 +16,7 @@ from lightning_async.runtime.roster import Resilience, Roster, is_out_of_memory
     least=st.integers(1, 4),
     changes=st.lists(st.tuples(st.sampled_from(["remove", "come back", "new"]), st.integers(0, 7)), max_size=30),
 )
-def test_what_is_in_the_run_is_what_came_less_what_left(
-    ranks: int, least: int, changes: list[tuple[str, int]]
-) -> None:
+def test_what_is_in_the_run_is_what_came_less_what_left(ranks: int, least: int, changes: list[tuple[str, int]]) -> None:
     roster = Roster(range(ranks), min_ranks=least)
     there, incarnations, generation = set(range(ranks)), dict.fromkeys(range(ranks), 0), 0
 

@@ -51,6 +51,7 @@ class Host:
             self.listener,
             transport,
             self.stats.refuse,
+            workers=RANKS,
             slots=slots,
         )
 

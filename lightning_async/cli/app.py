@@ -45,6 +45,8 @@ _SUMMARIES = {
     "report": "show a run as one HTML page; --serve shows one that goes on",
     "plan": "say what asynchronous training would do with given step times",
     "demo": "train a small network with this strategy and with DDP, side by side",
+    "join": "add a worker to a fit that is under way, from any machine",
+    "chaos": "run a command, and kill a random rank of it every so often",
 }
 
 
@@ -265,23 +267,38 @@ def _demo(args: Sequence[str]) -> int:
     return int(demo.demo_main(list(args)))
 
 
+def _join(args: Sequence[str]) -> int:
+    # Imported when it is called, as the others.
+    join: Any = importlib.import_module("lightning_async.cli.join")
+    join.join_main(list(args))
+    return 0
+
+
+def _chaos(args: Sequence[str]) -> int:
+    # Imported when it is called: training ranks do not need it.
+    chaos: Any = importlib.import_module("lightning_async.chaos.command")
+    return int(chaos.chaos_main(list(args)))
+
+
 _OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare_main,
     "report": _report,
     "plan": _plan,
     "demo": _demo,
+    "join": _join,
+    "chaos": _chaos,
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo|join|chaos ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.
 
     Raises:
         SystemExit: with status 2 when the arguments or the configuration are wrong; with the status of
-            `compare`, `report` and `demo` when they are done.
+            `compare`, `report`, `demo` and `chaos` when they are done.
     """
     add_working_directory_to_path()
     given = list(sys.argv[1:] if args is None else args)

@@ -171,8 +171,9 @@ those of DDP.
         """
         stats = self._stats()
         update_s = stats.seconds_an_update if update_s is None else update_s
-        chosen = auto.choose(self._measured, update_s, stats.busiest_host)
-        self.rounds = min(map(len, self._measured))
+        measured = self._measured_of_living
+        chosen = auto.choose(measured, update_s, stats.busiest_host)
+        self.rounds = min(map(len, measured))
         waited = tuple(stats.wait_seconds_by_rank.values())
         return None if chosen is None else chosen._replace(waited_seconds=waited)
 
@@ -263,6 +264,12 @@ those of DDP.
         """For each rank the seconds of its steps so far, if they are known here."""
         stats = self._stats()
         return [[*before, *stats.step_seconds(rank)] for rank, before in enumerate(self._before)]
+
+    @property
+    def _measured_of_living(self) -> list[list[float]]:
+        """The same of the ranks in the run."""
+        stats = self._stats()
+        return [steps for rank, steps in enumerate(self._measured) if stats.is_in_run(rank)]
 
 
 def _listed(seconds: Sequence[float]) -> str:

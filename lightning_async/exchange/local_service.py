@@ -23,7 +23,9 @@ from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.health import RejectionStreaks
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.transport.base import Channel
 
 __all__ = ["HolderService"]
@@ -83,6 +85,7 @@ class HolderService(Service):
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
         self._workers = spec.world_size
+        self._streaks = RejectionStreaks(options.max_rejected_in_a_row)
         self._server: Server = Server(
             self.holder,
             self.ledger,
@@ -98,6 +101,7 @@ class HolderService(Service):
             workers=spec.world_size,
             slots=options.slots(spec.world_size),
             predecessor=None if predecessor is None else predecessor._server,
+            steps=StepWatch(options.step_timeout_s, options.max_slowdown) if options.watches_steps else None,
         )
 
     @property
@@ -111,6 +115,7 @@ class HolderService(Service):
 
     @override
     def evict(self, worker: int) -> int:
+        self._streaks.forget(worker)
         return self._server.evict(worker)
 
     @override
@@ -210,6 +215,8 @@ class HolderService(Service):
 
     def _complete(self, update: Update) -> None:
         self._on_update(update, self.ledger.complete(update.push.worker, update.push.tickets))
+        if (sick := self._streaks.note(update.push.worker, update.rejected)) is not None:
+            self._server.on_sick(sick)
 
     def _inherit(self, predecessor: HolderService, origins: Origins, states: Sequence[StateByPlace | None]) -> None:
         """Gives the holder what the predecessor's has made of the parameters that it had."""

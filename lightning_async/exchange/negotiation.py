@@ -16,6 +16,7 @@ from lightning_async.exchange.options import Transport, WireDtype
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
+from lightning_async.runtime.process_groups import apart_from_groups
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
@@ -126,7 +127,9 @@ class ChannelNegotiator:
             if shortcut is not None:
                 shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        return GlooChannel(connection, buffers, self._store.clone(), pair, HOLDER_SIDE, _dtypes(wire), peer.overlaps)
+        store, dtypes = self._store.clone(), _dtypes(wire)
+        with apart_from_groups():
+            return GlooChannel(connection, buffers, store, pair, HOLDER_SIDE, dtypes, peer.overlaps)
 
     def close(self) -> None:
         """Ends the store, and with it the wait of a session whose worker never came to it."""

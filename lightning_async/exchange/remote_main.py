@@ -5,11 +5,9 @@ Started by `remote_service.py`.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
-import signal
 import socket
 import sys
 import threading
@@ -49,8 +47,6 @@ _BY_SHARED_PAYLOAD = (
     "forget",
     "restore",
 )
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 
 
 class UpdateBuffer:
@@ -73,7 +69,10 @@ class UpdateBuffer:
             (
                 # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
                 tuple(push._replace(gradients=(), flat=None)),
-                (update.version, update.staleness, update.applied, update.parked_s, update.at_ns, update.took_ns),
+                (
+                    *(update.version, update.staleness, update.applied, update.parked_s),
+                    *(update.at_ns, update.took_ns, update.rejected),
+                ),
                 tickets,
             )
         )
@@ -202,17 +201,13 @@ class RpcServer:
         return getattr(self if name in _BY_SHARED_PAYLOAD else self.service, name)(*arguments)
 
 
-def main(control: int, heartbeat: int, rank_0: int) -> None:
+def main(control: int, heartbeat: int) -> None:
     """Serves until rank 0 says that it is over, or is gone.
 
     Args:
         control: descriptor of the connection that calls come by.
         heartbeat: descriptor of the heartbeat's socket.
-        rank_0: rank 0's process id.
     """
-    _end_with_parent()
-    if os.getppid() != rank_0:
-        os._exit(1)
     torch.set_num_threads(1)
     connection = Connection(control)
     buffer = UpdateBuffer(connection.send)
@@ -230,16 +225,6 @@ def main(control: int, heartbeat: int, rank_0: int) -> None:
     sys.stderr.flush()
     # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends, even if it is stopped then.
-
-    The end of the connection would not do: a process that rank 0 has forked has its end of it too.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _answer(

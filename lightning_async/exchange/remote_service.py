@@ -54,12 +54,19 @@ _ANSWER_LASTS_S = 0.05
 _GRACE_S = 1.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Its own main module is none that a user's script could be run by.
+# Its own main module is none that a user's script could be run by. Before its imports, which take seconds, it has the
+# kernel kill it when the thread that started it ends, even if it is stopped then (PR_SET_PDEATHSIG of linux/prctl.h).
+# The end of the connection would not do: a process that rank 0 has forked has its end of it too.
 _BOOT = """
-import json, sys
+import ctypes, json, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
+    raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+if os.getppid() != int(sys.argv[4]):
+    os._exit(1)
 sys.path[:] = json.loads(sys.argv[1])
 from lightning_async.exchange.remote_main import main
-main(*map(int, sys.argv[2:]))
+main(*map(int, sys.argv[2:4]))
 """
 
 
@@ -81,6 +88,7 @@ class HolderProcess(Service):
         self._start_timeout_s = start_timeout_s
         self._numbers = itertools.count()
         self._sending = threading.Lock()
+        self._sender = 0
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._latch: FailureLatch | None = None
         self._heartbeats: Heartbeats | None = None
@@ -320,8 +328,17 @@ class HolderProcess(Service):
         return value
 
     def _send(self, request: tuple[str, int, tuple[Any, ...]]) -> None:
+        if self._sender == threading.get_ident():
+            raise RuntimeError(
+                f"{request[0]} was asked of the holder's process while this thread was asking for something else, "
+                "which a signal's handler has interrupted. Let the handler set a flag, read in on_train_batch_end"
+            )
         with self._sending:
-            self._connection.send(request)
+            self._sender = threading.get_ident()
+            try:
+                self._connection.send(request)
+            finally:
+                self._sender = 0
 
     def _raise_failure(self) -> None:
         """Raises what is known of the run's end."""

@@ -26,7 +26,11 @@ from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
-__all__ = ["Holder"]
+__all__ = ["HalfUpdatedError", "Holder"]
+
+
+class HalfUpdatedError(RuntimeError):
+    """The holder was to be read in the middle of an update, by the very thread that makes it."""
 
 
 class Holder:
@@ -42,7 +46,7 @@ class Holder:
         optimizers: the optimizers to stand in for, in the layout's order.
         barrier: who may proceed, and how many gradients make an update; owned by the holder from here on.
         latch: the run's failure latch.
-        observer: called under the lock with every applied or dropped push; must be quick.
+        observer: called under the lock with every applied, dropped or rejected push; must be quick.
         states: for each optimizer the state to begin with; None for what its template has.
         policy: what is done with a gradient because of its age, bound to the run; owned by the holder from here on.
         momentum_rule: what steps use in place of the user's momentum; None leaves it.
@@ -72,6 +76,8 @@ class Holder:
         self._changed = threading.Condition(self._lock)
         self._changes = 0
         self._waiting = 0
+        # Between the first and the last that a push changes.
+        self._is_changing = False
         self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
@@ -138,13 +144,19 @@ class Holder:
     def try_push(
         self, push: Push, parked_s: float = 0.0, reads_next: Callable[[], bool] = lambda: False
     ) -> Update | None:
-        """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
+        """Applies a gradient if the barrier lets it, or drops or rejects it; returns what became of it.
+
+        A gradient that is not finite is rejected at once: none of the others waits for it, and it makes no version.
 
         Args:
             push: the gradient.
             parked_s: seconds that the barrier has held it back so far.
-            reads_next: called under the lock once the gradient is applied or dropped; tells whether the worker pulls
-                next. It then has its place in the queue of readers from here on, and none can overtake it on its way.
+            reads_next: called under the lock once the gradient is applied, dropped or rejected; tells whether the
+                worker pulls next. It then has its place in the queue of readers from here on, and none can overtake it
+                on its way.
+
+        Returns:
+            What became of it; None if it must wait.
 
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
@@ -158,12 +170,16 @@ class Holder:
                 raise ValueError(
                     f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
                 )
-            decision = self._barrier.decision(reader)
+            decision = self._barrier.decision(reader) if push.finite else Decision.DROP
             if decision is Decision.WAIT:
                 return None
             applied = decision is Decision.APPLY
             began_ns = time.monotonic_ns()
-            if applied:
+            self._is_changing = True
+            if not push.finite:
+                staleness = self._barrier.version - held
+                self._barrier.leave(reader)
+            elif applied:
                 version = self._barrier.version
                 self._intake.take(push, version - held, version, self._barrier.filled)
                 staleness = self._barrier.apply(reader)
@@ -171,11 +187,13 @@ class Holder:
                 staleness = self._barrier.discard(reader)
             if push.counts:
                 counts = [*push.counts]
-                # A step whose gradient was dropped is none.
+                # A step whose gradient was not applied is none.
                 counts[STEPS] = max(0, counts[STEPS] - (not applied))
                 self._counts = add_counts(self._counts, counts)
             now_ns = time.monotonic_ns()
-            update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, now_ns - began_ns)
+            took_ns, rejected = now_ns - began_ns, not push.finite
+            update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
+            self._is_changing = False
             self._observer(update)
             if reads_next():
                 self._barrier.ask(reader)
@@ -274,6 +292,7 @@ class Holder:
     def optimizer_state(self, index: int) -> StateByPlace:
         """A copy of what one optimizer keeps, by the places of its parameters."""
         with self._lock:
+            self._check_whole()
             state: StateByPlace = self._optimizers[index].state_dict()["state"]
             return state
 
@@ -311,6 +330,7 @@ class Holder:
                 are those of the same version.
         """
         with self._lock:
+            self._check_whole()
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
@@ -353,6 +373,18 @@ class Holder:
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
         return self._flat
+
+    def _check_whole(self) -> None:
+        """Refuses to show what is half updated: this thread's own update was interrupted.
+
+        Raises:
+            HalfUpdatedError: if it was.
+        """
+        if self._is_changing:
+            raise HalfUpdatedError(
+                "parameters and optimizer states are half updated: a signal's handler, or an error, came in the middle "
+                "of an update. Let the handler set trainer.should_stop = True in place of an exit"
+            )
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:

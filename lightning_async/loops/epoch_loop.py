@@ -148,6 +148,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._epoch.stage is not Stage.APART:
             return
         super().on_advance_end(data_fetcher)
+        if self._signals.sigterm_received and self._coordinator.may_leave:
+            self._coordinator.leave_run()
+        self._signals.save()
         self._requeue_if_asked()
         if self._wants_to_stop():
             self._coordinator.batches.stop_dispatch()

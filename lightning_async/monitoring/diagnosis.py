@@ -5,6 +5,7 @@ Pure rules over `RunFacts`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -21,6 +22,8 @@ _LITTLE_GAIN = 1.15
 _COSTLY_BARRIER = 0.01
 _COSTLY_EXCHANGE = 0.25
 _NEEDED_STEPS = 5
+# Ranks that are named one by one.
+_NAMED = 4
 
 
 def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
@@ -56,6 +59,9 @@ def conclusions(facts: RunFacts) -> list[str]:
         the barrier cost nothing
         in lock step the same batches would take an estimated 3.3x as long
     """
+    if facts.rejected:
+        spoiled = _rejections(facts.rejected)
+        return [spoiled, *conclusions(dataclasses.replace(facts, rejected={}))]
     if facts.updates == 0:
         return ["no update was applied"]
     if facts.ranks == 1:
@@ -111,7 +117,10 @@ def _churn(facts: RunFacts) -> list[str]:
         counts = Counter(facts.evicted)
         often = ", ".join(f"{rank} {_times(count)}" for rank, count in sorted(counts.items()) if count > 1)
         line = f"{_named(lost)} {'was' if len(lost) == 1 else 'were'} lost{f' ({often})' if often else ''}"
-        told.append(f"{line}; {_named(back)} came back" if back else f"{line}, and the others went on")
+        if back == lost:
+            told.append(f"{line} and came back")
+        else:
+            told.append(f"{line}; {_named(back)} came back" if back else f"{line}, and the others went on")
     if new:
         told.append(f"{_named(new)} joined")
     return told
@@ -126,8 +135,8 @@ def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str
     if facts.gain_measured is not None:
         # The run itself is partly one in lock step.
         return (
-            f"up to version {facts.apart_from} the ranks went in lock step, to be measured: so the rest would take "
-            f"an estimated {facts.gain_measured:.1f}x as long"
+            f"up to version {facts.apart_from} the ranks were measured in lock step, in which the rest would take an "
+            f"estimated {facts.gain_measured:.1f}x as long"
         )
     lock_step = estimate(facts)
     if not lock_step.known:
@@ -170,6 +179,14 @@ def _named(ranks: Sequence[int]) -> str:
     ]
     listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _rejections(counts: Mapping[int, int]) -> str:
+    total = sum(counts.values())
+    subject = "1 gradient was" if total == 1 else f"{total} gradients were"
+    each = ", ".join(f"{count} of rank {rank}" for rank, count in list(counts.items())[:_NAMED])
+    more = f" and {len(counts) - _NAMED} others" if len(counts) > _NAMED else ""
+    return f"{subject} not finite (NaN or infinity) and not applied: {each}{more}"
 
 
 def _slowness(slow: Mapping[int, float]) -> str:

@@ -140,6 +140,7 @@ def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int, own: in
         "async/ranks": float(stats["ranks"]),
         "async/dropped": float(stats["dropped"]),
         "async/rejected": float(stats["rejected"]),
+        "async/refused": float(stats["refused"]),
     }
     for rank, count in [*ranks.items()][:own]:
         new = count - since["updates_by_rank"].get(rank, 0)

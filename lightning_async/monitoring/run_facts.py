@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_async.monitoring.cpu_use import CpuUse
@@ -32,6 +32,7 @@ class RunFacts:
         apart_from: the version from which on the ranks did not wait for each other.
         evicted: ranks that were lost, in that order.
         joined: ranks that have joined since the run began, in that order.
+        rejected: for each rank that has some, the number of its gradients that were not finite.
     """
 
     max_staleness: int | None
@@ -50,6 +51,7 @@ class RunFacts:
     apart_from: int = 0
     evicted: Sequence[int] = ()
     joined: Sequence[int] = ()
+    rejected: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class RunFacts:
             # Records of before have none.
             evicted=stats.get("evicted", ()),
             joined=stats.get("joined", ()),
+            rejected={rank: count for rank, count in stats["rejected_by_rank"].items() if count},
         )
 
     @property

@@ -40,14 +40,17 @@ class RunStats:
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
-        rejected: connections and requests that were refused.
+        rejected: pushes that were not applied since the gradient had NaN or infinity in it.
+        rejected_by_rank: the same for each rank.
+        refused: connections and requests that were refused.
         evicted: ranks that were taken out of the run, in that order, where it goes on without them.
         joined: ranks that have joined the run since it began, in that order.
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
     def __init__(self, workers: int, clock: Callable[[], float] | None = None) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may look at the statistics while its own thread counts.
+        self._lock = threading.RLock()
         self._clock = clock
         self.updates = 0
         self.ranks = workers
@@ -64,6 +67,8 @@ class RunStats:
         self.all_reduce_seconds = 0.0
         self.dropped = 0
         self.rejected = 0
+        self.rejected_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.refused = 0
         self.evicted: list[int] = []
         self.joined: list[int] = []
         self.train_seconds = 0.0
@@ -92,7 +97,7 @@ class RunStats:
             return self._train_seconds()
 
     def record(self, update: Update) -> None:
-        """Counts an applied or dropped push."""
+        """Counts an applied, dropped or rejected push."""
         worker, now = update.push.worker, update.at_ns / 1e9
         with self._lock:
             self._time_step(worker, now, update)
@@ -106,6 +111,9 @@ class RunStats:
                 self.updates_by_rank[worker] += 1
                 self.staleness[update.staleness] += 1
                 self.staleness_by_rank[worker][update.staleness] += 1
+            elif update.rejected:
+                self.rejected += 1
+                self.rejected_by_rank[worker] += 1
             else:
                 self.dropped += 1
 
@@ -132,11 +140,16 @@ class RunStats:
             self._last.pop(rank, None)
             self._steps.setdefault(rank, deque(maxlen=_STEPS_KEPT))
             self.staleness_by_rank.setdefault(rank, Counter())
-            for counts in (self.updates_by_rank, self.batches_by_rank, self.cores_by_rank):
+            for counts in (self.updates_by_rank, self.batches_by_rank, self.cores_by_rank, self.rejected_by_rank):
                 counts.setdefault(rank, 0)
             for seconds in (self.wait_seconds_by_rank, self.parked_seconds_by_rank, self.cores_used_by_rank):
                 seconds.setdefault(rank, 0.0)
             self.host_by_rank.setdefault(rank, "")
+
+    def is_in_run(self, rank: int) -> bool:
+        """Whether a rank is in the run, of those that it began with or that have joined since."""
+        with self._lock:
+            return rank in self.updates_by_rank and self.evicted.count(rank) <= self.joined.count(rank)
 
     def note_cpu_use(self, ranks: Mapping[int, CpuUse]) -> None:
         """Notes what each rank uses of its host, where all have met."""
@@ -169,14 +182,14 @@ class RunStats:
     def refuse(self) -> None:
         """Counts a refused connection or request."""
         with self._lock:
-            self.rejected += 1
+            self.refused += 1
 
     def __getstate__(self) -> dict[str, Any]:
         # The statistics travel from a spawned rank 0 to the process that started it; the lock does not.
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.RLock())
 
     def counts(self) -> dict[str, Any]:
         """A copy of the counters, in little time."""
@@ -196,6 +209,8 @@ class RunStats:
                 "all_reduce_seconds": self.all_reduce_seconds,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
+                "rejected_by_rank": dict(self.rejected_by_rank),
+                "refused": self.refused,
                 "evicted": list(self.evicted),
                 "joined": list(self.joined),
                 "train_seconds": self._train_seconds(),
@@ -222,6 +237,7 @@ class RunStats:
             "train_seconds": seconds,
             "dropped": float(stats["dropped"]),
             "rejected": float(stats["rejected"]),
+            "refused": float(stats["refused"]),
         }
         for rank, count in ranks.items():
             summary[f"updates_rank_{rank}"] = float(count)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
-from lightning_async.runtime.roster import is_out_of_memory
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
@@ -56,6 +55,8 @@ class Heartbeats:
         watch: asked at each beat which collective this rank waits in, and told where the others do.
         on_lost: told of a peer that is lost, or out of memory; trips the latch by default.
         on_evicted: told of a rank that rank 0 has taken out of the run.
+        on_failed: told of a peer that has failed by itself; trips the latch by default.
+        on_left: told of a peer that leaves the run by itself; None where ranks do not.
     """
 
     def __init__(
@@ -68,7 +69,11 @@ class Heartbeats:
         watch: CollectiveWatch | None = None,
         on_lost: Callable[[RunFailure], object] | None = None,
         on_evicted: Callable[[RunFailure], object] = lambda failure: None,
+        on_left: Callable[[RunFailure], object] | None = None,
+        on_failed: Callable[[RunFailure], object] | None = None,
     ) -> None:
+        self._on_left = on_left
+        self._on_failed = on_failed
         self._on_lost = on_lost
         self._on_evicted = on_evicted
         self._collectives = watch
@@ -116,6 +121,14 @@ class Heartbeats:
             if peer.rank == rank:
                 # What was sent stays to be read, should it come to life again.
                 self._forget(peer)
+
+    def say_that_it_leaves(self, reason: str) -> None:
+        """Tells every peer that this rank leaves the run by itself."""
+        words = encode(Evict(self._rank, fit_text(reason)))
+        with self._lock:
+            peers = list(self._peers.values())
+        for peer in peers:
+            self._send(peer, words)
 
     def close(self) -> None:
         """Says goodbye to every peer and stops; idempotent."""
@@ -239,10 +252,13 @@ class Heartbeats:
                 self._forget(peer)
             by_itself = message.worker == peer.rank
             failure = RunFailure(message.worker, message.reason, self._rank != 0, by_itself)
-            if by_itself and self._on_lost is not None and is_out_of_memory(message.reason):
-                self._on_lost(failure)
+            if by_itself and self._on_failed is not None:
+                self._on_failed(failure)
             else:
                 self._latch.trip(failure)
+        elif isinstance(message, Evict) and message.worker == peer.rank and self._on_left is not None:
+            self._on_left(RunFailure(message.worker, message.reason))
+            self._forget(peer)
         elif isinstance(message, Evict):
             self._on_evicted(RunFailure(message.worker, message.reason, announced=True))
         elif isinstance(message, Beat):

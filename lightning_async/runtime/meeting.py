@@ -229,8 +229,13 @@ class MeetingHost(Meeting):
         connection.settimeout(None)
         self.add(peer.rank, connection, ProcessIdentity.from_claims(peer.claims))
 
-    def note_lost(self, rank: int) -> None:
-        """Notes that a rank is out of the roster: nobody waits for it any more, and its process ends if it is here."""
+    def note_lost(self, rank: int, ends: bool = False) -> None:
+        """Notes that a rank is out of the roster: nobody waits for it any more, and its process ends if it is here.
+
+        Args:
+            rank: the rank.
+            ends: whether it ends by itself.
+        """
         with self._lock:
             process = self._processes.pop(rank, None)
             connection = self._connections.pop(rank, None)
@@ -241,7 +246,7 @@ class MeetingHost(Meeting):
         if connection is not None:
             # Wakes the thread that is in the middle of a message from there, and has it still in hand.
             connection.shutdown()
-        if process is not None:
+        if process is not None and not ends:
             # It may only be stopped, and would come to life when another one has its place.
             process.kill()
         self._wake()

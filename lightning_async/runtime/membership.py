@@ -89,6 +89,7 @@ class Membership:
         self.joining: JoinRequest | None = None
         self._resilience = Resilience()
         self._incarnation = 0
+        self._has_left = False
         # On every rank: the failures of those that the run has gone on without.
         self._lost: list[RunFailure] = []
         self._heard = threading.Condition()
@@ -148,12 +149,15 @@ class Membership:
             self._describe_end,
             watch=watch,
             on_lost=None if self.evictions is None else self.evictions.lose,
+            on_left=None if self.evictions is None else self.evictions.let_go,
+            on_failed=None if self.evictions is None else self.evictions.fail,
             on_evicted=self._hear_of,
         )
         if self.rank == 0:
             self.listener = Listener(host, world_size, self._heartbeats)
             self.address = self.listener.address
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
+                self.admission.expect = self.listener.expect
                 self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
             broadcast(self.address.as_json())
             return
@@ -197,6 +201,16 @@ class Membership:
         self.joining = None
         return True
 
+    def leave(self, reason: str) -> None:
+        """Tells rank 0 that this rank leaves the run, which goes on without it; what ends it now is no failure.
+
+        Args:
+            reason: why, in words.
+        """
+        assert self._heartbeats is not None
+        self._heartbeats.say_that_it_leaves(reason)
+        self._has_left = True
+
     def lose(self, failure: RunFailure) -> None:
         """A rank that was started from here is gone: the run goes on without it, or ends."""
         if self.evictions is not None:
@@ -233,7 +247,7 @@ class Membership:
         host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection, address)
 
         def tell(rank: int, reason: str) -> None:
-            host.note_lost(rank)
+            host.note_lost(rank, ends=evictions.lets_go)
             self._hear_of(RunFailure(rank, reason))
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)
@@ -302,7 +316,10 @@ class Membership:
             return error
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, self._graceful):
+        if isinstance(error, self._graceful) or self._has_left:
+            return error
+        if isinstance(error, SystemExit) and self.joining is not None:
+            # The run was over before this rank has come to it.
             return error
         if isinstance(error, KeyboardInterrupt):
             # Ctrl+C reaches every rank, and is each one's own reason to end.

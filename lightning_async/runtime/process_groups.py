@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from statistics import median
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 __all__ = [
+    "apart_from_groups",
     "break_groups",
     "breakable",
     "exchange_group",
@@ -45,6 +48,17 @@ _reformed: weakref.ref[_Group] | None = None
 # The sockets of the present groups, by inode; and those that were open before the groups that are being formed.
 _sockets: frozenset[int] = frozenset()
 _open_before: frozenset[int] | None = None
+# The ports that this process listened at then.
+_old_ports: frozenset[int] = frozenset()
+# How many connections are being opened that are no group's; guards that and what stands before.
+_others = 0
+_changed = threading.Condition()
+
+# A rank that is lost meanwhile would be waited for, and all of them have just met.
+_FORMING_TIMEOUT_S = 30.0
+# What is opened for a rank that is gone by now is not waited for.
+_OTHERS_END_S = 2.0
+_LOOK_S = 0.1
 
 
 def open_exchange_group(timeout: timedelta | None) -> None:
@@ -100,15 +114,44 @@ def _default_group() -> _Group:
 
 
 @contextmanager
-def breakable() -> Iterator[None]:
-    """While process groups are formed whose collectives `break_groups` can end, in place of those of before."""
-    global _sockets, _open_before
-    _open_before = frozenset(_tcp_sockets())
+def breakable(is_outdated: Callable[[], bool] | None = None) -> Iterator[None]:
+    """While process groups are formed whose collectives `break_groups` can end, in place of those of before.
+
+    Args:
+        is_outdated: whether a rank has been lost since it was settled who is to be in them. It may have been before the
+            forming began, and a break ends the waits of its moment only: while this is so, they are broken again.
+    """
+    global _sockets, _open_before, _old_ports
+    with _changed:
+        _changed.wait_for(lambda: not _others, timeout=_OTHERS_END_S)
+        _open_before, _old_ports = frozenset(_tcp_sockets()), frozenset(_listening_ports())
+    over = threading.Event()
+    if is_outdated is not None:
+        args = (is_outdated, over)
+        threading.Thread(target=_break_while, args=args, name="group-watch", daemon=True).start()
     try:
         yield
-        _sockets = frozenset(_tcp_sockets()) - _open_before
+        _sockets = frozenset(_opened_since(_open_before))
     finally:
-        _open_before = None
+        over.set()
+        with _changed:
+            _open_before = None
+            _changed.notify_all()
+
+
+@contextmanager
+def apart_from_groups() -> Iterator[None]:
+    """While connections are opened that are no process group's: not while one is being formed, which ends soon."""
+    global _others
+    with _changed:
+        _changed.wait_for(lambda: _open_before is None, timeout=_FORMING_TIMEOUT_S)
+        _others += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _others -= 1
+            _changed.notify_all()
 
 
 def break_groups() -> None:
@@ -122,10 +165,30 @@ def break_groups() -> None:
         with suppress(AttributeError, RuntimeError):
             group.abort()  # type: ignore[attr-defined]  # NCCL's own
     forming = _open_before
+    doomed = {inode: descriptor for inode, descriptor in _tcp_sockets().items() if inode in _sockets}
+    if forming is not None:
+        doomed |= _opened_since(forming)
+    for descriptor in doomed.values():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
+
+def _break_while(is_outdated: Callable[[], bool], over: threading.Event) -> None:
+    while not over.wait(_LOOK_S):
+        if is_outdated():
+            break_groups()
+
+
+def _opened_since(before: frozenset[int]) -> dict[int, int]:
+    """The connections that the groups being formed have opened, not those that a listener of before has accepted."""
+    found = {}
     for inode, descriptor in _tcp_sockets().items():
-        if inode in _sockets or (forming is not None and inode not in forming):
-            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
-                own.shutdown(socket.SHUT_RDWR)
+        if inode in before:
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+            if own.getsockname()[1] not in _old_ports:
+                found[inode] = descriptor
+    return found
 
 
 def open_store(host: str) -> dist.TCPStore:
@@ -148,7 +211,12 @@ def reform_default_group(store: dist.Store, place: int, size: int, backend: str,
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=timeout)
+    forming = timedelta(seconds=_FORMING_TIMEOUT_S)
+    store.set_timeout(forming)
+    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming)
+    for device in _default_group()._device_types:
+        own: Any = _default_group()._get_backend(device)
+        own._set_default_timeout(timeout or default_pg_timeout)
     global _reformed
     _reformed = weakref.ref(_default_group())
 
@@ -160,16 +228,29 @@ def reformed_place() -> tuple[int, int] | None:
     return dist.get_rank(), dist.get_world_size()
 
 
+def _listening_ports() -> Iterator[int]:
+    """The ports that this process takes connections at."""
+    for _, own in _own_sockets():
+        if own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            yield own.getsockname()[1]
+
+
 def _tcp_sockets() -> dict[int, int]:
     """This process's connected TCP sockets: inode -> descriptor."""
     found = {}
+    for (inode, descriptor), own in _own_sockets():
+        if not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            found[inode] = descriptor
+    return found
+
+
+def _own_sockets() -> Iterator[tuple[tuple[int, int], socket.socket]]:
+    """This process's TCP sockets: inode and descriptor, and a duplicate that is closed when the next is asked for."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError, ValueError):
             link = os.readlink(f"/proc/self/fd/{name}")
             if not link.startswith("socket:["):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as own:
-                tcp = own.family in (socket.AF_INET, socket.AF_INET6) and own.type == socket.SOCK_STREAM
-                if tcp and not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    found[int(link[8:-1])] = int(name)
-    return found
+                if own.family in (socket.AF_INET, socket.AF_INET6) and own.type == socket.SOCK_STREAM:
+                    yield (int(link[8:-1]), int(name)), own

@@ -64,7 +64,8 @@ class PhasedCollectives(DDPStrategy):
         self._worker_rank: int | None = None
         self._before: tuple[int, int] | None = None
         self._was_lost: Callable[[Exception], bool]
-        self._on_group_forming: Callable[[Sequence[int]], None]
+        self._on_group_forming: Callable[[Sequence[int] | None], None]
+        self._is_group_outdated: Callable[[], bool]
         super().__init__(**arguments)
         self.phase = Phase()
 
@@ -91,7 +92,9 @@ class PhasedCollectives(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Lightning takes the ranks that were started.
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        # One that joins has its share of an evaluation once it has met the others.
+        ranks = max(self.world_size, self.global_rank + 1) if self.joins else self.world_size
+        return {"num_replicas": ranks, "rank": self.global_rank}
 
     @property
     def nominal_world_size(self) -> int:
@@ -115,16 +118,20 @@ class PhasedCollectives(DDPStrategy):
         self,
         meeting: Meeting | None,
         was_lost: Callable[[Exception], bool] = lambda error: False,
-        on_group_forming: Callable[[Sequence[int]], None] = lambda ranks: None,
+        on_group_forming: Callable[[Sequence[int] | None], None] = lambda ranks: None,
+        is_group_outdated: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs the strategy's own collectives by way of rank 0 from here on, past torch's process groups.
 
         Args:
             meeting: this rank's side; None for the process groups.
             was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
-            on_group_forming: called before a group is formed, with the ranks in it.
+            on_group_forming: called before it is settled who is in a group that is to be formed, with None, and with
+                its ranks when it is.
+            is_group_outdated: whether a rank was lost since.
         """
         self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
+        self._is_group_outdated = is_group_outdated
         # One that has joined is in no group yet.
         self._members, self._group_generation, self._members_seen = None, -1 if self.joins else 0, 0
         self.joins = False
@@ -151,22 +158,22 @@ class PhasedCollectives(DDPStrategy):
         if meeting is None or meeting.generation == self._group_generation:
             return
         while True:
+            # Before the meeting that settles who is in it: who is lost from here on may be one of them.
+            self._on_group_forming(None)
+            own = open_store(meeting.host) if meeting.is_host else None
+            port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
             generation, members = meeting.generation, meeting.ranks
             self._on_group_forming(members)
-            done = self._reform(members)
+            done = self._reform(meeting.host, port, own, members)
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
                 break
         self._group_generation, self._members = generation, members
 
-    def _reform(self, members: tuple[int, ...]) -> bool:
-        meeting = self.meeting
-        assert meeting is not None
-        own = open_store(meeting.host) if meeting.is_host else None
-        port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
+    def _reform(self, host: str, port: int, own: dist.TCPStore | None, members: tuple[int, ...]) -> bool:
         place, size = members.index(self.worker_rank), len(members)
         try:
-            with breakable():
-                store = own or dist.TCPStore(meeting.host, port, is_master=False, wait_for_workers=False)
+            with breakable(self._is_group_outdated):
+                store = own or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
                 reform_default_group(store, place, size, self._get_process_group_backend(), self._timeout)
         except RuntimeError as error:
             # One of them was lost meanwhile; else the next attempt says so again.

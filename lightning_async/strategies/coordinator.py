@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -221,11 +222,22 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
 
+    @property
+    @override
+    def may_leave(self) -> bool:
+        return self._collectives.outlives_ranks and not self._trainer.is_global_zero
+
+    @override
+    def leave_run(self) -> None:
+        # Its last push is answered; what is drawn beyond that goes back with its leases.
+        self._exchange.worker.settle()
+        self._supervisor.membership.leave("it was told to end (SIGTERM)")
+        raise SystemExit(0)
+
     @override
     def open_admission(self) -> None:
         if (admission := self._supervisor.admission) is not None:
-            version = self._exchange.worker.version
-            admission.open(capture_fit(self._trainer, self._order, version, self._by_hand))
+            admission.open(capture_fit(self._trainer, self._order, self._exchange, self._by_hand))
 
     @property
     @override
@@ -242,6 +254,11 @@ class Coordinator(protocols.Coordinator):
         joining = self._joining
         assert joining is not None and joining.state is not None
         agree_on_order([joining.state.order, order])
+        if not order and self._supervisor.membership.rank >= self._collectives.nominal_world_size:
+            raise MisconfigurationException(
+                "Each rank of this run has a train loader of its own, whose samples are the ranks' that the run began "
+                "with: a further one would repeat them. Let the ranks share a map-style dataset."
+            )
         self._exchange.worker.begin_epoch()
         self._by_hand.prepare(self._exchange.worker)
         if self._buffers is not None:
@@ -270,9 +287,13 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.end_segment()
         self._metric_sync.forget_local_results()
         # All ranks tell what they want and what they have left; then they know the same.
-        wishes = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
+        # A rank that may leave alone does so at its next batch.
+        told_to_end = self._sigterm_received() and not self.may_leave
+        wishes = (trainer.should_stop, told_to_end, validation_requested, skip_rest)
         mine = (wishes, leftover, self._cpu.stop(), self._stats.all_reduce_seconds > 0)
         ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse, bool]] = self._collectives.gather_objects(mine)
+        # Who has come to this meeting: fewer may come to the next.
+        present = self._collectives.ranks_present
         trainer.should_stop, sigterm, validation_requested, skip_rest = (
             any(wish) for wish in zip(*(wishes for wishes, *_ in ranks), strict=True)
         )
@@ -280,7 +301,6 @@ class Coordinator(protocols.Coordinator):
         self._collectives.follow_roster()
         if trainer.world_size > 1 and not ranks[0][-1]:
             self._collectives.repeat_if_lost(self._time_all_reduce, lambda: None)
-        present = self._collectives.ranks_present
         self._stats.note_cpu_use({rank: use for rank, (_, _, use, _) in zip(present, ranks, strict=True)})
         if sigterm:
             trainer_state.set_received_sigterm(trainer)

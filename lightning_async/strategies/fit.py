@@ -85,7 +85,7 @@ def set_up_fit(
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         writers = [writer_for(logger, logger_prefix) for logger in trainer.loggers]
         metrics = MetricsLogger(context.stats, writers, every)
-    gradients_per_update = context.dial.options.gradients_per_update
+    gradients_per_update = context.options.gradients_per_update
     version = gradients // gradients_per_update
     by_hand = ByHand(
         trainer, context.name, gradients, phase, context.world_size, counts_gradients=gradients_per_update > 1

@@ -60,6 +60,11 @@ class ExchangeContext:
     stats: RunStats
     observers: Sequence[UpdateObserver]
 
+    @property
+    def options(self) -> ExchangeOptions:
+        """How gradients are exchanged at present."""
+        return self.dial.options
+
 
 class GradientExchange:
     """This rank's part of the exchange in one fit.
@@ -107,7 +112,7 @@ class GradientExchange:
     @property
     def options(self) -> ExchangeOptions:
         """How gradients are exchanged at present."""
-        return self._context.dial.options
+        return self._context.options
 
     def load_dial(self, saved: Mapping[str, Any]) -> None:
         """Goes on with what "auto" has chosen, or measured, in the run that a checkpoint is from."""

@@ -298,21 +298,22 @@ class ProcessLauncher(_MultiProcessingLauncher):
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
         self._invitations = mp.get_context(self._start_method).SimpleQueue()
         arguments = [trainer, function, args, kwargs, results, *states]
-        with held_back():
-            context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
-                self._wrapping_function,
-                args=arguments,
-                nprocs=strategy.num_processes,
-                start_method=self._start_method,
-                join=False,
-            )
-            self.procs = context.processes
+        error_files: Sequence[str] = ()
         try:
+            with held_back():
+                context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+                    self._wrapping_function,
+                    args=arguments,
+                    nprocs=strategy.num_processes,
+                    start_method=self._start_method,
+                    join=False,
+                )
+                self.procs, error_files = context.processes, context.error_files
             with self._passing_on_sigterm():
-                result = self._wait(results, context.error_files, arguments)
+                result = self._wait(results, error_files, arguments)
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
-            self.kill(signal.SIGTERM)
+            super().kill(signal.SIGTERM)
             say_interrupted()
             # Lightning would exit with status 1.
             raise SystemExit(INTERRUPTED) from None
@@ -321,13 +322,21 @@ class ProcessLauncher(_MultiProcessingLauncher):
             raise
         finally:
             self._end_children()
-            for path in context.error_files:
+            for path in error_files:
                 Path(path).unlink(missing_ok=True)
         if trainer is None:
             return result
         self._already_fit |= trainer.state.fn == TrainerFn.FITTING
         self._recover_results_in_main_process(result, trainer)
         return result.trainer_results
+
+    @override
+    def kill(self, signum: int) -> None:
+        super().kill(signum)
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            # Before there were ranks. Lightning, which asks for this last, would exit with status 1.
+            say_interrupted()
+            raise SystemExit(INTERRUPTED)
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:

@@ -98,6 +98,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         gradients_per_update: as `AsyncStrategy` takes it.
         staleness_policy: as `AsyncStrategy` takes it.
         momentum_correction: as `AsyncStrategy` takes it.
+        reject_nonfinite: as `AsyncStrategy` takes it.
+        max_rejected_in_a_row: as `AsyncStrategy` takes it.
         push_seconds: a gradient's way to the holder.
         pull_seconds: the parameters' way to a worker.
         update_seconds: the holder's work for one gradient, in which it does nothing else.
@@ -127,6 +129,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
         push_seconds: float = 0.0,
         pull_seconds: float = 0.0,
         update_seconds: float = 0.0,
@@ -147,6 +151,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
                 on_stale,
                 staleness_policy=self._asked_dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
@@ -311,7 +317,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         barrier = StalenessBarrier(self._bound, options.on_stale, self._version, options.gradients_per_update)
         try:
             policy, rule = policy_and_momentum(options, [optimizer], self.workers)
-            held = (self._gathered, policy, rule, self._learned)
+            limit = options.max_rejected_in_a_row if options.reject_nonfinite else None
+            held = (self._gathered, policy, rule, self._learned, limit)
             run = ClusterRun(optimizer, barrier, self._steps, self._times, self.stats, self.progress, *held)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} cannot train this module: {error}.") from None

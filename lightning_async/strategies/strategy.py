@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -51,12 +51,14 @@ from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
+from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.ending import FitEnding
+from lightning_async.strategies.ending import FitEnding, do_each
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -125,6 +127,16 @@ class AsyncStrategy(PhasedCollectives):
         min_ranks: with ``"continue"``, how many ranks must be left.
         max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
             the run in the middle of an epoch.
+        join_file: with ``"continue"``, a file in which rank 0 leaves what workers on any machine join the run with:
+            ``lightning-async join FILE -- python train.py``. It has the run's token, and only its owner can read it.
+        reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
+            batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
+            applies it, as DDP does.
+        max_rejected_in_a_row: a rank whose gradients are rejected so often without a break fails.
+        step_timeout: seconds that a rank may take for a step, from fresh parameters to the gradient; one that takes
+            longer fails, whether or not it gives signs of life. None sets no limit.
+        max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
+            slower fails. None sets no limit.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -160,6 +172,11 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: OnWorkerFailure = "stop",
         min_ranks: int = 1,
         max_restarts: int = 3,
+        join_file: str | Path | None = None,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
+        step_timeout: float | None = None,
+        max_slowdown: float | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -180,7 +197,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
-            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts)
+            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts, join_file)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
                 max_staleness=max_staleness,
@@ -195,6 +212,10 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
+                step_timeout_s=step_timeout,
+                max_slowdown=max_slowdown,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
@@ -265,6 +286,12 @@ class AsyncStrategy(PhasedCollectives):
     def failure(self) -> RunFailure | None:
         """The first failure of the run, as far as this rank knows; None while there is none."""
         return None if self._supervisor is None else self._supervisor.failure
+
+    @property
+    def membership(self) -> Membership:
+        """This rank's part in the run that is under way."""
+        assert self._supervisor is not None
+        return self._supervisor.membership
 
     @property
     @override
@@ -339,11 +366,16 @@ class AsyncStrategy(PhasedCollectives):
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
             return
+        if self._resilience.goes_on and self.is_fitting and is_supervised():
+            rank_zero_warn(
+                'on_worker_failure="continue" has no effect under torchrun, whose agent ends all ranks when one ends. '
+                "Start the script itself: it starts its ranks."
+            )
         with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast)
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
+        self._meet_by_way_of_rank_0(supervisor)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
@@ -359,7 +391,11 @@ class AsyncStrategy(PhasedCollectives):
         assert self._supervisor is not None
         supervisor = self._supervisor
         self._before_joining.close()
-        self.meet_by(supervisor.membership.meeting, supervisor.was_lost, supervisor.note_group_forming)
+        self._meet_by_way_of_rank_0(supervisor)
+
+    def _meet_by_way_of_rank_0(self, supervisor: RunSupervisor) -> None:
+        meeting = supervisor.membership.meeting
+        self.meet_by(meeting, supervisor.was_lost, supervisor.note_group_forming, supervisor.is_group_outdated)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 
@@ -585,6 +621,7 @@ class AsyncStrategy(PhasedCollectives):
         self.barrier("every rank has the optimizers' states")
         assert self._supervisor is not None
         self._supervisor.end_training()
+        self._save_late()
         if self._run_dial is not None and self._run_dial.unfinished is not None:
             say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
@@ -597,7 +634,16 @@ class AsyncStrategy(PhasedCollectives):
             error: the exception.
         """
         if self._fit is not None and self._ending is not None:
+            # A handler may have asked for a checkpoint before it has ended the fit.
+            do_each([self._save_late])
             self._ending.break_off(error)
+
+    def _save_late(self) -> None:
+        """Saves what a signal's handler has asked for since the last batch; no collective."""
+        if not self._signals.saves:
+            return
+        with nullcontext() if self.phase.is_asynchronous else self.phase.asynchronous():
+            self._signals.save()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -16,13 +17,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
-from lightning_async.runtime.admission import Admission, Invitation
+from lightning_async.runtime.admission import Admission, Invitation, leave_invitation, outward_address
 from lightning_async.runtime.failure import FailureLatch, RunFailure, say
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
+from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.transport.base import ChannelClosedError
@@ -76,6 +78,7 @@ class RunSupervisor:
     def guard_run(self) -> AbstractContextManager[None]:
         """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
         self._ranks.set_world_ranks()
+        announce_rank(self._ranks.global_rank)
         self._membership = Membership(
             self._ranks.global_rank,
             self._worker_timeout_s,
@@ -155,10 +158,15 @@ class RunSupervisor:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
 
-    def note_group_forming(self, ranks: Sequence[int]) -> None:
-        """Notes that ranks are about to form a process group."""
+    def note_group_forming(self, ranks: Sequence[int] | None) -> None:
+        """Notes that a process group is about to be formed: before it is settled who is in it, and with its ranks."""
         self.membership.group = ranks
-        self._losses_known = self.membership.losses
+        if ranks is None:
+            self._losses_known = self.membership.losses
+
+    def is_group_outdated(self) -> bool:
+        """Whether a rank was lost since then, which may be in that group."""
+        return self.membership.losses > self._losses_known
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
@@ -185,15 +193,19 @@ class RunSupervisor:
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
         evictions, address = self.membership.evictions, self.membership.address
+        announce_training()
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True
+        if self.resilience.join_file is not None:
+            assert address is not None
+            leave_invitation(address, Path(self.resilience.join_file))
         assert address is not None
         most = self.resilience.max_restarts
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.invite(Invitation(address, None), most)
         else:
-            evictions.steps.append(lambda rank, reason: self._restart(rank, Invitation(address, rank), most))
+            evictions.restart = lambda rank: self._restart(rank, Invitation(address, rank), most)
 
     def _restart(self, rank: int, invitation: Invitation, most: int) -> str | None:
         return self.launcher.restart(self._local_rank(rank), invitation, most)
@@ -218,6 +230,9 @@ class RunSupervisor:
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
         host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
+        if self.resilience.join_file is not None and self._ranks.is_fitting and self._ranks.num_nodes == 1:
+            # For workers on other machines.
+            host = outward_address()
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
         self._membership.meet(self._ranks.world_size, host, broadcast, resilience)

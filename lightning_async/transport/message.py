@@ -69,6 +69,7 @@ class Outcome(enum.IntEnum):
     NOT_PUSHED = 0
     APPLIED = 1
     DROPPED = 2
+    REJECTED = 3
 
 
 class Hello(NamedTuple):
@@ -177,6 +178,7 @@ class Push(NamedTuple):
         hyperparams: the present hyperparameters of all param groups, as `pack_hyperparams` packs them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
         counts: what the worker has counted since its last report (see `tally.py`), as `pack_counts` packs it.
+        finite: False if the worker has found NaN or infinity in the gradient, which is then rejected.
     """
 
     worker: int
@@ -191,6 +193,7 @@ class Push(NamedTuple):
     hyperparams: bytes = b""
     present: bytes = b""
     counts: bytes = b""
+    finite: bool = True
 
 
 class Skip(NamedTuple):

@@ -66,7 +66,7 @@ def test_a_rank_that_could_not_be_taken_is_taken_later_and_said_once(
     (warning,) = warnings_of(caplog)
     assert os.strerror(number) in warning
     assert "ulimit -n" in warning
-    assert host.stats.rejected == 0
+    assert host.stats.refused == 0
 
 
 def test_out_of_memory_is_survived_too(host: Host, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,7 +133,7 @@ def test_who_has_waited_for_long_is_told_why(
         release()
     monkeypatch.undo()
 
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     assert host.latch.failure is None
     assert host.serves(rank=1)
 

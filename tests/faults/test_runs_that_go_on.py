@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torchmetrics import SumMetric
 from typing_extensions import override
 
 from lightning_async import AsyncAMSGradStrategy
+from lightning_async.cli.join import join_variables
 from tests.faults.injector import Fault, FaultInjector
 from tests.faults.runs import explanations
+from tests.harness import eventually
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -87,10 +90,10 @@ class Watching(Callback):
         )
 
 
-def train(folder: Path, faults: tuple[Fault, ...], ranks: int = 3, **arguments: Any) -> None:
+def train(folder: Path, faults: tuple[Fault, ...], ranks: int = 3, epochs: int = EPOCHS, **arguments: Any) -> None:
     strategy = AsyncAMSGradStrategy(**(CONTINUE | arguments))
     callbacks = [Watching(folder), FaultInjector(faults)]
-    trainer = fork_trainer(folder, ranks, strategy, max_epochs=EPOCHS, callbacks=callbacks)
+    trainer = fork_trainer(folder, ranks, strategy, max_epochs=epochs, callbacks=callbacks)
     trainer.fit(Counting(), loader(BATCHES * 4), loader(VALIDATED))
 
 
@@ -163,6 +166,39 @@ def test_a_lost_rank_comes_back_in_the_middle_of_the_run(tmp_path: Path, argumen
     assert run.report(1)["epochs"][-1] == EPOCHS - 1
 
 
+@pytest.mark.parametrize("holder", ["thread", "process"])
+def test_a_worker_from_elsewhere_joins_beyond_those_that_the_run_began_with(tmp_path: Path, holder: str) -> None:
+    file = tmp_path / "join.json"
+
+    def add(session: int) -> None:
+        assert eventually(file.exists, 60.0)
+        assert file.stat().st_mode & 0o777 == 0o600
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.chdir(tmp_path)
+                os.environ |= join_variables(file.read_text())
+                train(tmp_path, (), epochs=20, **(arguments | {"start_method": "popen"}))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+
+    arguments: dict[str, Any] = {"join_file": str(file), "holder": holder}
+    run = launch(lambda folder: train(folder, (), epochs=20, **arguments), tmp_path, 90.0, meanwhile=add)
+
+    assert run.returncode == 0, run.output
+    first, new = run.report(0), run.report(3)
+    assert first["joined"] == [3] and first["evicted"] == []
+    assert first["tickets"] == [Counter(range(BATCHES))] * 20
+    assert first["world_sizes"][-1] == new["world_sizes"][-1] == 4
+    assert first["counts"] == [VALIDATED] * 20
+    assert torch.equal(first["parameters"], new["parameters"])
+
+
 def test_fewer_ranks_than_min_ranks_do_not_go_on(tmp_path: Path) -> None:
     run = start(tmp_path, Fault(1, 6, "kill"), ranks=2, min_ranks=2)
 
@@ -189,3 +225,11 @@ def test_a_rank_that_runs_out_of_memory_is_lost_and_no_bug(tmp_path: Path) -> No
 
     check(run, lost=[1])
     assert "rank 1 is lost: MemoryError" in run.output or os.environ.get("CI")
+
+
+def test_a_rank_that_is_told_to_end_finishes_its_batch_and_leaves(tmp_path: Path) -> None:
+    run = start(tmp_path, Fault(2, 6, "sigterm"), max_restarts=2)
+
+    first = check(run, lost=[2])
+    assert "rank 2 leaves: it was told to end (SIGTERM); 2 ranks go on without it" in run.output
+    assert first["world_sizes"][-1] == 2

@@ -131,7 +131,7 @@ def test_a_stranger_is_refused_with_the_reason(host: Host, stranger: str, caplog
     assert reason in reply.reason
     assert f"refused a connection from 127.0.0.1:{port}" in caplog.text
     assert reason in caplog.text
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     assert host.latch.failure is None
     assert host.serves(rank=1)
 
@@ -139,7 +139,7 @@ def test_a_stranger_is_refused_with_the_reason(host: Host, stranger: str, caplog
 def test_a_stranger_that_hangs_up_is_refused(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     host.knock(b"").close()
 
-    assert eventually(lambda: host.stats.rejected == 1)
+    assert eventually(lambda: host.stats.refused == 1)
     assert "connection closed" in caplog.text
     assert host.serves(rank=1)
 
@@ -150,7 +150,7 @@ def test_silent_strangers_keep_nobody_out(host: Host, monkeypatch: pytest.Monkey
     strangers = [host.knock() for _ in range(40)]
 
     assert host.serves(rank=2)
-    assert host.stats.rejected == 0
+    assert host.stats.refused == 0
     for stranger in strangers:
         stranger.close()
 
@@ -165,7 +165,7 @@ def test_a_rank_that_is_here_is_not_let_in_again(host: Host, role: str) -> None:
         handshake(host.listener.address, 1, role, **claims)
 
     assert host.latch.failure is None
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     first.shutdown()
     first.close()
 
@@ -179,7 +179,7 @@ def test_where_there_are_two_lanes_each_is_let_in_once_and_no_third() -> None:
         with pytest.raises(HandshakeError, match=reason):
             handshake(host.listener.address, 1, CONTROL, **model, slot=slot, overlaps=overlaps)
 
-    assert host.stats.rejected == 3
+    assert host.stats.refused == 3
     assert host.latch.failure is None
     for connection in both:
         connection.shutdown()
@@ -206,7 +206,7 @@ def test_a_rank_that_has_left_comes_back_as_its_next_incarnation_only(host: Host
         with pytest.raises(HandshakeError, match=f"rank 1 was here and has left; .* incarnation {incarnation}"):
             come(incarnation)
 
-    assert host.stats.rejected == 4
+    assert host.stats.refused == 4
     assert host.latch.failure is None
     assert host.serves(rank=2)
 
@@ -223,7 +223,7 @@ def test_a_lifeline_of_a_rank_that_has_left_is_refused(host: Host) -> None:
     with pytest.raises(HandshakeError, match="rank 1 was here and has left"):
         handshake(host.listener.address, 1, HEARTBEAT)
 
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     assert host.latch.failure is None
     handshake(host.listener.address, 1, HEARTBEAT, incarnation=1)[0].close()
 
@@ -355,7 +355,7 @@ def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: H
     assert failure is not None
     assert failure.rank == 1
     assert f"worker 1 refused: {reply.reason}" == failure.reason
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     # Nothing of it was applied.
     assert host.holder.version == 0
     channel.close()
@@ -428,7 +428,7 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
         teardown = AsyncAMSGradStrategy.teardown
 
         def teardown_and_report(self: AsyncAMSGradStrategy) -> None:
-            report(folder, self.global_rank, rejected=self.stats.rejected, updates=self.stats.updates)
+            report(folder, self.global_rank, refused=self.stats.refused, updates=self.stats.updates)
             teardown(self)
 
         Listener.__init__ = open_and_tell  # type: ignore[method-assign]
@@ -452,5 +452,5 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
     assert run.returncode == 0, run.output
     assert run.report(0)["updates"] == 160
     # The silent one was still being waited for.
-    assert run.report(0)["rejected"] == 3
+    assert run.report(0)["refused"] == 3
     assert run.output.count("lightning_async refused a connection from 127.0.0.1") == 3

@@ -145,7 +145,7 @@ def test_a_run_that_was_partly_in_lock_step_is_told_what_was_measured_there() ->
     facts = replace(FACTS, gradients_per_update=2, max_staleness=8, gain_measured=2.24, apart_from=24)
 
     assert conclusions(facts)[-1] == (
-        "up to version 24 the ranks went in lock step, to be measured: so the rest would take an estimated 2.2x as long"
+        "up to version 24 the ranks were measured in lock step, in which the rest would take an estimated 2.2x as long"
     )
 
 

@@ -93,6 +93,7 @@ def test_each_row_covers_what_has_happened_since_the_last(run: Run) -> None:
         "async/ranks": 2.0,
         "async/dropped": 0.0,
         "async/rejected": 0.0,
+        "async/refused": 0.0,
         "async/share_rank_0": 1.0,
         "async/share_rank_1": 0.0,
         "async/updates_per_second_rank_0": pytest.approx(10.0),

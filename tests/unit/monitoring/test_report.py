@@ -52,6 +52,8 @@ def record(**changes: object) -> RunRecord:
             "dropped": 0,
             "rejected": 0,
             "ranks": RANKS,
+            "rejected_by_rank": dict.fromkeys(range(RANKS), 0),
+            "refused": 0,
             "evicted": [],
             "joined": [],
             "train_seconds": 1.0,

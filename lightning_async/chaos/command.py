@@ -1,0 +1,146 @@
+"""`lightning-async chaos`: runs a command, and strikes a random rank of it every so often."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lightning_async.chaos.striker import SIGNALS, Striker
+from lightning_async.runtime.whereabouts import FOLDER
+
+__all__ = ["chaos_main", "parse_ranks"]
+
+_EPILOGUE = """example:
+  lightning-async chaos --every 10 --for 120 -- python train.py
+
+train.py is to train with AsyncAMSGradStrategy(on_worker_failure="continue"): with another strategy the first strike
+ends the run. Rank 0 is struck only where --ranks has it. The exit status is the command's.
+"""
+
+
+def chaos_main(args: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        args: arguments after `chaos`; None takes those of the process.
+
+    Returns:
+        The exit status: that of the command that was run.
+    """
+    parser = _parser()
+    given = parser.parse_args(args)
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not command:
+        parser.error("what is to be run? lightning-async chaos --every 10 -- python train.py")
+    with tempfile.TemporaryDirectory(prefix="lightning_async-chaos-") as folder:
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(command, env=os.environ | {FOLDER: folder})
+        except OSError as error:
+            parser.error(f"{command[0]} cannot be run: {error.strerror}")
+        striker = Striker(
+            process.pid, Path(folder), given.every, given.kind, given.ranks, given.seed, given.until, say=_say
+        )
+        with _passing_signals_on(process):
+            striker.run(lambda seconds: _ends_within(process, seconds))
+            code = process.wait()
+        striker.end_stopped()
+    _say(_summary(striker.strikes, code, time.monotonic() - started))
+    # As a shell tells of a signal.
+    return code if code >= 0 else 128 - code
+
+
+def parse_ranks(text: str) -> frozenset[int]:
+    """The ranks that a user lists.
+
+    Examples:
+        >>> sorted(parse_ranks("1-3,7"))
+        [1, 2, 3, 7]
+        >>> parse_ranks("3-1")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: '3-1' is no list of ranks such as 1-3 or 0,2
+    """
+    ranks: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)) or int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of ranks such as 1-3 or 0,2")
+        ranks.update(range(int(first), int(last or first) + 1))
+    return frozenset(ranks)
+
+
+def _summary(strikes: Sequence[tuple[float, str, int]], code: int, seconds: float) -> str:
+    by_rank = Counter(rank for _, _, rank in strikes)
+    details = ", ".join(f"rank {rank}: {count}" for rank, count in sorted(by_rank.items()))
+    ended = f"exited with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    count = f"{len(strikes)} strike{'' if len(strikes) == 1 else 's'}"
+    return f"{count}{f' ({details})' if details else ''}; the command {ended} after {seconds:.1f} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-async chaos",
+        usage="lightning-async chaos [options] -- COMMAND ...",
+        description="Run a command, and strike a random rank of it every so often: does the run bear it?",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--every", type=_seconds, default=10.0, metavar="S", help="seconds between two strikes (10)")
+    parser.add_argument("--kind", choices=[*SIGNALS], nargs="+", default=["kill"], help="what strikes (kill)")
+    parser.add_argument("--ranks", type=parse_ranks, metavar="R", help="which ranks, such as 1-3 (all but rank 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    parser.add_argument(
+        "--for", dest="until", type=_seconds, metavar="S", help="seconds after which the run is left alone (its end)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return value
+
+
+def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+@contextmanager
+def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM goes to the command; Ctrl+C has reached it, and what becomes of it is its own."""
+
+    def pass_on(number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    # The command's own output may be read by another program.
+    sys.stderr.write(f"[chaos] {line}\n")
+    sys.stderr.flush()

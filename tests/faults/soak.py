@@ -1,0 +1,374 @@
+"""Many short runs with faults at random places; each must train every batch exactly once, end in time, leave nothing.
+
+``python -m tests.faults.soak --faults 2000 --seed 0`` runs as many runs as it takes for that many faults; a run that
+fails is told with the command that repeats it. ``--deaths 200`` is one run with that many deaths and joins instead,
+which must need no more memory, descriptors and threads at its end than at its beginning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_async import AsyncAMSGradStrategy
+from lightning_async.chaos import Fault, FaultInjector
+from tests.launch import Launched, launch, report, session_processes
+from tests.models import Recorder, TinyClassifier, fork_trainer, loader
+
+__all__ = ["Scenario", "problems_of", "run"]
+
+DEADLINE_S = 90.0
+_BATCH_SIZE = 2
+
+# Where a rank of a run is struck that trains already, and up to which passage of the place.
+_PLACES = {
+    "draw": 3,
+    "compute": 25,
+    "push": 25,
+    "mid-push": 25,
+    "parked": 25,
+    "mid-pull": 25,
+    "meeting": 60,
+    "met": 60,
+    "group": 3,
+    "collective": 40,
+    "validation_step": 9,
+    "on_validation_epoch_end": 3,
+    "on_train_epoch_end": 3,
+    "on_save_checkpoint": 3,
+}
+# Of a replacement, besides.
+_PLACES_OF_JOINING = {"setup": 0, "handshake": 3}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run and what goes wrong in it.
+
+    Args:
+        seed: what it was made of.
+        ranks: number of ranks.
+        strategy: arguments of the strategy.
+        epochs: number of epochs.
+        tickets: batches of an epoch.
+        validate_every: of the trainer's ``val_check_interval``.
+        sleep_s: seconds that a step takes.
+        faults: what goes wrong.
+    """
+
+    seed: int
+    ranks: int
+    strategy: dict[str, Any]
+    epochs: int
+    tickets: int
+    validate_every: float
+    sleep_s: float
+    faults: tuple[Fault, ...] = field(default=())
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run is to end with an error: it cannot go on without rank 0."""
+        return any(fault.rank == 0 for fault in self.faults)
+
+    @classmethod
+    def of(cls, seed: int) -> Scenario:
+        """The scenario of a seed."""
+        dice = random.Random(seed)
+        ranks = dice.choice([2, 3, 3, 4, 5])
+        stops = dice.random() < 0.15
+        per_update = dice.choice([1, 1, 2])
+        strategy: dict[str, Any] = {
+            "start_method": "fork",
+            "on_worker_failure": "continue",
+            "transport": dice.choice(["shm", "gloo"]),
+            "holder": dice.choice(["thread", "thread", "process"]),
+            "batches": dice.choice(["shared", "shared", "sharded"]),
+            "gradients_per_update": per_update,
+            "max_staleness": dice.choice(["auto", 0, 1, ranks, None]),
+            "max_restarts": dice.choice([0, 1, 3, 3]),
+            "worker_timeout": 1.5 if stops else 600.0,
+            "summary": False,
+        }
+        return cls(
+            seed=seed,
+            ranks=ranks,
+            strategy=strategy,
+            epochs=dice.choice([2, 3, 4]),
+            tickets=dice.choice([24, 40, 61]) * ranks // 2,
+            validate_every=dice.choice([1.0, 1.0, 0.5]),
+            sleep_s=dice.choice([0.002, 0.005, 0.01]),
+            faults=_faults(dice, ranks, stops, strategy["max_restarts"]),
+        )
+
+
+def _faults(dice: random.Random, ranks: int, stops: bool, most_restarts: int) -> tuple[Fault, ...]:
+    if dice.random() < 0.05:
+        return (_fault(dice, 0, 0, False),)
+    faults: list[Fault] = []
+    for _ in range(dice.choice([1, 1, 2, 3])):
+        rank = dice.randrange(1, ranks)
+        # A replacement has somebody to replace.
+        last = dice.choice([0, 0, 0, 1, 1, 2]) if most_restarts else 0
+        faults += [_fault(dice, rank, incarnation, stops) for incarnation in range(last + 1)]
+    if ranks > 2 and dice.random() < 0.3:
+        # Several at once.
+        first = faults[0]
+        others = dice.sample([rank for rank in range(1, ranks) if rank != first.rank], dice.randint(1, ranks - 2))
+        faults += [
+            Fault(rank, first.step, first.kind, first.place, first.after_s, first.incarnation) for rank in others
+        ]
+    return tuple(faults)
+
+
+def _fault(dice: random.Random, rank: int, incarnation: int, stops: bool) -> Fault:
+    places = _PLACES | (_PLACES_OF_JOINING if incarnation else {})
+    place = dice.choice([*places])
+    kind = dice.choice(["kill", "stop", "pause"]) if stops else "kill"
+    # Shorter and longer than the time-out.
+    after_s = dice.choice([0.3, 2.5]) if kind == "pause" else dice.choice([0.0, 0.0, 0.05])
+    return Fault(rank, dice.randint(0, places[place]), kind, place, after_s, incarnation)
+
+
+class _Module(TinyClassifier):
+    """Has buffers, and a metric that its ranks share."""
+
+    def __init__(self, sleep_s: tuple[float, ...]) -> None:
+        super().__init__(sleep_s)
+        from torchmetrics import MeanMetric
+
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        self.correct = MeanMetric()
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(self.sleep_s[0])
+        loss = self.loss(batch)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.correct.update((self.net(batch[0]).argmax(1) == batch[1]).float())
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated.append(float(self.correct.compute()))
+        self.correct.reset()
+
+
+class _Reporter(Callback):
+    """Reports what the observer of the updates has seen, and where every rank has ended."""
+
+    def __init__(self, folder: Path, recorder: Recorder) -> None:
+        self.folder = folder
+        self.recorder = recorder
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        (self.folder / "trained").touch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, AsyncAMSGradStrategy) and isinstance(pl_module, _Module)
+        report(
+            self.folder,
+            strategy.worker_rank,
+            parameters=pl_module.flat_parameters(),
+            buffers=[buffer.clone() for buffer in pl_module.net.buffers()],
+            validated=pl_module.validated,
+            updates=self.recorder.updates,
+            evicted=list(strategy.stats.evicted),
+            step=trainer.global_step,
+            bound=strategy.options.max_staleness,
+        )
+
+
+def train(scenario: Scenario, folder: Path) -> None:
+    """Trains; called in a process of its own, which starts the ranks."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    tempfile.tempdir = str(folder / "tmp")
+    os.mkdir(tempfile.tempdir)
+    before = _own_resources()
+    strategy = AsyncAMSGradStrategy(**scenario.strategy)
+    recorder = Recorder()
+    strategy.observers.append(recorder)
+    trainer = fork_trainer(
+        folder,
+        scenario.ranks,
+        strategy,
+        max_epochs=scenario.epochs,
+        val_check_interval=scenario.validate_every,
+        enable_checkpointing=True,
+        callbacks=[FaultInjector(scenario.faults), _Reporter(folder, recorder)],
+    )
+    # Tickets are batches of all ranks: with as many as are a multiple of their number all of them count.
+    samples = scenario.tickets // scenario.ranks * scenario.ranks * _BATCH_SIZE
+    trainer.fit(_Module((scenario.sleep_s,)), loader(samples, _BATCH_SIZE, shuffle=True), loader(samples=24))
+    del trainer, strategy, recorder
+    gc.collect()
+    torch.save({"before": before, "after": _own_resources()}, folder / "resources.pt")
+
+
+def _own_resources() -> dict[str, int]:
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+
+
+def run(scenario: Scenario, folder: Path) -> list[str]:
+    """Runs a scenario; returns what is wrong with how it went."""
+    before = set(os.listdir("/dev/shm"))
+
+    def tell_where_it_hangs(session: int) -> None:
+        def dump() -> None:
+            for pid in session_processes(session):
+                os.kill(pid, signal.SIGUSR2)
+
+        timer = threading.Timer(DEADLINE_S - 5.0, dump)
+        timer.daemon = True
+        timer.start()
+        timers.append(timer)
+
+    timers: list[threading.Timer] = []
+    try:
+        launched = launch(lambda folder: train(scenario, folder), folder, DEADLINE_S, tell_where_it_hangs)
+    except AssertionError as error:
+        return [str(error)]
+    finally:
+        for timer in timers:
+            timer.cancel()
+    return problems_of(scenario, launched, before)
+
+
+def problems_of(scenario: Scenario, launched: Launched, before: set[str]) -> list[str]:
+    """What is wrong with a run that has ended.
+
+    Args:
+        scenario: what was run.
+        launched: what it left.
+        before: the names of shared memory that there were before.
+    """
+    found = []
+    # Lightning's launcher keeps the empty folder that rank 0 has handed the weights over in.
+    if left := [path for path in (launched.folder / "tmp").rglob("*") if not path.is_dir()]:
+        found.append(f"temporary files left: {left}")
+    if left_memory := [name for name in set(os.listdir("/dev/shm")) - before if not _is_in_use(name)]:
+        found.append(f"shared memory left: {left_memory}")
+    output = launched.output
+    if "Exception in thread" in output or "unraisable" in output or "Exception ignored" in output:
+        found.append("noise: an exception in a thread, or one that was ignored")
+    if launched.returncode:
+        trained = (launched.folder / "trained").exists()
+        if trained and not scenario.ends:
+            found.append(f"the run has ended with code {launched.returncode}")
+        elif "failed: " not in output:
+            found.append("the run has ended, and does not say why")
+        return found
+    resources = torch.load(launched.folder / "resources.pt")
+    if any(resources["after"][name] > resources["before"][name] for name in resources["before"]):
+        found.append(f"the process that has started the ranks keeps more than it had: {resources}")
+    return found + _problems_of_training(scenario, launched)
+
+
+def _problems_of_training(scenario: Scenario, launched: Launched) -> list[str]:
+    found = []
+    reports = {int(path.stem[4:]): launched.report(int(path.stem[4:])) for path in launched.folder.glob("rank*.pt")}
+    mine = reports[0]
+    updates = [update for update in mine["updates"] if update["applied"]]
+    applied = [ticket for update in updates for ticket in update["tickets"]]
+    per_epoch = scenario.tickets // scenario.ranks * scenario.ranks
+    if len(applied) != per_epoch * scenario.epochs:
+        found.append(f"{len(applied)} batches were applied, not {per_epoch} in each of {scenario.epochs} epochs")
+    for epoch in range(scenario.epochs):
+        counts = Counter(applied[epoch * per_epoch : (epoch + 1) * per_epoch])
+        if counts != Counter(range(per_epoch)):
+            twice = [ticket for ticket, count in counts.items() if count > 1]
+            missing = sorted(set(range(per_epoch)) - set(counts))
+            found.append(f"epoch {epoch}: applied twice {twice}, not at all {missing}")
+    bound = 4 * scenario.ranks if mine["bound"] == "auto" else mine["bound"]
+    stalest = max(update["staleness"] for update in updates)
+    if bound is not None and stalest > bound:
+        found.append(f"a gradient was {stalest} versions old, and the bound is {bound}")
+    for rank, other in reports.items():
+        for name in ("parameters", "buffers", "step"):
+            if not _equal(mine[name], other[name]):
+                found += [f"{name} of rank {rank} are not rank 0's"]
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
+
+
+def _is_in_use(name: str) -> bool:
+    """Whether the process still runs that has made a segment, as its name says; those of others are in use."""
+    pids = [int(part) for part in name.split("_") if part.isdigit()]
+    return not pids or any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def struck(output: str) -> int:
+    """How many faults a run's output tells of."""
+    return output.count(" lightning_async: fault: ")
+
+
+def main() -> int:
+    """Runs what the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=2000, help="how many are to strike")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; each run has the next one")
+    parser.add_argument("--runs", type=int, help="how many runs, in place of --faults")
+    parser.add_argument("--keep", type=Path, help="a folder for what the runs leave; those that go well leave nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    started, seed, done, failed = time.monotonic(), given.seed, 0, []
+    places: Counter[str] = Counter()
+    while seed - given.seed < given.runs if given.runs else done < given.faults:
+        scenario = Scenario.of(seed)
+        folder = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-", dir=given.keep))
+        found = run(scenario, folder)
+        log = folder / "output.txt"
+        output = log.read_text(errors="replace") if log.exists() else ""
+        done += struck(output)
+        for fault in scenario.faults:
+            places[fault.place] += f"fault: {fault.kind} at {fault.place} {fault.step}" in output
+        if found:
+            failed.append(seed)
+            (folder / "problems.txt").write_text("\n".join(found))
+            print(f"\nseed {seed}: {scenario}\n" + "\n".join(found)[:6000])
+            print(f"what it left is in {folder}; again: python -m tests.faults.soak --runs 1 --seed {seed}", flush=True)
+        else:
+            shutil.rmtree(folder)
+        if seed % 20 == 0 or given.runs == 1:
+            minutes = (time.monotonic() - started) / 60
+            print(f"{seed - given.seed + 1} runs, {done} faults, {len(failed)} failed, {minutes:.1f} min", flush=True)
+        seed += 1
+    print(f"{seed - given.seed} runs, {done} faults in {(time.monotonic() - started) / 60:.1f} min")
+    print(", ".join(f"{place} {count}" for place, count in places.most_common()))
+    print(f"failed: seeds {', '.join(map(str, failed))}" if failed else "every run was as it is to be")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

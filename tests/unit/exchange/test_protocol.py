@@ -68,7 +68,11 @@ class Holding:
         self.parameter = torch.nn.Parameter(torch.ones(2))
         self.optimizer = AMSGrad([self.parameter], lr=0.1)
         options = ExchangeOptions(
-            max_staleness=bound, on_stale=on_stale, batches=batches, gradients_per_update=per_update
+            max_staleness=bound,
+            on_stale=on_stale,
+            batches=batches,
+            gradients_per_update=per_update,
+            step_timeout_s=3600.0,
         )
         self.latch = FailureLatch()
         spec = HolderSpec([self.optimizer], options, workers, version=0)
@@ -99,6 +103,12 @@ class Holding:
     @property
     def barrier(self) -> StalenessBarrier:
         return self.service.holder._barrier
+
+    @property
+    def steps_under_way(self) -> dict[Any, float]:
+        steps = self.server._steps
+        assert steps is not None
+        return dict(steps._began)
 
     def session(self, rank: int, incarnation: int, channel: FakeChannel) -> Session:
         """What the server does when a worker comes in by the listener."""
@@ -494,6 +504,7 @@ class Protocol(RuleBasedStateMachine):
         ledger = service.ledger
         leased = {worker: frozenset(tickets) for worker, tickets in ledger._leased.items()}
         closed, over = ledger._closed, frozenset(ledger._over)
+        steps = self.holding.steps_under_way
         return (
             barrier.version,
             barrier.filled,
@@ -503,6 +514,7 @@ class Protocol(RuleBasedStateMachine):
             ledger.applied(),
             closed,
             over,
+            steps,
         )
 
     @invariant()
@@ -512,6 +524,7 @@ class Protocol(RuleBasedStateMachine):
         leased = {worker: len(tickets) for worker, tickets in ledger._leased.items() if tickets}
         assert applied + undrawn + sum(leased.values()) == self.holding.total
         assert leased.keys() <= {*self.holding.roster.living}
+        assert {worker for worker, _ in self.holding.steps_under_way} <= {*self.holding.roster.living}
         assert max(self.holding.applied.values(), default=0) <= 1, "a batch counts twice"
         for member in self.living:
             if member.held_back is None:

@@ -55,6 +55,8 @@ _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 # The processes of these ranks, on this host and but for this one; and which of them a run has gone on without.
 _started: list[subprocess.Popen[bytes]] = []
 _lost: set[int] = set()
+# How often a function of a trainer (fit, test ...) was run in this process.
+_launches = 0
 
 # Before a lost rank is started again: at once, then twice as long each time.
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
@@ -102,6 +104,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             with held_back():
                 self._call_children_scripts()
                 _started[:] = self.procs
+        global _launches
+        _launches += 1
         # A script's later Trainers train with the ranks that the first has started, as far as they are left.
         self.procs = [process for process in _started if process.pid not in _lost]
         self._restarts.clear()
@@ -137,6 +141,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if not 0 < local_rank <= len(self.procs):
             return None
         self.procs[local_rank - 1].kill()
+        if _launches > 1:
+            # It would run the script from its beginning, and take this run for the first one.
+            return "it is not started again, since this is not the script's first run"
         count = self._restarts[local_rank] = self._restarts.get(local_rank, 0) + 1
         if count > most:
             return f"it is not started again (max_restarts={most})"

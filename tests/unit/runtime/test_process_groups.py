@@ -29,8 +29,8 @@ PATIENCE = timedelta(minutes=10)
 
 def form(port: int, place: int, size: int) -> None:
     """A group of the ranks that come to a store."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     with breakable():
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         reform_default_group(store, place, size, "gloo", PATIENCE)
 
 

@@ -39,8 +39,8 @@ _LOOK_S = 0.5
 _END = "the end of a section"
 _IN_VAIN = (
     "a part of the run that all ranks make together, such as a validation, could not be finished twice in a row, "
-    "though no rank was lost meanwhile: a process group of the ranks does not work, or a hook runs a collective on some "
-    "of them"
+    "though no rank was lost meanwhile: a process group of the ranks does not work, or a hook runs a collective on "
+    "some of them"
 )
 
 

@@ -1,12 +1,14 @@
 """Asynchronous training beside tuned DDP, in virtual time: what can be taken over, and what it gains.
 
-    python -m benchmarks.study                             # everything: half an hour on two cores
+    python -m benchmarks.study                             # everything: two hours on two cores
     python -m benchmarks.study --problems digits --seeds 2
+    python -m benchmarks.study --finished                  # tables and picture of what is finished
 
 Four workers, one of them four times slower, and four equal ones; each step varies by 10 %. DDP and the asynchronous
 settings train on the same grid of learning rates, with real gradients. Finished runs are kept in ``runs/study`` and not
 done again. The table says for each setting the final metric at its best learning rate, and how long it takes to reach
-what tuned DDP ends with (its mean less a standard deviation over the seeds), in parts of DDP's own time to it.
+what tuned DDP ends with (its mean less a standard deviation over the seeds), in parts of DDP's own time to it. DDP and
+"auto" have five seeds, the other settings three.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,9 +37,14 @@ from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from lightning_async import SimulatedClusterStrategy
 from recipes.classifier import Classifier
-from recipes.datasets import HelpTextDataModule, SyntheticInteractionsDataModule, SyntheticSparseDataModule
+from recipes.datasets import (
+    HelpTextDataModule,
+    SyntheticImagesDataModule,
+    SyntheticInteractionsDataModule,
+    SyntheticSparseDataModule,
+)
 from recipes.digits import DigitsDataModule
-from recipes.models import Factorization, LeNet5, SmallGPT, SparseLinear
+from recipes.models import Factorization, LeNet5, ResNet18, SmallGPT, SparseLinear
 
 OUT = Path("runs/study")
 JITTER = 0.1
@@ -58,7 +65,7 @@ class Problem:
         checks: validations in an epoch.
         adamw: AdamW in place of AMSGrad.
         settings: of the classifier.
-        seeds: as many as are trained, from 1 on.
+        seeds: as many as DDP and "auto" are trained with, from 1 on.
     """
 
     make_model: Callable[[], nn.Module]
@@ -70,7 +77,7 @@ class Problem:
     checks: int = 1
     adamw: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    seeds: int = 3
+    seeds: int = 5
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -82,7 +89,6 @@ PROBLEMS: dict[str, Problem] = {
         10,
         (0.002, 0.004, 0.008, 0.016),
         settings={"label_smoothing": 0.1},
-        seeds=5,
     ),
     "logreg": Problem(
         partial(SparseLinear, init_std=0.0),
@@ -115,8 +121,19 @@ PROBLEMS: dict[str, Problem] = {
         adamw=True,
         settings={"num_classes": 96},
     ),
+    "resnet18": Problem(
+        partial(ResNet18, num_classes=10, width=8),
+        partial(SyntheticImagesDataModule, train_samples=2_000, eval_samples=500, noise=3.0, batch_size=10),
+        "val/acc",
+        "max",
+        5,
+        (0.002, 0.004, 0.008),
+        checks=2,
+        seeds=3,
+    ),
 }
 
+PAPER = "K=1, plain (the paper)"
 # What each setting gives the strategy; beta1 is the optimizer's.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddp": {"gradients_per_update": 4, "max_staleness": 0},
@@ -124,11 +141,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "auto": {"gradients_per_update": "auto"},
     "K=2, plain": {"gradients_per_update": 2},
     "K=4, look_ahead": {"gradients_per_update": 4, "staleness_policy": "look_ahead"},
-    "K=1, plain (the paper)": {},
+    PAPER: {},
     "K=1, plain, beta1 0": {"beta1": 0.0},
 }
-# With equal workers, at each setting's best rate among the stragglers.
+# These have all of a problem's seeds, and are trained with equal workers, too, at DDP's best rate among the stragglers.
 EQUAL = ("ddp", "auto")
+OTHER_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -182,52 +200,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, help="number of seeds, from 1 on, in place of each problem's own")
+    parser.add_argument("--finished", action="store_true", help="train nothing: leave out what is not finished")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--plot", type=Path, help="where to draw the metrics over virtual time")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     shown: dict[str, dict[str, float]] = {}
     for name in arguments.problems:
-        seeds = seeds_of(name, arguments.seeds)
+        problem, seeds = PROBLEMS[name], partial(seeds_of, name, asked=arguments.seeds)
         grid = [
             Run(name, "straggler", setting, lr, seed)
-            for seed in seeds
             for setting in SETTINGS
-            for lr in PROBLEMS[name].rates
+            for seed in seeds(setting)
+            for lr in problem.rates
         ]
-        train_all(grid, arguments.processes)
-        best = {setting: best_rate(name, "straggler", setting, seeds) for setting in SETTINGS}
-        rate = best_rate(name, "straggler", "ddp", seeds)
-        shown[name] = {"ddp": rate, "auto": rate, "K=1, plain (the paper)": best["K=1, plain (the paper)"]}
-        equal = [Run(name, "equal", setting, rate, seed) for seed in seeds for setting in EQUAL]
-        train_all(equal, arguments.processes)
-        rows = [row(name, "straggler", setting, best[setting], rate, seeds) for setting in SETTINGS]
-        rows += [row(name, "straggler", "auto", rate, rate, seeds, "auto, with DDP's own lr")]
-        rows += [row(name, "equal", setting, rate, rate, seeds, f"equal workers: {setting}") for setting in EQUAL]
-        print(f"\n{name}: {PROBLEMS[name].metric}, {PROBLEMS[name].epochs} epochs, {len(seeds)} seeds")
+        if not arguments.finished:
+            train_all(grid, arguments.processes)
+        tuned = [setting for setting in SETTINGS if is_finished(run for run in grid if run.setting == setting)]
+        best = {setting: best_rate(name, "straggler", setting, seeds(setting)) for setting in tuned}
+        rate = best["ddp"]
+        equal = [Run(name, "equal", setting, rate, seed) for setting in EQUAL for seed in seeds(setting)]
+        if not arguments.finished:
+            train_all(equal, arguments.processes)
+        reference = (rate, seeds("ddp"))
+        rows = [row(name, "straggler", setting, best[setting], seeds(setting), reference) for setting in tuned]
+        taken_over = "auto, with DDP's own lr"
+        if is_finished(Run(name, "straggler", "auto", rate, seed) for seed in seeds("auto")):
+            rows += [row(name, "straggler", "auto", rate, seeds("auto"), reference, taken_over)]
+        if is_finished(equal):
+            rows += [
+                row(name, "equal", setting, rate, seeds(setting), reference, f"equal workers: {setting}")
+                for setting in EQUAL
+            ]
+        shown[name] = {"ddp": rate, "auto": rate} | {one: lr for one, lr in best.items() if one == PAPER}
+        print(f"\n{name}: {problem.metric}, {problem.epochs} epochs")
         print("| setting | lr | final: mean ± sd | time to DDP's, of DDP's | reached | whole run, of DDP's |")
         print("|---|---:|---|---:|---:|---:|")
         for one in rows:
             print(
                 f"| {one['setting']} | {one['lr']} | {one['mean']:.4f} ± {one['sd']:.4f} | {one['time']} "
-                f"| {one['reached']} of {len(seeds)} | {one['whole']:.2f} |"
+                f"| {one['reached']} of {len(one['finals'])} | {one['whole']:.2f} |"
             )
         save(f"study_{name}", {**vars(arguments), "plot": None}, rows)
     if arguments.plot is not None:
         plot(shown, arguments.seeds, arguments.plot)
 
 
-def seeds_of(problem: str, asked: int | None) -> range:
-    """The seeds of a problem: its own, or as many as were asked for."""
-    return range(1, (asked or PROBLEMS[problem].seeds) + 1)
+def seeds_of(problem: str, setting: str, asked: int | None) -> range:
+    """The seeds of a setting: the problem's, or fewer of one that is there for comparison, or as many as asked for."""
+    own = PROBLEMS[problem].seeds
+    return range(1, (asked or (own if setting in EQUAL else min(own, OTHER_SEEDS))) + 1)
+
+
+def is_finished(runs: Iterable[Run]) -> bool:
+    """Whether all of them have a result."""
+    return all(run.path.exists() for run in runs)
 
 
 def plot(shown: dict[str, dict[str, float]], asked: int | None, path: Path) -> None:
     """Draws the mean over the seeds of each problem's metric, over virtual time."""
     figure = Figure(figsize=(9, 3.2 * math.ceil(len(shown) / 2)), layout="constrained")
     for place, (name, settings) in enumerate(shown.items(), 1):
-        axes, seeds = figure.add_subplot(math.ceil(len(shown) / 2), 2, place), seeds_of(name, asked)
+        axes = figure.add_subplot(math.ceil(len(shown) / 2), 2, place)
         for setting, lr in settings.items():
+            seeds = seeds_of(name, setting, asked)
             curves = [_curve(Run(name, "straggler", setting, lr, seed)) for seed in seeds]
             times = [mean(at for at, _ in points) for points in zip(*curves, strict=True)]
             values = [mean(value for _, value in points) for points in zip(*curves, strict=True)]
@@ -292,19 +328,25 @@ def best_rate(problem: str, cluster: str, setting: str, seeds: Sequence[int]) ->
 
 
 def row(
-    problem: str, cluster: str, setting: str, lr: float, ddp_lr: float, seeds: Sequence[int], label: str | None = None
+    problem: str,
+    cluster: str,
+    setting: str,
+    lr: float,
+    seeds: Sequence[int],
+    ddp: tuple[float, Sequence[int]],
+    label: str | None = None,
 ) -> dict[str, Any]:
-    """What a setting has come to, beside DDP in the same cluster with its best learning rate."""
-    sign = 1.0 if PROBLEMS[problem].mode == "max" else -1.0
-    theirs = [sign * value for value in finals(problem, cluster, "ddp", ddp_lr, seeds)]
+    """What a setting has come to, beside DDP in the same cluster with its best learning rate and its seeds."""
+    sign, (ddp_lr, ddp_seeds) = 1.0 if PROBLEMS[problem].mode == "max" else -1.0, ddp
+    theirs = [sign * value for value in finals(problem, cluster, "ddp", ddp_lr, ddp_seeds)]
     target = mean(theirs) - (stdev(theirs) if len(theirs) > 1 else 0.0)
     ours = finals(problem, cluster, setting, lr, seeds)
     mine = [_time_to(Run(problem, cluster, setting, lr, seed), sign, target) for seed in seeds]
-    reference = [_time_to(Run(problem, cluster, "ddp", ddp_lr, seed), sign, target) for seed in seeds]
+    reference = [_time_to(Run(problem, cluster, "ddp", ddp_lr, seed), sign, target) for seed in ddp_seeds]
     reached = [value for value in mine if math.isfinite(value)]
     known = [value for value in reference if math.isfinite(value)]
     whole = [_curve(Run(problem, cluster, setting, lr, seed))[-1][0] for seed in seeds]
-    ddp_whole = [_curve(Run(problem, cluster, "ddp", ddp_lr, seed))[-1][0] for seed in seeds]
+    ddp_whole = [_curve(Run(problem, cluster, "ddp", ddp_lr, seed))[-1][0] for seed in ddp_seeds]
     return {
         "setting": label or setting,
         "lr": lr,

@@ -1,7 +1,8 @@
 """What one gradient costs under the holder's lock, against the kernel and the copy that an update consists of.
 
 Run ``python -m benchmarks.update``, with ``--k 1 2 4`` for updates that are made of several gradients. One thread, no
-processes, no messages; the best of many repetitions.
+processes, no messages; the best of many repetitions. The last column is what a worker spends on looking for NaN and
+infinity in its gradient (``reject_nonfinite``), which the holder does not spend.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from benchmarks.processes import SHAPES, Shapes
 from lightning_async.holder.amsgrad import AMSGrad
 from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.finite import all_finite
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
@@ -31,13 +33,14 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1], metavar="K", help="gradients that make an update")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("parameters    K  push and pull, us  kernel, us  copy, us  over kernel + copy")
+    print("parameters    K  push and pull, us  kernel, us  copy, us  over kernel + copy  finite?, us")
     for size in ("44K", "11.2M"):
         for gradients in arguments.k:
             exchange, kernel, copy = measure(SHAPES[size], gradients)
+            check = look_for_nonfinite(SHAPES[size])
             ratio = exchange / (kernel + copy)
             times = f"{exchange * 1e6:>18.0f} {kernel * 1e6:>11.0f} {copy * 1e6:>9.0f}"
-            print(f"{size:>10} {gradients:>4} {times} {ratio:>19.2f}")
+            print(f"{size:>10} {gradients:>4} {times} {ratio:>19.2f} {check * 1e6:>12.1f}")
 
 
 def measure(shapes: Shapes, gradients_per_update: int = 1) -> tuple[float, float, float]:
@@ -73,6 +76,14 @@ def measure(shapes: Shapes, gradients_per_update: int = 1) -> tuple[float, float
         best_of(kernel, repetitions),
         best_of(copy, repetitions),
     )
+
+
+def look_for_nonfinite(shapes: Shapes) -> float:
+    """Seconds that a worker spends on a gradient that is finite."""
+    parts = [torch.zeros(shape) for shape in shapes]
+    flat = torch.zeros(sum(part.numel() for part in parts)).normal_()
+    present = [True] * len(parts)
+    return best_of(lambda: all_finite(flat, parts, present), max(5, 20_000_000 // flat.numel()))
 
 
 def best_of(run: Callable[[], object], repetitions: int, rounds: int = 20) -> float:

@@ -148,7 +148,7 @@ class Exchange:
 
     def worker(self, rank: int, *channels: Channel) -> Worker:
         """A worker that trains the parameters at hand, with a slot for each channel."""
-        return Worker(rank, list(channels), self.layout, self.optimizers, self.latch)
+        return Worker(rank, list(channels), self.layout, self.optimizers, self.latch, looks_for_nonfinite=True)
 
     def push(self, worker: int, optimizer: int = 0, **changes: Any) -> wire.Push:
         """The message of a push that fits, but for ``changes``."""

@@ -45,6 +45,7 @@ _SUMMARIES = {
     "report": "show a run as one HTML page; --serve shows one that goes on",
     "plan": "say what asynchronous training would do with given step times",
     "demo": "train a small network with this strategy and with DDP, side by side",
+    "join": "add a worker to a fit that is under way, from any machine",
     "chaos": "run a command, and kill a random rank of it every so often",
 }
 
@@ -266,6 +267,13 @@ def _demo(args: Sequence[str]) -> int:
     return int(demo.demo_main(list(args)))
 
 
+def _join(args: Sequence[str]) -> int:
+    # Imported when it is called, as the others.
+    join: Any = importlib.import_module("lightning_async.cli.join")
+    join.join_main(list(args))
+    return 0
+
+
 def _chaos(args: Sequence[str]) -> int:
     # Imported when it is called: training ranks do not need it.
     chaos: Any = importlib.import_module("lightning_async.chaos.command")
@@ -277,12 +285,13 @@ _OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "plan": _plan,
     "demo": _demo,
+    "join": _join,
     "chaos": _chaos,
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo|chaos ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo|join|chaos ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.

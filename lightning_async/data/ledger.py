@@ -85,6 +85,14 @@ class Ledger:
             for share in range(len(self._queues)):
                 self._clear_if_nobody_draws(share)
 
+    def deal(self, batches: Batches) -> None:
+        """Deals what is left of the epoch, and every later one, by another rule, while nobody has a ticket."""
+        with self._lock:
+            self._batches = batches
+            self._deal(self._block, 1 if batches == "shared" else self._workers)
+            for share in range(len(self._queues)):
+                self._clear_if_nobody_draws(share)
+
     def open(self, tickets: int) -> None:
         """Opens a segment in which the next ``tickets`` tickets, in the global order, may be drawn."""
         with self._lock:

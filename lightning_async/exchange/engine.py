@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.local_service import HolderService
-from lightning_async.exchange.negotiation import dial, transport_of
+from lightning_async.exchange.negotiation import WorkerWires, dial, transport_of
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
@@ -18,12 +18,14 @@ from lightning_async.exchange.service import HolderSpec, Origins, Service, Updat
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
+from lightning_async.holder.holder import HalfUpdatedError
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
+from lightning_async.monitoring.rejections import RejectionNotices
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import Address, HandshakeError
@@ -63,7 +65,7 @@ class Engine:
         optimizers: the optimizers that it was built for.
         states: what they show of the holder's state.
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
-        transport: how this rank's gradients travel: "in process", "shm", "gloo" or "nccl".
+        transport: how this rank's gradients travel: "in process", "shm", "tcp" or "nccl".
         holder_device: where the holder is, "cpu" or "cuda".
 
     Raises:
@@ -99,6 +101,7 @@ class Engine:
         self.service: Service | None = None
         self._stats = stats
         self._observers = observers
+        self._rejections = RejectionNotices()
         slots = options.slots(world_size)
         if slots > 1:
             bound = resolve_max_staleness(options.max_staleness, world_size, options.gradients_per_update)
@@ -116,7 +119,7 @@ class Engine:
                 assert listener is not None
                 # Heartbeats come here still.
                 listener.on_refused = stats.refuse
-                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse, on_lost)
+                self.service = process.serve(spec, listener.address, latch, self._observe, stats.refuse, on_lost)
             else:
                 placement = (
                     HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()
@@ -137,15 +140,17 @@ class Engine:
             channels = [local.local_channel(alone=self.shares_parameters)]
         else:
             groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
+            wires, overlaps = WorkerWires(layout), slots > 1
             channels = [
-                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, slots > 1)
+                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, overlaps, wires)
                 for slot in range(slots)
             ]
         self.transport = transport_of(channels[0])
         self.holder_device = devices.holder
         own = [on_device(channel, devices.own) for channel in channels]
         tickets = None if predecessor is None else predecessor.worker.tickets
-        self.worker: Worker = Worker(rank, own, layout, optimizers, latch, alone=world_size == 1, tickets=tickets)
+        alone, looks = world_size == 1, options.reject_nonfinite
+        self.worker: Worker = Worker(rank, own, layout, optimizers, latch, alone, tickets, looks)
         self.worker.version = version
         self.states = OptimizerStates(optimizers, self._read_state, lambda: self.worker.version)
 
@@ -212,6 +217,8 @@ class Engine:
         try:
             self.show_adapted(self.take_adapted() or [[] for _ in self.optimizers])
             self.states.release(None if service is None else service.optimizer_state, elsewhere, kept)
+        except HalfUpdatedError as error:
+            self.states.release(None, str(error))
         except WorkerFailedError as error:
             log.debug("the optimizers' state went with the process that held it: %s", error)
             self.states.release(None, "the optimizer's state went with the process that held it")
@@ -259,6 +266,8 @@ class Engine:
 
     def _observe(self, update: Update, tickets: tuple[int, ...]) -> None:
         self._stats.record(update)
+        if update.rejected and (line := self._rejections.line(update)) is not None:
+            log.warning("lightning_async: %s", line)
         for observer in self._observers:
             observer(update, tickets)
 

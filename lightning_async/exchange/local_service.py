@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.data.ledger import Ledger
+from lightning_async.data.ledger import Batches, Ledger
 from lightning_async.exchange.dial import policy_and_momentum
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost, Server
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
 from lightning_async.holder.barrier import StalenessBarrier
@@ -22,7 +23,9 @@ from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.holder.types import Snapshot, Update
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.health import RejectionStreaks
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.transport.base import Channel
 
 __all__ = ["HolderService"]
@@ -58,11 +61,9 @@ class HolderService(Service):
         self._on_update = on_update
         self._listener = listener
         self.layout = layout = FlatLayout(owned)
-        bound = resolve_max_staleness(options.max_staleness, spec.world_size, options.gradients_per_update)
-        # As under DDP each version has one gradient of each rank: there is nothing to share, and none is overtaken.
-        every_rank = options.gradients_per_update == spec.world_size > 1
-        self._in_lock_step = every_rank and bound == 0 and options.on_stale == "wait"
-        batches = "sharded" if self._in_lock_step else options.batches
+        self._optimizers, self._workers = spec.optimizers, spec.world_size
+        bound = self._follow(options)
+        batches = self._batches(options)
         self.ledger: Ledger = Ledger(spec.world_size, batches) if predecessor is None else predecessor.ledger
         initial = layout.buffer()
         for index, parameters in enumerate(owned):
@@ -84,6 +85,7 @@ class HolderService(Service):
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
         self._workers = spec.world_size
+        self._streaks = RejectionStreaks(options.max_rejected_in_a_row)
         self._server: Server = Server(
             self.holder,
             self.ledger,
@@ -99,6 +101,7 @@ class HolderService(Service):
             workers=spec.world_size,
             slots=options.slots(spec.world_size),
             predecessor=None if predecessor is None else predecessor._server,
+            steps=StepWatch(options.step_timeout_s, options.max_slowdown) if options.watches_steps else None,
         )
 
     @property
@@ -112,6 +115,7 @@ class HolderService(Service):
 
     @override
     def evict(self, worker: int) -> int:
+        self._streaks.forget(worker)
         return self._server.evict(worker)
 
     @override
@@ -180,6 +184,24 @@ class HolderService(Service):
         return self.holder.restore(version, optimizer_states, gathered, policy)
 
     @override
+    def adjust(self, options: ExchangeOptions) -> None:
+        policy, rule = policy_and_momentum(options, self._optimizers, self._workers)
+        bound = self._follow(options)
+        self.holder.adjust(bound, options.on_stale, options.gradients_per_update, policy, rule)
+        self.ledger.deal(self._batches(options))
+
+    def _follow(self, options: ExchangeOptions) -> int | None:
+        """Notes whether the ranks go in lock step; returns the bound."""
+        bound = resolve_max_staleness(options.max_staleness, self._workers, options.gradients_per_update)
+        every_rank = options.gradients_per_update == self._workers > 1
+        self._in_lock_step = every_rank and bound == 0 and options.on_stale == "wait"
+        return bound
+
+    def _batches(self, options: ExchangeOptions) -> Batches:
+        # As under DDP each version has one gradient of each rank: there is nothing to share, and none is overtaken.
+        return "sharded" if self._in_lock_step else options.batches
+
+    @override
     def set_counts(self, counts: Sequence[int]) -> None:
         self.holder.counts = tuple(counts)
 
@@ -193,6 +215,8 @@ class HolderService(Service):
 
     def _complete(self, update: Update) -> None:
         self._on_update(update, self.ledger.complete(update.push.worker, update.push.tickets))
+        if (sick := self._streaks.note(update.push.worker, update.rejected)) is not None:
+            self._server.on_sick(sick)
 
     def _inherit(self, predecessor: HolderService, origins: Origins, states: Sequence[StateByPlace | None]) -> None:
         """Gives the holder what the predecessor's has made of the parameters that it had."""

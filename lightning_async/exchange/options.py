@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -27,8 +28,8 @@ __all__ = [
     "WireDtype",
 ]
 
-Transport: TypeAlias = Literal["auto", "shm", "gloo", "nccl"]
-WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Transport: TypeAlias = Literal["auto", "shm", "tcp", "nccl"]
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 HolderPlace: TypeAlias = Literal["thread", "process"]
 
 
@@ -58,6 +59,10 @@ class ExchangeOptions:
     gradients_per_update: int = 1
     staleness_policy: str | StalenessPolicy = "plain"
     momentum_correction: MomentumCorrection = None
+    reject_nonfinite: bool = True
+    max_rejected_in_a_row: int = 10
+    step_timeout_s: float | None = None
+    max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
         bound: object = self.max_staleness
@@ -77,6 +82,7 @@ class ExchangeOptions:
             ("wire_dtype", self.wire_dtype, get_args(WireDtype)),
             ("parameter_wire_dtype", self.parameter_wire_dtype, get_args(WireDtype)),
             ("overlap", self.overlap, (False, True)),
+            ("reject_nonfinite", self.reject_nonfinite, (False, True)),
         )
         for name, value, allowed in choices:
             if value not in allowed:
@@ -94,10 +100,27 @@ class ExchangeOptions:
                 )
             if not hasattr(os, "memfd_create"):
                 raise ValueError('holder="process" needs Linux (memfd_create); take holder="thread".')
-        timeout: object = self.worker_timeout_s
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise ValueError(f"worker_timeout must be a positive number of seconds, not {timeout!r}.")
+        limit: object = self.max_rejected_in_a_row
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_rejected_in_a_row must be an int of at least 1, not {limit!r}.")
+        if not _is_above(0.0, self.worker_timeout_s):
+            raise ValueError(f"worker_timeout must be a positive number of seconds, not {self.worker_timeout_s!r}.")
+        if self.step_timeout_s is not None and not _is_above(0.0, self.step_timeout_s):
+            raise ValueError(
+                f"step_timeout must be a positive number of seconds, or None for no limit, not {self.step_timeout_s!r}."
+            )
+        if self.max_slowdown is not None and not _is_above(1.0, self.max_slowdown):
+            raise ValueError(f"max_slowdown must be a number above 1, or None for no limit, not {self.max_slowdown!r}.")
 
     def slots(self, world_size: int) -> int:
         """How many exchanges a rank has under way at once."""
         return 2 if self.overlap and world_size > 1 else 1
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether it is watched how long each rank takes for a step."""
+        return self.step_timeout_s is not None or self.max_slowdown is not None
+
+
+def _is_above(limit: float, value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and limit < value < math.inf

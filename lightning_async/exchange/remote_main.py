@@ -5,11 +5,9 @@ Started by `remote_service.py`.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
-import signal
 import socket
 import sys
 import threading
@@ -27,6 +25,7 @@ from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.rebuild import assemble
 from lightning_async.holder.types import Update
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.transport.connection import ControlConnection
@@ -49,8 +48,6 @@ _BY_SHARED_PAYLOAD = (
     "forget",
     "restore",
 )
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 
 
 class UpdateBuffer:
@@ -73,7 +70,10 @@ class UpdateBuffer:
             (
                 # No gradients, which are large; the hyperparameters are mostly one and the same tuple.
                 tuple(push._replace(gradients=(), flat=None)),
-                (update.version, update.staleness, update.applied, update.parked_s, update.at_ns, update.took_ns),
+                (
+                    *(update.version, update.staleness, update.applied, update.parked_s),
+                    *(update.at_ns, update.took_ns, update.rejected),
+                ),
                 tickets,
             )
         )
@@ -127,12 +127,14 @@ class RpcServer:
         self._service: HolderService | None = None
         self._shared_payload: SharedPayload | None = None
 
-    def begin(self, timeout_s: float, host: str, world_size: int) -> str:
-        """Begins to give signs of life and opens the listener; returns its address."""
+    def begin(self, rank_0s: str, world_size: int) -> str:
+        """Begins to give signs of life and opens a listener beside rank 0's, of the same run; returns its address."""
+        address = Address.from_json(rank_0s)
+        timeout_s = address.timeout_s
         heartbeats = Heartbeats(0, self._latch, timeout_s, lambda rank: "its process is gone")
         heartbeats.add(0, ControlConnection(self._heartbeat))
         # Rank 0's listener takes the ranks' heartbeats.
-        self._listener = Listener(host, world_size, None)
+        self._listener = Listener(address.host, world_size, None, timeout_s, address.token)
         self._listener.admits_rank_0 = True
         return self._listener.address.as_json()
 
@@ -202,17 +204,13 @@ class RpcServer:
         return getattr(self if name in _BY_SHARED_PAYLOAD else self.service, name)(*arguments)
 
 
-def main(control: int, heartbeat: int, rank_0: int) -> None:
+def main(control: int, heartbeat: int) -> None:
     """Serves until rank 0 says that it is over, or is gone.
 
     Args:
         control: descriptor of the connection that calls come by.
         heartbeat: descriptor of the heartbeat's socket.
-        rank_0: rank 0's process id.
     """
-    _end_with_parent()
-    if os.getppid() != rank_0:
-        os._exit(1)
     torch.set_num_threads(1)
     connection = Connection(control)
     buffer = UpdateBuffer(connection.send)
@@ -228,18 +226,8 @@ def main(control: int, heartbeat: int, rank_0: int) -> None:
     except (EOFError, OSError) as error:
         log.debug("rank 0 is gone: %s", error)
     sys.stderr.flush()
-    # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
+    # Threads may be in the middle of torch's code, and would abort the process on its way out.
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends, even if it is stopped then.
-
-    The end of the connection would not do: a process that rank 0 has forked has its end of it too.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _answer(

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
@@ -53,12 +55,19 @@ _ANSWER_LASTS_S = 0.05
 _GRACE_S = 1.0
 # What a terminal or a job scheduler sends to every process is rank 0's to answer.
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Its own main module is none that a user's script could be run by.
+# Its own main module is none that a user's script could be run by. Before its imports, which take seconds, it has the
+# kernel kill it when the thread that started it ends, even if it is stopped then (PR_SET_PDEATHSIG of linux/prctl.h).
+# The end of the connection would not do: a process that rank 0 has forked has its end of it too.
 _BOOT = """
-import json, sys
+import ctypes, json, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
+    raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+if os.getppid() != int(sys.argv[4]):
+    os._exit(1)
 sys.path[:] = json.loads(sys.argv[1])
 from lightning_async.exchange.remote_main import main
-main(*map(int, sys.argv[2:]))
+main(*map(int, sys.argv[2:4]))
 """
 
 
@@ -80,6 +89,7 @@ class HolderProcess(Service):
         self._start_timeout_s = start_timeout_s
         self._numbers = itertools.count()
         self._sending = threading.Lock()
+        self._sender = 0
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._latch: FailureLatch | None = None
         self._heartbeats: Heartbeats | None = None
@@ -121,7 +131,7 @@ class HolderProcess(Service):
     def serve(
         self,
         spec: HolderSpec,
-        host: str,
+        address: Address,
         latch: FailureLatch,
         on_update: UpdateObserver,
         on_refused: Callable[[], None],
@@ -131,7 +141,7 @@ class HolderProcess(Service):
 
         Args:
             spec: what to hold.
-            host: the address that the workers reach rank 0 at.
+            address: of rank 0's own listener.
             latch: the run's failure latch.
             on_update: called in a thread of this process with each update, some milliseconds after it, without
                 its gradients, and with the tickets that it covers; all that were answered have been told when one of
@@ -146,7 +156,7 @@ class HolderProcess(Service):
         self._on_update, self._on_refused, self._on_lost = on_update, on_refused, on_lost
         with _payload_of(spec) as shared_payload:
             if self._heartbeats is None:
-                self._begin(spec, host, latch)
+                self._begin(spec, address, latch)
             self._call("serve", shared_payload.address, on_lost is not None)
         return self
 
@@ -236,6 +246,10 @@ class HolderProcess(Service):
             return bool(self._call("restore", version, shared_payload.address))
 
     @override
+    def adjust(self, options: ExchangeOptions) -> None:
+        self._call("adjust", options)
+
+    @override
     def set_counts(self, counts: Sequence[int]) -> None:
         self._call("set_counts", tuple(counts))
 
@@ -271,7 +285,7 @@ class HolderProcess(Service):
         self._connection.close()
         self._my_heartbeat.close()
 
-    def _begin(self, spec: HolderSpec, host: str, latch: FailureLatch) -> None:
+    def _begin(self, spec: HolderSpec, address: Address, latch: FailureLatch) -> None:
         if not self._ready.wait(self._start_timeout_s) or self._gone.is_set():
             ended = self._describe_end() if self._gone.is_set() else None
             ended = ended or f"the process of the holder has not started in {self._start_timeout_s:g} s"
@@ -283,7 +297,9 @@ class HolderProcess(Service):
         self._heartbeats = Heartbeats(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
         self._heartbeats.add(0, ControlConnection(self._my_heartbeat))
         latch.subscribe(lambda failure: self._give_up())
-        self._address = Address.from_json(self._call("begin", timeout_s, host, spec.world_size))
+        self._address = Address.from_json(
+            self._call("begin", replace(address, timeout_s=timeout_s).as_json(), spec.world_size)
+        )
 
     def _call(self, name: str, *arguments: Any) -> Any:
         assert self._latch is not None, "nothing is held yet"
@@ -315,8 +331,17 @@ class HolderProcess(Service):
         return value
 
     def _send(self, request: tuple[str, int, tuple[Any, ...]]) -> None:
+        if self._sender == threading.get_ident():
+            raise RuntimeError(
+                f"{request[0]} was asked of the holder's process while this thread was asking for something else, "
+                "which a signal's handler has interrupted. Let the handler set a flag, read in on_train_batch_end"
+            )
         with self._sending:
-            self._connection.send(request)
+            self._sender = threading.get_ident()
+            try:
+                self._connection.send(request)
+            finally:
+                self._sender = 0
 
     def _raise_failure(self) -> None:
         """Raises what is known of the run's end."""

@@ -20,9 +20,12 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.placement import HolderPlacement
+from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.health import Sick
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.runtime.threads import Errands, PromptSwitching, use_one_thread
 from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -38,6 +41,8 @@ OnLost: TypeAlias = Callable[[int, str], None]
 log = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 1.0
+# How often workers whose step takes too long are looked for.
+_LOOK_S = 0.5
 
 
 class Server:
@@ -58,6 +63,7 @@ class Server:
         wire: what payloads are rounded to on a network.
         on_lost: told of a worker in the run whose connection was lost; None where that ends the run.
         predecessor: whose place this one takes; workers that it has evicted are still out.
+        steps: watches how long workers take for a step; None where nobody does.
     """
 
     def __init__(
@@ -76,7 +82,11 @@ class Server:
         slots: int = 1,
         on_lost: OnLost | None = None,
         predecessor: Server | None = None,
+        steps: StepWatch | None = None,
     ) -> None:
+        self._steps = steps
+        # A worker may be in the middle of a step, and say nothing.
+        self._looking = None if steps is None else Alarm(self._look_for_overdue)
         self._slots = slots
         self._on_lost = on_lost
         self._holder = holder
@@ -105,7 +115,7 @@ class Server:
         self._negotiator: ChannelNegotiator | None = None
         if listener is not None:
             self._negotiator = ChannelNegotiator(
-                listener.address.host,
+                listener.address,
                 transport,
                 layout.numel,
                 layout.dtype,
@@ -117,6 +127,8 @@ class Server:
             listener.on_refused = on_refused
             listener.on_control = self._answer_control
             listener.on_state = self._answer_state
+        if self._looking is not None:
+            self._looking.set(_LOOK_S)
 
     def local_channel(self, worker: int = 0, alone: bool = False) -> Channel:
         """The channel of rank 0's own worker; its requests are served in that worker's thread.
@@ -149,6 +161,8 @@ class Server:
             fence.close()
         for slot in range(self._slots):
             self._holder.leave(worker, slot)
+        if self._steps is not None:
+            self._steps.forget(worker)
         returned = self._ledger.evict(worker)
         for connection in connections:
             # Its session ends, if it does not know yet.
@@ -162,10 +176,20 @@ class Server:
         if self._listener is not None:
             self._listener.expect(worker)
 
+    def on_sick(self, sick: Sick) -> None:
+        """Takes a sick worker out, or ends the run for it; returns at once, also under the holder's lock."""
+        self._ends.start()
+        if self._on_lost is None or sick.everyone:
+            self._ends.run(lambda: self._latch.trip(RunFailure(sick.worker, sick.reason)))
+        else:
+            self._ends.run(functools.partial(self._on_lost, sick.worker, sick.reason))
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Takes no more workers and waits for the sessions to end, at most ``timeout_s`` each; idempotent."""
         if self._listener is not None:
             self._listener.on_control = self._listener.on_state = None
+        if self._looking is not None:
+            self._looking.close()
         with self._lock:
             self._closing = True
             threads, channels = list(self._threads.values()), list(self._channels)
@@ -175,7 +199,7 @@ class Server:
         self._ends.close(_WAKE_TIMEOUT_S)
         for thread in threads:
             thread.join(timeout=patience_s)
-        # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
+        # What a thread may still wait for will not come. A thread that is left in NCCL's code would abort the process
         # when it comes back while the interpreter shuts down.
         if self._negotiator is not None:
             self._negotiator.close()
@@ -186,8 +210,16 @@ class Server:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._switching.stop()
 
+    def _look_for_overdue(self) -> None:
+        assert self._steps is not None and self._looking is not None
+        for sick in self._steps.overdue(time.monotonic()):
+            self.on_sick(sick)
+        if not self._closing:
+            self._looking.set(_LOOK_S)
+
     def _session(self, worker: int, channel: Channel, slot: int, fence: Fence) -> Session:
-        return Session(worker, channel, self._holder, self._ledger, self._layout, self._groups, slot, fence)
+        shared = (self._holder, self._ledger, self._layout, self._groups)
+        return Session(worker, channel, *shared, slot, fence, self._steps, self.on_sick)
 
     def _answer_control(self, peer: PeerInfo, connection: ControlConnection) -> None:
         theirs = peer.claims.get("model")
@@ -255,7 +287,8 @@ class Server:
         index = peer.claims.get("optimizer")
         if not isinstance(index, int) or not 0 <= index < len(self._groups):
             raise HandshakeError(f"it asks for the state of optimizer {index} of {len(self._groups)}")
-        send_state(connection, lambda: self._holder.optimizer_state(index))
+        assert self._listener is not None
+        send_state(connection, lambda: self._holder.optimizer_state(index), self._listener.address.timeout_s)
 
     def _serve(self, peer: PeerInfo, connection: ControlConnection, fence: Fence) -> None:
         assert self._negotiator is not None

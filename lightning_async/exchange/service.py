@@ -114,6 +114,13 @@ class Service(Protocol):
     ) -> bool:
         """Loads optimizer states, in torch's format, and the version; see `Holder.restore`."""
 
+    def adjust(self, options: ExchangeOptions) -> None:
+        """Goes on with another number of gradients in an update, another bound and policy, at a version's border.
+
+        Raises:
+            ValueError: if gradients wait for more.
+        """
+
     def set_counts(self, counts: Sequence[int]) -> None:
         """Sets what all workers have counted so far."""
 

@@ -15,6 +15,8 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.types import Push
 from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.runtime.health import Sick
+from lightning_async.runtime.step_watch import StepWatch
 from lightning_async.transport import message as wire
 from lightning_async.transport.base import Channel
 from lightning_async.transport.fields import (
@@ -50,6 +52,8 @@ class Session:
         groups: which hyperparameters each optimizer's param groups have.
         slot: which of the worker's slots this is.
         fence: keeps the session out once its worker was evicted; all slots of an incarnation have one.
+        steps: told when the worker begins and ends a step; None where nobody watches.
+        on_sick: called when its steps have become too slow.
     """
 
     def __init__(
@@ -62,10 +66,14 @@ class Session:
         groups: Sequence[HyperparamLayout],
         slot: int = 0,
         fence: Fence | None = None,
+        steps: StepWatch | None = None,
+        on_sick: Callable[[Sick], object] = lambda sick: None,
     ) -> None:
         self.worker = worker
         self.slot = slot
         self.fence = fence or Fence(worker)
+        self._steps = steps
+        self._on_sick = on_sick
         self.finished = False
         self._channel = channel
         self._holder = holder
@@ -81,6 +89,7 @@ class Session:
         ]
         self._all_present = [pack_bitmap([True] * len(views)) for views in self._views]
         self._parameters = channel.buffers.parameters
+        self._reported_bytes = 0
 
     def serve_one(self) -> None:
         """Receives one request and answers it, waiting for both in the calling thread.
@@ -138,6 +147,8 @@ class Session:
                 self._refuse_value_error(lambda: self._ledger.release(self.worker, tickets, stream_over))
                 self._acknowledge()
             case wire.Leave():
+                if self._steps is not None:
+                    self._steps.leave(self.worker, self.slot)
                 with self.fence:
                     self._holder.leave(self.worker, self.slot)
                 self._acknowledge()
@@ -151,6 +162,8 @@ class Session:
                 self._refuse(f"a worker may not send {kind_of(message).name}")
 
     def _push(self, message: wire.Push) -> Iterator[None]:
+        if self._steps is not None and (sick := self._steps.end(self.worker, self.slot, time.monotonic())) is not None:
+            self._on_sick(sick)
         gradients = self._check_push(message)
         self._channel.receive_payload(self._segments[message.optimizer])
         push = Push(
@@ -165,7 +178,10 @@ class Session:
             self.slot,
             unpack_counts(message.counts),
             self._segments[message.optimizer],
+            message.finite,
+            self._channel.wire_bytes - self._reported_bytes,
         )
+        self._reported_bytes = self._channel.wire_bytes
         tickets = range(0)
 
         def draw_next() -> bool:
@@ -187,7 +203,9 @@ class Session:
                         update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
         except ValueError as error:
             self._refuse(str(error))
-        outcome = Outcome.APPLIED if update.applied else Outcome.DROPPED
+        outcome = Outcome.APPLIED
+        if not update.applied:
+            outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
         if message.wants_tickets and not tickets:
             self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
         else:
@@ -230,6 +248,8 @@ class Session:
                 yield
         except ValueError as error:
             self._refuse(str(error))
+        if self._steps is not None:
+            self._steps.begin(self.worker, self.slot, time.monotonic())
         self._send_parameters(version, outcome, tickets, counted)
 
     def _try_pull(self) -> int | None:

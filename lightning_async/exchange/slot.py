@@ -76,7 +76,7 @@ class Answer(NamedTuple):
     """What the answer to a push says.
 
     Args:
-        applied: False if the push was dropped as too stale.
+        applied: False if the push was dropped as too stale, or rejected.
         tickets: the next tickets; None if the push has not asked for them.
     """
 
@@ -176,7 +176,7 @@ class Slot:
         if sent.wants_tickets:
             # Without further tickets the holder counts on nothing more from this slot.
             self.reading = bool(reply.tickets)
-        return Answer(reply.outcome is not Outcome.DROPPED, reply.tickets if sent.wants_tickets else None)
+        return Answer(reply.outcome is Outcome.APPLIED, reply.tickets if sent.wants_tickets else None)
 
     def leave(self) -> None:
         """Gives the parameters back that nothing will be pushed for."""

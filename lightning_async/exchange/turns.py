@@ -49,7 +49,7 @@ class Turns(Protocol):
         """Sends a push of what was gathered, and installs the parameters of the next turn.
 
         Returns:
-            False if the push was dropped as too stale; True if that is not known yet.
+            False if the push was dropped as too stale, or rejected; True if that is not known yet.
         """
 
     def settle(self) -> None:
@@ -229,7 +229,7 @@ class OverlappedTurns(Turns):
 
 
 def _settle(slot: Slot, tickets: DrawnTickets) -> bool:
-    """Takes a slot's answer, if one is due; False if its push was dropped."""
+    """Takes a slot's answer, if one is due; False if its push was not applied."""
     answer = slot.take_answer()
     if answer is None:
         return True

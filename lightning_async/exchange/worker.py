@@ -10,6 +10,7 @@ import torch
 from lightning_async.exchange.drawn_tickets import DrawnTickets
 from lightning_async.exchange.slot import Observation, RequestRefusedError, Slot
 from lightning_async.exchange.turns import OverlappedTurns, SerialTurns, Turns
+from lightning_async.holder.finite import all_finite
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.tally import Tally
@@ -37,6 +38,7 @@ class Worker:
         latch: the run's failure latch.
         alone: whether it is the holder's only worker, so that a step changes the parameters of its optimizer alone.
         tickets: those that the worker has which this one takes the place of.
+        looks_for_nonfinite: whether it looks for NaN and infinity in each gradient, for the holder to reject.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Worker:
         latch: FailureLatch,
         alone: bool = False,
         tickets: DrawnTickets | None = None,
+        looks_for_nonfinite: bool = False,
     ) -> None:
         self.rank = rank
         self.tickets = tickets or DrawnTickets()
         self._latch = latch
+        self._looks_for_nonfinite = looks_for_nonfinite
         self._hyperparams = [HyperparamReader(optimizer, HyperparamLayout(optimizer)) for optimizer in optimizers]
         self._observation = Observation()
         self._samples = 0
@@ -171,8 +175,8 @@ class Worker:
             index: the optimizer.
 
         Returns:
-            False if the holder dropped the push as too stale, or if no parameter has a gradient. With two slots that
-            is not known yet, and a push that was sent counts as applied.
+            False if the holder dropped the push as too stale or rejected it, or if no parameter has a gradient. With
+            two slots that is not known yet, and a push that was sent counts as applied.
 
         Raises:
             WorkerFailedError: if the run has failed.
@@ -209,6 +213,10 @@ class Worker:
             self._samples = 0
         self._turns.slot.leave()
 
+    def settle(self) -> None:
+        """Waits for the answers to what was pushed."""
+        self._turns.settle()
+
     def refresh(self) -> None:
         """Installs the holder's parameters, past the barrier; for the synchronous phase."""
         self._turns.slot.refresh()
@@ -231,6 +239,7 @@ class Worker:
     def _push_of(self, index: int, present: Sequence[bool]) -> Push:
         slot = self._turns.slot
         payload = slot.payloads[index]
+        finite = not self._looks_for_nonfinite or all_finite(payload, slot.gradients[index], present)
         push = Push(
             self.rank,
             index,
@@ -244,6 +253,7 @@ class Worker:
             self._hyperparams[index].packed(),
             pack_bitmap(present),
             self._observation.counts(),
+            finite,
         )
         self._samples = 0
         return push

@@ -49,12 +49,7 @@ class StalenessBarrier:
         gradients_per_update: int = 1,
     ) -> None:
         _check_version(version)
-        if on_stale not in POLICIES:
-            raise ValueError(f"on_stale must be one of {', '.join(map(repr, POLICIES))}, not {on_stale!r}.")
-        self._policy = POLICIES[on_stale](max_staleness, gradients_per_update)
-        self.max_staleness = max_staleness
-        self.on_stale = on_stale
-        self.gradients_per_update = gradients_per_update
+        self._set_rules(max_staleness, on_stale, gradients_per_update)
         self._version = version
         self._filled = 0
         self._reads: dict[Reader, int] = {}
@@ -97,6 +92,25 @@ class StalenessBarrier:
             raise ValueError("No gradient waits for more, so there is no version to complete.")
         self._check_nobody_holds("A version")
         self._version, self._filled = self._version + 1, 0
+
+    def adjust(self, max_staleness: int | None, on_stale: OnStale, gradients_per_update: int) -> None:
+        """Goes on by other rules, at the border of a version and while nobody is outstanding.
+
+        So no gradient is under way that another bound was promised to, and none waits for a number of others that is
+        no longer right.
+
+        Args:
+            max_staleness: the bound from here on.
+            on_stale: what keeps it.
+            gradients_per_update: gradients that make a version.
+
+        Raises:
+            ValueError: if an argument is out of range, a worker holds parameters, or gradients wait for more.
+        """
+        self._check_nobody_holds("The rules")
+        if self._filled:
+            raise ValueError(f"The rules cannot be set while {self._filled} gradients wait for more.")
+        self._set_rules(max_staleness, on_stale, gradients_per_update)
 
     @property
     def outstanding(self) -> Mapping[Reader, int]:
@@ -214,6 +228,14 @@ class StalenessBarrier:
             made, self._filled = divmod(self._filled + 1, self.gradients_per_update)
             self._version += made
         return staleness
+
+    def _set_rules(self, max_staleness: int | None, on_stale: OnStale, gradients_per_update: int) -> None:
+        if on_stale not in POLICIES:
+            raise ValueError(f"on_stale must be one of {', '.join(map(repr, POLICIES))}, not {on_stale!r}.")
+        self._policy = POLICIES[on_stale](max_staleness, gradients_per_update)
+        self.max_staleness = max_staleness
+        self.on_stale: OnStale = on_stale
+        self.gradients_per_update = gradients_per_update
 
     def _check_nobody_holds(self, what: str) -> None:
         if self._reads:

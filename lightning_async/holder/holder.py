@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.barrier_policies import Decision
+from lightning_async.holder.barrier_policies import Decision, OnStale
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
@@ -26,7 +26,11 @@ from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
-__all__ = ["Holder"]
+__all__ = ["HalfUpdatedError", "Holder"]
+
+
+class HalfUpdatedError(RuntimeError):
+    """The holder was to be read in the middle of an update, by the very thread that makes it."""
 
 
 class Holder:
@@ -42,7 +46,7 @@ class Holder:
         optimizers: the optimizers to stand in for, in the layout's order.
         barrier: who may proceed, and how many gradients make an update; owned by the holder from here on.
         latch: the run's failure latch.
-        observer: called under the lock with every applied or dropped push; must be quick.
+        observer: called under the lock with every applied, dropped or rejected push; must be quick.
         states: for each optimizer the state to begin with; None for what its template has.
         policy: what is done with a gradient because of its age, bound to the run; owned by the holder from here on.
         momentum_rule: what steps use in place of the user's momentum; None leaves it.
@@ -72,6 +76,8 @@ class Holder:
         self._changed = threading.Condition(self._lock)
         self._changes = 0
         self._waiting = 0
+        # Between the first and the last that a push changes.
+        self._is_changing = False
         self._counts: list[int] = []
         self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
@@ -82,9 +88,7 @@ class Holder:
                 for group in template.param_groups
             ]
             self._optimizers.append(HeldOptimizer(template, groups, momentum_rule))
-        self._intake = GradientIntake(
-            layout, self._flat, self._optimizers, policy or StalenessPolicy(), barrier.gradients_per_update
-        )
+        self._intake = self._make_intake(policy or StalenessPolicy())
         self.load_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
         this = weakref.ref(self)
@@ -140,13 +144,19 @@ class Holder:
     def try_push(
         self, push: Push, parked_s: float = 0.0, reads_next: Callable[[], bool] = lambda: False
     ) -> Update | None:
-        """Applies a gradient if the barrier lets it, or drops it; returns what became of it, None if it must wait.
+        """Applies a gradient if the barrier lets it, or drops or rejects it; returns what became of it.
+
+        A gradient that is not finite is rejected at once: none of the others waits for it, and it makes no version.
 
         Args:
             push: the gradient.
             parked_s: seconds that the barrier has held it back so far.
-            reads_next: called under the lock once the gradient is applied or dropped; tells whether the worker pulls
-                next. It then has its place in the queue of readers from here on, and none can overtake it on its way.
+            reads_next: called under the lock once the gradient is applied, dropped or rejected; tells whether the
+                worker pulls next. It then has its place in the queue of readers from here on, and none can overtake it
+                on its way.
+
+        Returns:
+            What became of it; None if it must wait.
 
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
@@ -160,12 +170,16 @@ class Holder:
                 raise ValueError(
                     f"worker {push.worker} pushes a gradient of version {push.version_read} but holds {held}"
                 )
-            decision = self._barrier.decision(reader)
+            decision = self._barrier.decision(reader) if push.finite else Decision.DROP
             if decision is Decision.WAIT:
                 return None
             applied = decision is Decision.APPLY
             began_ns = time.monotonic_ns()
-            if applied:
+            self._is_changing = True
+            if not push.finite:
+                staleness = self._barrier.version - held
+                self._barrier.leave(reader)
+            elif applied:
                 version = self._barrier.version
                 self._intake.take(push, version - held, version, self._barrier.filled)
                 staleness = self._barrier.apply(reader)
@@ -173,16 +187,54 @@ class Holder:
                 staleness = self._barrier.discard(reader)
             if push.counts:
                 counts = [*push.counts]
-                # A step whose gradient was dropped is none.
+                # A step whose gradient was not applied is none.
                 counts[STEPS] = max(0, counts[STEPS] - (not applied))
                 self._counts = add_counts(self._counts, counts)
             now_ns = time.monotonic_ns()
-            update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, now_ns - began_ns)
+            took_ns, rejected = now_ns - began_ns, not push.finite
+            update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
+            self._is_changing = False
             self._observer(update)
             if reads_next():
                 self._barrier.ask(reader)
             self._tell()
             return update
+
+    def adjust(
+        self,
+        max_staleness: int | None,
+        on_stale: OnStale,
+        gradients_per_update: int,
+        policy: StalenessPolicy,
+        momentum_rule: Callable[[float], float] | None,
+    ) -> None:
+        """Goes on by other rules, at the border of a version; nobody may be computing.
+
+        Args:
+            max_staleness: see `StalenessBarrier`.
+            on_stale: see `StalenessBarrier`.
+            gradients_per_update: see `StalenessBarrier`.
+            policy: what is done with a gradient because of its age, bound to the run; it goes on from what the one
+                before has learned, if it is of the same class.
+            momentum_rule: what steps use in place of the user's momentum; None leaves it.
+
+        Raises:
+            ValueError: if the barrier refuses.
+        """
+        with self._lock:
+            self._barrier.adjust(max_staleness, on_stale, gradients_per_update)
+            learned = self._intake.policy_state()
+            for optimizer in self._optimizers:
+                optimizer.momentum_rule = momentum_rule
+            self._intake = self._make_intake(policy)
+            self._intake.load_policy_state(learned)
+            self._tell()
+
+    def _make_intake(self, policy: StalenessPolicy) -> GradientIntake:
+        # Where no gradient can be stale, nobody has anything to look ahead to.
+        looks_ahead = self._barrier.max_staleness != 0
+        needed = self._barrier.gradients_per_update
+        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead)
 
     def complete_version(self) -> bool:
         """Makes an update of the gradients that wait for more; nobody may be computing.
@@ -240,6 +292,7 @@ class Holder:
     def optimizer_state(self, index: int) -> StateByPlace:
         """A copy of what one optimizer keeps, by the places of its parameters."""
         with self._lock:
+            self._check_whole()
             state: StateByPlace = self._optimizers[index].state_dict()["state"]
             return state
 
@@ -277,6 +330,7 @@ class Holder:
                 are those of the same version.
         """
         with self._lock:
+            self._check_whole()
             states = [optimizer.state_dict() for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
@@ -319,6 +373,18 @@ class Holder:
     def lend(self) -> Tensor:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
         return self._flat
+
+    def _check_whole(self) -> None:
+        """Refuses to show what is half updated: this thread's own update was interrupted.
+
+        Raises:
+            HalfUpdatedError: if it was.
+        """
+        if self._is_changing:
+            raise HalfUpdatedError(
+                "parameters and optimizer states are half updated: a signal's handler, or an error, came in the middle "
+                "of an update. Let the handler set trainer.should_stop = True in place of an exit"
+            )
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:

@@ -35,6 +35,7 @@ class GradientIntake:
         policy: what is done with a gradient because of its age; bound to its run. One that overrides nothing is never
             asked.
         gradients_per_update: gradients that make an update.
+        looks_ahead: whether a policy may move what workers are answered with: not where no gradient can be stale.
 
     Raises:
         ValueError: if several gradients are to make an update, and there are several optimizers.
@@ -47,6 +48,7 @@ class GradientIntake:
         optimizers: Sequence[HeldOptimizer],
         policy: StalenessPolicy,
         gradients_per_update: int,
+        looks_ahead: bool = True,
     ) -> None:
         if gradients_per_update > 1 and len(optimizers) > 1:
             raise ValueError("With several optimizers each gradient is an update: gradients_per_update must be 1.")
@@ -57,7 +59,7 @@ class GradientIntake:
         self._needed = gradients_per_update
         self._asks = any(overrides(policy, name) for name in ("gradient_factor", "step_factor", "lateness"))
         self._corrects = overrides(policy, "lateness")
-        self._moves = overrides(policy, "look_ahead")
+        self._moves = looks_ahead and overrides(policy, "look_ahead")
         self._scaled, self._late_parts = ScaledGradients(layout, flat), ScaledGradients(layout, flat)
         self._mean: GradientMean | None = None
         self._late: GradientMean | None = None

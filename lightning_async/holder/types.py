@@ -30,6 +30,8 @@ class Push(NamedTuple):
         counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
             nothing but updates is counted.
         flat: what the gradients are parts of, in the holder's layout; None if they are not.
+        finite: False if there is NaN or infinity in the gradients, which are then rejected.
+        wire_bytes: bytes of payloads that went over a network with this worker since its last push, this one included.
     """
 
     worker: int
@@ -43,6 +45,8 @@ class Push(NamedTuple):
     slot: int = 0
     counts: Sequence[int] = ()
     flat: Tensor | None = None
+    finite: bool = True
+    wire_bytes: int = 0
 
     @property
     def batches(self) -> int:
@@ -58,10 +62,11 @@ class Update:
         push: the push.
         version: the holder's version after it.
         staleness: updates applied between the read and this push, k - r.
-        applied: False if it was dropped as too stale.
+        applied: False if it was dropped as too stale, or rejected.
         parked_s: seconds that the barrier held it back.
         at_ns: when, by the monotonic clock; now by default.
         took_ns: how long the update itself took; with a holder on a GPU, to queue it.
+        rejected: True if it was not applied because the gradient is not finite.
     """
 
     push: Push
@@ -71,6 +76,7 @@ class Update:
     parked_s: float
     at_ns: int = field(default_factory=time.monotonic_ns)
     took_ns: int = 0
+    rejected: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class HeldOptimizer:
         params: for every param group of the template, the tensors that take the place of its parameters that are
             exchanged; the others are left out.
         momentum_rule: what a step uses in place of the momentum in its param groups; None leaves it.
+
+    Attributes:
+        momentum_rule: the same; may be set between two steps.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class HeldOptimizer:
         params: Sequence[Sequence[nn.Parameter]],
         momentum_rule: Callable[[float], float] | None = None,
     ) -> None:
-        self._momentum_rule = momentum_rule
+        self.momentum_rule = momentum_rule
         self.hyperparams = HyperparamLayout(template)
         self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
         self._update = _update_of(self.optimizer)
@@ -61,7 +64,7 @@ class HeldOptimizer:
             step_factor: what the learning rate is multiplied by.
         """
         self.assign(hyperparams)
-        if step_factor == 1.0 and self._momentum_rule is None:
+        if step_factor == 1.0 and self.momentum_rule is None:
             self.step(gradients)
             return
         with self.in_force(step_factor):
@@ -88,7 +91,7 @@ class HeldOptimizer:
         """
         changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         for group in self.optimizer.param_groups:
-            now = {} if self._momentum_rule is None else corrected_group(group, self._momentum_rule)
+            now = {} if self.momentum_rule is None else corrected_group(group, self.momentum_rule)
             if step_factor != 1.0:
                 if "lr" not in group:
                     kind = type(self.optimizer).__name__

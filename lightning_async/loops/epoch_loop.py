@@ -148,6 +148,9 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._epoch.stage is not Stage.APART:
             return
         super().on_advance_end(data_fetcher)
+        if self._signals.sigterm_received and self._coordinator.may_leave:
+            self._coordinator.leave_run()
+        self._signals.save()
         self._requeue_if_asked()
         if self._wants_to_stop():
             self._coordinator.batches.stop_dispatch()
@@ -252,6 +255,8 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self.max_steps != -1 and not epoch.learning:
             counted, steps = clock.steps_of_all_ranks
             tickets = min(tickets, tickets_until(self.max_steps, counted, self._ranks, steps, clock.block))
+        if (measured := coordinator.steps_to_measure) is not None:
+            tickets = min(tickets, measured * self._ranks * clock.block)
         # Lightning, or user code, zeroes and steps where this rank's count of batches is a multiple of the block.
         ready = self.batch_progress.current.ready
         self.batch_progress.current.ready = ready + -ready % clock.block

@@ -13,6 +13,7 @@ from lightning_async.loops.checkpoint_interval import save_by_clock
 from lightning_async.loops.epoch_loop import AsyncEpochLoop
 from lightning_async.loops.epoch_state import EpochState
 from lightning_async.loops.fit_loop import AsyncFitLoop
+from lightning_async.loops.interrupted_saves import put_off_interrupting_saves
 from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.optimization import AsyncAutomaticOptimization
 from lightning_async.loops.patching import become_until_closed, set_until_closed
@@ -112,7 +113,8 @@ def install(
         save_by_clock(trainer, ticks, undo)
         average_by_clock(trainer, ticks, undo)
         # The signal handlers, which run wherever the process happens to be.
-        _note_signals(trainer, signals, undo)
+        _note_signals(trainer, signals, collectives, undo)
+        put_off_interrupting_saves(trainer, signals, undo)
         # torchmetrics, in the whole process.
         metrics = MetricSync(phase, collectives)
         metrics.install(undo)
@@ -121,11 +123,12 @@ def install(
         return installed
 
 
-def _note_signals(trainer: Trainer, signals: RunSignals, undo: ExitStack) -> None:
+def _note_signals(trainer: Trainer, signals: RunSignals, collectives: Collectives, undo: ExitStack) -> None:
     connector: Any = trainer._signal_connector
 
     def on_sigterm(signum: int, frame: object) -> None:
-        if not signals.sigterm_received:
+        # Where ranks may leave alone, rank 0's end is agreed on with the others at the next stop.
+        if not signals.sigterm_received and not (collectives.outlives_ranks and trainer.is_global_zero):
             signals.pass_on(signum)
         signals.sigterm_received = True
 

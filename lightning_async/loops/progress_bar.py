@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_async.loops.last_batch import LastBatch
 from lightning_async.loops.patching import set_until_closed
@@ -19,7 +20,7 @@ from lightning_async.loops.trainer_state import within_epoch
 from lightning_async.monitoring.diagnosis import slow_ranks
 from lightning_async.monitoring.stats import RunStats
 
-__all__ = ["BarMetrics", "bar_position", "end_live_bars", "show_all_ranks", "show_progress"]
+__all__ = ["BarMetrics", "bar_position", "end_live_bars", "say", "show_all_ranks", "show_progress"]
 
 # Numbers that change faster cannot be read.
 _REFRESH_S = 0.5
@@ -108,6 +109,25 @@ def end_live_bars(trainer: Trainer) -> None:
     for bar in _bars(trainer):
         if isinstance(bar, RichProgressBar) and bar.progress is not None:
             bar.progress.stop()
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Prints a line in the middle of a fit, on rank 0, above a progress bar if there is one.
+
+    Args:
+        trainer: the trainer.
+        line: without its end.
+    """
+    if not trainer.is_global_zero:
+        return
+    for bar in _bars(trainer):
+        if isinstance(bar, RichProgressBar) and bar.progress is not None:
+            bar.progress.console.print(line, markup=False, highlight=False)
+            return
+        if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            bar.print(line)
+            return
+    rank_zero_info(line)
 
 
 def _bars(trainer: Trainer) -> list[ProgressBar]:

@@ -139,6 +139,10 @@ class Coordinator(Protocol):
         """This rank's source of batches."""
 
     @property
+    def steps_to_measure(self) -> int | None:
+        """After how many steps of each rank the ranks are to meet, since step times are measured; None if not."""
+
+    @property
     def unfinished_tickets(self) -> int:
         """Batches of this epoch, over all ranks, that are not finished; known on rank 0."""
 
@@ -176,6 +180,17 @@ class Coordinator(Protocol):
             SegmentOverError: if it has ended.
         """
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether the others go on without this rank, if it is told to end."""
+
+    def leave_run(self) -> None:
+        """Leaves the others to go on: what this rank was handed and has not finished is theirs.
+
+        Raises:
+            SystemExit: always.
+        """
+
     def open_admission(self) -> None:
         """Lets ranks join the segment that has begun."""
 
@@ -201,10 +216,15 @@ class RunSignals(Protocol):
     Attributes:
         sigterm_received: whether this rank was told to end gracefully.
         requeue: saves and requeues the job, once SLURM has asked for it.
+        saves: the checkpoints that user code has asked for where none could be saved, in a signal's handler.
     """
 
     sigterm_received: bool
     requeue: Callable[[], None] | None
+    saves: list[Callable[[], None]]
+
+    def save(self) -> None:
+        """Saves what `saves` has; no collective may be needed for it."""
 
     def pass_on(self, signum: int) -> None:
         """Sends a signal on to the ranks that were started from here."""

@@ -5,6 +5,8 @@ Pure rules over `RunFacts`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -20,6 +22,8 @@ _LITTLE_GAIN = 1.15
 _COSTLY_BARRIER = 0.01
 _COSTLY_EXCHANGE = 0.25
 _NEEDED_STEPS = 5
+# Ranks that are named one by one.
+_NAMED = 4
 
 
 def slow_ranks(steps: Sequence[Sequence[float]]) -> dict[int, float]:
@@ -55,10 +59,16 @@ def conclusions(facts: RunFacts) -> list[str]:
         the barrier cost nothing
         in lock step the same batches would take an estimated 3.3x as long
     """
+    if facts.rejected:
+        spoiled = _rejections(facts.rejected)
+        return [spoiled, *conclusions(dataclasses.replace(facts, rejected={}))]
     if facts.updates == 0:
         return ["no update was applied"]
     if facts.ranks == 1:
         return ["a single rank: there is nothing to wait for, and nothing is gained by not waiting"]
+    if facts.evicted or facts.joined:
+        # Another number of ranks at every time: what a bound or lock step would have done is not to be told from that.
+        return [*_churn(facts), _measured(facts)]
     unknown = [rank for rank, own in enumerate(facts.steps) if len(own) < _NEEDED_STEPS]
     if len(unknown) == facts.ranks:
         return ["too few steps on each rank to say anything"]
@@ -70,6 +80,10 @@ def conclusions(facts: RunFacts) -> list[str]:
         ]
     slow = slow_ranks(facts.steps)
     found = [_slowness(slow)] if slow else []
+    if facts.in_lock_step:
+        # Ranks wait for each other by intent.
+        part = f"{facts.exchange_fraction:.0%} of worker time went into that and the exchange"
+        return [*found, f"each update waited for a gradient of every rank, as under DDP: {part}"]
     found.append(_bound(facts))
     crowded = [f"{ranks} ranks on {cores} cores" for ranks, cores in facts.shared_cores()]
     starved = facts.places is not None and facts.places < facts.ranks
@@ -87,8 +101,43 @@ def conclusions(facts: RunFacts) -> list[str]:
     return found
 
 
+def _churn(facts: RunFacts) -> list[str]:
+    """Who was lost and who came.
+
+    Examples:
+        >>> facts = RunFacts(8, "wait", True, 1.0, 9, 0, [[]] * 3, [], [], evicted=[2, 1, 2], joined=[2, 3])
+        >>> _churn(facts)
+        ['ranks 1 and 2 were lost (2 twice); rank 2 came back', 'rank 3 joined']
+    """
+    lost = sorted(set(facts.evicted))
+    back = sorted(rank for rank in set(facts.joined) if rank in lost)
+    new = sorted(set(facts.joined) - set(lost))
+    told = []
+    if lost:
+        counts = Counter(facts.evicted)
+        often = ", ".join(f"{rank} {_times(count)}" for rank, count in sorted(counts.items()) if count > 1)
+        line = f"{_named(lost)} {'was' if len(lost) == 1 else 'were'} lost{f' ({often})' if often else ''}"
+        if back == lost:
+            told.append(f"{line} and came back")
+        else:
+            told.append(f"{line}; {_named(back)} came back" if back else f"{line}, and the others went on")
+    if new:
+        told.append(f"{_named(new)} joined")
+    return told
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"
+
+
 def _lock_step(facts: RunFacts, slow: Mapping[int, float], crowded: Sequence[str]) -> str:
     """What lock step would have taken, where that can be told."""
+    if facts.gain_measured is not None:
+        # The run itself is partly one in lock step.
+        return (
+            f"up to version {facts.apart_from} the ranks were measured in lock step, in which the rest would take an "
+            f"estimated {facts.gain_measured:.1f}x as long"
+        )
     lock_step = estimate(facts)
     if not lock_step.known:
         if not facts.cpu or not facts.all_reduce_s:
@@ -130,6 +179,14 @@ def _named(ranks: Sequence[int]) -> str:
     ]
     listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _rejections(counts: Mapping[int, int]) -> str:
+    total = sum(counts.values())
+    subject = "1 gradient was" if total == 1 else f"{total} gradients were"
+    each = ", ".join(f"{count} of rank {rank}" for rank, count in list(counts.items())[:_NAMED])
+    more = f" and {len(counts) - _NAMED} others" if len(counts) > _NAMED else ""
+    return f"{subject} not finite (NaN or infinity) and not applied: {each}{more}"
 
 
 def _slowness(slow: Mapping[int, float]) -> str:

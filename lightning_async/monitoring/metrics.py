@@ -71,7 +71,7 @@ class MetricsLogger:
         self._finished = False
 
     def configure(self, configuration: dict[str, Any]) -> None:
-        """Writes how the run is set up, once, before anything else."""
+        """Writes how the run is set up: before anything else, and again where "auto" has chosen."""
         for writer in self._writers:
             writer.configure(configuration)
 
@@ -137,11 +137,15 @@ def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int, own: in
         **{f"async/{name}": value for name, value in staleness_numbers(staleness).items()},
         "async/updates_per_second": updates / seconds,
         "async/wait_fraction": waited / (seconds * len(ranks)),
+        "async/ranks": float(stats["ranks"]),
         "async/dropped": float(stats["dropped"]),
         "async/rejected": float(stats["rejected"]),
+        "async/refused": float(stats["refused"]),
     }
+    if stats["wire_bytes"]:
+        metrics["async/wire_bytes_per_update"] = (stats["wire_bytes"] - since["wire_bytes"]) / updates
     for rank, count in [*ranks.items()][:own]:
-        new = count - since["updates_by_rank"][rank]
+        new = count - since["updates_by_rank"].get(rank, 0)
         metrics[f"async/share_rank_{rank}"] = new / updates
         metrics[f"async/updates_per_second_rank_{rank}"] = new / seconds
     return metrics

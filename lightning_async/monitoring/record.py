@@ -17,7 +17,7 @@ from lightning_async.monitoring.versioned import Format, RecordError
 __all__ = ["RECORD_NAME", "RecordError", "RunRecord"]
 
 RECORD_NAME = "async_run.json"
-_FORMAT = Format("lightning_async run", 3, "a record of a run by lightning_async", "Train the run anew.")
+_FORMAT = Format("lightning_async run", 4, "a record of a run by lightning_async", "Train the run anew.")
 
 
 @dataclass

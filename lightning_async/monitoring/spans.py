@@ -172,7 +172,8 @@ class AppliedUpdate(NamedTuple):
         version_read: version of the parameters that the gradient was computed at.
         version: the holder's version after it.
         staleness: updates between.
-        applied: False if it was dropped as too stale.
+        applied: False if it was dropped as too stale, or rejected.
+        rejected: True if it was rejected.
     """
 
     worker: int
@@ -183,6 +184,7 @@ class AppliedUpdate(NamedTuple):
     version: int
     staleness: int
     applied: bool
+    rejected: bool = False
 
 
 class UpdateRecorder:
@@ -199,11 +201,12 @@ class UpdateRecorder:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._workers = array("i")
         self._applied = array("b")
+        self._rejected = array("b")
         self._numbers = [array("q") for _ in range(6)]
         self._lock = threading.Lock()
 
     def add(self, update: Update) -> None:
-        """Notes an update that was applied or dropped; quick, since the holder waits."""
+        """Notes an update that was applied, dropped or rejected; quick, since the holder waits."""
         push = update.push
         parked_ns = int(update.parked_s * 1e9)
         numbers = (
@@ -220,6 +223,7 @@ class UpdateRecorder:
             self._kept[push.worker] += 1
             self._workers.append(push.worker)
             self._applied.append(update.applied)
+            self._rejected.append(update.rejected)
             for kept, number in zip(self._numbers, numbers, strict=True):
                 kept.append(number)
 
@@ -238,4 +242,5 @@ class UpdateRecorder:
                 versions[at],
                 staleness[at],
                 bool(self._applied[at]),
+                bool(self._rejected[at]),
             )

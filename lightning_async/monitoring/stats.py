@@ -27,6 +27,7 @@ class RunStats:
 
     Attributes:
         updates: updates applied, over all optimizers.
+        ranks: number of ranks in the run.
         version: the version that the last of them made.
         staleness: staleness -> number of applied updates.
         staleness_by_rank: the same for each rank.
@@ -38,17 +39,22 @@ class RunStats:
         cores_by_rank: rank -> cores that its process may run on.
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
+        wire_bytes: bytes of gradients and parameters that went over a network.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
-        rejected: connections and requests that were refused.
+        rejected: pushes that were not applied since the gradient had NaN or infinity in it.
+        rejected_by_rank: the same for each rank.
+        refused: connections and requests that were refused.
         evicted: ranks that were taken out of the run, in that order, where it goes on without them.
         joined: ranks that have joined the run since it began, in that order.
         train_seconds: seconds of training until the last validation, or other stop; see `seconds_so_far`.
     """
 
     def __init__(self, workers: int, clock: Callable[[], float] | None = None) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may look at the statistics while its own thread counts.
+        self._lock = threading.RLock()
         self._clock = clock
         self.updates = 0
+        self.ranks = workers
         self.version = 0
         self.staleness: Counter[int] = Counter()
         self.staleness_by_rank: dict[int, Counter[int]] = {rank: Counter() for rank in range(workers)}
@@ -60,8 +66,11 @@ class RunStats:
         self.cores_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
         self.cores_used_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
         self.all_reduce_seconds = 0.0
+        self.wire_bytes = 0
         self.dropped = 0
         self.rejected = 0
+        self.rejected_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
+        self.refused = 0
         self.evicted: list[int] = []
         self.joined: list[int] = []
         self.train_seconds = 0.0
@@ -69,6 +78,7 @@ class RunStats:
         # Of each rank: when its last update was recorded, and how long the barrier had held that one back.
         self._last: dict[int, tuple[float, float]] = {}
         self._steps: dict[int, deque[float]] = {rank: deque(maxlen=_STEPS_KEPT) for rank in range(workers)}
+        self._update_ns = 0
 
     def start_segment(self) -> None:
         """Training begins, or goes on after a validation."""
@@ -89,19 +99,24 @@ class RunStats:
             return self._train_seconds()
 
     def record(self, update: Update) -> None:
-        """Counts an applied or dropped push."""
+        """Counts an applied, dropped or rejected push."""
         worker, now = update.push.worker, update.at_ns / 1e9
         with self._lock:
             self._time_step(worker, now, update)
             self.batches_by_rank[worker] += update.push.batches
             self.wait_seconds_by_rank[worker] += update.push.waited_s
             self.parked_seconds_by_rank[worker] += update.parked_s
+            self.wire_bytes += update.push.wire_bytes
             if update.applied:
+                self._update_ns += update.took_ns
                 self.updates += 1
                 self.version = update.version
                 self.updates_by_rank[worker] += 1
                 self.staleness[update.staleness] += 1
                 self.staleness_by_rank[worker][update.staleness] += 1
+            elif update.rejected:
+                self.rejected += 1
+                self.rejected_by_rank[worker] += 1
             else:
                 self.dropped += 1
 
@@ -117,20 +132,27 @@ class RunStats:
         """Notes that a rank is out of the run."""
         with self._lock:
             self.evicted.append(rank)
+            self.ranks -= 1
             self._last.pop(rank, None)
 
     def join(self, rank: int) -> None:
         """Notes that a rank is in the run that was out of it, or is new."""
         with self._lock:
             self.joined.append(rank)
+            self.ranks += 1
             self._last.pop(rank, None)
             self._steps.setdefault(rank, deque(maxlen=_STEPS_KEPT))
             self.staleness_by_rank.setdefault(rank, Counter())
-            for counts in (self.updates_by_rank, self.batches_by_rank, self.cores_by_rank):
+            for counts in (self.updates_by_rank, self.batches_by_rank, self.cores_by_rank, self.rejected_by_rank):
                 counts.setdefault(rank, 0)
             for seconds in (self.wait_seconds_by_rank, self.parked_seconds_by_rank, self.cores_used_by_rank):
                 seconds.setdefault(rank, 0.0)
             self.host_by_rank.setdefault(rank, "")
+
+    def is_in_run(self, rank: int) -> bool:
+        """Whether a rank is in the run, of those that it began with or that have joined since."""
+        with self._lock:
+            return rank in self.updates_by_rank and self.evicted.count(rank) <= self.joined.count(rank)
 
     def note_cpu_use(self, ranks: Mapping[int, CpuUse]) -> None:
         """Notes what each rank uses of its host, where all have met."""
@@ -138,6 +160,22 @@ class RunStats:
             for rank, use in ranks.items():
                 self.host_by_rank[rank], self.cores_by_rank[rank] = use.host, use.cores
                 self.cores_used_by_rank[rank] = use.used
+
+    @property
+    def seconds_an_update(self) -> float:
+        """Seconds that the holder has worked on a gradient, on average."""
+        return self._update_ns / 1e9 / max(self.updates, 1)
+
+    @property
+    def busiest_host(self) -> float:
+        """Part of its cores that the ranks keep busy on the host where it is largest; 0.0 if that is not known."""
+        hosts: Counter[str] = Counter()
+        cores: Counter[str] = Counter()
+        with self._lock:
+            for rank, host in self.host_by_rank.items():
+                hosts[host] += self.cores_used_by_rank[rank]  # type: ignore[assignment]  # floats add up as well
+                cores[host] = max(cores[host], self.cores_by_rank[rank])
+        return max((min(1.0, used / cores[host]) for host, used in hosts.items() if cores[host]), default=0.0)
 
     def step_seconds(self, rank: int) -> list[float]:
         """Seconds that ``rank`` took to compute each of its latest updates (at most 1001), without waiting."""
@@ -147,20 +185,21 @@ class RunStats:
     def refuse(self) -> None:
         """Counts a refused connection or request."""
         with self._lock:
-            self.rejected += 1
+            self.refused += 1
 
     def __getstate__(self) -> dict[str, Any]:
         # The statistics travel from a spawned rank 0 to the process that started it; the lock does not.
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.RLock())
 
     def counts(self) -> dict[str, Any]:
         """A copy of the counters, in little time."""
         with self._lock:
             return {
                 "updates": self.updates,
+                "ranks": self.ranks,
                 "staleness": dict(self.staleness),
                 "staleness_by_rank": {rank: dict(counts) for rank, counts in self.staleness_by_rank.items()},
                 "updates_by_rank": dict(self.updates_by_rank),
@@ -171,8 +210,11 @@ class RunStats:
                 "cores_by_rank": dict(self.cores_by_rank),
                 "cores_used_by_rank": dict(self.cores_used_by_rank),
                 "all_reduce_seconds": self.all_reduce_seconds,
+                "wire_bytes": self.wire_bytes,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
+                "rejected_by_rank": dict(self.rejected_by_rank),
+                "refused": self.refused,
                 "evicted": list(self.evicted),
                 "joined": list(self.joined),
                 "train_seconds": self._train_seconds(),
@@ -199,7 +241,10 @@ class RunStats:
             "train_seconds": seconds,
             "dropped": float(stats["dropped"]),
             "rejected": float(stats["rejected"]),
+            "refused": float(stats["refused"]),
         }
+        if stats["wire_bytes"]:
+            summary["wire_bytes_per_update"] = stats["wire_bytes"] / updates
         for rank, count in ranks.items():
             summary[f"updates_rank_{rank}"] = float(count)
             summary[f"share_rank_{rank}"] = count / updates

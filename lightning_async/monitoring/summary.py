@@ -14,7 +14,7 @@ from lightning_async.monitoring.tables import printable, text_table
 __all__ = ["print_summary", "summary_table"]
 
 # Columns that a narrow terminal goes without, in this order.
-_DISPENSABLE = ("batches", "share", "waiting", "median step")
+_DISPENSABLE = ("rejected", "batches", "share", "waiting", "median step")
 
 
 def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
@@ -22,14 +22,17 @@ def print_summary(configuration: Mapping[str, Any], stats: RunStats) -> None:
 
     Args:
         configuration: the strategy's.
-        stats: the run's statistics; nothing is printed if there was no update.
+        stats: the run's statistics; nothing is printed if there was no gradient, and no table if none was applied.
     """
     numbers = stats.as_dict()
-    if numbers["updates"] == 0:
+    if not numbers["updates"] and not numbers["rejected"]:
         return
     steps = [stats.step_seconds(rank) for rank in numbers["updates_by_rank"]]
     facts = RunFacts.of(configuration, numbers, steps)
     width = shutil.get_terminal_size().columns
+    if not numbers["updates"]:
+        print(printable("\n".join(textwrap.wrap(diagnosis_line(facts), width))), flush=True)
+        return
     table = summary_table(numbers, diagnosis_line(facts), width, facts.gradients_per_update)
     print(printable(table), flush=True)
 
@@ -49,7 +52,8 @@ def summary_table(stats: Mapping[str, Any], diagnosis: str, width: int = 80, gra
     for name in _DISPENSABLE:
         if len(table.partition("\n")[0]) <= width:
             break
-        columns.pop(name)
+        if columns.pop(name, None) is None:
+            continue
         table = _table(columns)
     seconds, updates = stats["train_seconds"], stats["updates"]
     made = counted if gradients_per_update == 1 else f"{counted}, {gradients_per_update} an update,"
@@ -65,12 +69,14 @@ def _table(columns: Mapping[str, Sequence[str]]) -> str:
 def _columns(stats: Mapping[str, Any], counted: str) -> dict[str, list[str]]:
     seconds, updates = max(stats["train_seconds"], 1e-9), stats["updates"]
     own, batches, waited = stats["updates_by_rank"], stats["batches_by_rank"], stats["wait_seconds_by_rank"]
-    steps = stats["median_step_seconds_by_rank"]
+    steps, rejected = stats["median_step_seconds_by_rank"], stats["rejected_by_rank"]
+    spoiled = {"rejected": [*(str(rejected[rank]) for rank in own), str(stats["rejected"])]}
     return {
         "rank": [*map(str, own), "all"],
         counted: [*map(str, own.values()), str(updates)],
         "share": [*(f"{count / updates:.0%}" for count in own.values()), "100%"],
         "batches": [*(str(batches[rank]) for rank in own), str(sum(batches.values()))],
+        **(spoiled if stats["rejected"] else {}),
         "median step": [*(f"{1000 * steps[rank]:.1f} ms" if steps[rank] else "-" for rank in own), ""],
         "waiting": [
             *(f"{waited[rank] / seconds:.0%}" for rank in own),

@@ -145,7 +145,8 @@ def _of_the_holder(pid: int, arrow: int | None, update: AppliedUpdate, begin_ns:
         "staleness": update.staleness,
         "parked ms": update.parked_ns / 1e6,
     }
-    name = f"{'update' if update.applied else 'dropped'} rank {update.worker}"
+    became = "update" if update.applied else "rejected" if update.rejected else "dropped"
+    name = f"{became} rank {update.worker}"
     slice_ = _slice(pid, _LOOP, name, update.start_ns, update.stop_ns, begin_ns, arguments)
     yield slice_
     if arrow is not None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, say
@@ -23,7 +25,7 @@ from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Welcome
 
-__all__ = ["Admission", "Admitted", "Invitation", "JoinRequest"]
+__all__ = ["Admission", "Admitted", "Invitation", "JoinRequest", "leave_invitation", "outward_address"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,20 @@ class Invitation:
         return cls(Address(**found["address"]), found["rank"])
 
 
+def leave_invitation(address: Address, path: Path) -> None:
+    """Leaves what other workers join a run with in a file that only its owner can read.
+
+    Args:
+        address: where rank 0 listens.
+        path: of the file; replaced at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(address.as_json())
+    os.replace(partial, path)
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """What a worker knows that was let in.
@@ -79,6 +95,7 @@ class Admission:
 
     Attributes:
         exchange: where the holder takes workers in, once the exchange is set up.
+        expect: called with a rank whose connections are to be taken.
         let_in: called with a rank that is about to come to the holder.
         admit: called with a rank that is in the run from here on.
         check: called with a rank that has come in: takes it out again if it is gone already.
@@ -89,6 +106,7 @@ class Admission:
         self._latch = latch
         self._counts = counts
         self.exchange: Address | None = None
+        self.expect: Callable[[int], object] = lambda rank: None
         self.let_in: Callable[[int], object] = lambda rank: None
         self.admit: Callable[[int], object] = lambda rank: None
         self.check: Callable[[int], object] = lambda rank: None
@@ -129,8 +147,11 @@ class Admission:
         address = self.exchange
         if address is None:
             raise HandshakeError("the run has not begun to train; try again in a moment")
+        self.expect(rank)
         self.let_in(rank)
-        offer = {"rank": rank, "incarnation": incarnation, "exchange": json.loads(address.as_json())}
+        # The token is the run's, which it has.
+        told = json.loads(address.without_token().as_json())
+        offer = {"rank": rank, "incarnation": incarnation, "exchange": told}
         connection.send(Welcome(rank, json.dumps(offer)))
         connection.settimeout(None)
         try:
@@ -206,7 +227,7 @@ class JoinRequest:
         found = json.loads(offer)
         self.rank: int = found["rank"]
         self.incarnation: int = found["incarnation"]
-        self.exchange = Address(**found["exchange"])
+        self.exchange = replace(Address(**found["exchange"]), token=invitation.address.token)
 
     def fetch_state(self) -> tuple[int, bytes] | None:
         """The segment under way and what the ranks know that train in it; waits for one. None if the run is over."""
@@ -232,3 +253,14 @@ class JoinRequest:
         except ChannelClosedError as error:
             reason = f"the run has ended while this rank was about to join: {error}"
             raise WorkerFailedError(self._latch.explain_loss(lambda: RunFailure(0, reason))) from error
+
+
+def outward_address() -> str:
+    """The address that other machines most likely reach this one at; the loopback address where it has no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: it only has the kernel choose the interface of the default route.
+            probe.connect(("10.255.255.255", 1))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

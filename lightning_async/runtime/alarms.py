@@ -26,7 +26,8 @@ class Alarm:
     """Calls ``act`` in the alarms' thread when the time that was set has passed; `close` it in the end.
 
     Args:
-        act: what to do, once for each `set`; must be quick, or the last thing that this process does.
+        act: what to do, once for each `set`, which it may call; must be quick, or the last thing that this
+            process does.
     """
 
     def __init__(self, act: Callable[[], object]) -> None:
@@ -80,14 +81,16 @@ class _Clock:
 
     def _act(self) -> None:
         for alarm in list(self._alarms):
-            if alarm.due_s <= time.monotonic():
+            if (due_s := alarm.due_s) <= time.monotonic():
+                # Before it acts: it may set itself again.
+                alarm.due_s = math.inf
                 try:
                     alarm.act()
                 except MemoryError:
+                    alarm.due_s = due_s
                     raise
                 except Exception:
                     log.exception("lightning_async: what was due could not be done")
-                alarm.due_s = math.inf
 
 
 _creating = threading.Lock()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FrameType
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from lightning_async.runtime.failure import RunFailure
 __all__ = ["CollectiveWatch", "Waiting", "judge"]
 
 _TORCHS = "torch.distributed.distributed_c10d"
+_MEETINGS = "lightning_async.runtime.meeting"
 # Two ranks wait in unlike calls for one transfer; or nothing is waited for.
 _NOT_SEEN = frozenset(
     ("send", "recv", "send_object_list", "recv_object_list", "batch_isend_irecv", "destroy_process_group")
@@ -32,6 +33,8 @@ _PASSING_ON = (
 )
 _PASSING_ON_PACKAGES = ("lightning.pytorch.strategies.", "lightning_utilities.")
 _LIBRARIES = ("lightning", "lightning_async")
+# What a meeting waits in.
+_WAITING = ("multiprocessing", "selectors", "socket", "lightning_async")
 
 
 class Waiting(NamedTuple):
@@ -66,13 +69,13 @@ class CollectiveWatch:
 
     Args:
         rank: this rank.
-        world_size: number of ranks.
+        ranks: tells the ranks in the run.
         patience_s: seconds in one call after which it is told.
     """
 
-    def __init__(self, rank: int, world_size: int, patience_s: float) -> None:
+    def __init__(self, rank: int, ranks: Callable[[], Collection[int]], patience_s: float) -> None:
         self._rank = rank
-        self._world_size = world_size
+        self._ranks = ranks
         self._patience_s = patience_s
         self._thread = threading.get_ident()
         # The frame itself: as long as it is kept no other call's has its identity.
@@ -97,7 +100,8 @@ class CollectiveWatch:
 
     def failure(self) -> RunFailure | None:
         """The failure, if all ranks wait and cannot come to an end."""
-        return judge(self._waiting) if len(self._waiting) == self._world_size else None
+        waiting = {rank: self._waiting[rank] for rank in self._ranks() if rank in self._waiting}
+        return judge(waiting) if len(waiting) == len(self._ranks()) else None
 
     def _note(self, rank: int, waiting: Waiting | None) -> None:
         if waiting is None:
@@ -136,10 +140,17 @@ def _outwards(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
 
 
 def _find_collective(innermost: FrameType | None) -> FrameType | None:
-    """The frame of the collective that a thread is in: the outermost of torch's on the way to where it is."""
+    """The frame of the collective that a thread is in: the outermost of torch's on the way to where it is.
+
+    Or of a meeting by way of rank 0, which waits in the standard library.
+    """
     found = None
     for module, frame in _outwards(innermost):
+        if module == _MEETINGS and not frame.f_code.co_name.startswith("_"):
+            return frame
         if module.partition(".")[0] != "torch":
+            if found is None and module.partition(".")[0] in _WAITING:
+                continue
             break
         if module == _TORCHS and not frame.f_code.co_name.startswith("_"):
             found = frame
@@ -147,7 +158,8 @@ def _find_collective(innermost: FrameType | None) -> FrameType | None:
 
 
 def _describe(collective: FrameType) -> Waiting:
-    call = f"torch.distributed.{collective.f_code.co_name}"
+    by_meeting = collective.f_globals.get("__name__") == _MEETINGS
+    call = "a meeting of the strategy's" if by_meeting else f"torch.distributed.{collective.f_code.co_name}"
     for module, frame in _outwards(collective.f_back):
         passed_on = module in _PASSING_ON or module.startswith(_PASSING_ON_PACKAGES)
         if module.partition(".")[0] == "torch" or passed_on:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
-from lightning_async.runtime.roster import is_out_of_memory
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
@@ -56,6 +55,8 @@ class Heartbeats:
         watch: asked at each beat which collective this rank waits in, and told where the others do.
         on_lost: told of a peer that is lost, or out of memory; trips the latch by default.
         on_evicted: told of a rank that rank 0 has taken out of the run.
+        on_failed: told of a peer that has failed by itself; trips the latch by default.
+        on_left: told of a peer that leaves the run by itself; None where ranks do not.
     """
 
     def __init__(
@@ -68,7 +69,11 @@ class Heartbeats:
         watch: CollectiveWatch | None = None,
         on_lost: Callable[[RunFailure], object] | None = None,
         on_evicted: Callable[[RunFailure], object] = lambda failure: None,
+        on_left: Callable[[RunFailure], object] | None = None,
+        on_failed: Callable[[RunFailure], object] | None = None,
     ) -> None:
+        self._on_left = on_left
+        self._on_failed = on_failed
         self._on_lost = on_lost
         self._on_evicted = on_evicted
         self._collectives = watch
@@ -100,6 +105,9 @@ class Heartbeats:
     def add(self, rank: int, connection: ControlConnection) -> None:
         """Watches over another peer; its connection is owned from here on."""
         connection.settimeout(_SEND_TIMEOUT_S)
+        connection.survive_cuts(self._timeout_s)
+        # A thin link is busy with payloads.
+        connection.go_first()
         peer = _Peer(rank, connection, time.monotonic())
         with self._lock:
             self._peers[rank] = peer
@@ -116,6 +124,14 @@ class Heartbeats:
             if peer.rank == rank:
                 # What was sent stays to be read, should it come to life again.
                 self._forget(peer)
+
+    def say_that_it_leaves(self, reason: str) -> None:
+        """Tells every peer that this rank leaves the run by itself."""
+        words = encode(Evict(self._rank, fit_text(reason)))
+        with self._lock:
+            peers = list(self._peers.values())
+        for peer in peers:
+            self._send(peer, words)
 
     def close(self) -> None:
         """Says goodbye to every peer and stops; idempotent."""
@@ -225,8 +241,8 @@ class Heartbeats:
             peer.last_seen = time.monotonic()
             for message in messages:
                 self._handle(peer, message)
-        except ChannelClosedError:
-            self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
+        except ChannelClosedError as error:
+            self._lose(peer, self._describe_end(peer.rank) or _describe_loss(error))
         except WireError as error:
             self._lose(peer, f"its heartbeat does not follow the protocol: {error}")
 
@@ -239,10 +255,13 @@ class Heartbeats:
                 self._forget(peer)
             by_itself = message.worker == peer.rank
             failure = RunFailure(message.worker, message.reason, self._rank != 0, by_itself)
-            if by_itself and self._on_lost is not None and is_out_of_memory(message.reason):
-                self._on_lost(failure)
+            if by_itself and self._on_failed is not None:
+                self._on_failed(failure)
             else:
                 self._latch.trip(failure)
+        elif isinstance(message, Evict) and message.worker == peer.rank and self._on_left is not None:
+            self._on_left(RunFailure(message.worker, message.reason))
+            self._forget(peer)
         elif isinstance(message, Evict):
             self._on_evicted(RunFailure(message.worker, message.reason, announced=True))
         elif isinstance(message, Beat):
@@ -252,6 +271,10 @@ class Heartbeats:
             raise WireError(f"unexpected {kind_of(message).name} on a heartbeat")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
+        with self._lock:
+            if self._peers.get(peer.rank) is not peer:
+                # Taken out meanwhile: another worker may have its place.
+                return
         failure = RunFailure(peer.rank, reason)
         if self._on_lost is None:
             self._forget(peer)
@@ -263,6 +286,15 @@ class Heartbeats:
 
     def _forget(self, peer: _Peer) -> None:
         with self._lock:
-            if self._peers.pop(peer.rank, None) is not None:
+            if self._peers.get(peer.rank) is peer:
+                del self._peers[peer.rank]
                 self._selector.unregister(peer.connection.fileno())
                 peer.connection.close()
+
+
+def _describe_loss(error: ChannelClosedError) -> str:
+    cause = error.__cause__
+    if cause is None or isinstance(cause, ConnectionError):
+        return "its process is gone: the connection was closed"
+    # The system has given the connection up: no route, for instance.
+    return f"it cannot be reached any more: {cause}"

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = [
     "INTERRUPTED",
@@ -27,17 +27,45 @@ INTERRUPTED = 128 + signal.SIGINT
 _GRACE_S = 1.0
 
 
+class _Note:
+    """Notes that Ctrl+C was pressed, in the place of a handler that would raise.
+
+    Args:
+        instead_of: that handler.
+    """
+
+    def __init__(self, instead_of: Any) -> None:
+        self.instead_of = instead_of
+        self.pressed = False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        self.pressed = True
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Has the processes that are started meanwhile hold Ctrl+C back until `let_through`.
+    """Has the processes that are started meanwhile hold Ctrl+C back until `let_through`; this one until the end.
 
-    A process that is importing can only answer it with a traceback. In this one another thread may hear of it.
+    A process that is importing can only answer it with a traceback, and one that was half started would be nobody's.
+
+    Raises:
+        KeyboardInterrupt: at the end, if it was pressed meanwhile.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Another thread may hear of it, for which Python lets the main thread answer.
+    note: _Note | None = None
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        note = _Note(handler)
+        signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
+        if note is not None:
+            signal.signal(signal.SIGINT, note.instead_of)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    if note is not None and note.pressed:
+        raise KeyboardInterrupt
 
 
 def say_interrupted() -> None:
@@ -70,6 +98,10 @@ def let_through() -> None:
     Raises:
         KeyboardInterrupt: if it was pressed while it was held back.
     """
+    note = signal.getsignal(signal.SIGINT)
+    if isinstance(note, _Note):
+        # In a process that was forked meanwhile.
+        signal.signal(signal.SIGINT, note.instead_of)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.roster import Roster
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
@@ -36,6 +37,11 @@ _SIZE = struct.Struct("<Q")
 # Between two looks at whether the run has failed.
 _LOOK_S = 0.5
 _END = "the end of a section"
+_IN_VAIN = (
+    "a part of the run that all ranks make together, such as a validation, could not be finished twice in a row, "
+    "though no rank was lost meanwhile: a process group of the ranks does not work, or a hook runs a collective on some "
+    "of them"
+)
 
 
 class RanksLostError(RuntimeError):
@@ -181,15 +187,29 @@ class MeetingHost(Meeting):
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._connections: dict[int, ControlConnection] = {}
+        self._processes: dict[int, ProcessIdentity | None] = {}
+        # Of ranks that were lost; closed by the thread that meets.
+        self._retired: list[ControlConnection] = []
         # What ranks have brought that are further than this one.
         self._early: dict[int, tuple[Place, Any]] = {}
         self._broken = False
+        # Of the section under way: the generation that its attempt has begun with, how many attempts in a row were
+        # given up though no rank was lost, and where a rank was last that was elsewhere than this one.
+        self._began_with = self._in_vain = 0
+        self._unlike: RunFailure | None = None
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
 
-    def add(self, rank: int, connection: ControlConnection) -> None:
-        """Meets another rank; its connection is owned from here on."""
+    def add(self, rank: int, connection: ControlConnection, process: ProcessIdentity | None = None) -> None:
+        """Meets another rank.
+
+        Args:
+            rank: the rank.
+            connection: to it; owned from here on.
+            process: which one it is, if that is known.
+        """
         with self._lock:
+            self._processes[rank] = process
             before = self._connections.pop(rank, None)
             self._connections[rank] = connection
             self._early.pop(rank, None)
@@ -207,17 +227,28 @@ class MeetingHost(Meeting):
             raise HandshakeError(f"rank {peer.rank} was taken out of the run")
         connection.send(Welcome(peer.rank))
         connection.settimeout(None)
-        self.add(peer.rank, connection)
+        self.add(peer.rank, connection, ProcessIdentity.from_claims(peer.claims))
 
-    def note_lost(self, rank: int) -> None:
-        """Notes that a rank is out of the roster: nobody waits for it any more."""
+    def note_lost(self, rank: int, ends: bool = False) -> None:
+        """Notes that a rank is out of the roster: nobody waits for it any more, and its process ends if it is here.
+
+        Args:
+            rank: the rank.
+            ends: whether it ends by itself.
+        """
         with self._lock:
+            process = self._processes.pop(rank, None)
             connection = self._connections.pop(rank, None)
+            if connection is not None:
+                self._retired.append(connection)
             self._early.pop(rank, None)
             self._broken = True
         if connection is not None:
-            # Wakes a thread that is in the middle of a message from there.
+            # Wakes the thread that is in the middle of a message from there, and has it still in hand.
             connection.shutdown()
+        if process is not None and not ends:
+            # It may only be stopped, and would come to life when another one has its place.
+            process.kill()
         self._wake()
 
     @override
@@ -231,8 +262,19 @@ class MeetingHost(Meeting):
         arrived = self._meet(self._end_place(), intact)
         with self._lock:
             whole, self._broken = all(arrived.values()) and not self._broken, False
+        self._note_repetition(whole)
         self._answer(arrived, whole)
         return whole
+
+    def _note_repetition(self, whole: bool) -> None:
+        """Ends the run if sections are repeated for another reason than the loss of a rank, which does not go away."""
+        in_vain = not whole and self.generation == self._began_with
+        self._in_vain = self._in_vain + 1 if in_vain else 0
+        self._began_with, unlike, self._unlike = self.generation, self._unlike, None
+        # The news of a loss may come when the attempt that it has broken off is over already.
+        if self._in_vain > 1:
+            self._latch.trip(unlike or RunFailure(0, _IN_VAIN))
+            self._latch.check()
 
     @override
     def repeat_until_whole(
@@ -241,13 +283,15 @@ class MeetingHost(Meeting):
         with self._lock:
             # One that was lost since the last meeting has no part in what the others begin with here.
             self._broken = self._roster.generation != self.generation
+        self._began_with, self._in_vain, self._unlike = self.generation, 0, None
         super().repeat_until_whole(body, restore, was_lost)
 
     @override
     def close(self) -> None:
         with self._lock:
-            connections = list(self._connections.values())
+            connections = [*self._connections.values(), *self._retired]
             self._connections.clear()
+            self._retired.clear()
         for connection in connections:
             connection.close()
         self._wake_in.close()
@@ -256,6 +300,10 @@ class MeetingHost(Meeting):
     def _meet(self, place: Place, mine: Any) -> dict[int, Any]:
         """Waits for every rank in the run; returns what each has brought."""
         arrived: dict[int, Any] = {0: mine}
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for connection in retired:
+            connection.close()
         while missing := [rank for rank in self._roster.living if rank not in arrived]:
             self._latch.check()
             if self._is_to_be_repeated(place):
@@ -270,16 +318,20 @@ class MeetingHost(Meeting):
                     arrived[rank] = value
                 elif self._is_further(theirs, place):
                     # It has come to the section's end because it could not go on.
+                    self._unlike = _mismatch(rank, theirs, place)
                     with self._lock:
                         self._early[rank] = came
                         self._broken = True
                 elif self._is_behind(theirs, place):
+                    self._unlike = _mismatch(rank, theirs, place)
                     self._send(rank, ("repeat", None, None))
                 else:
                     self._latch.trip(_mismatch(rank, theirs, place))
-        # Of a rank that was lost since, nothing counts.
-        self.ranks, self.generation = self._roster.living, self._roster.generation
-        return {rank: value for rank, value in arrived.items() if rank in self._roster}
+        # Of a rank that was lost since, nothing counts. One may be lost between any two of these lines: what is then
+        # known of it is known at the next meeting.
+        self.generation = self._roster.generation
+        self.ranks = tuple(rank for rank in self._roster.living if rank in arrived)
+        return {rank: arrived[rank] for rank in self.ranks}
 
     def _is_to_be_repeated(self, place: Place) -> bool:
         return self._broken and place.section > 0 and place.name != _END
@@ -404,7 +456,7 @@ def send_object(connection: ControlConnection, value: Any) -> None:
         ChannelClosedError: if it is gone.
     """
     data = pickle.dumps(value)
-    connection.send_bytes(memoryview(_SIZE.pack(len(data)) + data))
+    connection.send_encoded(_SIZE.pack(len(data)) + data)
 
 
 def receive_object(connection: ControlConnection) -> Any:

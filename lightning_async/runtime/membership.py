@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -30,6 +31,8 @@ from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
 from lightning_async.runtime.process_groups import break_groups
+from lightning_async.runtime.process_identity import ProcessIdentity
+from lightning_async.runtime.rendezvous import share_address
 from lightning_async.runtime.roster import Resilience, Roster
 
 __all__ = ["Membership", "guard_shutdown"]
@@ -69,6 +72,7 @@ class Membership:
         evictions: rank 0's decisions then; None elsewhere.
         admission: takes in ranks that join, on rank 0; None elsewhere.
         joining: the request of a rank that joins a run that is under way; None of others.
+        group: who is in the present process group, or the one that is being formed; None for all that were started.
     """
 
     def __init__(
@@ -87,9 +91,11 @@ class Membership:
         self.joining: JoinRequest | None = None
         self._resilience = Resilience()
         self._incarnation = 0
+        self._has_left = False
         # On every rank: the failures of those that the run has gone on without.
         self._lost: list[RunFailure] = []
         self._heard = threading.Condition()
+        self.group: Collection[int] | None = None
         self.latch = FailureLatch()
         self.listener: Listener | None = None
         self.address: Address | None = None
@@ -115,7 +121,12 @@ class Membership:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
     def meet(
-        self, world_size: int, host: str, broadcast: Callable[[str], str], resilience: Resilience | None = None
+        self,
+        world_size: int,
+        host: str,
+        broadcast: Callable[[str], str],
+        gather: Callable[[str], list[str]],
+        resilience: Resilience | None = None,
     ) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
@@ -123,6 +134,7 @@ class Membership:
             world_size: number of ranks; nothing is opened for one.
             host: the address that the other ranks reach rank 0 at.
             broadcast: gives every rank rank 0's string.
+            gather: gives every rank each rank's string.
             resilience: what becomes of the run when a rank is lost; it ends by default.
         """
         self._resilience = resilience or Resilience()
@@ -131,7 +143,13 @@ class Membership:
         goes_on = self._resilience.goes_on
         if self.rank == 0 and goes_on:
             self._host_meetings(world_size, host)
-        watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
+        evictions = self.evictions
+        everyone = tuple(range(world_size))
+
+        def ranks() -> tuple[int, ...]:
+            return everyone if evictions is None else evictions.roster.living
+
+        watch = CollectiveWatch(self.rank, ranks, self._worker_timeout_s)
         self._heartbeats = Heartbeats(
             self.rank,
             self.latch,
@@ -139,19 +157,22 @@ class Membership:
             self._describe_end,
             watch=watch,
             on_lost=None if self.evictions is None else self.evictions.lose,
+            on_left=None if self.evictions is None else self.evictions.let_go,
+            on_failed=None if self.evictions is None else self.evictions.fail,
             on_evicted=self._hear_of,
         )
         if self.rank == 0:
-            self.listener = Listener(host, world_size, self._heartbeats)
+            self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
             self.address = self.listener.address
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
+                self.admission.expect = self.listener.expect
                 self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
-            broadcast(self.address.as_json())
+        self.address = share_address(self.rank, self.address, broadcast, gather)
+        if self.rank == 0:
             return
-        self.address = Address.from_json(broadcast(""))
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
         if goes_on:
-            connection, _ = handshake(self.address, self.rank, MEETING)
+            connection, _ = handshake(self.address, self.rank, MEETING, **ProcessIdentity.of_this_process().as_claims())
             self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
 
     def join(self, invitation: Invitation) -> JoinRequest:
@@ -181,11 +202,22 @@ class Membership:
         assert request is not None and self.address is not None
         if (admitted := request.come_in(segment)) is None:
             return False
-        connection, _ = handshake(self.address, self.rank, MEETING, request.incarnation)
+        claims = ProcessIdentity.of_this_process().as_claims()
+        connection, _ = handshake(self.address, self.rank, MEETING, request.incarnation, **claims)
         guest = self.meeting = MeetingGuest(connection, admitted.ranks, self.latch, self.address.host)
         guest.counts = admitted.counts
         self.joining = None
         return True
+
+    def leave(self, reason: str) -> None:
+        """Tells rank 0 that this rank leaves the run, which goes on without it; what ends it now is no failure.
+
+        Args:
+            reason: why, in words.
+        """
+        assert self._heartbeats is not None
+        self._heartbeats.say_that_it_leaves(reason)
+        self._has_left = True
 
     def lose(self, failure: RunFailure) -> None:
         """A rank that was started from here is gone: the run goes on without it, or ends."""
@@ -223,7 +255,7 @@ class Membership:
         host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection, address)
 
         def tell(rank: int, reason: str) -> None:
-            host.note_lost(rank)
+            host.note_lost(rank, ends=evictions.lets_go)
             self._hear_of(RunFailure(rank, reason))
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)
@@ -246,8 +278,24 @@ class Membership:
         with self._heard:
             self._lost.append(failure)
             self._heard.notify_all()
-        # What waits for that rank in a collective waits in vain.
-        break_groups()
+        if self.group is None or failure.rank in self.group:
+            # What waits for that rank in a collective waits in vain. A group that was formed without it goes on, also
+            # where the news of it come late.
+            break_groups()
+
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run, as JSON; a collective call.
+
+        The token is the run's, which every rank has: it is not told again.
+
+        Args:
+            address: rank 0's; empty if there is none.
+            broadcast: gives every rank rank 0's string.
+        """
+        found = broadcast(Address.from_json(address).without_token().as_json() if address else "")
+        if not found or self.address is None:
+            return found
+        return replace(Address.from_json(found), token=self.address.token).as_json()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -290,7 +338,10 @@ class Membership:
             return error
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, self._graceful):
+        if isinstance(error, self._graceful) or self._has_left:
+            return error
+        if isinstance(error, SystemExit) and self.joining is not None:
+            # The run was over before this rank has come to it.
             return error
         if isinstance(error, KeyboardInterrupt):
             # Ctrl+C reaches every rank, and is each one's own reason to end.

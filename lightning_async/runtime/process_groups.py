@@ -30,6 +30,7 @@ __all__ = [
     "open_exchange_group",
     "open_store",
     "reform_default_group",
+    "reformed_place",
     "time_all_reduce",
 ]
 
@@ -42,6 +43,8 @@ _Group: TypeAlias = "dist.ProcessGroup"
 # threads must be gone before the interpreter is.
 _pair: tuple[weakref.ref[_Group], weakref.ref[_Group]] | None = None
 
+# The default group, if it was formed by ranks that have outlived others, and not by all that were started.
+_reformed: weakref.ref[_Group] | None = None
 # The sockets of the present groups, by inode; and those that were open before the groups that are being formed.
 _sockets: frozenset[int] = frozenset()
 _open_before: frozenset[int] | None = None
@@ -214,6 +217,15 @@ def reform_default_group(store: dist.Store, place: int, size: int, backend: str,
     for device in _default_group()._device_types:
         own: Any = _default_group()._get_backend(device)
         own._set_default_timeout(timeout or default_pg_timeout)
+    global _reformed
+    _reformed = weakref.ref(_default_group())
+
+
+def reformed_place() -> tuple[int, int] | None:
+    """This rank's place in the default group and its size, if `reform_default_group` has formed it; else None."""
+    if _reformed is None or not dist.is_initialized() or _reformed() is not _default_group():
+        return None
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _listening_ports() -> Iterator[int]:

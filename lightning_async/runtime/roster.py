@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 __all__ = ["OnWorkerFailure", "Resilience", "Roster", "is_out_of_memory"]
@@ -19,6 +20,7 @@ class Resilience:
         on_worker_failure: ``"stop"`` ends the run, as under DDP; ``"continue"`` goes on without the rank.
         min_ranks: fewer ranks than these do not go on.
         max_restarts: how often a lost rank that was started from here is started again, where the run goes on.
+        join_file: where rank 0 leaves what other workers join the run with; None if none may.
 
     Raises:
         ValueError: if one of them has no meaning.
@@ -34,6 +36,7 @@ class Resilience:
     on_worker_failure: OnWorkerFailure = "stop"
     min_ranks: int = 1
     max_restarts: int = 0
+    join_file: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.on_worker_failure not in ("continue", "stop"):
@@ -42,6 +45,9 @@ class Resilience:
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, not {value!r}.")
+
+        if self.join_file is not None and not self.goes_on:
+            raise ValueError('join_file takes on_worker_failure="continue".')
 
     @property
     def goes_on(self) -> bool:
@@ -95,12 +101,16 @@ class Roster:
         rank = max(self._incarnations) + 1
         return rank, self.next_incarnation(rank)
 
+    def can_lose(self, rank: int) -> bool:
+        """Whether the run can go on without a rank."""
+        return rank != 0 and rank in self._living and len(self._living) > self._min_ranks
+
     def remove(self, rank: int, reason: str) -> bool:
         """Takes a rank out; False, with nothing changed, if the run cannot go on without it.
 
         Rank 0 has the holder, and fewer ranks than ``min_ranks`` do not go on.
         """
-        if rank == 0 or rank not in self._living or len(self._living) <= self._min_ranks:
+        if not self.can_lose(rank):
             return False
         self._living.discard(rank)
         self.generation += 1

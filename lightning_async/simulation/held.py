@@ -11,13 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.holder.finite import all_finite
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.types import Push, Update
 from lightning_async.policies.base import StalenessPolicy, overrides
-from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
+from lightning_async.runtime.health import RejectionStreaks
 from lightning_async.simulation.sink import Delivery, GradientSink
 
 __all__ = ["HolderSink", "make_holder"]
@@ -62,6 +64,8 @@ class HolderSink(GradientSink):
         policy: what is done with a gradient because of its age, bound to the cluster.
         momentum_rule: what becomes of the optimizer's momentum; None if it stays.
         learned: what the policy has learned, from a checkpoint.
+        max_rejected: gradients in a row that are not finite, and rejected, with which a worker fails; None applies
+            them.
 
     Attributes:
         holder: the holder.
@@ -77,7 +81,9 @@ class HolderSink(GradientSink):
         policy: StalenessPolicy | None = None,
         momentum_rule: Callable[[float], float] | None = None,
         learned: Mapping[str, Any] | None = None,
+        max_rejected: int | None = None,
     ) -> None:
+        self._streaks = None if max_rejected is None else RejectionStreaks(max_rejected)
         self._barrier = barrier
         self._observe = observe
         self._parameters = exchanged_parameters(optimizer)
@@ -85,7 +91,7 @@ class HolderSink(GradientSink):
         self.holder = make_holder(self._layout, optimizer, barrier, self._in_virtual_time, state, policy, momentum_rule)
         self._views = self._layout.views(self.holder.lend(), 0)
         # What a worker is answered with, where a policy moves it.
-        moves = policy is not None and overrides(policy, "look_ahead")
+        moves = policy is not None and overrides(policy, "look_ahead") and barrier.max_staleness != 0
         self._answer = torch.zeros_like(self.holder.lend()) if moves else self.holder.lend()
         if gathered is not None or learned is not None:
             gathered = gathered and gathered.to(self.holder.lend().device)
@@ -124,7 +130,8 @@ class HolderSink(GradientSink):
         kept: Sequence[Tensor | None] = [
             None if own is None else view for view, own in zip(views, push.gradients, strict=True)
         ]
-        self._under_way[push.worker] = (push._replace(gradients=kept, flat=flat), (flat, views))
+        finite = self._streaks is None or all_finite(flat, views, [own is not None for own in push.gradients])
+        self._under_way[push.worker] = (push._replace(gradients=kept, flat=flat, finite=finite), (flat, views))
 
     @override
     def ask(self, worker: int) -> None:
@@ -150,6 +157,8 @@ class HolderSink(GradientSink):
             return None
         del self._under_way[delivery.worker]
         self._free.append(buffer)
+        if self._streaks is not None and (sick := self._streaks.note(push.worker, update.rejected)) is not None:
+            raise WorkerFailedError(RunFailure(sick.worker, sick.reason))
         return update.applied
 
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import exchanged_parameters
 from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
-from lightning_async.holder.types import Push
+from lightning_async.holder.types import Push, Update
+from lightning_async.monitoring.rejections import RejectionNotices
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.simulation.cluster import ExchangeTimes, Progress, VirtualCluster
@@ -21,6 +23,8 @@ from lightning_async.simulation.held import HolderSink
 from lightning_async.simulation.step_times import StepTimes
 
 __all__ = ["ClusterRun"]
+
+log = logging.getLogger(__name__)
 
 
 class ClusterRun:
@@ -40,6 +44,7 @@ class ClusterRun:
         policy: what is done with a gradient because of its age, bound to the cluster.
         momentum_rule: what becomes of the optimizer's momentum; None if it stays.
         learned: what the policy has learned, from a checkpoint.
+        max_rejected: gradients in a row that are not finite with which a worker fails; None applies them.
 
     Attributes:
         is_training: whether a stretch of training is under way.
@@ -57,14 +62,17 @@ class ClusterRun:
         policy: StalenessPolicy | None = None,
         momentum_rule: Callable[[float], float] | None = None,
         learned: Mapping[str, Any] | None = None,
+        max_rejected: int | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._stats = stats
+        self._rejections = RejectionNotices()
         self._built_for = _identity(optimizer)
         self._hyperparams = HyperparamLayout(optimizer)
         self._parameters = exchanged_parameters(optimizer)
         state = state_by_place(optimizer) or None
-        self._sink = HolderSink(optimizer, barrier, stats.record, state, gathered, policy, momentum_rule, learned)
+        held = (state, gathered, policy, momentum_rule, learned, max_rejected)
+        self._sink = HolderSink(optimizer, barrier, self._observe, *held)
         self._holder = self._sink.holder
         self._cluster = VirtualCluster(steps, self._sink, times, progress)
         self._states = OptimizerStates(
@@ -79,6 +87,11 @@ class ClusterRun:
     def version(self) -> int:
         """Updates made so far."""
         return self._holder.version
+
+    def _observe(self, update: Update) -> None:
+        self._stats.record(update)
+        if update.rejected and (line := self._rejections.line(update)) is not None:
+            log.warning("lightning_async: %s", line)
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it is the optimizer that this was built for, with the same parameters in the same groups."""

@@ -35,6 +35,7 @@ def cluster_table(stats: RunStats, progress: Progress, version: int, width: int 
         groups.append((f"{len(workers) - ROWS} others", workers[ROWS:]))
     rows = [_row(name, members, counts, progress) for name, members in groups]
     dropped = f", {counts['dropped']} dropped as too stale" if counts["dropped"] else ""
+    dropped += f", {counts['rejected']} rejected as not finite" if counts["rejected"] else ""
     title = (
         f"{gradients} gradients{dropped} and {version} updates in {seconds:.4g} virtual seconds: "
         f"{gradients / max(seconds, 1e-12):.4g} gradients a second; the holder is busy {progress.load:.0%} of the time"

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.tally import STEPS
 from lightning_async.holder.types import Snapshot
@@ -48,7 +47,6 @@ class Checkpointing:
         by_hand: what user code does by hand.
         phase: the run's phase.
         scheduled_steps: tells the steps that the learning-rate schedulers have made.
-        options: how gradients are exchanged.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Checkpointing:
         by_hand: ByHand,
         phase: Phase,
         scheduled_steps: Callable[[], int],
-        options: ExchangeOptions,
     ) -> None:
         self._module = module
         self._exchange = exchange
@@ -67,8 +64,6 @@ class Checkpointing:
         self._by_hand = by_hand
         self._phase = phase
         self._scheduled_steps = scheduled_steps
-        self._gradients_per_update = options.gradients_per_update
-        self._options = options
         self._snapshot: Snapshot | None = None
         # The epoch and the order of its batches, as checkpoints record them.
         self._epoch_order: tuple[int, str] | None = None
@@ -145,10 +140,12 @@ class Checkpointing:
     def note(self, version: int, world_size: int) -> dict[str, Any]:
         """What a checkpoint that has no snapshot notes under `CHECKPOINT_KEY`; see `complete`."""
         counts = [*self._by_hand.tally.totals]
+        options = self._exchange.options
         made_of = {
-            "gradients_per_update": self._gradients_per_update,
-            "staleness_policy": describe_policy(self._options.staleness_policy),
-            "momentum_correction": self._options.momentum_correction,
+            "gradients_per_update": options.gradients_per_update,
+            "staleness_policy": describe_policy(options.staleness_policy),
+            "momentum_correction": options.momentum_correction,
+            **self._exchange.dial.state(),
         }
         return {"version": version, "world_size": world_size, **made_of, **self._by_hand.state(), "counts": counts}
 
@@ -163,12 +160,16 @@ class Checkpointing:
             world_size: number of ranks N.
         """
         saved = checkpoint.get(CHECKPOINT_KEY, {})
+        self._exchange.load_dial(saved)
         version, gradients, counts = self._progress(checkpoint, saved, world_size)
         self._resumed = EpochPlace.load(saved) if "applied" in saved else None
         engine, states = self._exchange.engine, checkpoint["optimizer_states"]
         held = [held_state(optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
         gathered = Gathered(**saved["gathered"]) if "gathered" in saved else None
-        if engine.service is not None and engine.service.restore(version, held, gathered, self._policy_state(saved)):
+        # Where they are enough by now, the holder makes an update of them, which is counted already.
+        made = gathered is not None and gathered.count >= self._exchange.options.gradients_per_update
+        policy = self._policy_state(saved)
+        if engine.service is not None and engine.service.restore(version - made, held, gathered, policy):
             rank_zero_warn(
                 "The checkpoint is from Adam without AMSGrad; AMSGrad's maximum starts from its `exp_avg_sq`."
             )
@@ -181,13 +182,14 @@ class Checkpointing:
 
     def _policy_state(self, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What a checkpoint's staleness policy had learned, if it is of the class that this run has."""
-        policy = make_policy(self._options.staleness_policy)
+        options = self._exchange.options
+        policy = make_policy(options.staleness_policy)
         state: Mapping[str, Any] | None = saved.get("policy")
         if state is None or state["kind"] == kind_of(policy):
             return state
         rank_zero_info(
             f"The checkpoint is from a run with staleness_policy={saved['staleness_policy']}; this one begins with "
-            f"{describe_policy(self._options.staleness_policy)}, which takes nothing over from it."
+            f"{describe_policy(options.staleness_policy)}, which takes nothing over from it."
         )
         return None
 
@@ -195,17 +197,19 @@ class Checkpointing:
         self, checkpoint: Mapping[str, Any], saved: Mapping[str, Any], world_size: int
     ) -> tuple[int, int, list[int]]:
         """The version, the gradients and the counts that a checkpoint's training has come to."""
+        gradients_per_update = self._exchange.options.gradients_per_update
         if not saved:
             gradients = int(checkpoint["global_step"]) * world_size
-            return gradients // self._gradients_per_update, gradients, []
+            return gradients // gradients_per_update, gradients, []
         version, *counts = (
             # The same clock with another number of ranks is another version.
             count if saved["world_size"] == world_size else count // saved["world_size"] * world_size
             for count in (saved["version"], *saved.get("counts", ()))
         )
         made_of = saved.get("gradients_per_update", 1)
-        gradients = version if made_of == 1 else counts[STEPS]
-        same = made_of == self._gradients_per_update and saved["world_size"] == world_size
-        if not self._by_hand.manual and not same:
-            version = gradients // self._gradients_per_update
+        # "auto" has made versions of unlike numbers of gradients.
+        gradients = counts[STEPS] if made_of > 1 or "auto" in saved else version
+        same = (made_of, saved["world_size"]) == (gradients_per_update, world_size)
+        if not self._by_hand.manual and not (same and ("auto" in saved) == bool(self._exchange.dial.state())):
+            version = gradients // gradients_per_update
         return version, gradients, counts

@@ -21,7 +21,13 @@ from lightning_async.loops.collective_guard import asynchronous_call_error
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.tensor_sync import set_meeting
 from lightning_async.runtime.meeting import Meeting
-from lightning_async.runtime.process_groups import breakable, exchange_group, open_store, reform_default_group
+from lightning_async.runtime.process_groups import (
+    breakable,
+    exchange_group,
+    open_store,
+    reform_default_group,
+    reformed_place,
+)
 
 __all__ = ["PhasedCollectives"]
 
@@ -56,8 +62,9 @@ class PhasedCollectives(DDPStrategy):
         # Whether this rank is about to join a run that is under way, and has nobody to meet yet.
         self.joins = False
         self._worker_rank: int | None = None
+        self._before: tuple[int, int] | None = None
         self._was_lost: Callable[[Exception], bool]
-        self._on_group_forming: Callable[[], None]
+        self._on_group_forming: Callable[[Sequence[int] | None], None]
         self._is_group_outdated: Callable[[], bool]
         super().__init__(**arguments)
         self.phase = Phase()
@@ -73,35 +80,45 @@ class PhasedCollectives(DDPStrategy):
     @override
     def world_size(self) -> int:
         """Number of ranks: those in the process group."""
-        return super().world_size if self._members is None else len(self._members)
+        return self.nominal_world_size if self._members is None else len(self._members)
 
     @property
     @override
     def global_rank(self) -> int:
         """This rank's place among them."""
-        return super().global_rank if self._members is None else self._members.index(self.worker_rank)
+        return self.worker_rank if self._members is None else self._members.index(self.worker_rank)
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Lightning takes the ranks that were started.
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        # One that joins has its share of an evaluation once it has met the others.
+        ranks = max(self.world_size, self.global_rank + 1) if self.joins else self.world_size
+        return {"num_replicas": ranks, "rank": self.global_rank}
 
     @property
     def nominal_world_size(self) -> int:
         """The number of ranks that the run was started with, N: clock, epochs and bounds go by it."""
-        return super().world_size
+        return super().world_size if self._before is None else self._before[1]
 
     @property
     def worker_rank(self) -> int:
         """This rank's number in the exchange of gradients: what it was started with, whoever is lost."""
-        return super().global_rank if self._worker_rank is None else self._worker_rank
+        if self._worker_rank is not None:
+            return self._worker_rank
+        return super().global_rank if self._before is None else self._before[0]
+
+    @override
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        # Where an earlier run of this script has lost ranks, the others are all there is.
+        self._before, self._members, self._worker_rank = reformed_place(), None, None
 
     def meet_by(
         self,
         meeting: Meeting | None,
         was_lost: Callable[[Exception], bool] = lambda error: False,
-        on_group_forming: Callable[[], None] = lambda: None,
+        on_group_forming: Callable[[Sequence[int] | None], None] = lambda ranks: None,
         is_group_outdated: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs the strategy's own collectives by way of rank 0 from here on, past torch's process groups.
@@ -109,7 +126,8 @@ class PhasedCollectives(DDPStrategy):
         Args:
             meeting: this rank's side; None for the process groups.
             was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
-            on_group_forming: called before a group is formed.
+            on_group_forming: called before it is settled who is in a group that is to be formed, with None, and with
+                its ranks when it is.
             is_group_outdated: whether a rank was lost since.
         """
         self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
@@ -141,10 +159,11 @@ class PhasedCollectives(DDPStrategy):
             return
         while True:
             # Before the meeting that settles who is in it: who is lost from here on may be one of them.
-            self._on_group_forming()
+            self._on_group_forming(None)
             own = open_store(meeting.host) if meeting.is_host else None
             port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
             generation, members = meeting.generation, meeting.ranks
+            self._on_group_forming(members)
             done = self._reform(meeting.host, port, own, members)
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
                 break

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,6 +18,7 @@ from lightning_async.loops.buffer_sync import BufferSync, ignored_names
 from lightning_async.loops.joining import TrainerState
 from lightning_async.loops.metric_sync import MetricSync
 from lightning_async.loops.phase import Phase
+from lightning_async.loops.progress_bar import say
 from lightning_async.loops.protocols import Collectives, SegmentEnd
 from lightning_async.loops.tensor_sync import average_unlike
 from lightning_async.monitoring.cpu_use import CpuMeter, CpuUse
@@ -94,6 +96,7 @@ class Coordinator(protocols.Coordinator):
         self._on_joined = on_joined
         self._resolve = resolve
         self._is_resolved = False
+        self._source: BatchSource = "shared order"
         # Ends the asynchronous phase.
         self._segment = ExitStack()
         # Digest of the epoch's order of batches.
@@ -130,6 +133,11 @@ class Coordinator(protocols.Coordinator):
     def snapshot_between_batches(self) -> tuple[protocols.Snapshot, int] | None:
         return self._checkpointing.snapshot_between_batches
 
+    @property
+    @override
+    def steps_to_measure(self) -> int | None:
+        return self._exchange.dial.steps_to_measure
+
     # --- an epoch begins ---------------------------------------------------------------------------------------------
 
     @override
@@ -154,9 +162,8 @@ class Coordinator(protocols.Coordinator):
         self._order = order
         if not self._is_resolved:
             self._is_resolved = True
-            configuration = self._resolve("shared order" if order else "stream per rank")
-            if self._metrics is not None:
-                self._metrics.configure(configuration)
+            self._source = "shared order" if order else "stream per rank"
+            self._configure_metrics()
         place = self._checkpointing.begin_epoch(self._trainer.current_epoch, order, matches)
         applied = ((0, tickets_done),) if place is None else place.applied
         self._exchange.worker.begin_epoch()
@@ -171,6 +178,11 @@ class Coordinator(protocols.Coordinator):
         everyone = self._collectives.gather_objects(digests)
         common = min(map(len, everyone))
         agree_on_order(["".join(theirs[:common]) for theirs in everyone])
+
+    def _configure_metrics(self) -> None:
+        configuration = self._resolve(self._source)
+        if self._metrics is not None:
+            self._metrics.configure(configuration)
 
     # --- the ranks part ----------------------------------------------------------------------------------------------
 
@@ -210,11 +222,22 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.begin_segment()
         self._segment.enter_context(self._phase.asynchronous())
 
+    @property
+    @override
+    def may_leave(self) -> bool:
+        return self._collectives.outlives_ranks and not self._trainer.is_global_zero
+
+    @override
+    def leave_run(self) -> None:
+        # Its last push is answered; what is drawn beyond that goes back with its leases.
+        self._exchange.worker.settle()
+        self._supervisor.membership.leave("it was told to end (SIGTERM)")
+        raise SystemExit(0)
+
     @override
     def open_admission(self) -> None:
         if (admission := self._supervisor.admission) is not None:
-            version = self._exchange.worker.version
-            admission.open(capture_fit(self._trainer, self._order, version, self._by_hand))
+            admission.open(capture_fit(self._trainer, self._order, self._exchange, self._by_hand))
 
     @property
     @override
@@ -231,6 +254,11 @@ class Coordinator(protocols.Coordinator):
         joining = self._joining
         assert joining is not None and joining.state is not None
         agree_on_order([joining.state.order, order])
+        if not order and self._supervisor.membership.rank >= self._collectives.nominal_world_size:
+            raise MisconfigurationException(
+                "Each rank of this run has a train loader of its own, whose samples are the ranks' that the run began "
+                "with: a further one would repeat them. Let the ranks share a map-style dataset."
+            )
         self._exchange.worker.begin_epoch()
         self._by_hand.prepare(self._exchange.worker)
         if self._buffers is not None:
@@ -259,7 +287,9 @@ class Coordinator(protocols.Coordinator):
         self._exchange.engine.states.end_segment()
         self._metric_sync.forget_local_results()
         # All ranks tell what they want and what they have left; then they know the same.
-        wishes = (trainer.should_stop, self._sigterm_received(), validation_requested, skip_rest)
+        # A rank that may leave alone does so at its next batch.
+        told_to_end = self._sigterm_received() and not self.may_leave
+        wishes = (trainer.should_stop, told_to_end, validation_requested, skip_rest)
         mine = (wishes, leftover, self._cpu.stop(), self._stats.all_reduce_seconds > 0)
         ranks: list[tuple[tuple[bool, ...], Leftover, CpuUse, bool]] = self._collectives.gather_objects(mine)
         # Who has come to this meeting: fewer may come to the next.
@@ -281,13 +311,18 @@ class Coordinator(protocols.Coordinator):
         )
         # Every rank's last push was answered before it came here, so these parameters are final.
         worker.refresh()
+        averages = self._exchange.averages
+        has_chosen = self._choose()
         # But for gradients that wait for more, where none will follow; all ranks know the same of that.
-        if self._exchange.averages and (not left or skip_rest or self._is_over()):
+        if averages and (not left or skip_rest or self._is_over() or has_chosen):
             self._exchange.engine.show_adapted(adapted)
             if service is not None:
                 service.complete_version()
             adapted = self._collectives.broadcast([] if service is None else service.take_adapted())
             worker.refresh()
+        if has_chosen:
+            self._exchange.follow_dial(worker.version)
+            self._configure_metrics()
         self._by_hand.agree(leftover for _, leftover, *_ in ranks)
         if trainer.world_size > 1:
             average_unlike(self._parameters_of_no_optimizer())
@@ -298,6 +333,22 @@ class Coordinator(protocols.Coordinator):
         # DDP makes one in each step: what lock step would take is estimated with it.
         elements = self._exchange.engine.layout.numel
         self._stats.all_reduce_seconds = time_all_reduce(elements, self._trainer.strategy.root_device)
+
+    def _choose(self) -> bool:
+        """Lets rank 0 choose what was left to "auto", once enough was measured; a collective call.
+
+        Returns:
+            Whether it has chosen; what is in force at the holder follows.
+        """
+        dial = self._exchange.dial
+        if dial.steps_to_measure is None or self._is_over():
+            return False
+        mine = dial.choose() if self._trainer.is_global_zero else None
+        dial.choice, dial.rounds = self._collectives.broadcast((mine, dial.rounds))
+        if dial.notice is None:
+            return False
+        say(self._trainer, dial.notice)
+        return True
 
     def _is_over(self) -> bool:
         """Whether the fit ends here, as far as is known."""

@@ -16,7 +16,7 @@ from lightning_async.monitoring.stats import RunStats
 from lightning_async.monitoring.summary import print_summary
 from lightning_async.strategies.protocols import FitMonitor
 
-__all__ = ["FitEnding"]
+__all__ = ["FitEnding", "do_each"]
 
 log = logging.getLogger(__name__)
 

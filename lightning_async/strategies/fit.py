@@ -103,9 +103,7 @@ def set_up_fit(
         by_hand,
         accumulate=lambda: int(trainer.accumulate_grad_batches),
     )
-    checkpointing = Checkpointing(
-        context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps, context.options
-    )
+    checkpointing = Checkpointing(context.module, exchange, clock, by_hand, phase, lambda: loops.scheduled_steps)
     coordinator = Coordinator(
         trainer=trainer,
         collectives=context.collectives,

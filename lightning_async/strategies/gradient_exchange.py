@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_async.exchange.dial import RunDial
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.param_views import UnsupportedGradientError
@@ -35,7 +37,7 @@ class ExchangeContext:
     Args:
         name: the strategy's name, for messages.
         module: the module that is trained.
-        options: how gradients are exchanged.
+        dial: how gradients are exchanged, which may change where the ranks meet.
         rank: this rank.
         world_size: number of ranks N.
         device: where this rank computes.
@@ -48,7 +50,7 @@ class ExchangeContext:
 
     name: str
     module: LightningModule
-    options: ExchangeOptions
+    dial: RunDial
     rank: int
     world_size: int
     device: torch.device
@@ -57,6 +59,11 @@ class ExchangeContext:
     supervisor: RunSupervisor
     stats: RunStats
     observers: Sequence[UpdateObserver]
+
+    @property
+    def options(self) -> ExchangeOptions:
+        """How gradients are exchanged at present."""
+        return self.dial.options
 
 
 class GradientExchange:
@@ -95,7 +102,37 @@ class GradientExchange:
     @property
     def averages(self) -> bool:
         """Whether several gradients make an update."""
-        return self._context.options.gradients_per_update > 1
+        return self.options.gradients_per_update > 1
+
+    @property
+    def dial(self) -> RunDial:
+        """What "auto" measures and chooses."""
+        return self._context.dial
+
+    @property
+    def options(self) -> ExchangeOptions:
+        """How gradients are exchanged at present."""
+        return self._context.options
+
+    def load_dial(self, saved: Mapping[str, Any]) -> None:
+        """Goes on with what "auto" has chosen, or measured, in the run that a checkpoint is from."""
+        before = self.options
+        self.dial.load(saved)
+        if self.options != before:
+            self._adjust()
+
+    def follow_dial(self, version: int) -> None:
+        """Lets the holder go on as the dial has chosen; nobody computes, and no gradient waits for more.
+
+        Args:
+            version: the holder's.
+        """
+        self.dial.begin_at(version)
+        self._adjust()
+
+    def _adjust(self) -> None:
+        if self.engine.service is not None:
+            self.engine.service.adjust(self.options)
 
     def push(self, optimizer: Optimizer) -> None:
         """Pushes an optimizer's gradients, and takes fresh parameters for them.
@@ -172,13 +209,13 @@ class GradientExchange:
                 rank=context.rank,
                 world_size=context.world_size,
                 optimizers=optimizers,
-                options=context.options,
+                options=self.options,
                 latch=context.supervisor.latch,
                 listener=context.supervisor.listener,
                 stats=context.stats,
                 observers=context.observers,
                 version=version,
-                meet=context.meet,
+                meet=lambda address: context.supervisor.share(address, context.meet),
                 predecessor=predecessor,
                 devices=self._devices(),
                 process=context.supervisor.holder_process,
@@ -190,7 +227,7 @@ class GradientExchange:
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
-        options, own = self._context.options, self._context.device
+        options, own = self.options, self._context.device
         mine = describe_device(own)
         choice = "cpu" if options.holder == "process" else options.holder_device
         everyone = () if mine is None else self._context.collectives.gather_objects(mine)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_async.exchange.auto import Choice
 from lightning_async.holder.layout import all_parameters
 from lightning_async.holder.tally import STEPS
 from lightning_async.loops.joining import SegmentOverError, TrainerState, capture_trainer, restore_trainer
@@ -34,6 +35,7 @@ class FitState:
         version: the holder's when the segment began.
         counted: what the ranks had counted then.
         by_hand: what a checkpoint keeps beside that.
+        dial: what "auto" has chosen, and how many rounds it had measured.
     """
 
     trainer: TrainerState
@@ -43,15 +45,16 @@ class FitState:
     version: int
     counted: list[int]
     by_hand: dict[str, Any]
+    dial: tuple[Choice | None, int]
 
 
-def capture_fit(trainer: Trainer, order: str, version: int, by_hand: ByHand) -> bytes:
+def capture_fit(trainer: Trainer, order: str, exchange: GradientExchange, by_hand: ByHand) -> bytes:
     """Rank 0's state when a segment has begun, as it is sent.
 
     Args:
         trainer: the trainer.
         order: digest of the epoch's order of batches.
-        version: the holder's.
+        exchange: rank 0's part of the exchange.
         by_hand: what user code does by hand.
     """
     module = trainer.lightning_module
@@ -60,8 +63,17 @@ def capture_fit(trainer: Trainer, order: str, version: int, by_hand: ByHand) -> 
         [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         for optimizer in trainer.optimizers
     ]
-    counted = [*by_hand.tally.totals]
-    return pickle.dumps(FitState(capture_trainer(trainer), order, extras, groups, version, counted, by_hand.state()))
+    state = FitState(
+        trainer=capture_trainer(trainer),
+        order=order,
+        module=extras,
+        groups=groups,
+        version=exchange.worker.version,
+        counted=[*by_hand.tally.totals],
+        by_hand=by_hand.state(),
+        dial=(exchange.dial.choice, exchange.dial.rounds),
+    )
+    return pickle.dumps(state)
 
 
 class Joining:
@@ -105,6 +117,7 @@ class Joining:
             numbered = [group | {"params": place} for group, place in zip(groups, places, strict=True)]
             load_groups(optimizer, {"param_groups": numbered})
         self._exchange.worker.version = state.version
+        self._exchange.dial.choice, self._exchange.dial.rounds = state.dial
         self._by_hand.load(state.by_hand, state.counted, state.counted[STEPS])
         restore_trainer(trainer, state.trainer)
         return True

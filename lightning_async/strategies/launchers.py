@@ -52,8 +52,11 @@ StartMethod = Literal["spawn", "fork", "forkserver"]
 # How many ranks the first Trainer of this script has started; for its other Trainers, here and in the other ranks.
 _STARTED_RANKS = "LIGHTNING_ASYNC_STARTED_RANKS"
 
-# The processes of these ranks, on this host and but for this one.
+# The processes of these ranks, on this host and but for this one; and which of them a run has gone on without.
 _started: list[subprocess.Popen[bytes]] = []
+_lost: set[int] = set()
+# How often a function of a trainer (fit, test ...) was run in this process.
+_launches = 0
 
 # Before a lost rank is started again: at once, then twice as long each time.
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
@@ -101,8 +104,10 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             with held_back():
                 self._call_children_scripts()
                 _started[:] = self.procs
-        # A script's later Trainers train with the ranks that the first has started.
-        self.procs = list(_started)
+        global _launches
+        _launches += 1
+        # A script's later Trainers train with the ranks that the first has started, as far as they are left.
+        self.procs = [process for process in _started if process.pid not in _lost]
         self._restarts.clear()
         self._is_over.clear()
         _set_num_threads_if_needed(num_processes=self.num_processes)
@@ -136,6 +141,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if not 0 < local_rank <= len(self.procs):
             return None
         self.procs[local_rank - 1].kill()
+        if _launches > 1:
+            # It would run the script from its beginning, and take this run for the first one.
+            return "it is not started again, since this is not the script's first run"
         count = self._restarts[local_rank] = self._restarts.get(local_rank, 0) + 1
         if count > most:
             return f"it is not started again (max_restarts={most})"
@@ -151,8 +159,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if _HYDRA_AVAILABLE and importlib.import_module("hydra.core.hydra_config").HydraConfig.initialized():
             command, folder = _hydra_subprocess_cmd(local_rank)
         variables = os.environ | invitation.variables() | {"LOCAL_RANK": str(local_rank)}
-        self.procs[local_rank - 1] = subprocess.Popen(command, env=variables, cwd=folder)
-        _started[:] = self.procs
+        process = subprocess.Popen(command, env=variables, cwd=folder)
+        _started[_started.index(self.procs[local_rank - 1])] = process
+        self.procs[local_rank - 1] = process
 
     @override
     def kill(self, signum: int) -> None:
@@ -234,6 +243,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                         self._guard.report_failure(local_rank, describe_exit(process.returncode))
                     if not self._guard.goes_on:
                         return
+                    _lost.add(process.pid)
             over.wait(_POLL_S)
 
 
@@ -295,21 +305,22 @@ class ProcessLauncher(_MultiProcessingLauncher):
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
         self._invitations = mp.get_context(self._start_method).SimpleQueue()
         arguments = [trainer, function, args, kwargs, results, *states]
-        with held_back():
-            context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
-                self._wrapping_function,
-                args=arguments,
-                nprocs=strategy.num_processes,
-                start_method=self._start_method,
-                join=False,
-            )
-            self.procs = context.processes
+        error_files: Sequence[str] = ()
         try:
+            with held_back():
+                context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+                    self._wrapping_function,
+                    args=arguments,
+                    nprocs=strategy.num_processes,
+                    start_method=self._start_method,
+                    join=False,
+                )
+                self.procs, error_files = context.processes, context.error_files
             with self._passing_on_sigterm():
-                result = self._wait(results, context.error_files, arguments)
+                result = self._wait(results, error_files, arguments)
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
-            self.kill(signal.SIGTERM)
+            super().kill(signal.SIGTERM)
             say_interrupted()
             # Lightning would exit with status 1.
             raise SystemExit(INTERRUPTED) from None
@@ -318,13 +329,23 @@ class ProcessLauncher(_MultiProcessingLauncher):
             raise
         finally:
             self._end_children()
-            for path in context.error_files:
+            results.close()
+            self._invitations.close()
+            for path in error_files:
                 Path(path).unlink(missing_ok=True)
         if trainer is None:
             return result
         self._already_fit |= trainer.state.fn == TrainerFn.FITTING
         self._recover_results_in_main_process(result, trainer)
         return result.trainer_results
+
+    @override
+    def kill(self, signum: int) -> None:
+        super().kill(signum)
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            # Before there were ranks. Lightning, which asks for this last, would exit with status 1.
+            say_interrupted()
+            raise SystemExit(INTERRUPTED)
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
@@ -462,12 +483,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         strategy: Any = self._strategy
-        return {**super().get_extra_results(trainer), "async_stats": strategy.stats}
+        return {**super().get_extra_results(trainer), "async_stats": strategy.stats, "async_choice": strategy.choice}
 
     @override
     def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
         strategy: Any = self._strategy
-        strategy.stats = extra.pop("async_stats")
+        strategy.stats, strategy.choice = extra.pop("async_stats"), extra.pop("async_choice")
         super().update_main_process_results(trainer, extra)
 
     def _end_children(self) -> None:
@@ -478,6 +499,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+            # Two pipes, which would be open until the garbage collector comes by.
+            process.close()
+        self.procs = []
 
 
 def back_off_s(count: int) -> float:

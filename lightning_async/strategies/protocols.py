@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
 
+from lightning_async.exchange.auto import Choice
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure
 
@@ -72,11 +73,13 @@ class LaunchedStrategy(Ranks, Protocol):
         strategy_name: the name under which Lightning knows it.
         has_stepped: whether this rank has trained on a batch in this fit.
         stats: what the ranks' process gives to the one that has started them.
+        choice: the same, of what "auto" has chosen.
     """
 
     strategy_name: str
     has_stepped: bool
     stats: RunStats
+    choice: Choice | None
 
     @property
     def is_fitting(self) -> bool:

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.streams import count_samples
-from lightning_async.exchange.dial import Dial, GradientsPerUpdate, policy_and_momentum
+from lightning_async.exchange import auto
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial, policy_and_momentum
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.barrier import StalenessBarrier
@@ -30,7 +31,7 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.layout import FlatLayout, exchanged_parameters
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.holder.staleness import MaxStaleness, resolve_max_staleness
-from lightning_async.loops.progress_bar import end_live_bars
+from lightning_async.loops.progress_bar import end_live_bars, say
 from lightning_async.loops.trainer_state import is_optimizer, logger_prefix
 from lightning_async.monitoring.loggers import writer_for
 from lightning_async.monitoring.metrics import MetricsLogger
@@ -97,6 +98,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         gradients_per_update: as `AsyncStrategy` takes it.
         staleness_policy: as `AsyncStrategy` takes it.
         momentum_correction: as `AsyncStrategy` takes it.
+        reject_nonfinite: as `AsyncStrategy` takes it.
+        max_rejected_in_a_row: as `AsyncStrategy` takes it.
         push_seconds: a gradient's way to the holder.
         pull_seconds: the parameters' way to a worker.
         update_seconds: the holder's work for one gradient, in which it does nothing else.
@@ -126,6 +129,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
         push_seconds: float = 0.0,
         pull_seconds: float = 0.0,
         update_seconds: float = 0.0,
@@ -139,28 +144,19 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         try:
             self._steps = StepTimes.of(step_seconds, workers, seed)
             self._times = ExchangeTimes(push_seconds, pull_seconds, update_seconds)
-            # It knows what the dial's settings may be.
-            dial = Dial(gradients_per_update, staleness_policy)
-            count = dial.gradients(self.workers)
-            self._options = ExchangeOptions(
+            # They know what their settings may be.
+            self._asked_dial = Dial(gradients_per_update, staleness_policy)
+            self._asked = ExchangeOptions(
                 max_staleness,
                 on_stale,
-                gradients_per_update=count,
-                staleness_policy=dial.policy,
+                staleness_policy=self._asked_dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
-        self._bound = resolve_max_staleness(max_staleness, self.workers, count)
-        self._configuration = {
-            "strategy": type(self).__name__,
-            "ranks": self.workers,
-            "max_staleness": self._bound,
-            "on_stale": on_stale,
-            "batches": "shared",
-            "gradients_per_update": count,
-            "staleness_policy": describe_policy(dial.policy),
-            "momentum_correction": momentum_correction,
+        self._simulated = {
             "step_seconds": str(step_seconds),
             "push_seconds": push_seconds,
             "pull_seconds": pull_seconds,
@@ -183,7 +179,28 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
     @property
     def configuration(self) -> dict[str, Any]:
         """The simulated cluster, ready for JSON."""
-        return dict(self._configuration)
+        options = self._options
+        return {
+            "strategy": type(self).__name__,
+            "ranks": self.workers,
+            "max_staleness": self._bound,
+            "on_stale": options.on_stale,
+            "batches": "shared",
+            "gradients_per_update": options.gradients_per_update,
+            "staleness_policy": describe_policy(options.staleness_policy),
+            "momentum_correction": options.momentum_correction,
+            **self._simulated,
+            **self._dial.described,
+        }
+
+    @property
+    def _options(self) -> ExchangeOptions:
+        """How gradients become updates at present."""
+        return self._dial.options
+
+    @property
+    def _bound(self) -> int | None:
+        return resolve_max_staleness(self._options.max_staleness, self.workers, self._options.gradients_per_update)
 
     @property
     def version(self) -> int:
@@ -202,6 +219,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         gathered: Gathered | None = None,
         learned: Mapping[str, Any] | None = None,
     ) -> None:
+        self._dial = RunDial(self._asked_dial, self._asked, self.workers, lambda: self.stats)
         self.progress = progress or Progress.beginning(self.workers)
         self.stats = RunStats(self.workers, self.progress.time)
         self._version, self._gathered, self._learned = version, gathered, learned
@@ -288,11 +306,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         run, optimizer = self._run, self.optimizers[0]
         if run is not None and (run.is_training or run.owns(optimizer)):
             return run
-        if run is not None:
-            # Gradients that wait for more are of the parameters and the optimizer that were there.
-            run.complete()
-            self._version, self._gathered, self._learned = run.version, None, run.learned()
-            self._end_run()
+        self._end_run_at_border()
         if run is not None and len(self.optimizers) != 1:
             raise MisconfigurationException(f"{type(self).__name__} needs one optimizer, not {len(self.optimizers)}.")
         self._check(optimizer)
@@ -303,7 +317,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         barrier = StalenessBarrier(self._bound, options.on_stale, self._version, options.gradients_per_update)
         try:
             policy, rule = policy_and_momentum(options, [optimizer], self.workers)
-            held = (self._gathered, policy, rule, self._learned)
+            limit = options.max_rejected_in_a_row if options.reject_nonfinite else None
+            held = (self._gathered, policy, rule, self._learned, limit)
             run = ClusterRun(optimizer, barrier, self._steps, self._times, self.stats, self.progress, *held)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} cannot train this module: {error}.") from None
@@ -322,7 +337,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
                 "workers' gradients are under way. Do it at a stop, for example in on_train_epoch_start or "
                 "on_validation_end."
             )
-        self._has_pushed = False
+        self._has_pushed, version = False, run.version
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if not self._has_pushed:
             # training_step returned None, or the gradient scaler found an infinity.
@@ -333,7 +348,25 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         step = trainer.global_step + 1
         if self._metrics is not None and every > 0 and step % every == 0:
             self._metrics.log(run.version, step - 1, trainer.current_epoch)
+        if run.version > version:
+            # In lock step everyone has arrived where a version is made.
+            self._choose_if_due(trainer)
         return output
+
+    def _choose_if_due(self, trainer: Trainer) -> None:
+        """Lets "auto" choose, at a stop, once each worker has made the steps that it measures."""
+        batches = auto.WARM_UP_STEPS * self.workers * trainer.accumulate_grad_batches
+        if self._dial.steps_to_measure is None or sum(self.progress.steps) < batches:
+            return
+        self._dial.choice = self._dial.choose(self._times.update)
+        if self._dial.notice is None:
+            return
+        say(trainer, self._dial.notice)
+        self._settle()
+        self._end_run_at_border()
+        self._dial.begin_at(self._version)
+        if self._metrics is not None:
+            self._metrics.configure(self.configuration)
 
     def _push(self, optimizer: Optimizer) -> None:
         assert self._run is not None
@@ -381,6 +414,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
             "progress": self.progress.as_dict(),
             **({} if gathered is None else {"gathered": asdict(gathered)}),
             **({} if learned is None else {"policy": dict(learned)}),
+            **self._dial.state(),
         }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -398,6 +432,7 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
             )
         gathered = Gathered(**saved["gathered"]) if "gathered" in saved else None
         self._start_anew(progress, saved["version"], gathered, saved.get("policy"))
+        self._dial.load(saved)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -407,6 +442,8 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         trainer = self._module.trainer
         if self._metrics is not None:
             self._metrics.finish(self.version, max(0, trainer.global_step - 1), trainer.current_epoch)
+        if self._dial.unfinished is not None:
+            say(trainer, self._dial.unfinished)
         if self.summary and self.stats.updates:
             end_live_bars(trainer)
             width = shutil.get_terminal_size().columns
@@ -420,6 +457,15 @@ class SimulatedClusterStrategy(OneDeviceStrategy):
         with self._undo.pop_all():
             self._metrics = None
         super().teardown()
+
+    def _end_run_at_border(self) -> None:
+        """Ends the run between two versions; another one goes on from there."""
+        run = self._run
+        if run is not None:
+            # Gradients that wait for more are of the parameters, the optimizer and the rules that were there.
+            run.complete()
+            self._version, self._gathered, self._learned = run.version, None, run.learned()
+            self._end_run()
 
     def _end_run(self) -> None:
         run, self._run = self._run, None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async.data.shared_loader import share_loader, walks_one_order
-from lightning_async.exchange.dial import Dial, GradientsPerUpdate
+from lightning_async.exchange.auto import Choice
+from lightning_async.exchange.dial import Dial, GradientsPerUpdate, RunDial
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import (
     Batches,
@@ -47,16 +47,18 @@ from lightning_async.holder.amsgrad import UnsupportedOptimizerError
 from lightning_async.holder.rebuild import check_steppable
 from lightning_async.loops import trainer_state
 from lightning_async.loops.installation import InstalledLoops, install
+from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.cores import usable_cores
+from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
-from lightning_async.strategies.ending import FitEnding
+from lightning_async.strategies.ending import FitEnding, do_each
 from lightning_async.strategies.fit import Fit, set_up_fit
 from lightning_async.strategies.gradient_exchange import ExchangeContext
 from lightning_async.strategies.module_wrapper import ModuleWrapper, call_directly
@@ -97,13 +99,15 @@ class AsyncStrategy(PhasedCollectives):
         batches: ``"shared"`` gives the next batch to whichever rank asks, so a fast rank computes more of them;
             ``"sharded"`` gives every rank an equal share. Either way an epoch covers every sample once.
         transport: how gradients and parameters travel. ``"auto"`` uses shared memory for ranks on rank 0's host and
-            Gloo for the others, and NCCL between GPUs; ``"shm"``, ``"gloo"`` and ``"nccl"`` insist on one.
-        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends.
+            TCP for the others, and NCCL between GPUs; ``"shm"``, ``"tcp"`` and ``"nccl"`` insist on one.
+        worker_timeout: seconds without a sign of life after which a rank counts as lost and the run ends. A link that
+            is cut for less is waited for, and a payload takes as long as its bytes move.
         overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
             that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
-        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
-            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
-        parameter_wire_dtype: the same for parameters.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"``, ``"fp16"``
+            (which clamps to ±65,504) or ``"int8"`` (a scale for each 256 values; what rounding loses is sent with the
+            next gradients). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters; ``"int8"`` sends the difference to what a rank has.
         summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
             were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,
@@ -112,11 +116,12 @@ class AsyncStrategy(PhasedCollectives):
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
-            less than DDP. Gradients are weighted by their samples. ``"auto"`` is half of the ranks, with DDP's own
-            learning rate and momentum (``staleness_policy="from_ddp"``).
+            less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
+            it begins as DDP does, measures the ranks' steps, and stays with DDP where they are equal; else it goes on
+            with half of the ranks and ``staleness_policy="from_ddp"``. It says once what it has chosen, and why.
         staleness_policy: what is done with a gradient because of its age: ``"plain"`` (nothing), ``"damping"``,
             ``"delay_adaptive"``, ``"rescaled"``, ``"ordered_momentum"``, ``"look_ahead"``, ``"from_ddp"``, or
-            a `StalenessPolicy`; None is ``"plain"``, and ``"from_ddp"`` with ``gradients_per_update="auto"``.
+            a `StalenessPolicy`; None is ``"plain"``, or what ``gradients_per_update="auto"`` chooses.
         momentum_correction: what the holder multiplies β1, or ``momentum``, by when it steps; ``"auto"`` takes away
             what asynchrony itself adds. Param groups, schedulers and checkpoints keep the user's values.
         on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
@@ -124,6 +129,16 @@ class AsyncStrategy(PhasedCollectives):
         min_ranks: with ``"continue"``, how many ranks must be left.
         max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
             the run in the middle of an epoch.
+        join_file: with ``"continue"``, a file in which rank 0 leaves what workers on any machine join the run with:
+            ``lightning-async join FILE -- python train.py``. It has the run's token, and only its owner can read it.
+        reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
+            batches count as done, and the rank that has computed it is named and goes on with fresh parameters. False
+            applies it, as DDP does.
+        max_rejected_in_a_row: a rank whose gradients are rejected so often without a break fails.
+        step_timeout: seconds that a rank may take for a step, from fresh parameters to the gradient; one that takes
+            longer fails, whether or not it gives signs of life. None sets no limit.
+        max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
+            slower fails. None sets no limit.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -159,6 +174,11 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: OnWorkerFailure = "stop",
         min_ranks: int = 1,
         max_restarts: int = 3,
+        join_file: str | Path | None = None,
+        reject_nonfinite: bool = True,
+        max_rejected_in_a_row: int = 10,
+        step_timeout: float | None = None,
+        max_slowdown: float | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -179,7 +199,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
-            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts)
+            self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts, join_file)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
                 max_staleness=max_staleness,
@@ -194,6 +214,10 @@ class AsyncStrategy(PhasedCollectives):
                 holder=holder,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
+                reject_nonfinite=reject_nonfinite,
+                max_rejected_in_a_row=max_rejected_in_a_row,
+                step_timeout_s=step_timeout,
+                max_slowdown=max_slowdown,
             )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
@@ -214,6 +238,8 @@ class AsyncStrategy(PhasedCollectives):
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
+        # Of a fit from its setup on, and of the last one.
+        self._run_dial: RunDial | None = None
         self._ending: FitEnding | None = None
         self._saving_since_ns = 0
         # What a checkpoint notes that is saved outside of a fit: where the last one has ended.
@@ -222,11 +248,23 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def options(self) -> ExchangeOptions:
         """How gradients are exchanged among the ranks that there are."""
-        # With several optimizers each gradient is an update.
-        several = self._dial.gradients_per_update == "auto" and len(self.optimizers) > 1
-        return replace(
-            self._asked, gradients_per_update=1 if several else self._dial.gradients(self.nominal_world_size)
+        return (self._run_dial or self._begin_dial()).options
+
+    def _begin_dial(self) -> RunDial:
+        return RunDial(
+            self._dial, self._asked, self.nominal_world_size, lambda: self.stats, lambda: len(self.optimizers) or 1
         )
+
+    @property
+    def choice(self) -> Choice | None:
+        """What ``gradients_per_update="auto"`` has chosen in this fit, or the last one; None before that."""
+        return None if self._run_dial is None else self._run_dial.choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        # In the process that has started the ranks.
+        self._run_dial = self._begin_dial()
+        self._run_dial.choice = choice
 
     # --- who and where -----------------------------------------------------------------------------------------------
 
@@ -301,7 +339,8 @@ class AsyncStrategy(PhasedCollectives):
         module = self.lightning_module
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
-        refuse_options(self.options, self.strategy_name, self.root_device, self.world_size)
+        for options in self._dial.possible(self._asked, self.world_size):
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
         try:
             check_module(module)
         except ValueError as error:
@@ -329,10 +368,15 @@ class AsyncStrategy(PhasedCollectives):
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
             return
+        if self._resilience.goes_on and self.is_fitting and is_supervised():
+            rank_zero_warn(
+                'on_worker_failure="continue" has no effect under torchrun, whose agent ends all ranks when one ends. '
+                "Start the script itself: it starts its ranks."
+            )
         with supervisor.impatience(), breakable():
             super().setup_environment()
             open_exchange_group(self._timeout)
-        supervisor.meet(super().broadcast)
+        supervisor.meet(super().broadcast, self.gather_objects)
         self._meet_by_way_of_rank_0(supervisor)
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
@@ -361,6 +405,7 @@ class AsyncStrategy(PhasedCollectives):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         if self.is_fitting:
+            self._run_dial = None
             self._signals.forget()
             if self.is_global_zero:
                 assert self._supervisor is not None
@@ -434,13 +479,14 @@ class AsyncStrategy(PhasedCollectives):
         self.stats = RunStats(self.world_size)
         for notice in start_notices(self.world_size, self.num_processes, usable_cores()):
             rank_zero_info(notice)
-        if (chosen := self._dial.notice(self.world_size, self.options.gradients_per_update)) is not None:
-            rank_zero_info(chosen)
+        self._run_dial = self._begin_dial()
+        if self._run_dial.notice is not None:
+            rank_zero_info(self._run_dial.notice)
         self._resolved, self.has_stepped = None, False
         context = ExchangeContext(
             name=self.strategy_name,
             module=self.lightning_module,
-            options=self.options,
+            dial=self._run_dial,
             rank=self._supervisor.membership.rank,
             world_size=self.nominal_world_size,
             device=self.root_device,
@@ -577,6 +623,9 @@ class AsyncStrategy(PhasedCollectives):
         self.barrier("every rank has the optimizers' states")
         assert self._supervisor is not None
         self._supervisor.end_training()
+        self._save_late()
+        if self._run_dial is not None and self._run_dial.unfinished is not None:
+            say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
         self._ending.finish()
 
@@ -587,7 +636,16 @@ class AsyncStrategy(PhasedCollectives):
             error: the exception.
         """
         if self._fit is not None and self._ending is not None:
+            # A handler may have asked for a checkpoint before it has ended the fit.
+            do_each([self._save_late])
             self._ending.break_off(error)
+
+    def _save_late(self) -> None:
+        """Saves what a signal's handler has asked for since the last batch; no collective."""
+        if not self._signals.saves:
+            return
+        with nullcontext() if self.phase.is_asynchronous else self.phase.asynchronous():
+            self._signals.save()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -617,8 +675,9 @@ class AsyncStrategy(PhasedCollectives):
     @property
     def configuration(self) -> dict[str, Any]:
         """How this run exchanges gradients, ready for JSON: arguments, ranks, and what "auto" became once it trains."""
-        described = describe_run(type(self).__name__, self.nominal_world_size, self.options, self._resolved)
-        return {**described, "requested": described["requested"] | self._dial.requested}
+        dial = self._run_dial or self._begin_dial()
+        described = describe_run(type(self).__name__, self.nominal_world_size, dial.options, self._resolved)
+        return {**described, **dial.described, "requested": described["requested"] | dial.requested}
 
     @classmethod
     @override

@@ -7,8 +7,9 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
-from lightning_async.runtime.admission import Admission, Invitation
+from lightning_async.runtime.admission import Admission, Invitation, leave_invitation, outward_address
 from lightning_async.runtime.failure import FailureLatch, RunFailure, say
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
@@ -116,8 +117,7 @@ class RunSupervisor:
     def report_failure(self, local_rank: int, reason: str) -> None:
         """Tells this rank that the process of another one on this host has ended with an error."""
         assert self._membership is not None
-        rank = self._ranks.node_rank * self._ranks.num_processes + local_rank
-        self._membership.lose(RunFailure(rank, reason))
+        self._membership.lose(RunFailure(self._ranks.node_rank * self._ranks.num_processes + local_rank, reason))
 
     def _describe_end(self, rank: int) -> str | None:
         return self.launcher.describe_end(self._local_rank(rank))
@@ -158,9 +158,11 @@ class RunSupervisor:
         """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
         return self.membership.was_lost(error, self._losses_known)
 
-    def note_group_forming(self) -> None:
-        """Notes that the ranks in the run are about to form a process group."""
-        self._losses_known = self.membership.losses
+    def note_group_forming(self, ranks: Sequence[int] | None) -> None:
+        """Notes that a process group is about to be formed: before it is settled who is in it, and with its ranks."""
+        self.membership.group = ranks
+        if ranks is None:
+            self._losses_known = self.membership.losses
 
     def is_group_outdated(self) -> bool:
         """Whether a rank was lost since then, which may be in that group."""
@@ -186,7 +188,7 @@ class RunSupervisor:
     def on_eviction(self, step: Callable[[int, str], str | None]) -> None:
         """Has something done on rank 0 when a rank is out, before the others hear of it; see `Evictions`."""
         if self.membership.evictions is not None:
-            self.membership.evictions.steps.insert(0, step)
+            self.membership.evictions.before.append(step)
 
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
@@ -195,12 +197,15 @@ class RunSupervisor:
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True
+        if self.resilience.join_file is not None:
+            assert address is not None
+            leave_invitation(address, Path(self.resilience.join_file))
         assert address is not None
         most = self.resilience.max_restarts
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.invite(Invitation(address, None), most)
         else:
-            evictions.steps.append(lambda rank, reason: self._restart(rank, Invitation(address, rank), most))
+            evictions.restart = lambda rank: self._restart(rank, Invitation(address, rank), most)
 
     def _restart(self, rank: int, invitation: Invitation, most: int) -> str | None:
         return self.launcher.restart(self._local_rank(rank), invitation, most)
@@ -209,6 +214,11 @@ class RunSupervisor:
         """Until here."""
         if self._membership is not None and self._membership.evictions is not None:
             self._membership.evictions.under_way = False
+
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run; see `Membership.share`."""
+        assert self._membership is not None
+        return self._membership.share(address, broadcast)
 
     def start_holder_process(self) -> None:
         """Starts the holder's own process, which imports while the ranks find each other."""
@@ -220,14 +230,17 @@ class RunSupervisor:
         if process is not None:
             process.end()
 
-    def meet(self, broadcast: Callable[[str], str]) -> None:
+    def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
         host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
+        if self.resilience.join_file is not None and self._ranks.is_fitting and self._ranks.num_nodes == 1:
+            # For workers on other machines.
+            host = outward_address()
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
-        self._membership.meet(self._ranks.world_size, host, broadcast, resilience)
+        self._membership.meet(self._ranks.world_size, host, broadcast, gather, resilience)
         _prepare_exit()
 
     @contextmanager

@@ -18,6 +18,7 @@ from lightning_async.transport.message import (
     Abort,
     Ack,
     Beat,
+    Challenge,
     Close,
     Draw,
     Evict,
@@ -28,6 +29,7 @@ from lightning_async.transport.message import (
     Message,
     Outcome,
     Parameters,
+    Proof,
     Pull,
     Push,
     Read,
@@ -153,15 +155,15 @@ def _start_and_count(tickets: range) -> tuple[int, int]:
 
 
 def _split_push(push: Push) -> tuple[Numbers, Sections]:
-    _, optimizer, version, tickets, samples, waited_s, wants, dtype, payload_bytes, *sections = push
+    _, optimizer, version, tickets, samples, waited_s, wants, dtype, payload_bytes, *sections, finite = push
     hyperparams, present, counts = sections
     _check_seconds(waited_s)
-    numbers = (optimizer, version, samples, waited_s, payload_bytes, wants, _CODE_OF_DTYPE[dtype])
+    numbers = (optimizer, version, samples, waited_s, payload_bytes, wants, _CODE_OF_DTYPE[dtype], not finite)
     return numbers, (tickets, hyperparams, present, counts, "")
 
 
 def _build_push(worker: int, numbers: Numbers, sections: Sections) -> Push:
-    optimizer, version, samples, waited_s, payload_bytes, wants, dtype = numbers
+    optimizer, version, samples, waited_s, payload_bytes, wants, dtype, spoiled = numbers
     tickets, hyperparams, present, counts, _ = sections
     _check_seconds(waited_s)
     # Positional: keywords take longer.
@@ -178,6 +180,7 @@ def _build_push(worker: int, numbers: Numbers, sections: Sections) -> Push:
         hyperparams,
         present,
         counts,
+        not spoiled,
     )
 
 
@@ -231,6 +234,8 @@ layout_of_type: dict[type, Layout] = {
         lambda hello: ((hello.incarnation,), _text(hello.claims)),
         lambda worker, numbers, sections: Hello(worker, numbers[0], sections[_TEXT]),
     ),
+    Challenge: _with_text(Challenge),
+    Proof: _with_text(Proof),
     Welcome: _with_text(Welcome),
     Refuse: _with_text(Refuse),
     Draw: _layout(Draw),
@@ -243,7 +248,7 @@ layout_of_type: dict[type, Layout] = {
     ),
     Pull: _with_counts(Pull),
     Parameters: _layout(Parameters, "QQQIBB", ("counts",), _split_parameters, _build_parameters),
-    Push: _layout(Push, "IQQdQ?B", ("tickets", "hyperparams", "present", "counts"), _split_push, _build_push),
+    Push: _layout(Push, "IQQdQ?B?", ("tickets", "hyperparams", "present", "counts"), _split_push, _build_push),
     Skip: _layout(
         Skip,
         "",

@@ -18,6 +18,7 @@ __all__ = [
     "Abort",
     "Ack",
     "Beat",
+    "Challenge",
     "Close",
     "Draw",
     "Evict",
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "Outcome",
     "Parameters",
+    "Proof",
     "Pull",
     "Push",
     "Read",
@@ -60,7 +62,9 @@ class Kind(enum.IntEnum):
     GOODBYE = 15
     READ = 16
     RELEASE = 17
-    EVICT = 18
+    CHALLENGE = 18
+    PROOF = 19
+    EVICT = 20
 
 
 class Outcome(enum.IntEnum):
@@ -69,6 +73,7 @@ class Outcome(enum.IntEnum):
     NOT_PUSHED = 0
     APPLIED = 1
     DROPPED = 2
+    REJECTED = 3
 
 
 class Hello(NamedTuple):
@@ -83,6 +88,30 @@ class Hello(NamedTuple):
     worker: int
     incarnation: int = 0
     claims: str = ""
+
+
+class Challenge(NamedTuple):
+    """Answers `Hello`: proves that rank 0 has the run's token, and asks for the same proof.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
+
+
+class Proof(NamedTuple):
+    """Answers `Challenge`.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
 
 
 class Welcome(NamedTuple):
@@ -177,6 +206,7 @@ class Push(NamedTuple):
         hyperparams: the present hyperparameters of all param groups, as `pack_hyperparams` packs them.
         present: bitmap with one bit per parameter of the optimizer, least significant bit first.
         counts: what the worker has counted since its last report (see `tally.py`), as `pack_counts` packs it.
+        finite: False if the worker has found NaN or infinity in the gradient, which is then rejected.
     """
 
     worker: int
@@ -191,6 +221,7 @@ class Push(NamedTuple):
     hyperparams: bytes = b""
     present: bytes = b""
     counts: bytes = b""
+    finite: bool = True
 
 
 class Skip(NamedTuple):
@@ -301,6 +332,8 @@ class Goodbye(NamedTuple):
 
 Message: TypeAlias = (
     Hello
+    | Challenge
+    | Proof
     | Welcome
     | Refuse
     | Draw
@@ -323,7 +356,7 @@ Message: TypeAlias = (
 _KINDS: dict[type, Kind] = {
     kind: Kind[kind.__name__.upper()]
     for kind in (
-        *(Hello, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
+        *(Hello, Challenge, Proof, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
         *(Release, Leave, Close, Read, Ack, Beat, Abort, Evict, Goodbye),
     )
 }

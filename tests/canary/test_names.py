@@ -36,7 +36,6 @@ USES = {
     "_computed": ["torchmetrics.Metric", f"{RESULT}._ResultMetric"],
     "_data_fetcher": ["trainer.fit_loop"],
     "_destroy": ["torch.library.Library"],
-    "_devices": ["torch.distributed.ProcessGroupGloo._Options"],
     "_dispatch_get_all_op_names": ["torch._C"],
     "_dispatch_keyset_full_after": ["torch._C"],
     "_every_n_train_steps": ["lightning.pytorch.callbacks.ModelCheckpoint"],
@@ -68,7 +67,6 @@ USES = {
     "_opt_called": [SCHEDULER],
     "_option_string_actions": ["argparse.ArgumentParser"],
     "_optimizer_step": ["lightning.pytorch.loops.optimization.automatic._AutomaticOptimization"],
-    "_Options": ["torch.distributed.ProcessGroupGloo"],
     "_prefix": ["lightning.pytorch.loggers.WandbLogger", "lightning.pytorch.loggers.CSVLogger"],
     "_process_group_backend": ["trainer.strategy"],
     "_recover_results_in_main_process": ["lightning.pytorch.strategies.launchers._MultiProcessingLauncher"],
@@ -83,7 +81,7 @@ USES = {
     "_slurm_sigusr_handler_fn": ["trainer._signal_connector"],
     "_start_method": ["trainer.strategy", "lightning.pytorch.strategies.launchers._MultiProcessingLauncher"],
     "_step_supports_amp_scaling": ["lightning.fabric.plugins.precision.amp"],
-    "_timeout": ["trainer.strategy", "torch.distributed.ProcessGroupGloo._Options"],
+    "_timeout": ["trainer.strategy"],
     "_trainer": ["lightning.pytorch.LightningModule"],
     "_typehint": ["jsonargparse._typehints.ActionTypeHint"],
     "_update_count": ["torchmetrics.Metric"],
@@ -93,7 +91,7 @@ USES = {
 }
 
 # What is not theirs: of the standard library and of torch's bindings; of this package, where an object uses another's.
-NOT_THEIRS = {"_C", "_current_frames", "_exit", "_getframe", "_replace"}
+NOT_THEIRS = {"_C", "_asdict", "_current_frames", "_exit", "_getframe", "_replace"}
 OWN = {
     "data/loader_proxy.py": {"_proxy_iterate", "_proxy_length", "_proxy_real", "_proxy_shown"},
     "exchange/engine.py": {"_owned"},

@@ -53,13 +53,14 @@ NCCL = [("_End", "DeviceHolder"), ("NcclChannel", "NoneType"), ("NcclChannel", "
 
 WAYS = [
     pytest.param({"transport": "shm"}, False, STAGED, id="staged-shm"),
-    pytest.param({"transport": "gloo"}, False, STAGED, id="staged-gloo"),
+    pytest.param({"transport": "tcp"}, False, STAGED, id="staged-tcp"),
     pytest.param({"transport": "shm", "overlap": True}, False, STAGED, id="staged-overlap"),
     pytest.param({"transport": "shm", "holder": "process"}, False, STAGED_APART, id="staged-holder-process"),
     pytest.param({"transport": "shm", "holder_device": "cuda"}, False, STAGED_ON_GPU, id="staged-both-ends"),
     pytest.param({"transport": "nccl"}, True, NCCL, id="nccl", marks=needs_nccl),
     pytest.param({"transport": "auto"}, True, NCCL, id="auto", marks=needs_nccl),
 ]
+FROM_DDP: dict[str, Any] = {"gradients_per_update": 2, "staleness_policy": "from_ddp"}
 # An update of more than one gradient, which are added up where the holder is.
 MEANS = [
     pytest.param({"transport": "shm", "gradients_per_update": 2}, False, STAGED, id="staged-mean"),
@@ -71,7 +72,7 @@ MEANS = [
     ),
     pytest.param({"transport": "nccl", "gradients_per_update": 2}, True, NCCL, id="nccl-mean", marks=needs_nccl),
     # What policies do to the optimizer's state, where it is.
-    pytest.param({"transport": "shm", "gradients_per_update": "auto"}, False, STAGED, id="staged-auto"),
+    pytest.param({"transport": "shm", **FROM_DDP}, False, STAGED, id="staged-from-ddp"),
     pytest.param(
         {"transport": "shm", "holder_device": "cuda", "staleness_policy": "ordered_momentum"},
         False,
@@ -79,10 +80,10 @@ MEANS = [
         id="staged-ordered-on-gpu",
     ),
     pytest.param(
-        {"transport": "shm", "holder_device": "cuda", "gradients_per_update": "auto"},
+        {"transport": "shm", "holder_device": "cuda", **FROM_DDP},
         False,
         STAGED_ON_GPU,
-        id="staged-auto-on-gpu",
+        id="staged-from-ddp-on-gpu",
     ),
 ]
 

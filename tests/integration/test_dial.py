@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy, AsyncStrategy
+from lightning_async.exchange import auto
 from tests.launch import Launched, launch, report
 from tests.models import TinyClassifier, fork_trainer, indexed_data, loader
 
@@ -213,10 +214,16 @@ class UnequalStream(IterableDataset[Any]):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("arguments", [{}, {"val_check_interval": 2}], ids=["epochs", "validations"])
-def test_ranks_whose_streams_end_earlier_hold_nobody_up_in_lock_step(tmp_path: Path, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("per_update", "arguments"),
+    [(RANKS, {}), (RANKS, {"val_check_interval": 2}), ("auto", {"max_epochs": EPOCHS})],
+    ids=["epochs", "validations", "auto"],
+)
+def test_ranks_whose_streams_end_earlier_hold_nobody_up_in_lock_step(
+    tmp_path: Path, per_update: Any, arguments: dict[str, Any]
+) -> None:
     def script(folder: Path) -> None:
-        strategy = AsyncStrategy(0, gradients_per_update=RANKS, start_method="fork")
+        strategy = AsyncStrategy(0, gradients_per_update=per_update, start_method="fork")
         trainer = fork_trainer(folder, RANKS, strategy, **({"max_epochs": EPOCHS} | arguments))
         trainer.fit(Module(), DataLoader(UnequalStream(), batch_size=BATCH), loader(12, BATCH))
 
@@ -250,29 +257,166 @@ def test_gradients_that_wait_for_more_are_not_lost_with_an_optimizer_that_is_rep
         assert rank["version"] == 3 + 3
 
 
-@pytest.mark.parametrize("settings", [{}, {"staleness_policy": "plain"}], ids=["own-policy", "plain"])
-def test_auto_is_half_of_the_ranks_and_says_so(tmp_path: Path, settings: dict[str, Any]) -> None:
+# Steps of each rank that "auto" measures in these tests.
+MEASURED = 11
+
+
+class SlowRank(Module):
+    """Its last rank sleeps in each step, as do the others for less time."""
+
+    def __init__(self, slowest_s: float) -> None:
+        super().__init__(sleep_s=(0.004, 0.004, slowest_s))
+
+    def on_train_end(self) -> None:
+        """Reports later, when the statistics are complete."""
+
+    def on_fit_end(self) -> None:
+        strategy: Any = self.trainer.strategy
+        report(
+            Path.cwd(),
+            self.global_rank,
+            parameters=self.flat_parameters(),
+            step=self.trainer.global_step,
+            steps=self.steps,
+            version=strategy.version,
+            run=strategy.configuration,
+            stats=strategy.stats.as_dict(),
+        )
+
+
+def auto_fit(folder: Path, module: Module, strategy: AsyncStrategy, epochs: int = 2, **settings: Any) -> Any:
+    seed_everything(3, verbose=False)
+    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=epochs, **settings)
+    trainer.fit(module, loader(SAMPLES, BATCH))
+    return trainer
+
+
+@pytest.fixture
+def least_gain(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Measures little, and is content with what gain there is, so that no choice hangs on a busy machine."""
+    monkeypatch.setattr(auto, "WARM_UP_STEPS", MEASURED)
+    monkeypatch.setattr(auto, "LEAST_GAIN", request.param)
+
+
+@pytest.mark.parametrize("least_gain", [1.0], indirect=True)
+@pytest.mark.usefixtures("least_gain")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"staleness_policy": "plain", "max_staleness": 5, "holder": "process"}, {"overlap": True}],
+    ids=["thread", "own-policy-process", "overlap"],
+)
+def test_auto_measures_in_lock_step_and_then_lets_unequal_ranks_go(tmp_path: Path, settings: dict[str, Any]) -> None:
     strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork", **settings)
 
-    def script(folder: Path) -> None:
-        seed_everything(3, verbose=False)
-        trainer = fork_trainer(folder, RANKS, strategy)
-        module = Module()
-        module.on_fit_end = lambda: report(  # type: ignore[method-assign]
-            folder, trainer.global_rank, version=strategy.version, run=strategy.configuration
-        )
-        trainer.fit(module, loader(SAMPLES, BATCH))
-
-    run = launch(script, tmp_path)
+    run = launch(lambda folder: auto_fit(folder, SlowRank(0.03), strategy, epochs=4, max_steps=40), tmp_path)
 
     first = finished(run)[0]
-    assert first["version"] == -(-33 // 2)
+    chosen = first["run"]["auto"]
+    assert chosen["gain"] >= 1.0
+    assert len(chosen["step_seconds"]) == RANKS
     assert first["run"]["gradients_per_update"] == 2
+    assert first["run"]["max_staleness"] == settings.get("max_staleness", 6)
     assert first["run"]["requested"]["gradients_per_update"] == "auto"
     assert first["run"]["staleness_policy"] == settings.get("staleness_policy", "from_ddp")
     (said,) = [line for line in run.output.splitlines() if line.startswith('gradients_per_update="auto"')]
-    assert "2 gradients an update for 3 ranks" in said
-    assert ("can be those of DDP" in said) is (not settings)
+    assert "2 gradients an update for 3 ranks, whose steps take" in said
+    assert ("can be those of DDP" in said) is ("staleness_policy" not in settings)
+    # The clock has not jumped: steps of 120 gradients, as under DDP, each batch once.
+    steps = [rank["steps"] for rank in finished(run)]
+    assert {rank["step"] for rank in finished(run)} == {40}
+    assert all(one == sorted(one) for one in steps)
+    assert sum(map(len, steps)) == 120 == first["stats"]["updates"]
+    if not settings.get("overlap"):
+        # Eleven versions of three, then of two; an epoch's last may be made of one.
+        assert 11 + (120 - 33) / 2 <= first["version"] <= 11 + (120 - 33) / 2 + 4
+
+
+@pytest.mark.parametrize("least_gain", [99.0], indirect=True)
+@pytest.mark.usefixtures("least_gain")
+def test_auto_stays_with_ddp_where_ranks_are_equal(tmp_path: Path) -> None:
+    strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork")
+    (tmp_path / "ddp").mkdir()
+    ddp = finished(
+        launch(
+            lambda folder: auto_fit(
+                folder, SlowRank(0.005), AsyncStrategy(0, gradients_per_update=RANKS, start_method="fork")
+            ),
+            tmp_path / "ddp",
+        )
+    )
+    run = launch(lambda folder: auto_fit(folder, SlowRank(0.005), strategy), tmp_path)
+
+    first = finished(run)[0]
+    assert (first["run"]["gradients_per_update"], first["run"]["max_staleness"]) == (RANKS, 0)
+    assert {"gradients_per_update": "auto", "max_staleness": "auto"}.items() <= first["run"]["requested"].items()
+    assert first["stats"]["staleness"] == {0: 66}
+    (said,) = [line for line in run.output.splitlines() if line.startswith('gradients_per_update="auto"')]
+    assert "as under DDP" in said
+    for mine, theirs in zip(finished(run), ddp, strict=True):
+        assert torch.allclose(mine["parameters"], theirs["parameters"], rtol=1e-5, atol=1e-6)
+
+
+class SavesAfterTheChoice(SlowRank):
+    """Rank 0 saves in the second epoch, between two batches."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.current_epoch == 1 and self.global_rank == 0 and not Path("chosen.ckpt").exists():
+            self.trainer.save_checkpoint("chosen.ckpt")
+
+
+@pytest.mark.parametrize("least_gain", [1.0], indirect=True)
+@pytest.mark.usefixtures("least_gain")
+@pytest.mark.parametrize(
+    ("ranks", "per_update", "holder"), [(RANKS, "auto", "process"), (2, "auto", "thread"), (RANKS, 1, "thread")]
+)
+def test_a_resumed_run_goes_on_with_the_choice_for_as_many_ranks(
+    tmp_path: Path, ranks: int, per_update: Any, holder: Any
+) -> None:
+    def go_on(folder: Path) -> None:
+        seed_everything(3, verbose=False)
+        strategy = AsyncStrategy(gradients_per_update=per_update, holder=holder, start_method="fork")
+        trainer = fork_trainer(folder, ranks, strategy, max_epochs=2)
+        trainer.fit(SlowRank(0.005), loader(SAMPLES, BATCH), ckpt_path=tmp_path / "chosen.ckpt")
+
+    auto_strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork")
+    first = launch(lambda folder: auto_fit(folder, SavesAfterTheChoice(0.005), auto_strategy), tmp_path)
+    chosen = finished(first)[0]["run"]["auto"]
+    noted = torch.load(tmp_path / "chosen.ckpt", weights_only=False)["async_amsgrad"]
+    # Eleven versions of three, the first epoch; then of two.
+    assert chosen["version"] == 11
+    assert noted["auto"]["gradients"] == 2
+    (tmp_path / "rest").mkdir()
+
+    rest = launch(go_on, tmp_path / "rest")
+
+    gradients = noted["counts"][0]
+    before = gradients if ranks == RANKS else gradients // RANKS * ranks
+    for rank in finished(rest):
+        assert rank["steps"] == sorted(rank["steps"])
+        assert rank["step"] == (before + 66 - gradients) // ranks
+    assert finished(rest)[0]["stats"]["updates"] == 66 - gradients
+    run = finished(rest)[0]["run"]
+    if (ranks, per_update) == (RANKS, "auto"):
+        assert run["gradients_per_update"] == 2
+        assert run["auto"]["step_seconds"] == chosen["step_seconds"]
+        assert run["staleness_policy"] == "from_ddp"
+    elif per_update == "auto":
+        # Measured anew: half of two.
+        assert (run["gradients_per_update"], len(run["auto"]["step_seconds"])) == (1, 2)
+        assert run["auto"]["version"] > gradients // RANKS
+    else:
+        assert (run["gradients_per_update"], finished(rest)[0]["version"]) == (1, 66)
+
+
+def test_a_fit_that_is_too_short_for_auto_says_so(tmp_path: Path) -> None:
+    strategy = AsyncStrategy(gradients_per_update="auto", start_method="fork")
+
+    run = launch(lambda folder: auto_fit(folder, SlowRank(0.004), strategy, epochs=1), tmp_path)
+
+    assert finished(run)[0]["version"] == 11
+    assert "gain" not in finished(run)[0]["run"]["auto"]
+    assert "the fit was over before" in run.output
 
 
 def test_a_number_of_gradients_that_is_none_is_refused() -> None:

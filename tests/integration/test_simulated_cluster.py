@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_async import SimulatedClusterStrategy
+from lightning_async.exchange import auto
 from lightning_async.policies import AgeDamping, Arrival, DelayAdaptiveStep, FromDDP, LookAhead, StalenessPolicy
 from tests.simulated import BATCHES, MAKE, Module, batches, cluster, fit, make_module, resumed
 
@@ -157,11 +158,71 @@ def test_a_resumed_run_goes_on_with_its_policy(tmp_path: Path, policy: str) -> N
     assert torch.equal(again.flat_parameters(), whole.flat_parameters())
 
 
-def test_auto_is_half_of_the_workers(tmp_path: Path) -> None:
-    strategy = cluster([1.0, 1.0, 1.0, 4.0], gradients_per_update="auto")
+@pytest.fixture
+def measures_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "WARM_UP_STEPS", 4)
+    monkeypatch.setattr(auto, "_UNSTEADY", 0)
 
+
+def varying(slowest: float, **settings: Any) -> SimulatedClusterStrategy:
+    return cluster([{"mean": mean, "spread": 0.1, "distribution": "normal"} for mean in (1, 1, slowest)], **settings)
+
+
+def auto_cluster(slowest: float, **settings: Any) -> SimulatedClusterStrategy:
+    return varying(slowest, gradients_per_update="auto", **settings)
+
+
+@pytest.mark.usefixtures("measures_little")
+def test_auto_is_ddp_until_it_has_measured_and_then_lets_unequal_workers_go(tmp_path: Path) -> None:
+    strategy, ddp = auto_cluster(4.0), varying(4.0, gradients_per_update=3, max_staleness=0)
+    modules = make_module(), make_module()
+
+    fit(tmp_path, modules[0], ddp, max_epochs=1, limit_train_batches=12)
+    fit(tmp_path, modules[1], strategy, max_epochs=1, limit_train_batches=12)
+
+    # Four updates of three, as under DDP, and the choice.
+    assert torch.equal(modules[1].flat_parameters(), modules[0].flat_parameters())
+    assert (strategy.version, strategy.stats.staleness) == (4, {0: 12})
     assert strategy.configuration["gradients_per_update"] == 2
     assert strategy.configuration["staleness_policy"] == "from_ddp"
+    assert strategy.configuration["max_staleness"] == 6
+    assert strategy.configuration["auto"]["gain"] > 2
+    strategy = auto_cluster(4.0)
+    fit(tmp_path, make_module(), strategy, max_epochs=1)
+    assert strategy.version == 4 + (BATCHES - 12) // 2
+    assert max(strategy.stats.staleness) > 0
+
+
+@pytest.mark.usefixtures("measures_little")
+def test_auto_stays_with_ddp_where_workers_are_equal(tmp_path: Path) -> None:
+    strategy, ddp = auto_cluster(1.0), varying(1.0, gradients_per_update=3, max_staleness=0)
+    modules = make_module(), make_module()
+
+    fit(tmp_path, modules[0], ddp)
+    fit(tmp_path, modules[1], strategy)
+
+    assert torch.equal(modules[1].flat_parameters(), modules[0].flat_parameters())
+    assert strategy.configuration["gradients_per_update"] == 3
+    assert strategy.configuration["max_staleness"] == 0
+
+
+@pytest.mark.usefixtures("measures_little")
+@pytest.mark.parametrize("measured", [4, 12], ids=["decided", "undecided"])
+def test_a_resumed_run_goes_on_with_what_auto_has_measured_or_chosen(
+    tmp_path: Path, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An epoch is ten steps of each worker: the second one of them begins without a choice, or with one.
+    monkeypatch.setattr(auto, "WARM_UP_STEPS", measured)
+    save = ModelCheckpoint(tmp_path / "all", filename="{epoch}", save_top_k=-1)
+    whole, first = make_module(make=MAKE["AMSGrad"]), auto_cluster(4.0, staleness_policy="damping")
+    fit(tmp_path, whole, first, callbacks=[save], enable_checkpointing=True)
+
+    again, strategy = resumed(tmp_path, "epoch=0.ckpt", lambda: auto_cluster(4.0, staleness_policy="damping"))
+
+    assert torch.equal(again.flat_parameters(), whole.flat_parameters())
+    assert strategy.version == first.version
+    assert strategy.configuration["gradients_per_update"] == 2
+    assert strategy.configuration["auto"]["gain"] == first.configuration["auto"]["gain"] > 2
 
 
 def test_an_update_of_all_workers_is_ddp(tmp_path: Path) -> None:

@@ -138,6 +138,11 @@ def _tiles(stats: Mapping[str, Any]) -> str:
     ]
     if stats["dropped"]:
         tiles.append((f"{stats['dropped']:,}", "gradients dropped"))
+    if stats["rejected"]:
+        of = ", ".join(str(rank) for rank, count in stats["rejected_by_rank"].items() if count)
+        tiles.append((f"{stats['rejected']:,}", f"gradients rejected, not finite: of rank {of}"))
+    if lost := stats.get("evicted"):
+        tiles.append((f"{len(lost)}", f"rank{'s' if len(lost) > 1 else ''} lost, {len(stats['joined'])} joined"))
     return "".join(
         f'<div class="tile{" long" if "/" in value else ""}"><b>{value}</b><span class="soft">{name}</span></div>'
         for value, name in tiles

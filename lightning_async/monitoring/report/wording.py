@@ -37,6 +37,9 @@ def readable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in configuration.items():
         if name in ("requested", "transport_by_rank"):
             continue
+        if name == "auto":
+            shown["what auto has chosen"] = value["why"]
+            continue
         shown[name] = f"{asked[name]} -> {value}" if name in asked else value
         if name == "transport" and len(by_rank) > 1:
             parts = [f"{kind}: {ranges(_ranks_of(kind, by_rank))}" for kind in dict.fromkeys(by_rank)]

@@ -33,7 +33,7 @@ def test_a_finished_run_with_an_old_record_is_refused_in_one_line(
     message = capsys.readouterr().err
     assert exit_info.value.code == 2
     assert message.startswith(f"error: {folder / 'record.json'} is not a record of a run")
-    assert "format version 3. Train the run anew. `--fresh` does that" in message
+    assert "format version 4. Train the run anew. `--fresh` does that" in message
     assert len(message.splitlines()) == 1
     # Nothing was run, and nothing is lost.
     assert json.loads((folder / "record.json").read_text()) == OLD_RECORD

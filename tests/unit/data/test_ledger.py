@@ -306,3 +306,19 @@ def test_a_worker_reports_the_batches_that_it_names_and_not_the_oldest() -> None
 
     assert ledger.applied() == [(0, 1), (2, 3)]
     assert ledger.leased(0) == 1
+
+
+def test_what_is_left_is_dealt_by_another_rule_from_a_stop_on() -> None:
+    ledger = Ledger(2, "sharded")
+    ledger.begin_epoch(range(8))
+    ledger.open(2)
+    for worker in (0, 1):
+        ledger.complete(worker, [ledger.draw(worker)])
+
+    ledger.deal("shared")
+    ledger.open(6)
+
+    assert [list(ledger.draw(0)) for _ in range(4)] == [[2], [3], [4], [5]]
+    ledger.begin_epoch(range(2))
+    ledger.open(2)
+    assert list(ledger.draw(1)) == [0]

@@ -88,8 +88,8 @@ class Run:
         assert service is not None
         return service
 
-    def train(self, steps: int, seed: int = 5) -> None:
-        """Both ranks read; then they push in turns, so that each gradient is a version stale."""
+    def train(self, steps: int, seed: int = 5, spoiled: tuple[int, ...] = ()) -> None:
+        """Both ranks read; then they push in turns, so that each gradient is a version stale; some are infinite."""
         generator = torch.Generator().manual_seed(seed)
         self.service.begin_epoch(range(steps))
         self.service.open(steps)
@@ -100,6 +100,7 @@ class Run:
             rank = step % RANKS
             for parameter in self.parameters[rank]:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad *= float("inf") if step in spoiled else 1.0
             self.engines[rank].worker.step(0)
             drawing[rank] = self.engines[rank].worker.draw()
             if drawing[rank]:
@@ -139,29 +140,33 @@ def amsgrad(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     ("make", "transport"),
     [
         (amsgrad, "auto"),
-        (amsgrad, "gloo"),
+        (amsgrad, "tcp"),
         (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "auto"),
         (lambda parameters: Signs(parameters, lr=0.1), "auto"),
     ],
-    ids=["AMSGrad", "AMSGrad-gloo", "SGD", "the-users-own"],
+    ids=["AMSGrad", "AMSGrad-tcp", "SGD", "the-users-own"],
 )
 def test_it_computes_the_same_bits_and_tells_the_same(make: MakeOptimizer, transport: Any) -> None:
     found = []
     for holder in ("thread", "process"):
         with running(make, holder, transport=transport) as run:
-            run.train(steps=9)
+            run.train(steps=9, spoiled=(6,))
             snapshot = run.service.snapshot()
             assert run.service.progress() == (9, 0)
             assert run.service.unfinished() == 0
-            told = [(u.push.worker, u.push.version_read, u.version, u.staleness, tickets) for u, tickets in run.told]
+            told = [
+                (u.push.worker, u.push.version_read, u.version, u.staleness, u.applied, u.rejected, tickets)
+                for u, tickets in run.told
+            ]
             parameters = [[parameter.detach().clone() for parameter in own] for own in run.parameters]
             found.append((snapshot, told, parameters, run.stats.counts()))
     (inside, told, parameters, counts), (apart, told_apart, parameters_apart, counts_apart) = found
     assert torch.equal(inside.parameters, apart.parameters)
     assert inside.applied == apart.applied == ((0, 9),)
-    assert inside.version == apart.version == 9
+    assert inside.version == apart.version == 8
     assert told == told_apart
-    assert [age for _, _, _, age, _ in told] == [0, *[1] * 8]
+    assert [age for _, _, _, age, *_ in told] == [0, *[1] * 6, 0, 1]
+    assert [step for step, (*_, applied, rejected, _) in enumerate(told) if rejected and not applied] == [6]
     for mine, theirs in zip(parameters, parameters_apart, strict=True):
         assert all(map(torch.equal, mine, theirs))
     states = [taken.optimizer_states[0]["state"] for taken in (inside, apart)]
@@ -239,7 +244,7 @@ def test_signals_to_all_processes_are_rank_0s_to_answer() -> None:
         assert run.service.snapshot().version == 3
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_its_death_is_a_failure_of_rank_0_that_everybody_hears_of(transport: Any) -> None:
     with running(amsgrad, transport=transport) as run:
         assert run.process is not None

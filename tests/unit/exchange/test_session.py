@@ -123,6 +123,21 @@ def test_a_push_that_is_too_stale_is_dropped_and_said_to_be() -> None:
     torch.testing.assert_close(served.payload(), torch.tensor([0.9, 0.9, 1.0, 1.0]))
 
 
+def test_a_push_that_is_not_finite_is_rejected_its_batch_done_and_the_next_ticket_handed_out() -> None:
+    exchange, served = start(tickets=4)
+    served.ask(Draw(RANK))
+    served.ask(Pull(RANK))
+    served.payload()
+
+    push = exchange.push(RANK, tickets=(range(1),), wants_tickets=True, finite=False)
+    reply = served.ask(push, torch.full((2,), torch.nan))
+
+    assert (reply.outcome, reply.version, reply.tickets) == (Outcome.REJECTED, 0, range(1, 2))
+    assert served.payload().equal(torch.ones(4))
+    assert exchange.applied == [0]
+    assert exchange.barrier.outstanding == {(RANK, 0): 0}
+
+
 def test_skip_reports_batches_that_gave_no_gradient() -> None:
     exchange, served = start(tickets=3)
     served.ask(Draw(RANK))

@@ -420,3 +420,25 @@ def test_a_worker_that_dies_never_blocks_the_rest(
 
     assert len(cluster.staleness) == cluster.updates
     assert tau is None or max(cluster.staleness, default=0) <= tau
+
+
+def test_other_rules_hold_from_a_versions_border_on() -> None:
+    barrier = StalenessBarrier(max_staleness=0, gradients_per_update=2)
+    for worker in (0, 1):
+        barrier.ask(worker)
+        barrier.read(worker)
+    barrier.apply(0)
+
+    with pytest.raises(ValueError, match="workers \\[1\\] hold parameters"):
+        barrier.adjust(3, "wait", 1)
+    barrier.leave(1)
+    with pytest.raises(ValueError, match="1 gradients wait for more"):
+        barrier.adjust(3, "wait", 1)
+    barrier.complete()
+    barrier.adjust(3, "drop", 1)
+
+    barrier.ask(0)
+    barrier.read(0)
+    barrier.apply(0)
+    assert barrier.version == 2
+    assert (barrier.max_staleness, barrier.on_stale, barrier.gradients_per_update) == (3, "drop", 1)

@@ -17,6 +17,7 @@ from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.types import Push, Update
+from lightning_async.policies.base import Arrival, StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from tests.harness import Call, Exchange
 
@@ -353,3 +354,58 @@ def test_a_worker_that_reads_next_has_its_place_from_its_push_on() -> None:
     # Else the version would be made of two gradients of worker 0 and of none of worker 1.
     assert holder.try_pull(0, out) is None
     assert holder.try_pull(1, out) == 1
+
+
+class Counting(StalenessPolicy):
+    """Counts gradients, and moves answers by one."""
+
+    def __init__(self, per_update: int) -> None:
+        self.count = 0
+        self.bind(4, per_update)
+
+    def bind(self, workers: int, gradients_per_update: int) -> None:
+        self.scale = 1.0 / gradients_per_update
+
+    def gradient_factor(self, arrival: Arrival) -> float:
+        self.count += 1
+        return self.scale
+
+    def look_ahead(self, out: Sequence[Tensor], optimizer: Any) -> None:
+        torch._foreach_add_(list(out), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.count = state["count"]
+
+
+def test_other_rules_hold_from_a_versions_border_on_and_the_policy_goes_on_with_what_it_has_learned() -> None:
+    exchange = build(max_staleness=4)
+    holder, later = exchange.holder, Counting(1)
+    holder.adjust(0, "wait", 2, Counting(2), None)
+    for worker in (0, 1):
+        _, answered = pull(exchange, worker)
+        # With a bound of 0 no gradient is stale: nobody looks ahead.
+        assert torch.equal(answered, parameters_of(exchange))
+    for worker in (0, 1):
+        push(exchange, worker, 0)
+
+    holder.adjust(3, "wait", 1, later, None)
+
+    version, answered = pull(exchange, 0)
+    assert version == 1
+    assert torch.equal(answered[:3], parameters_of(exchange)[:3] + 1)
+    push(exchange, 0, 1)
+    assert holder.version == 2
+    assert later.count == 3
+
+
+def test_a_holder_refuses_other_rules_while_a_worker_computes() -> None:
+    exchange = build(max_staleness=0)
+    pull(exchange, 0)
+
+    with pytest.raises(ValueError, match="hold parameters"):
+        exchange.holder.adjust(3, "wait", 1, StalenessPolicy(), None)
+    push(exchange, 0, 0)
+    assert exchange.holder.version == 1

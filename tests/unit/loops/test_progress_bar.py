@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from rich.console import Console
+from tqdm import tqdm
 
 from lightning_async.holder.types import Push, Update
-from lightning_async.loops.progress_bar import BarMetrics
+from lightning_async.loops.progress_bar import BarMetrics, say
 from lightning_async.monitoring import stats as monitor
 from lightning_async.monitoring.stats import RunStats
 
@@ -52,3 +57,24 @@ def test_equally_fast_ranks_are_not_slow(monkeypatch: pytest.MonkeyPatch) -> Non
             stats.record(Update(push, 0, staleness=0, applied=True, parked_s=0.0, at_ns=round(now[0] * 1e9)))
 
     assert BarMetrics(lambda: stats).current() == {"upd/s": "2", "staleness": "0.0"}
+
+
+@pytest.mark.parametrize("kind", ["rich", "tqdm", "none"])
+def test_a_line_in_the_middle_of_a_fit_stands_whole(
+    kind: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    bar: Any = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}.get(kind, lambda: None)()
+    if isinstance(bar, RichProgressBar):
+        console = Console(width=200, force_terminal=False)
+        bar.progress = SimpleNamespace(console=console)  # type: ignore[assignment]
+    elif bar is not None:
+        bar._train_progress_bar = tqdm(disable=False, file=io.StringIO())  # type: ignore[assignment]
+    trainer: Any = SimpleNamespace(is_global_zero=True, callbacks=[] if bar is None else [bar])
+
+    with caplog.at_level("INFO"):
+        say(trainer, "[auto]: chosen")
+        say(SimpleNamespace(is_global_zero=False, callbacks=[bar]), "of another rank")  # type: ignore[arg-type]
+
+    said = capsys.readouterr().out + caplog.text
+    assert "[auto]: chosen\n" in said
+    assert "another rank" not in said

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lightning_async.monitoring.cpu_use import CpuUse
 from lightning_async.monitoring.diagnosis import RunFacts, conclusions, diagnosis_line, slow_ranks
 from lightning_async.monitoring.replay import free_bound, replay
+from lightning_async.monitoring.stats import RunStats
 
 FAST, SLOW, NOISY = [0.002] * 20, [0.0082] * 20, [0.001, 0.002, 0.009] * 7
 FACTS = RunFacts(
@@ -128,3 +129,33 @@ def test_a_rank_that_is_a_thousand_times_slower_is_waited_for_by_a_smaller_bound
 
 def test_equally_fast_ranks_are_not_told_of_a_slow_one() -> None:
     assert not any("median step" in sentence for sentence in conclusions(replace(FACTS, steps=[FAST] * 4)))
+
+
+def test_ranks_that_wait_for_each_other_as_under_ddp_do_so_by_intent() -> None:
+    facts = replace(FACTS, max_staleness=0, gradients_per_update=4, wait_seconds=[7.0, 7.0, 7.0, 0.1])
+
+    assert conclusions(facts) == [
+        "rank 3 takes 4.1x the median step of the others",
+        "each update waited for a gradient of every rank, as under DDP: 53% of worker time went into that and the "
+        "exchange",
+    ]
+
+
+def test_a_run_that_was_partly_in_lock_step_is_told_what_was_measured_there() -> None:
+    facts = replace(FACTS, gradients_per_update=2, max_staleness=8, gain_measured=2.24, apart_from=24)
+
+    assert conclusions(facts)[-1] == (
+        "up to version 24 the ranks were measured in lock step, in which the rest would take an estimated 2.2x as long"
+    )
+
+
+@pytest.mark.parametrize(("gradients", "waited"), [(2, [0.5] * 4), (4, [3.5] * 4)], ids=["apart", "together"])
+def test_what_ranks_waited_while_auto_measured_is_no_fault_of_the_exchange(gradients: int, waited: list[float]) -> None:
+    stats = RunStats(4)
+    for rank in range(4):
+        stats.wait_seconds_by_rank[rank] = 3.5
+    configuration = {"max_staleness": 8, "on_stale": "wait", "batches": "shared", "gradients_per_update": gradients}
+    chosen = {"gradients": gradients, "waited_seconds": [3.0] * 4}
+
+    assert RunFacts.of({**configuration, "auto": chosen}, stats.as_dict(), FACTS.steps).wait_seconds == waited
+    assert RunFacts.of(configuration, stats.as_dict(), FACTS.steps).wait_seconds == [3.5] * 4

@@ -124,12 +124,12 @@ def test_a_long_run_has_no_more_points_than_a_short_one() -> None:
         ("not json", "is not JSON"),
         ("[1]", "is not a record of a run"),
         ('{"format": "another"}', "is not a record of a run"),
-        ('{"finished": true, "points": [], "strategy": "DDPStrategy"}', "format version 3. Train the run anew"),
+        ('{"finished": true, "points": [], "strategy": "DDPStrategy"}', "format version 4. Train the run anew"),
         (
             json.dumps({"format": "lightning_async run", "format_version": 1}),
-            "format version 1;.*reads 3. Train the run",
+            "format version 1;.*reads 4. Train the run",
         ),
-        (json.dumps({"format": "lightning_async run", "format_version": 3}), "is damaged"),
+        (json.dumps({"format": "lightning_async run", "format_version": 4}), "is damaged"),
     ],
 )
 def test_another_file_is_refused_in_one_line(content: str, said: str, tmp_path: Path) -> None:

@@ -14,12 +14,18 @@ from lightning_async.monitoring.stats import RunStats
 
 
 def update(
-    worker: int, staleness: int, *, applied: bool = True, waited_s: float = 0.0, parked_s: float = 0.0
+    worker: int,
+    staleness: int,
+    *,
+    applied: bool = True,
+    rejected: bool = False,
+    waited_s: float = 0.0,
+    parked_s: float = 0.0,
 ) -> Update:
     push = Push(worker, 0, version_read=0, gradients=[], groups=[], tickets=(range(2),), samples=8, waited_s=waited_s)
     # By the test's clock, where it has one.
     now_ns = round(monitor.time.perf_counter() * 1e9)
-    return Update(push, version=0, staleness=staleness, applied=applied, parked_s=parked_s, at_ns=now_ns)
+    return Update(push, 0, staleness, applied, parked_s, at_ns=now_ns, rejected=rejected)
 
 
 def test_updates_are_counted_by_rank_and_staleness() -> None:
@@ -27,14 +33,17 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
     for worker, staleness in [(0, 0), (1, 2), (1, 2), (1, 0)]:
         stats.record(update(worker, staleness, waited_s=0.5, parked_s=0.25))
     stats.record(update(0, staleness=9, applied=False, waited_s=0.5))
+    stats.record(update(2, staleness=7, applied=False, rejected=True))
+    stats.refuse()
     stats.refuse()
 
     assert stats.as_dict() == {
         "updates": 4,
+        "ranks": 3,
         "staleness": {0: 2, 2: 2},
         "staleness_by_rank": {0: {0: 1}, 1: {2: 2, 0: 1}, 2: {}},
         "updates_by_rank": {0: 1, 1: 3, 2: 0},
-        "batches_by_rank": {0: 4, 1: 6, 2: 0},
+        "batches_by_rank": {0: 4, 1: 6, 2: 2},
         "wait_seconds_by_rank": {0: 1.0, 1: 1.5, 2: 0.0},
         "parked_seconds_by_rank": {0: 0.25, 1: 0.75, 2: 0.0},
         "host_by_rank": {0: "", 1: "", 2: ""},
@@ -43,7 +52,10 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
         "all_reduce_seconds": 0.0,
         "dropped": 1,
         "rejected": 1,
+        "rejected_by_rank": {0: 0, 1: 0, 2: 1},
+        "refused": 2,
         "evicted": [],
+        "joined": [],
         "train_seconds": 0.0,
         "median_step_seconds_by_rank": {0: pytest.approx(0.0, abs=1e-3), 1: pytest.approx(0.0, abs=1e-3), 2: 0.0},
     }
@@ -58,7 +70,7 @@ def test_the_statistics_travel_to_the_process_that_started_the_run() -> None:
 
     assert other.as_dict() == stats.as_dict()
     other.refuse()  # its lock is its own
-    assert stats.rejected == 0
+    assert stats.refused == 0
 
 
 class Clock:

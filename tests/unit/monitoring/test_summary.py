@@ -18,6 +18,8 @@ STATS = {
     "median_step_seconds_by_rank": {0: 0.0393, 1: 0.0, 2: 0.129},
     "staleness": {0: 10, 3: 100, 12: 5},
     "staleness_by_rank": {0: {3: 4}, 1: {3: 4}, 2: {}},
+    "rejected": 0,
+    "rejected_by_rank": {0: 0, 1: 0, 2: 0},
 }
 
 
@@ -41,6 +43,16 @@ def test_the_table_has_a_row_for_each_rank_and_one_for_all() -> None:
         ["2", "31207", "11%", "31207", "129.0 ms", "9%", "-"],
         ["all", "274663", "100%", "274663", "", "8%", "3.1 / 3 / 12"],
     ]
+
+
+def test_rejected_gradients_have_a_column_where_there_is_room_and_are_some() -> None:
+    stats = STATS | {"rejected": 7, "rejected_by_rank": {0: 0, 1: 7, 2: 0}}
+
+    headings, rows = table(summary_table(stats, "", 100).splitlines())
+    narrow, _ = table(summary_table(stats, "", 80).splitlines())
+
+    assert [row[headings.index("rejected")] for row in rows] == ["0", "7", "0", "7"]
+    assert narrow == ["rank", "updates", "share", "batches", "median step", "waiting", "staleness"]
 
 
 @pytest.mark.parametrize("width", [120, 80, 79, 70, 60, 50, 40])

@@ -115,3 +115,17 @@ def test_a_forked_process_has_alarms_of_its_own() -> None:
         os._exit(1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_an_alarm_that_sets_itself_acts_again() -> None:
+    acted = threading.Semaphore(0)
+
+    def act() -> None:
+        acted.release()
+        alarm.set(0.01)
+
+    alarm = Alarm(act)
+    alarm.set(0.01)
+
+    assert all(acted.acquire(timeout=5.0) for _ in range(3))
+    alarm.close()

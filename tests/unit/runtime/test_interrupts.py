@@ -108,3 +108,39 @@ def test_only_the_first_process_says_so(
 
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == said
+
+
+def test_ctrl_c_while_processes_are_started_is_answered_when_all_of_them_are() -> None:
+    started = []
+
+    def hear() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.raise_signal(signal.SIGINT)
+
+    def start() -> None:
+        with held_back():
+            # Another thread hears of it, and Python would raise in this one.
+            hearing = threading.Thread(target=hear)
+            hearing.start()
+            hearing.join()
+            started.append("the last")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started == ["the last"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_is_forked_meanwhile_answers_by_itself_again() -> None:
+    with held_back():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                let_through()
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10.0)
+            except KeyboardInterrupt:
+                os._exit(7)
+            os._exit(1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

@@ -23,6 +23,7 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launchers
 from lightning_async.strategies import supervisor as ranks
 from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
@@ -175,11 +176,11 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
 ) -> None:
     monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
     reported: list[tuple[int, str]] = []
-    script._guard = SimpleNamespace(report_failure=lambda rank, reason: reported.append((rank, reason)))
+    script._guard = SimpleNamespace(goes_on=False, report_failure=lambda rank, reason: reported.append((rank, reason)))
     script.procs = [child("false"), *map(child, others)]
     script.procs[0].wait()
 
-    script._watch(script.procs, threading.Event())
+    script._watch(threading.Event())
 
     assert reported == [(1, "its process exited with code 1")]
 
@@ -188,7 +189,7 @@ def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=29500)
     strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1)
-    supervisor = ranks.RunSupervisor(strategy, "spawn", worker_timeout_s=60.0)
+    supervisor = ranks.RunSupervisor(strategy, "spawn", 60.0, Resilience())
 
     with supervisor.impatience():
         time.sleep(0.3)
@@ -249,6 +250,7 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     strategy: Any = SimpleNamespace(cluster_environment=LightningEnvironment(), num_processes=2, num_nodes=1)
     guard: Any = SimpleNamespace(
         guard_run=nullcontext,
+        goes_on=False,
         report_failure=lambda rank, reason: (reported.append((rank, reason)), heard.set()),
     )
     later = ScriptLauncher(strategy, guard)

@@ -36,7 +36,7 @@ def train(folder: Path, environment: dict[str, str], options: dict[str, Any], ma
 
 def kill_all(session: int, path: Path, after_s: float) -> None:
     """Kills every process of a run some time after its first snapshot."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(after_s)

@@ -175,7 +175,7 @@ class Membership:
         if self.rank == 0:
             return
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
-        if goes_on:
+        if self._resilience.goes_on:
             connection, _ = handshake(self.address, self.rank, MEETING, **ProcessIdentity.of_this_process().as_claims())
             self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
 

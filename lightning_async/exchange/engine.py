@@ -111,7 +111,7 @@ class Engine:
                 assert listener is not None
                 # Heartbeats come here still.
                 listener.on_refused = stats.refuse
-                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse)
+                self.service = process.serve(spec, listener.address, latch, self._observe, stats.refuse)
             else:
                 placement = (
                     HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()

@@ -210,8 +210,8 @@ class Heartbeats:
             peer.last_seen = time.monotonic()
             for message in messages:
                 self._handle(peer, message)
-        except ChannelClosedError:
-            self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
+        except ChannelClosedError as error:
+            self._lose(peer, self._describe_end(peer.rank) or _describe_loss(error))
         except WireError as error:
             self._lose(peer, f"its heartbeat does not follow the protocol: {error}")
 
@@ -239,3 +239,11 @@ class Heartbeats:
             if self._peers.pop(peer.rank, None) is not None:
                 self._selector.unregister(peer.connection.fileno())
                 peer.connection.close()
+
+
+def _describe_loss(error: ChannelClosedError) -> str:
+    cause = error.__cause__
+    if cause is None or isinstance(cause, ConnectionError):
+        return "its process is gone: the connection was closed"
+    # The system has given the connection up: no route, for instance.
+    return f"it cannot be reached any more: {cause}"

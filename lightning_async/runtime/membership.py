@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ from lightning_async.runtime.failure import (
 from lightning_async.runtime.handshake import HEARTBEAT, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.rendezvous import share_address
 
 __all__ = ["Membership", "guard_shutdown"]
 
@@ -88,13 +90,16 @@ class Membership:
     def _may_be_common(self, error: BaseException) -> bool:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
-    def meet(self, world_size: int, host: str, broadcast: Callable[[str], str]) -> None:
+    def meet(
+        self, world_size: int, host: str, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]
+    ) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
         Args:
             world_size: number of ranks; nothing is opened for one.
             host: the address that the other ranks reach rank 0 at.
             broadcast: gives every rank rank 0's string.
+            gather: gives every rank each rank's string.
         """
         if world_size == 1 or self._heartbeats is not None:
             return
@@ -103,10 +108,24 @@ class Membership:
         if self.rank == 0:
             self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
             self.address = self.listener.address
-            broadcast(self.address.as_json())
+        self.address = share_address(self.rank, self.address, broadcast, gather)
+        if self.rank == 0:
             return
-        self.address = Address.from_json(broadcast(""))
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
+
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run, as JSON; a collective call.
+
+        The token is the run's, which every rank has: it is not told again.
+
+        Args:
+            address: rank 0's; empty if there is none.
+            broadcast: gives every rank rank 0's string.
+        """
+        found = broadcast(Address.from_json(address).without_token().as_json() if address else "")
+        if not found or self.address is None:
+            return found
+        return replace(Address.from_json(found), token=self.address.token).as_json()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

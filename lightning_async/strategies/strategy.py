@@ -306,7 +306,7 @@ class AsyncStrategy(PhasedCollectives):
         with supervisor.impatience():
             super().setup_environment()
             open_exchange_group(self._timeout)
-        supervisor.meet(super().broadcast)
+        supervisor.meet(super().broadcast, self.gather_objects)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 

@@ -117,6 +117,11 @@ class RunSupervisor:
         assert self._membership is not None
         return self._membership.listener
 
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run; see `Membership.share`."""
+        assert self._membership is not None
+        return self._membership.share(address, broadcast)
+
     def start_holder_process(self) -> None:
         """Starts the holder's own process, which imports while the ranks find each other."""
         self.holder_process = HolderProcess()
@@ -127,12 +132,12 @@ class RunSupervisor:
         if process is not None:
             process.end()
 
-    def meet(self, broadcast: Callable[[str], str]) -> None:
+    def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
         host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
-        self._membership.meet(self._ranks.world_size, host, broadcast)
+        self._membership.meet(self._ranks.world_size, host, broadcast, gather)
         _prepare_exit()
 
     @contextmanager

@@ -14,10 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.transport.codec import HEADER_BYTES, assemble, decode_header, encode, read_message
+from lightning_async.transport.codec import (
+    HEADER_BYTES,
+    MAX_TRAILER_BYTES,
+    assemble,
+    decode_header,
+    encode,
+    read_message,
+)
+from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Message
 
-__all__ = ["ControlConnection", "connect"]
+__all__ = ["ControlConnection", "connect", "join_host_port"]
 
 # Linux 6.15 and later; this Python has no name for it.
 _TCP_RTO_MAX_MS = 44
@@ -52,18 +60,13 @@ class ControlConnection:
         return self._socket.fileno()
 
     @property
-    def local_host(self) -> str:
-        """The address of this side, which the other side has just shown it can reach."""
-        return str(self._socket.getsockname()[0])
-
-    @property
     def peer(self) -> str:
         """``host:port`` of the other side, or "unknown" once it is gone."""
         try:
             host, port = self._socket.getpeername()[:2]
         except OSError:
             return "unknown"
-        return f"{host}:{port}"
+        return join_host_port(host, port)
 
     def settimeout(self, timeout_s: float | None) -> None:
         """Limits each wait to ``timeout_s`` seconds; None waits for ever."""
@@ -222,8 +225,11 @@ class ControlConnection:
                 raise
             raise ChannelClosedError(f"connection lost: {error}") from error
 
-    def receive_available(self) -> list[Message]:
+    def receive_available(self, limit_bytes: int = HEADER_BYTES + MAX_TRAILER_BYTES) -> list[Message]:
         """The messages that have arrived whole, without waiting; for use with a selector that says "readable".
+
+        Args:
+            limit_bytes: a message that is longer is refused before it is kept.
 
         Raises:
             ChannelClosedError: if the peer has closed.
@@ -243,6 +249,10 @@ class ControlConnection:
             body = start + HEADER_BYTES
             header = decode_header(data[start:body])
             end = body + header.trailer_bytes
+            if end - start > limit_bytes:
+                raise WireError(
+                    f"it sends {header.kind.name} of {end - start} bytes, more than the {limit_bytes} allowed"
+                )
             if len(data) < end:
                 break
             messages.append(assemble(header, data[body:end]))
@@ -336,6 +346,16 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", whole, int((seconds - whole) * 1e6))
 
 
+def join_host_port(host: str, port: int) -> str:
+    """A host's name or address and a port, as they are written.
+
+    Examples:
+        >>> join_host_port("node1", 29500), join_host_port("fd77::1", 29500)
+        ('node1:29500', '[fd77::1]:29500')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def connect(host: str, port: int, timeout_s: float) -> ControlConnection:
     """Connects to the holder.
 
@@ -345,6 +365,6 @@ def connect(host: str, port: int, timeout_s: float) -> ControlConnection:
     try:
         sock = socket.create_connection((host, port), timeout=timeout_s)
     except OSError as error:
-        raise ChannelClosedError(f"no holder answers at {host}:{port}: {error}") from error
+        raise ChannelClosedError(f"no holder answers at {join_host_port(host, port)}: {error}") from error
     sock.settimeout(None)
     return ControlConnection(sock)

@@ -18,6 +18,7 @@ __all__ = [
     "Abort",
     "Ack",
     "Beat",
+    "Challenge",
     "Close",
     "Draw",
     "Goodbye",
@@ -27,6 +28,7 @@ __all__ = [
     "Message",
     "Outcome",
     "Parameters",
+    "Proof",
     "Pull",
     "Push",
     "Read",
@@ -59,6 +61,8 @@ class Kind(enum.IntEnum):
     GOODBYE = 15
     READ = 16
     RELEASE = 17
+    CHALLENGE = 18
+    PROOF = 19
 
 
 class Outcome(enum.IntEnum):
@@ -81,6 +85,30 @@ class Hello(NamedTuple):
     worker: int
     incarnation: int = 0
     claims: str = ""
+
+
+class Challenge(NamedTuple):
+    """Answers `Hello`: proves that rank 0 has the run's token, and asks for the same proof.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
+
+
+class Proof(NamedTuple):
+    """Answers `Challenge`.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
 
 
 class Welcome(NamedTuple):
@@ -287,6 +315,8 @@ class Goodbye(NamedTuple):
 
 Message: TypeAlias = (
     Hello
+    | Challenge
+    | Proof
     | Welcome
     | Refuse
     | Draw
@@ -308,7 +338,7 @@ Message: TypeAlias = (
 _KINDS: dict[type, Kind] = {
     kind: Kind[kind.__name__.upper()]
     for kind in (
-        *(Hello, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
+        *(Hello, Challenge, Proof, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
         *(Release, Leave, Close, Read, Ack, Beat, Abort, Goodbye),
     )
 }

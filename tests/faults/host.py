@@ -18,9 +18,12 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.handshake import CONTROL
+from lightning_async.runtime.handshake import CONTROL, _Newcomer
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.transport.codec import encode
+from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.message import Challenge
 
 RANKS = 3
 
@@ -78,10 +81,28 @@ class Host:
         self.listener.close()
         self.heartbeats.close()
 
-    def hello(self, role: str = CONTROL, **changes: Any) -> dict[str, Any]:
-        """What a rank says when it comes in."""
+    def claims(self, **changes: Any) -> dict[str, Any]:
+        """What a rank says of itself when it comes in."""
         model = describe_model(self.layout, self.groups) | changes.pop("model", {})
-        return {"token": self.listener.address.token, "role": role, "model": model} | changes
+        return {"model": model} | changes
+
+    def introduce(
+        self, claims: dict[str, Any], rank: int = 1, role: str = CONTROL, token: str | None = None
+    ) -> ControlConnection:
+        """A connection to the listener that has proven to know the run's token, and waits for the answer."""
+        newcomer = _Newcomer(token or self.listener.address.token, rank, role, 0)
+        connection = ControlConnection(self.knock(encode(newcomer.hello)))
+        connection.settimeout(5.0)
+        challenge = connection.receive()
+        assert isinstance(challenge, Challenge)
+        if token is not None:
+            # It does not care who answers.
+            newcomer._token = self.listener.address.token
+            proof = newcomer.answer(challenge, claims)
+            connection.send(proof._replace(text="0" * 64 + proof.text[64:]))
+        else:
+            connection.send(newcomer.answer(challenge, claims))
+        return connection
 
     def knock(self, data: bytes = b"") -> socket.socket:
         """A connection to the listener that has sent ``data``."""

@@ -56,12 +56,16 @@ class HostThread:
 
 
 class Link:
-    """Two hosts and the link between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
+    """Two hosts and a switch between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
 
     def __init__(self, v4: bool = True) -> None:
-        self.a, self.b = HostThread(), HostThread()
-        self.a.ip("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(self.b.tid))
-        for number, host in enumerate((self.a, self.b), 1):
+        self.a, self.b, self._switch = HostThread(), HostThread(), HostThread()
+        self._switch.ip("ip", "link", "add", "br0", "type", "bridge")
+        self._switch.ip("ip", "link", "set", "br0", "up")
+        for number, (port, host) in enumerate((("a", self.a), ("b", self.b)), 1):
+            peer = ["peer", "name", "eth0", "netns", str(host.tid)]
+            self._switch.ip("ip", "link", "add", f"port-{port}", "type", "veth", *peer)
+            self._switch.ip("ip", "link", "set", f"port-{port}", "master", "br0", "up")
             host.ip("ip", "link", "set", "lo", "up")
             host.ip("ip", "link", "set", "eth0", "up")
             if v4:
@@ -75,22 +79,20 @@ class Link:
             host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
 
     def cut(self) -> None:
-        """Lets nothing through; no side is told, as where a switch in between fails."""
-        for host in (self.a, self.b):
-            host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "pfifo", "limit", "0")
+        """Lets nothing through, and no side is told: the switch has lost b."""
+        self._switch.ip("ip", "link", "set", "port-b", "nomaster")
+
+    def mend(self) -> None:
+        """Ends `cut`."""
+        self._switch.ip("ip", "link", "set", "port-b", "master", "br0")
 
     def unplug(self) -> None:
-        """Takes b's interface down, which both kernels see."""
+        """Takes b's interface down, which its own kernel sees."""
         self.b.ip("ip", "link", "set", "eth0", "down")
 
     def plug(self) -> None:
         """Ends `unplug`."""
         self.b.ip("ip", "link", "set", "eth0", "up")
-
-    def mend(self) -> None:
-        """Ends `cut`, and any limit."""
-        for host in (self.a, self.b):
-            host.ip("tc", "qdisc", "del", "dev", "eth0", "root")
 
     def carried_bytes(self) -> tuple[int, int]:
         """Bytes that a has sent and received."""
@@ -100,8 +102,8 @@ class Link:
         return int(fields[8]), int(fields[0])
 
     def close(self) -> None:
-        self.a.close()
-        self.b.close()
+        for host in (self.a, self.b, self._switch):
+            host.close()
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_a_cut_in_the_middle_of_a_payload_is_survived(link: Link, unplugged: boo
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("unplugged", [False, True])
-@pytest.mark.parametrize("cut_s", [2, 5, 7, 10, 30, 50])
+@pytest.mark.parametrize("cut_s", [2, 5, 10, 30, 50])
 def test_cuts_of_all_lengths_below_worker_timeout_are_survived(link: Link, cut_s: float, unplugged: bool) -> None:
     survive(link, cut_s, timeout_s=60.0, unplugged=unplugged)
 

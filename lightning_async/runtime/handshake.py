@@ -43,7 +43,7 @@ HEARTBEAT, CONTROL, STATE = "heartbeat", "control", "state"
 # How long a stranger may take until it has proven that it is none, and how long a rank tries at least.
 HANDSHAKE_TIMEOUT_S = 10.0
 _LEAST_PATIENCE_S = 30.0
-# Between two tries of a rank whose connection was closed before its proof, as where strangers flood rank 0.
+# Between two tries of a rank whose connection was closed without a word, as where strangers flood rank 0.
 _PAUSE_S = 0.2
 _NONCE_BYTES = 16
 _PROOF_CHARACTERS = 64
@@ -156,6 +156,7 @@ class _Newcomer:
 
     def __init__(self, token: str, rank: int, role: str, incarnation: int) -> None:
         self._token = token
+        self.role = role
         self.hello = Hello(rank, incarnation, json.dumps({"role": role, "nonce": secrets.token_hex(_NONCE_BYTES)}))
 
     def answer(self, challenge: Challenge, claims: dict[str, Any]) -> Proof:
@@ -191,35 +192,12 @@ def handshake(
         HandshakeError: if rank 0 refuses, with its reason, or if it is not rank 0 who answers.
         ChannelClosedError: if rank 0 cannot be reached.
     """
-    patience_s = max(address.timeout_s, _LEAST_PATIENCE_S)
-    deadline = time.monotonic() + patience_s
-    connection = _prove_oneself(_Newcomer(address.token, rank, role, incarnation), address, claims, deadline)
-    connection.settimeout(patience_s if role == HEARTBEAT else _WELCOME_TIMEOUT_S)
-    try:
-        reply = _or_refused(connection.receive(), Welcome, rank)
-    except BaseException:
-        connection.close()
-        raise
-    connection.settimeout(None)
-    return connection, reply.offer
-
-
-def _prove_oneself(newcomer: _Newcomer, address: Address, claims: dict[str, Any], deadline: float) -> ControlConnection:
-    rank = newcomer.hello.worker
+    deadline = time.monotonic() + max(address.timeout_s, _LEAST_PATIENCE_S)
+    newcomer = _Newcomer(address.token, rank, role, incarnation)
     while True:
-        connection = connect(address.host, address.port, max(1.0, deadline - time.monotonic()))
+        connection = connect(address.host, address.port, _left_s(deadline))
         try:
-            connection.settimeout(max(1.0, deadline - time.monotonic()))
-            connection.send(newcomer.hello)
-            challenge = _or_refused(connection.receive(), Challenge, rank)
-            try:
-                proof = newcomer.answer(challenge, claims)
-            except HandshakeError as error:
-                where = join_host_port(address.host, address.port)
-                raise HandshakeError(
-                    f"what answers rank {rank} at {where} is not rank 0 of this run: {error}"
-                ) from None
-            connection.send(proof)
+            offer = _introduce(connection, newcomer, address, claims, deadline)
         except ChannelClosedError:
             connection.close()
             if time.monotonic() + _PAUSE_S > deadline:
@@ -229,7 +207,30 @@ def _prove_oneself(newcomer: _Newcomer, address: Address, claims: dict[str, Any]
             connection.close()
             raise
         else:
-            return connection
+            connection.settimeout(None)
+            return connection, offer
+
+
+def _introduce(
+    connection: ControlConnection, newcomer: _Newcomer, address: Address, claims: dict[str, Any], deadline: float
+) -> str:
+    """Proves that this rank belongs to the run; returns what the welcome offers."""
+    rank = newcomer.hello.worker
+    connection.settimeout(_left_s(deadline))
+    connection.send(newcomer.hello)
+    challenge = _or_refused(connection.receive(), Challenge, rank)
+    try:
+        proof = newcomer.answer(challenge, claims)
+    except HandshakeError as error:
+        where = join_host_port(address.host, address.port)
+        raise HandshakeError(f"what answers rank {rank} at {where} is not rank 0 of this run: {error}") from None
+    connection.send(proof)
+    connection.settimeout(_left_s(deadline) if newcomer.role == HEARTBEAT else _WELCOME_TIMEOUT_S)
+    return _or_refused(connection.receive(), Welcome, rank).offer
+
+
+def _left_s(deadline: float) -> float:
+    return max(1.0, deadline - time.monotonic())
 
 
 _M = TypeVar("_M", Challenge, Welcome)

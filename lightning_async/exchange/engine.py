@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.local_service import HolderService
-from lightning_async.exchange.negotiation import dial, transport_of
+from lightning_async.exchange.negotiation import WorkerWires, dial, transport_of
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.service import HolderSpec, Origins, Service, UpdateObserver, parameters_of
@@ -132,8 +132,9 @@ class Engine:
             channels = [local.local_channel(alone=self.shares_parameters)]
         else:
             groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
+            wires, overlaps = WorkerWires(layout), slots > 1
             channels = [
-                dial(Address.from_json(found), rank, layout, groups, slot=slot, devices=devices, overlaps=slots > 1)
+                dial(Address.from_json(found), rank, layout, groups, 0, slot, devices, overlaps, wires)
                 for slot in range(slots)
             ]
         self.transport = transport_of(channels[0])

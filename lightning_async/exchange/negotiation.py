@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -16,10 +17,12 @@ from lightning_async.exchange.options import Transport, WireDtype
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
+from lightning_async.runtime.listening import allowed_ports
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
+from lightning_async.transport.int8 import GradientWire, ParameterWire
 from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
@@ -27,7 +30,7 @@ from lightning_async.transport.tcp import TcpChannel
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 from lightning_async.transport.wire import PLAIN, RoundedWire, Wire
 
-__all__ = ["ChannelNegotiator", "WireNames", "dial", "transport_of"]
+__all__ = ["ChannelNegotiator", "WireNames", "WorkerWires", "dial", "transport_of"]
 
 # What gradients, and what parameters, are rounded to on a network.
 WireNames: TypeAlias = tuple[WireDtype, WireDtype]
@@ -124,9 +127,16 @@ class ChannelNegotiator:
             if shortcut is not None:
                 shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        gradients, parameters = (_wire(name, self._numel, self._dtype) for name in wire)
+        gradients, parameters = wire
+        incoming = GradientWire(self._numel, self._dtype) if gradients == "int8" else None
         return TcpChannel(
-            connection, buffers, self._address.timeout_s, parameters, gradients, serves=True, late_reader=peer.overlaps
+            connection,
+            buffers,
+            self._address.timeout_s,
+            _parameter_wire(parameters, self._numel, self._dtype),
+            incoming or _rounded(gradients, self._numel, self._dtype),
+            serves=True,
+            late_reader=peer.overlaps,
         )
 
     def close(self) -> None:
@@ -155,8 +165,30 @@ class ChannelNegotiator:
         # The store, with its thread and port, exists only if NCCL needs it.
         with self._lock:
             if self._store is None:
-                self._store = TCPStore(self._address.host, 0, is_master=True, wait_for_workers=False)
+                self._store = _open_store(self._address.host)
             return int(self._store.port), self._store.clone()
+
+
+class WorkerWires:
+    """How a worker's gradients lie on the wire: its slots share one, so what rounding loses in one goes by the next.
+
+    Args:
+        layout: where each parameter lies.
+    """
+
+    def __init__(self, layout: FlatLayout) -> None:
+        self._layout = layout
+        self._int8: GradientWire | None = None
+
+    def gradients(self, name: str) -> Wire:
+        """The wire of this name."""
+        layout = self._layout
+        if name != "int8":
+            return _rounded(name, layout.numel, layout.dtype)
+        if self._int8 is None:
+            sizes = [[torch.Size(shape).numel() for shape in shapes] for shapes in layout.shapes]
+            self._int8 = GradientWire(layout.numel, layout.dtype, sizes)
+        return self._int8
 
 
 def dial(
@@ -168,6 +200,7 @@ def dial(
     slot: int = 0,
     devices: RankDevices | None = None,
     overlaps: bool = False,
+    wires: WorkerWires | None = None,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -180,6 +213,7 @@ def dial(
         slot: which of the worker's slots this is.
         devices: where this rank computes; its host by default.
         overlaps: whether this rank computes while its answer is under way.
+        wires: what all slots of this worker share.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
@@ -209,8 +243,19 @@ def dial(
                 connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
     buffers = Buffers.allocate(numel, dtype)
-    gradients, parameters = (_wire(name, numel, dtype) for name in offer["wire"])
-    return TcpChannel(connection, buffers, address.timeout_s, gradients, parameters, late_reader=overlaps)
+    gradients, parameters = offer["wire"]
+    outgoing = (wires or WorkerWires(layout)).gradients(gradients)
+    incoming = _parameter_wire(parameters, numel, dtype)
+    return TcpChannel(connection, buffers, address.timeout_s, outgoing, incoming, late_reader=overlaps)
+
+
+def _open_store(host: str) -> TCPStore:
+    """A store at the first port that is allowed and free."""
+    *others, last = allowed_ports()
+    for port in others:
+        with suppress(RuntimeError):
+            return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    return TCPStore(host, last, is_master=True, wait_for_workers=False)
 
 
 def transport_of(channel: Channel) -> str:
@@ -236,7 +281,11 @@ def _make_shortcut() -> Shortcut | None:
         return None
 
 
-def _wire(name: str, numel: int, dtype: torch.dtype) -> Wire:
+def _parameter_wire(name: str, numel: int, dtype: torch.dtype) -> Wire:
+    return ParameterWire(numel, dtype) if name == "int8" else _rounded(name, numel, dtype)
+
+
+def _rounded(name: str, numel: int, dtype: torch.dtype) -> Wire:
     rounded = _DTYPES.get(name)
     return PLAIN if rounded is None or rounded is dtype else RoundedWire(numel, rounded)
 

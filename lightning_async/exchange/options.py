@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Transport: TypeAlias = Literal["auto", "shm", "tcp", "nccl"]
-WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 HolderPlace: TypeAlias = Literal["thread", "process"]
 
 

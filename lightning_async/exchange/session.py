@@ -77,6 +77,7 @@ class Session:
         ]
         self._all_present = [pack_bitmap([True] * len(views)) for views in self._views]
         self._parameters = channel.buffers.parameters
+        self._reported_bytes = 0
 
     def serve_one(self) -> None:
         """Receives one request and answers it, waiting for both in the calling thread.
@@ -156,7 +157,9 @@ class Session:
             self.slot,
             unpack_counts(message.counts),
             self._segments[message.optimizer],
+            self._channel.wire_bytes - self._reported_bytes,
         )
+        self._reported_bytes = self._channel.wire_bytes
         tickets = range(0)
 
         def draw_next() -> bool:

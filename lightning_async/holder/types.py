@@ -30,6 +30,7 @@ class Push(NamedTuple):
         counts: what the worker has counted since its last report, this step included (see `tally.py`); empty where
             nothing but updates is counted.
         flat: what the gradients are parts of, in the holder's layout; None if they are not.
+        wire_bytes: bytes of payloads that went over a network with this worker since its last push, this one included.
     """
 
     worker: int
@@ -43,6 +44,7 @@ class Push(NamedTuple):
     slot: int = 0
     counts: Sequence[int] = ()
     flat: Tensor | None = None
+    wire_bytes: int = 0
 
     @property
     def batches(self) -> int:

@@ -140,6 +140,8 @@ def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int, own: in
         "async/dropped": float(stats["dropped"]),
         "async/rejected": float(stats["rejected"]),
     }
+    if stats["wire_bytes"]:
+        metrics["async/wire_bytes_per_update"] = (stats["wire_bytes"] - since["wire_bytes"]) / updates
     for rank, count in [*ranks.items()][:own]:
         new = count - since["updates_by_rank"][rank]
         metrics[f"async/share_rank_{rank}"] = new / updates

@@ -38,6 +38,7 @@ class RunStats:
         cores_by_rank: rank -> cores that its process may run on.
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
+        wire_bytes: bytes of gradients and parameters that went over a network.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: connections and requests that were refused.
         evicted: ranks that were taken out of the run: none yet, since a run ends with its first lost rank.
@@ -59,6 +60,7 @@ class RunStats:
         self.cores_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
         self.cores_used_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
         self.all_reduce_seconds = 0.0
+        self.wire_bytes = 0
         self.dropped = 0
         self.rejected = 0
         self.evicted: list[int] = []
@@ -94,6 +96,7 @@ class RunStats:
             self.batches_by_rank[worker] += update.push.batches
             self.wait_seconds_by_rank[worker] += update.push.waited_s
             self.parked_seconds_by_rank[worker] += update.parked_s
+            self.wire_bytes += update.push.wire_bytes
             if update.applied:
                 self.updates += 1
                 self.version = update.version
@@ -150,6 +153,7 @@ class RunStats:
                 "cores_by_rank": dict(self.cores_by_rank),
                 "cores_used_by_rank": dict(self.cores_used_by_rank),
                 "all_reduce_seconds": self.all_reduce_seconds,
+                "wire_bytes": self.wire_bytes,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
                 "evicted": list(self.evicted),
@@ -178,6 +182,8 @@ class RunStats:
             "dropped": float(stats["dropped"]),
             "rejected": float(stats["rejected"]),
         }
+        if stats["wire_bytes"]:
+            summary["wire_bytes_per_update"] = stats["wire_bytes"] / updates
         for rank, count in ranks.items():
             summary[f"updates_rank_{rank}"] = float(count)
             summary[f"share_rank_{rank}"] = count / updates

@@ -99,9 +99,10 @@ class AsyncStrategy(PhasedCollectives):
             is cut for less is waited for, and a payload takes as long as its bytes move.
         overlap: computes a rank's next batch while its push and pull are under way, at parameters that are one step of
             that rank older. Worth it where the exchange takes long beside a step; see docs/benchmarks.md.
-        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"`` or ``"fp16"``
-            (which clamps to ±65,504). The holder's state stays in float32; shared memory moves nothing.
-        parameter_wire_dtype: the same for parameters.
+        wire_dtype: what gradients are rounded to on their way across a network: ``"fp32"``, ``"bf16"``, ``"fp16"``
+            (which clamps to ±65,504) or ``"int8"`` (a scale for each 256 values; what rounding loses is sent with the
+            next gradients). The holder's state stays in float32; shared memory moves nothing.
+        parameter_wire_dtype: the same for parameters; ``"int8"`` sends the difference to what a rank has.
         summary: whether rank 0 prints a short table at the end of fit: what each rank did, how stale its gradients
             were, and what to make of it.
         holder_device: where the parameters and AMSGrad's state live: ``"cpu"`` is rank 0's host, ``"cuda"`` its GPU,

@@ -19,6 +19,8 @@ from lightning_async.holder.gradient_mean import GradientMean
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.policies import Arrival, StalenessPolicy, make_policy
 from lightning_async.policies.momentum import corrected_momentum
+from lightning_async.transport import message as wire_messages
+from lightning_async.transport.int8 import GradientWire, ParameterWire
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 
@@ -165,6 +167,47 @@ Wire = tuple[torch.dtype, torch.dtype]
 UNROUNDED: Wire = (torch.float32, torch.float32)
 
 
+class Int8Link:
+    """What a worker reads of parameters, and what arrives of its gradients, with a byte for each value."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        self._gradients = GradientWire(sum(sizes), torch.float32, [sizes])
+        self._parameters = ParameterWire(sum(sizes), torch.float32)
+
+    def meet(self, parameters: list[Tensor]) -> None:
+        """The ranks read the holder's own parameters."""
+        self._parameters.pass_exact(_flat(parameters))
+
+    def read(self, parameters: list[Tensor]) -> None:
+        """Replaces the parameters by those that arrive."""
+        flat = _flat(parameters)
+        if self._parameters.needs_exact:
+            self._parameters.pass_exact(flat)
+            return
+        self._parameters.encode(flat, wire_messages.Parameters(worker=1))
+        _unflatten(self._parameters.shown, parameters)
+
+    def arrived(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients that arrive."""
+        flat = _flat(gradients)
+        out = torch.empty_like(flat)
+        self._gradients.decode(self._gradients.encode(flat, wire_messages.Push(worker=1)), out)
+        arrived = [torch.empty_like(gradient) for gradient in gradients]
+        _unflatten(out, arrived)
+        return arrived
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _unflatten(flat: Tensor, into: list[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, part in zip(into, flat.split([tensor.numel() for tensor in into]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def replay(
     module: TinyClassifier,
     updates: list[dict[str, Any]],
@@ -173,12 +216,14 @@ def replay(
     wire: Wire = UNROUNDED,
     gradients_per_update: int = 1,
     policy: StalenessPolicy | None = None,
+    int8: bool = False,
 ) -> None:
     """Trains ``module`` in this process as the record says, each gradient at the version that was read.
 
-    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others. What an epoch's last
-    gradients lack to an update is left out of it.
+    ``wire`` is what gradients and parameters are rounded to between rank 0 and the others; ``int8`` takes a byte for
+    each. What an epoch's last gradients lack to an update is left out of it.
     """
+    links = {rank: Int8Link(list(module.parameters())) for rank in (1, 2) if int8}
     layout = FlatLayout([list(module.parameters())])
     device = next(module.parameters()).device
     mean, late = (GradientMean(total, layout.views(total, 0)) for total in layout.buffer().to(device).repeat(2, 1))
@@ -203,15 +248,22 @@ def replay(
         if computed % per_epoch == 0:
             order.set_epoch(computed // per_epoch)
             batches = list(torch.tensor(list(order)).split(BATCH_SIZE))
+            for link in links.values() if computed else ():
+                link.meet(list(module.parameters()))
         computed += len(update["tickets"])
         if update["applied"]:
             gradients, parameters = UNROUNDED if update["worker"] == 0 else wire
             read = versions[update["version_read"]]
             worker.load_state_dict({name: value.to(parameters) for name, value in read.items()})
+            link = links.get(update["worker"])
+            if link is not None:
+                link.read(list(worker.parameters()))
             worker.zero_grad()
             for ticket in update["tickets"]:
                 (worker.loss(data[batches[ticket]]) / len(update["tickets"])).backward()
             arrived = [source.grad.to(gradients).to(source.dtype) for source in worker.parameters()]  # type: ignore[union-attr]
+            if link is not None:
+                arrived = link.arrived(arrived)
             count = sum(len(batches[ticket]) for ticket in update["tickets"])
             arrivals.append(Arrival(update["worker"], update["staleness"], len(versions) - 1, count))
             factor, lateness = policy.gradient_factor(arrivals[-1]), policy.lateness(arrivals[-1], group)
@@ -243,7 +295,11 @@ def replay(
 
 
 def train_and_replay(
-    folder: Path, options: dict[str, Any], arguments: dict[str, Any] | None = None, wire: Wire = UNROUNDED
+    folder: Path,
+    options: dict[str, Any],
+    arguments: dict[str, Any] | None = None,
+    wire: Wire = UNROUNDED,
+    int8: bool = False,
 ) -> None:
     """Trains with three ranks, then replays what has happened: ``updates.pt`` and ``replayed.pt``."""
     samples = 160
@@ -268,7 +324,7 @@ def train_and_replay(
     policy.check(AMSGrad(alone.parameters()))
     beta = 0.9 if options.get("momentum_correction") is None else corrected_momentum(0.9, 3, made_of)
     optimizer = AMSGrad(alone.parameters(), lr=1e-2, betas=(beta, 0.999), fused=True)
-    replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, made_of, policy)
+    replay(alone, torch.load(folder / "updates.pt"), samples, optimizer, wire, made_of, policy, int8)
     torch.save({name: p.detach() for name, p in alone.named_parameters()}, folder / "replayed.pt")
 
 
@@ -359,9 +415,20 @@ def test_a_replay_that_rounds_what_a_network_carries_gives_the_same_bits(
 
     assert run.returncode == 0, run.output
     assert len({update["worker"] for update in torch.load(tmp_path / "updates.pt")}) == 3
-    replayed = torch.load(tmp_path / "replayed.pt")
-    rounded = {name: value.to(wire[1]).to(value.dtype) for name, value in replayed.items()}
-    ranks = run.reports()
-    assert_equal_bit_for_bit(ranks[0]["parameters"], replayed)
-    for rank in ranks[1:]:
-        assert_equal_bit_for_bit(rank["parameters"], rounded)
+    # Where the ranks meet, nothing is rounded.
+    for rank in run.reports():
+        assert_equal_bit_for_bit(rank["parameters"], torch.load(tmp_path / "replayed.pt"))
+
+
+def test_a_replay_with_a_byte_for_each_value_gives_the_same_bits(tmp_path: Path) -> None:
+    """What rounding has lost, and what each worker has, is part of what is replayed."""
+    options = {"transport": "tcp", "max_staleness": 5, "wire_dtype": "int8", "parameter_wire_dtype": "int8"}
+
+    run = launch(lambda folder: train_and_replay(folder, options, int8=True), tmp_path)
+
+    assert run.returncode == 0, run.output
+    updates = torch.load(tmp_path / "updates.pt")
+    assert len({update["worker"] for update in updates}) == 3
+    assert max(update["staleness"] for update in updates) <= 5
+    for rank in run.reports():
+        assert_equal_bit_for_bit(rank["parameters"], torch.load(tmp_path / "replayed.pt"))

@@ -22,7 +22,7 @@ from tests.harness import Call, socket_pair
 
 pytestmark = pytest.mark.timeout(60)
 NUMEL = 1000
-WIRES = {
+WIRES: dict[str, Any] = {
     "fp32": lambda numel: PLAIN,
     **{name: partial(RoundedWire, dtype=dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))},
 }

@@ -259,6 +259,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             raise
         finally:
             self._end_children()
+            results.close()
             for path in context.error_files:
                 Path(path).unlink(missing_ok=True)
         if trainer is None:
@@ -373,6 +374,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+            # Two pipes, which would be open until the garbage collector comes by.
+            process.close()
+        self.procs = []
 
 
 def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:

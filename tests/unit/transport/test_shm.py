@@ -45,6 +45,19 @@ def test_a_released_segment_cannot_be_opened_and_still_holds_its_values() -> Non
     assert segment.buffers.gradient.tolist() == [1.0] * 3
 
 
+def test_a_mapped_segment_keeps_no_descriptor_open() -> None:
+    """Each fit maps a segment, and a trainer that is kept keeps its mapping."""
+    segment = SharedSegment(1000, torch.float32)
+    before = len(os.listdir("/proc/self/fd"))
+
+    attached = SharedSegment.attach(segment.address, 1000, torch.float32)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+    segment.release()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert attached.gradient.untyped_storage().nbytes() == 4000
+
+
 def test_a_segment_has_no_name_to_be_left_over() -> None:
     before = set(os.listdir("/dev/shm"))
 

@@ -23,6 +23,7 @@ from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
 from lightning_async.transport.int8 import GradientWire, ParameterWire
+from lightning_async.transport.link_share import LinkShare
 from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
@@ -71,6 +72,8 @@ class ChannelNegotiator:
         self._transport = transport
         self._numel = numel
         self._dtype = dtype
+        # Of rank 0's network: payloads that go out, and that come in.
+        self._shares = LinkShare(), LinkShare()
         self._lock = threading.Lock()
         self._store: Any = None
         self._nccl: NcclNegotiator | None = None
@@ -136,6 +139,7 @@ class ChannelNegotiator:
             _parameter_wire(parameters, self._numel, self._dtype),
             incoming or _rounded(gradients, self._numel, self._dtype),
             serves=True,
+            shares=self._shares,
             late_reader=peer.overlaps,
         )
 

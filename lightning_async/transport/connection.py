@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lightning_async.transport.base import ChannelClosedError
@@ -36,7 +36,7 @@ _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 1.0, 5.0
 _KERNEL_PATIENCE_S = 10.0
 _LOW_DELAY, _INTERACTIVE = 0x10, 6
 # A payload is passed in pieces, so that a standstill is seen and Python's lock is seldom taken.
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 _LONGEST_TICK_S = 1.0
 
 
@@ -161,13 +161,20 @@ class ControlConnection:
                 raise ChannelClosedError("connection closed")
             received += count
 
-    def send_payload(self, message: Message | None, payload: memoryview, stall_s: float) -> None:
+    def send_payload(
+        self,
+        message: Message | None,
+        payload: memoryview,
+        stall_s: float,
+        moved: Callable[[int], None] = lambda count: None,
+    ) -> None:
         """Sends a message and the payload that it announces; takes as long as bytes move.
 
         Args:
             message: None if it was sent before.
             payload: bytes.
             stall_s: seconds without a byte moved after which the peer is lost.
+            moved: told of bytes as they move.
 
         Raises:
             ChannelClosedError: if the peer is gone, or lost.
@@ -178,20 +185,25 @@ class ControlConnection:
             while sent < len(head) + len(payload):
                 start = max(0, sent - len(head))
                 try:
-                    sent += self._socket.sendmsg((head[sent:], payload[start : start + _PIECE_BYTES]))
+                    count = self._socket.sendmsg((head[sent:], payload[start : start + _PIECE_BYTES]))
                 except BlockingIOError:
                     clock.tick()
                 except OSError as error:
                     raise ChannelClosedError(f"connection lost while sending: {error}") from error
                 else:
+                    sent += count
                     clock.moved()
+                    moved(count)
 
-    def receive_payload(self, into: memoryview, stall_s: float) -> None:
+    def receive_payload(
+        self, into: memoryview, stall_s: float, moved: Callable[[int], None] = lambda count: None
+    ) -> None:
         """Fills ``into`` with the payload that a message has announced; takes as long as bytes move.
 
         Args:
             into: bytes.
             stall_s: seconds without a byte moved after which the peer is lost.
+            moved: told of bytes as they move.
 
         Raises:
             ChannelClosedError: if the peer is gone, or lost.
@@ -211,6 +223,7 @@ class ControlConnection:
                     raise ChannelClosedError("connection closed")
                 received += count
                 clock.moved()
+                moved(count)
 
     @contextmanager
     def _pieces(self, option: int, stall_s: float) -> Iterator[_StallClock]:

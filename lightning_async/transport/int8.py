@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from lightning_async.transport.fields import unpack_bitmap
 from lightning_async.transport.message import Message, Push
-from lightning_async.transport.wire import Wire
+from lightning_async.transport.wire import PIECE, Wire
 
 __all__ = ["BLOCK", "GradientWire", "ParameterWire", "dequantize", "quantize", "wire_bytes"]
 
@@ -81,24 +82,30 @@ def dequantize(scales: Tensor, codes: Tensor, out: Tensor) -> None:
 
 
 class _Staging:
-    """A payload's bytes: all scales, then all codes."""
+    """Room for a piece: of each chunk the scales, then the codes."""
 
     def __init__(self, numel: int) -> None:
-        self._bytes = torch.empty(wire_bytes(numel), dtype=torch.uint8)
+        self._bytes = torch.empty(wire_bytes(min(numel, PIECE)), dtype=torch.uint8)
 
-    def part(self, numel: int) -> Tensor:
-        """The bytes of a payload of so many values."""
-        return self._bytes[: wire_bytes(numel)]
+    def pieces(self, numel: int) -> Iterator[tuple[Tensor, list[_Chunk]]]:
+        """The bytes of each piece of a payload, and the chunks in it."""
+        for start in range(0, numel, PIECE):
+            end = min(start + PIECE, numel)
+            chunks, at = [], 0
+            for begin in range(start, end, _CHUNK):
+                size = min(_CHUNK, end - begin)
+                codes_at = at + _SCALE_BYTES * -(-size // BLOCK)
+                scales = self._bytes[at:codes_at].view(torch.float32)
+                at = codes_at + size
+                chunks.append(_Chunk(begin, begin + size, scales, self._bytes[codes_at:at].view(torch.int8)))
+            yield self._bytes[:at], chunks
 
-    @staticmethod
-    def chunks(data: Tensor, numel: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Start, end, scales and codes of each chunk of a payload."""
-        blocks = -(-numel // BLOCK)
-        scales = data[: _SCALE_BYTES * blocks].view(torch.float32)
-        codes = data[_SCALE_BYTES * blocks :].view(torch.int8)
-        for start in range(0, numel, _CHUNK):
-            end = min(start + _CHUNK, numel)
-            yield start, end, scales[start // BLOCK : -(-end // BLOCK)], codes[start:end]
+
+class _Chunk(NamedTuple):
+    begin: int
+    end: int
+    scales: Tensor
+    codes: Tensor
 
 
 class GradientWire(Wire):
@@ -108,17 +115,23 @@ class GradientWire(Wire):
         numel: size of the flat buffers.
         dtype: of the flat buffers.
         sizes: for each optimizer the sizes of its parameters, in their order, at the sender.
+
+    Attributes:
+        lost: what was lost so far; sent with the next gradients.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype, sizes: Sequence[Sequence[int]] = ()) -> None:
         self._staging = _Staging(numel)
         self._sizes = sizes
         self._starts = [0, *itertools.accumulate(map(sum, sizes))]
-        # What was lost so far; sent with the next gradients.
         self.lost = torch.zeros(numel if sizes else 0, dtype=dtype)
 
     @override
-    def encode(self, payload: Tensor, message: Message) -> Tensor:
+    def size(self, payload: Tensor) -> int:
+        return wire_bytes(payload.numel())
+
+    @override
+    def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
         optimizer = message.optimizer if isinstance(message, Push) else 0
         start = self._starts[optimizer]
         lost = self.lost[start : start + payload.numel()]
@@ -129,22 +142,20 @@ class GradientWire(Wire):
             payload = payload.clone()
         for span in absent:
             payload[span] = lost[span] = 0.0
-        data = self._staging.part(payload.numel())
-        for begin, end, scales, codes in self._staging.chunks(data, payload.numel()):
-            values = torch.add(payload[begin:end], lost[begin:end], out=lost[begin:end])
-            quantize(values, scales, codes)
+        for data, chunks in self._staging.pieces(payload.numel()):
+            for begin, end, scales, codes in chunks:
+                values = torch.add(payload[begin:end], lost[begin:end], out=lost[begin:end])
+                quantize(values, scales, codes)
+            yield data
         for span, kept in zip(absent, waiting, strict=True):
             lost[span] = kept
-        return data
 
     @override
-    def room_for(self, out: Tensor) -> Tensor:
-        return self._staging.part(out.numel())
-
-    @override
-    def decode(self, arrived: Tensor, out: Tensor) -> None:
-        for begin, end, scales, codes in self._staging.chunks(arrived, out.numel()):
-            dequantize(scales, codes, out[begin:end])
+    def decode(self, out: Tensor) -> Iterator[Tensor]:
+        for data, chunks in self._staging.pieces(out.numel()):
+            yield data
+            for begin, end, scales, codes in chunks:
+                dequantize(scales, codes, out[begin:end])
 
     def _absent(self, message: Message, optimizer: int) -> list[slice]:
         if not isinstance(message, Push) or not message.present:
@@ -153,12 +164,8 @@ class GradientWire(Wire):
         present = unpack_bitmap(message.present, len(sizes))
         if all(present):
             return []
-        spans, start = [], 0
-        for size, there in zip(sizes, present, strict=True):
-            if not there:
-                spans.append(slice(start, start + size))
-            start += size
-        return spans
+        ends = list(itertools.accumulate(sizes))
+        return [slice(end - size, end) for size, end, there in zip(sizes, ends, present, strict=True) if not there]
 
 
 class ParameterWire(Wire):
@@ -167,14 +174,20 @@ class ParameterWire(Wire):
     Args:
         numel: size of the flat buffers.
         dtype: of the flat buffers.
+
+    Attributes:
+        shown: what the receiver has; both sides keep it.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
         self._staging = _Staging(numel)
         self._scratch = torch.empty(min(numel, _CHUNK), dtype=dtype)
-        # What the receiver has; both sides keep it.
         self.shown = torch.empty(numel, dtype=dtype)
         self.needs_exact = True
+
+    @override
+    def size(self, payload: Tensor) -> int:
+        return wire_bytes(payload.numel())
 
     @override
     def pass_exact(self, payload: Tensor) -> None:
@@ -182,28 +195,27 @@ class ParameterWire(Wire):
         self.needs_exact = False
 
     @override
-    def encode(self, payload: Tensor, message: Message) -> Tensor:
-        data = self._staging.part(payload.numel())
-        for begin, end, scales, codes in self._staging.chunks(data, payload.numel()):
-            difference = torch.sub(payload[begin:end], self.shown[begin:end], out=self._scratch[: end - begin])
-            quantize(difference, scales, codes)
-            self._add(scales, codes, begin, end)
-        return data
+    def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
+        for data, chunks in self._staging.pieces(payload.numel()):
+            for begin, end, scales, codes in chunks:
+                difference = torch.sub(payload[begin:end], self.shown[begin:end], out=self._scratch[: end - begin])
+                quantize(difference, scales, codes)
+                self._add(scales, codes, self.shown[begin:end])
+            yield data
 
     @override
-    def room_for(self, out: Tensor) -> Tensor:
-        return self._staging.part(out.numel())
-
-    @override
-    def decode(self, arrived: Tensor, out: Tensor) -> None:
-        for begin, end, scales, codes in self._staging.chunks(arrived, out.numel()):
-            self._add(scales, codes, begin, end)
+    def decode(self, out: Tensor) -> Iterator[Tensor]:
+        for data, chunks in self._staging.pieces(out.numel()):
+            yield data
+            for begin, end, scales, codes in chunks:
+                self._add(scales, codes, self.shown[begin:end])
+        # What user code has done to this side's own does not last, as where they are sent as they are.
         out.copy_(self.shown)
 
-    def _add(self, scales: Tensor, codes: Tensor, begin: int, end: int) -> None:
-        step = self._scratch[: end - begin]
+    def _add(self, scales: Tensor, codes: Tensor, shown: Tensor) -> None:
+        step = self._scratch[: shown.numel()]
         dequantize(scales, codes, step)
-        self.shown[begin:end].add_(step)
+        shown.add_(step)
         if not bool(scales.isfinite().all()):
             # No difference leads back from there.
             self.needs_exact = True

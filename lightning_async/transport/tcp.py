@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
+from lightning_async.transport.link_share import LinkShare
 from lightning_async.transport.message import Message, Read
 from lightning_async.transport.readiness import say_ready, wait_until_ready
 from lightning_async.transport.wire import PLAIN, Wire
@@ -31,6 +32,7 @@ class TcpChannel(Channel):
         outgoing: how this side's payloads lie on the wire.
         incoming: how the other side's payloads lie on the wire.
         serves: whether this is the holder's side.
+        shares: of a holder's network, what all its channels have in common: for sending, and for receiving.
         late_reader: the worker may compute a batch before it takes its parameters: they are sent when it says that
             it is ready, or its batch would count as a standstill; both sides must say the same.
     """
@@ -45,6 +47,7 @@ class TcpChannel(Channel):
         outgoing: Wire = PLAIN,
         incoming: Wire = PLAIN,
         serves: bool = False,
+        shares: tuple[LinkShare, LinkShare] | None = None,
         late_reader: bool = False,
     ) -> None:
         super().__init__(buffers)
@@ -55,6 +58,9 @@ class TcpChannel(Channel):
         self._incoming = incoming
         self._serves = serves
         self._late_reader = late_reader
+        self._sending, self._receiving = shares or (LinkShare(), LinkShare())
+        # The other side must not take a wait for a standstill.
+        self._longest_turn_s = stall_s / 2
         # Whether the request under way is READ.
         self._reads_exactly = False
 
@@ -65,18 +71,20 @@ class TcpChannel(Channel):
         if payload is None:
             self._control.send(message)
             return
-        wire = self._outgoing
-        exact = self._serves and (self._reads_exactly or wire.needs_exact)
-        data = (PLAIN if exact else wire).encode(payload, message)
-        if exact:
-            wire.pass_exact(payload)
+        exact = self._serves and (self._reads_exactly or self._outgoing.needs_exact)
+        wire = PLAIN if exact else self._outgoing
+        announced: Message | None = message
         if self._serves and self._late_reader:
             self._control.send(message)
             wait_until_ready(self._control)
-            self._control.send_payload(None, _memory(data), self._stall_s)
-        else:
-            self._control.send_payload(message, _memory(data), self._stall_s)
-        self.wire_bytes += data.numel()
+            announced = None
+        with self._sending.turn(wire.size(payload), self._longest_turn_s) as moved:
+            for piece in wire.encode(payload, message):
+                self._control.send_payload(announced, _memory(piece), self._stall_s, moved)
+                announced = None
+        if exact:
+            self._outgoing.pass_exact(payload)
+        self.wire_bytes += wire.size(payload)
 
     @override
     def receive(self) -> Message:
@@ -89,15 +97,14 @@ class TcpChannel(Channel):
     def receive_payload(self, out: Tensor) -> None:
         if self._late_reader and not self._serves:
             say_ready(self._control)
-        wire = self._incoming
-        exact = not self._serves and (self._reads_exactly or wire.needs_exact)
-        arriving = (PLAIN if exact else wire).room_for(out)
-        self._control.receive_payload(_memory(arriving), self._stall_s)
-        self.wire_bytes += arriving.numel()
+        exact = not self._serves and (self._reads_exactly or self._incoming.needs_exact)
+        wire = PLAIN if exact else self._incoming
+        with self._receiving.turn(wire.size(out), self._longest_turn_s) as moved:
+            for piece in wire.decode(out):
+                self._control.receive_payload(_memory(piece), self._stall_s, moved)
         if exact:
-            wire.pass_exact(out)
-        else:
-            wire.decode(arriving, out)
+            self._incoming.pass_exact(out)
+        self.wire_bytes += wire.size(out)
 
     @override
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from typing_extensions import override
 
 from lightning_async.transport.message import Message
 
-__all__ = ["PLAIN", "PlainWire", "RoundedWire", "Wire", "as_bytes"]
+__all__ = ["PIECE", "PLAIN", "PlainWire", "RoundedWire", "Wire", "as_bytes"]
+
+# Values that are encoded, or decoded, while the ones before, or after, are on their way.
+PIECE = 1 << 20
 
 
 class Wire(ABC):
@@ -23,8 +27,12 @@ class Wire(ABC):
     needs_exact = False
 
     @abstractmethod
-    def encode(self, payload: Tensor, message: Message) -> Tensor:
-        """The bytes to send for a payload; valid until the next call.
+    def size(self, payload: Tensor) -> int:
+        """Bytes that a payload takes on the wire."""
+
+    @abstractmethod
+    def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
+        """The bytes to send for a payload, in pieces; each is valid until the next is asked for.
 
         Args:
             payload: a part of one of the channel's flat buffers; it stays as it is.
@@ -32,15 +40,10 @@ class Wire(ABC):
         """
 
     @abstractmethod
-    def room_for(self, out: Tensor) -> Tensor:
-        """Where the bytes of the payload that belongs into ``out`` are received; valid until the next call."""
-
-    @abstractmethod
-    def decode(self, arrived: Tensor, out: Tensor) -> None:
-        """Makes the payload of received bytes.
+    def decode(self, out: Tensor) -> Iterator[Tensor]:
+        """Where to receive each piece, in turn; it is decoded into ``out`` when the next is asked for.
 
         Args:
-            arrived: from `room_for`, filled.
             out: the same part of this side's buffer.
         """
 
@@ -52,16 +55,16 @@ class PlainWire(Wire):
     """Payloads travel as they are."""
 
     @override
-    def encode(self, payload: Tensor, message: Message) -> Tensor:
-        return as_bytes(payload)
+    def size(self, payload: Tensor) -> int:
+        return payload.nbytes
 
     @override
-    def room_for(self, out: Tensor) -> Tensor:
-        return as_bytes(out)
+    def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
+        yield as_bytes(payload)
 
     @override
-    def decode(self, arrived: Tensor, out: Tensor) -> None:
-        return
+    def decode(self, out: Tensor) -> Iterator[Tensor]:
+        yield as_bytes(out)
 
 
 PLAIN = PlainWire()
@@ -75,35 +78,43 @@ class RoundedWire(Wire):
         dtype: what they are rounded to.
 
     Examples:
-        >>> wire = RoundedWire(2, torch.bfloat16)
-        >>> out = torch.zeros(2)
-        >>> arrived = wire.room_for(out).copy_(wire.encode(torch.tensor([1.0, 1.001]), None))
-        >>> wire.decode(arrived, out)
+        >>> wire, out = RoundedWire(2, torch.bfloat16), torch.zeros(2)
+        >>> for sent, arrived in zip(wire.encode(torch.tensor([1.0, 1.001]), None), wire.decode(out), strict=True):
+        ...     _ = arrived.copy_(sent)
         >>> out
         tensor([1., 1.])
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        self._staging = torch.empty(numel, dtype=dtype)
+        self._staging = torch.empty(min(numel, PIECE), dtype=dtype)
 
     @override
-    def encode(self, payload: Tensor, message: Message) -> Tensor:
-        staging = self._staging[: payload.numel()]
-        if staging.dtype is torch.float16:
-            # Its largest number is small enough that one large gradient would arrive as infinity and spoil the state.
-            largest = torch.finfo(torch.float16).max
-            payload = payload.clamp(-largest, largest)
-        return as_bytes(staging.copy_(payload))
+    def size(self, payload: Tensor) -> int:
+        return payload.numel() * self._staging.itemsize
 
     @override
-    def room_for(self, out: Tensor) -> Tensor:
-        return as_bytes(self._staging[: out.numel()])
+    def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
+        for part in _pieces(payload):
+            if self._staging.dtype is torch.float16:
+                # Its largest number is small enough that one large gradient would arrive as infinity and spoil the
+                # state.
+                largest = torch.finfo(torch.float16).max
+                part = part.clamp(-largest, largest)
+            yield as_bytes(self._staging[: part.numel()].copy_(part))
 
     @override
-    def decode(self, arrived: Tensor, out: Tensor) -> None:
-        out.copy_(self._staging[: out.numel()])
+    def decode(self, out: Tensor) -> Iterator[Tensor]:
+        for part in _pieces(out):
+            arrived = self._staging[: part.numel()]
+            yield as_bytes(arrived)
+            part.copy_(arrived)
 
 
 def as_bytes(values: Tensor) -> Tensor:
     """The memory of a contiguous tensor, as bytes."""
     return values.view(torch.uint8)
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    for start in range(0, values.numel(), PIECE):
+        yield values[start : start + PIECE]

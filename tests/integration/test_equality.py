@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,18 @@ class Int8Link:
         if self._parameters.needs_exact:
             self._parameters.pass_exact(flat)
             return
-        self._parameters.encode(flat, wire_messages.Parameters(worker=1))
+        deque(self._parameters.encode(flat, wire_messages.Parameters(worker=1)), maxlen=0)
         _unflatten(self._parameters.shown, parameters)
 
     def arrived(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients that arrive."""
         flat = _flat(gradients)
         out = torch.empty_like(flat)
-        self._gradients.decode(self._gradients.encode(flat, wire_messages.Push(worker=1)), out)
+        # It has one piece, in the same memory at both sides.
+        for _ in zip(
+            self._gradients.encode(flat, wire_messages.Push(worker=1)), self._gradients.decode(out), strict=True
+        ):
+            pass
         arrived = [torch.empty_like(gradient) for gradient in gradients]
         _unflatten(out, arrived)
         return arrived

@@ -91,13 +91,13 @@ class Membership:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
     def meet(
-        self, world_size: int, host: str, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]
+        self, world_size: int, main_address: str, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]
     ) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
         Args:
             world_size: number of ranks; nothing is opened for one.
-            host: the address that the other ranks reach rank 0 at.
+            main_address: what ranks on other hosts reach rank 0's by.
             broadcast: gives every rank rank 0's string.
             gather: gives every rank each rank's string.
         """
@@ -105,10 +105,13 @@ class Membership:
             return
         watch = CollectiveWatch(self.rank, world_size, self._worker_timeout_s)
         self._heartbeats = Heartbeats(self.rank, self.latch, self._worker_timeout_s, self._describe_end, watch=watch)
-        if self.rank == 0:
-            self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
-            self.address = self.listener.address
-        self.address = share_address(self.rank, self.address, broadcast, gather)
+        heartbeats = self._heartbeats
+
+        def listen(host: str) -> Address:
+            self.listener = Listener(host, world_size, heartbeats, self._worker_timeout_s)
+            return self.listener.address
+
+        self.address = share_address(self.rank, main_address, listen, broadcast, gather)
         if self.rank == 0:
             return
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])

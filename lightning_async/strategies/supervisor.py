@@ -136,8 +136,7 @@ class RunSupervisor:
         """Ties the ranks together, once they have a process group; a collective call."""
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
-        host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
-        self._membership.meet(self._ranks.world_size, host, broadcast, gather)
+        self._membership.meet(self._ranks.world_size, environment.main_address, broadcast, gather)
         _prepare_exit()
 
     @contextmanager

@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
 	@echo "make test    the test suite"
-	@echo "make soak    the larger forms of some tests: more runs in a row, more fits, more seeds"
+	@echo "make soak    the larger forms of some tests: more runs in a row, more fits, more seeds; 2,000 faults (hours)"
 	@echo "make wheel-test    installs the wheel in a fresh environment and does what README and quick start say; 1.5 GB"
 	@echo "make test-cuda-build    the test suite with the build of torch that pip installs on Linux; needs no GPU, 6 GB"
 	@echo "make test-lowest    the test suite with the oldest releases that pyproject.toml allows; 6 GB"
@@ -37,6 +37,8 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m tests.faults.soak --faults 2000
+	$(BIN)/python -m tests.faults.soak --deaths 200
 
 wheel-test: $(STAMP)
 	$(BIN)/python -m pytest -m wheel tests/wheel

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["44K", "11.2M"], choices=list(SHAPES))
     parser.add_argument("--wire-dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--transports", nargs="+", default=["shm", "gloo"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp"])
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--k", type=int, default=1, metavar="K", help="gradients that make an update")
     arguments = parser.parse_args()

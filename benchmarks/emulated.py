@@ -19,10 +19,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_async
 from lightning_async.monitoring.diagnosis import RunFacts
 
-__all__ = ["LENET5_PARAMETERS", "RESNET18_PARAMETERS", "Step", "hush_lightning", "measure"]
+__all__ = ["LENET5_PARAMETERS", "QUIET", "RESNET18_PARAMETERS", "Step", "hush_lightning", "measure", "sizes_of"]
 
 LENET5_PARAMETERS = 44_426
 RESNET18_PARAMETERS = 11_173_962
+
+
+def sizes_of(parameters: int) -> list[int]:
+    """The sizes of the tensors of a model.
+
+    As many as ResNet18 has, so that a large model's gradient comes in pieces that fit into a cache.
+    """
+    return [parameters] if parameters < 1_000_000 else [len(part) for part in torch.arange(parameters).chunk(62)]
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,7 @@ class EmulatedModule(LightningModule):
 
     def __init__(self, parameters: int, steps: Sequence[Step]) -> None:
         super().__init__()
-        # As many tensors as ResNet18 has, so that a large model's gradient comes in pieces that fit into a cache.
-        sizes = [parameters] if parameters < 1_000_000 else [len(part) for part in torch.arange(parameters).chunk(62)]
-        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes)
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes_of(parameters))
         self.steps = steps
         self.started = self.ended = 0.0
         self._random = np.random.default_rng()

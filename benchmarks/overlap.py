@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--parameters", type=int, nargs="+", default=[LENET5_PARAMETERS, RESNET18_PARAMETERS])
-    parser.add_argument("--transports", nargs="+", default=["shm", "gloo"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp"])
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     step_s = arguments.step_ms / 1000

@@ -120,7 +120,7 @@ def landing_page(found: list[dict[str, Any]], colours: tuple[str, str, str, str]
 
 def ceiling(axes: Axes, found: list[dict[str, Any]]) -> None:
     """Updates per second against the number of workers."""
-    styles = {"shm": "o-", "gloo": "s--"}
+    styles = {"shm": "o-", "gloo": "s--", "tcp": "s--"}
     colours = {"44K": OURS, "11.2M": THEIRS, "100M": THIRD}
     for size, transport in dict.fromkeys((row["size"], row["transport"]) for row in found):
         rows = [row for row in found if (row["size"], row["transport"]) == (size, transport)]

@@ -45,6 +45,7 @@ def hold(
     ranks: int,
     tell_address: Callable[[str], object],
     process: HolderProcess | None = None,
+    host: str = "127.0.0.1",
     **options: Any,
 ) -> tuple[Engine, RunStats]:
     """Rank 0's side, ready for the others.
@@ -54,10 +55,11 @@ def hold(
         ranks: number of ranks, this one included.
         tell_address: called with what the other ranks need to find it.
         process: where the holder is to be; without one, in a thread of rank 0's.
+        host: the address that the other ranks find it at.
         options: see `ExchangeOptions`.
     """
     latch = FailureLatch()
-    listener = Listener("127.0.0.1", ranks, Heartbeats(0, latch, 60.0)) if ranks > 1 else None
+    listener = Listener(host, ranks, Heartbeats(0, latch, 60.0)) if ranks > 1 else None
     stats = RunStats(ranks)
 
     def meet(holder: str) -> str:

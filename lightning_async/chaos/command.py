@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_async.chaos.striker import SIGNALS, Striker
+from lightning_async.chaos.striker import SIGNALS, Strike, Striker
 from lightning_async.runtime.whereabouts import FOLDER
 
 __all__ = ["chaos_main", "parse_ranks"]
@@ -78,8 +78,8 @@ def parse_ranks(text: str) -> frozenset[int]:
     return frozenset(ranks)
 
 
-def _summary(strikes: Sequence[tuple[float, str, int]], code: int, seconds: float) -> str:
-    by_rank = Counter(rank for _, _, rank in strikes)
+def _summary(strikes: Sequence[Strike], code: int, seconds: float) -> str:
+    by_rank = Counter(strike.rank for strike in strikes)
     details = ", ".join(f"rank {rank}: {count}" for rank, count in sorted(by_rank.items()))
     ended = f"exited with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
     count = f"{len(strikes)} strike{'' if len(strikes) == 1 else 's'}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_async.runtime.whereabouts import ranks_announced
 
-__all__ = ["RankProcess", "descendants", "find_ranks"]
+__all__ = ["RankProcess", "descendants", "find_ranks", "parents"]
 
 _PROC = Path("/proc")
 # Of torchrun and Lightning's script launcher, of SLURM.
@@ -89,6 +89,11 @@ def descendants(root: int, parents: Mapping[int, int]) -> set[int]:
                 found.add(child)
                 left.append(child)
     return found
+
+
+def parents() -> dict[int, int]:
+    """Of each living process its parent."""
+    return {pid: status.parent for pid, status in _statuses()}
 
 
 def _statuses() -> Iterator[tuple[int, _Status]]:

@@ -7,16 +7,33 @@ import signal
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_async.chaos.processes import RankProcess, find_ranks
 from lightning_async.runtime.whereabouts import is_training, ranks_announced
 
-__all__ = ["SIGNALS", "Striker"]
+__all__ = ["SIGNALS", "Strike", "Striker"]
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "sigterm": signal.SIGTERM}
 """What a strike sends."""
 
 _LOOK_S = 0.1
+
+
+class Strike(NamedTuple):
+    """What was struck.
+
+    Attributes:
+        at_s: when, by the monotonic clock.
+        kind: with what; see `SIGNALS`.
+        rank: which rank.
+        pid: its process.
+    """
+
+    at_s: float
+    kind: str
+    rank: int
+    pid: int
 
 
 class Striker:
@@ -33,7 +50,7 @@ class Striker:
         say: prints a line.
 
     Attributes:
-        strikes: what was struck: seconds since the ranks train, kind and rank.
+        strikes: what was struck so far.
     """
 
     def __init__(
@@ -47,7 +64,7 @@ class Striker:
         until_s: float | None = None,
         say: Callable[[str], object] = print,
     ) -> None:
-        self.strikes: list[tuple[float, str, int]] = []
+        self.strikes: list[Strike] = []
         self._root = root
         self._announced_in = announced_in
         self._every_s = every_s
@@ -100,7 +117,7 @@ class Striker:
         if target.send(SIGNALS[kind]):
             if kind == "stop":
                 self._stopped.append(target)
-            self.strikes.append((at_s, kind, target.rank))
+            self.strikes.append(Strike(time.monotonic(), kind, target.rank, target.pid))
             self._say(f"{at_s:.1f} s: {SIGNALS[kind].name} to rank {target.rank} (process {target.pid})")
 
     def _may_strike(self, rank: int) -> bool:

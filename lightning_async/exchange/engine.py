@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.exchange.local_service import HolderService
-from lightning_async.exchange.negotiation import dial, transport_of
+from lightning_async.exchange.negotiation import WorkerWires, dial, transport_of
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
@@ -65,7 +65,7 @@ class Engine:
         optimizers: the optimizers that it was built for.
         states: what they show of the holder's state.
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
-        transport: how this rank's gradients travel: "in process", "shm", "gloo" or "nccl".
+        transport: how this rank's gradients travel: "in process", "shm", "tcp" or "nccl".
         holder_device: where the holder is, "cpu" or "cuda".
 
     Raises:
@@ -119,7 +119,7 @@ class Engine:
                 assert listener is not None
                 # Heartbeats come here still.
                 listener.on_refused = stats.refuse
-                self.service = process.serve(spec, listener.address.host, latch, self._observe, stats.refuse, on_lost)
+                self.service = process.serve(spec, listener.address, latch, self._observe, stats.refuse, on_lost)
             else:
                 placement = (
                     HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()
@@ -140,8 +140,9 @@ class Engine:
             channels = [local.local_channel(alone=self.shares_parameters)]
         else:
             groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
+            wires, overlaps = WorkerWires(layout), slots > 1
             channels = [
-                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, slots > 1)
+                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, overlaps, wires)
                 for slot in range(slots)
             ]
         self.transport = transport_of(channels[0])

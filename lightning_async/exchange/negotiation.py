@@ -1,4 +1,4 @@
-"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, Gloo otherwise."""
+"""How a worker and the holder agree on a channel: NCCL between GPUs, shared memory on one host, TCP otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -16,24 +17,27 @@ from lightning_async.exchange.options import Transport, WireDtype
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
-from lightning_async.runtime.process_groups import apart_from_groups
+from lightning_async.runtime.listening import allowed_ports
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
-from lightning_async.transport.gloo import HOLDER_SIDE, WORKER_SIDE, GlooChannel, WireDtypes
+from lightning_async.transport.int8 import GradientWire, ParameterWire
+from lightning_async.transport.link_share import LinkShare
 from lightning_async.transport.message import Abort, Ack, Message, Refuse, Welcome, kind_of
 from lightning_async.transport.nccl import NcclChannel
 from lightning_async.transport.shm import SharedMemoryChannel, SharedSegment, host_identity
+from lightning_async.transport.tcp import TcpChannel
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
+from lightning_async.transport.wire import PLAIN, RoundedWire, Wire
 
-__all__ = ["ChannelNegotiator", "WireNames", "dial", "transport_of"]
+__all__ = ["ChannelNegotiator", "WireNames", "WorkerWires", "dial", "transport_of"]
 
 # What gradients, and what parameters, are rounded to on a network.
 WireNames: TypeAlias = tuple[WireDtype, WireDtype]
 
 _UNROUNDED: WireNames = ("fp32", "fp32")
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ class ChannelNegotiator:
     """Rank 0's side: offers each worker the best channel that both sides can have.
 
     Args:
-        host: the address that the workers reach rank 0 at.
+        address: of rank 0's listener.
         transport: "auto", or the only channel to offer.
         numel: size of the flat buffers.
         dtype: of the flat buffers.
@@ -54,7 +58,7 @@ class ChannelNegotiator:
 
     def __init__(
         self,
-        host: str,
+        address: Address,
         transport: Transport,
         numel: int,
         dtype: torch.dtype,
@@ -64,10 +68,12 @@ class ChannelNegotiator:
         workers: int = 1,
     ) -> None:
         self._wire = wire
-        self._host = host
+        self._address = address
         self._transport = transport
         self._numel = numel
         self._dtype = dtype
+        # Of rank 0's network: payloads that go out, and that come in.
+        self._shares = LinkShare(), LinkShare()
         self._lock = threading.Lock()
         self._store: Any = None
         self._nccl: NcclNegotiator | None = None
@@ -84,7 +90,7 @@ class ChannelNegotiator:
         if self._transport == "shm" and not _shares_memory(peer):
             raise HandshakeError(
                 f'transport="shm" was asked for, and rank {peer.rank} cannot map the memory of rank 0: it is on '
-                'another host or in another container. Take transport="auto", which uses Gloo for such ranks'
+                'another host or in another container. Take transport="auto", which uses TCP for such ranks'
             )
 
     def open(self, peer: PeerInfo, connection: ControlConnection) -> Channel:
@@ -101,12 +107,9 @@ class ChannelNegotiator:
         segment = self._segment(peer)
         shortcut = None if segment is None else _make_shortcut()
         try:
-            pair = f"worker-{peer.rank}-{peer.slot}-{peer.incarnation}"
             offer = {
-                "pair": pair,
                 "segment": segment.address if segment else None,
                 "shortcut": shortcut.name if shortcut else None,
-                "store_port": self._store_port(segment),
                 "wire": wire,
             }
             connection.send(Welcome(peer.rank, json.dumps(offer)))
@@ -119,7 +122,7 @@ class ChannelNegotiator:
                     return SharedMemoryChannel(connection, segment.buffers)
                 reason = answer.reason if isinstance(answer, Refuse) else f"it answers with {kind_of(answer).name}"
                 self._complain(f"rank {peer.rank} could not map shared memory: {reason}")
-                fallback = offer | {"segment": None, "store_port": self._store_port(None)}
+                fallback = offer | {"segment": None}
                 connection.send(Welcome(peer.rank, json.dumps(fallback)))
         finally:
             if segment is not None:
@@ -127,19 +130,28 @@ class ChannelNegotiator:
             if shortcut is not None:
                 shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
-        store, dtypes = self._store.clone(), _dtypes(wire)
-        with apart_from_groups():
-            return GlooChannel(connection, buffers, store, pair, HOLDER_SIDE, dtypes, peer.overlaps)
+        gradients, parameters = wire
+        incoming = GradientWire(self._numel, self._dtype) if gradients == "int8" else None
+        return TcpChannel(
+            connection,
+            buffers,
+            self._address.timeout_s,
+            _parameter_wire(parameters, self._numel, self._dtype),
+            incoming or _rounded(gradients, self._numel, self._dtype),
+            serves=True,
+            shares=self._shares,
+            late_reader=peer.overlaps,
+        )
 
     def close(self) -> None:
-        """Ends the store, and with it the wait of a session whose worker never came to it."""
+        """Ends what is being connected, and the store."""
         if self._nccl is not None:
             self._nccl.close()
         with self._lock:
             self._store = None
 
     def _segment(self, peer: PeerInfo) -> SharedSegment | None:
-        if self._transport == "gloo" or not _shares_memory(peer):
+        if self._transport == "tcp" or not _shares_memory(peer):
             return None
         try:
             return SharedSegment(self._numel, self._dtype)
@@ -150,21 +162,37 @@ class ChannelNegotiator:
 
     def _complain(self, problem: str) -> None:
         if self._transport == "shm":
-            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses Gloo instead')
-        log.warning("lightning_async: %s; it will use Gloo, which is slower", problem)
-
-    def _store_port(self, segment: SharedSegment | None) -> int:
-        # The store, with its thread and port, exists only if a channel needs it.
-        if segment is not None:
-            return 0
-        with self._lock:
-            if self._store is None:
-                self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-            return int(self._store.port)
+            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses TCP instead')
+        log.warning("lightning_async: %s; it will use TCP, which is slower", problem)
 
     def _client(self) -> tuple[int, Store]:
-        port = self._store_port(None)
-        return port, self._store.clone()
+        # The store, with its thread and port, exists only if NCCL needs it.
+        with self._lock:
+            if self._store is None:
+                self._store = _open_store(self._address.host)
+            return int(self._store.port), self._store.clone()
+
+
+class WorkerWires:
+    """How a worker's gradients lie on the wire: its slots share one, so what rounding loses in one goes by the next.
+
+    Args:
+        layout: where each parameter lies.
+    """
+
+    def __init__(self, layout: FlatLayout) -> None:
+        self._layout = layout
+        self._int8: GradientWire | None = None
+
+    def gradients(self, name: str) -> Wire:
+        """The wire of this name."""
+        layout = self._layout
+        if name != "int8":
+            return _rounded(name, layout.numel, layout.dtype)
+        if self._int8 is None:
+            sizes = [[torch.Size(shape).numel() for shape in shapes] for shapes in layout.shapes]
+            self._int8 = GradientWire(layout.numel, layout.dtype, sizes)
+        return self._int8
 
 
 def dial(
@@ -176,6 +204,7 @@ def dial(
     slot: int = 0,
     devices: RankDevices | None = None,
     overlaps: bool = False,
+    wires: WorkerWires | None = None,
 ) -> Channel:
     """Connects a worker to its session.
 
@@ -188,6 +217,7 @@ def dial(
         slot: which of the worker's slots this is.
         devices: where this rank computes; its host by default.
         overlaps: whether this rank computes while its answer is under way.
+        wires: what all slots of this worker share.
 
     Raises:
         HandshakeError: if rank 0 refuses this worker, with its reason.
@@ -216,14 +246,25 @@ def dial(
             if shortcut is not None:
                 connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
-    store = TCPStore(address.host, offer["store_port"], is_master=False, wait_for_workers=False)
     buffers = Buffers.allocate(numel, dtype)
-    return GlooChannel(connection, buffers, store, offer["pair"], WORKER_SIDE, _dtypes(offer["wire"]), overlaps)
+    gradients, parameters = offer["wire"]
+    outgoing = (wires or WorkerWires(layout)).gradients(gradients)
+    incoming = _parameter_wire(parameters, numel, dtype)
+    return TcpChannel(connection, buffers, address.timeout_s, outgoing, incoming, late_reader=overlaps)
+
+
+def _open_store(host: str) -> TCPStore:
+    """A store at the first port that is allowed and free."""
+    *others, last = allowed_ports()
+    for port in others:
+        with suppress(RuntimeError):
+            return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    return TCPStore(host, last, is_master=True, wait_for_workers=False)
 
 
 def transport_of(channel: Channel) -> str:
     """What a channel is called, as in `Transport`; "in process" for one that moves nothing between processes."""
-    for kind, name in ((SharedMemoryChannel, "shm"), (GlooChannel, "gloo"), (NcclChannel, "nccl")):
+    for kind, name in ((SharedMemoryChannel, "shm"), (TcpChannel, "tcp"), (NcclChannel, "nccl")):
         if isinstance(channel, kind):
             return name
     return "in process"
@@ -244,9 +285,13 @@ def _make_shortcut() -> Shortcut | None:
         return None
 
 
-def _dtypes(wire: Sequence[str]) -> WireDtypes:
-    gradients, parameters = wire
-    return WireDtypes(_DTYPES[gradients], _DTYPES[parameters])
+def _parameter_wire(name: str, numel: int, dtype: torch.dtype) -> Wire:
+    return ParameterWire(numel, dtype) if name == "int8" else _rounded(name, numel, dtype)
+
+
+def _rounded(name: str, numel: int, dtype: torch.dtype) -> Wire:
+    rounded = _DTYPES.get(name)
+    return PLAIN if rounded is None or rounded is dtype else RoundedWire(numel, rounded)
 
 
 def _shares_memory(peer: PeerInfo) -> bool:

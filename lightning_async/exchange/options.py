@@ -28,8 +28,8 @@ __all__ = [
     "WireDtype",
 ]
 
-Transport: TypeAlias = Literal["auto", "shm", "gloo", "nccl"]
-WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Transport: TypeAlias = Literal["auto", "shm", "tcp", "nccl"]
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 HolderPlace: TypeAlias = Literal["thread", "process"]
 
 

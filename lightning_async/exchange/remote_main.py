@@ -25,6 +25,7 @@ from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.rebuild import assemble
 from lightning_async.holder.types import Update
 from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.transport.connection import ControlConnection
@@ -126,12 +127,14 @@ class RpcServer:
         self._service: HolderService | None = None
         self._shared_payload: SharedPayload | None = None
 
-    def begin(self, timeout_s: float, host: str, world_size: int) -> str:
-        """Begins to give signs of life and opens the listener; returns its address."""
+    def begin(self, rank_0s: str, world_size: int) -> str:
+        """Begins to give signs of life and opens a listener beside rank 0's, of the same run; returns its address."""
+        address = Address.from_json(rank_0s)
+        timeout_s = address.timeout_s
         heartbeats = Heartbeats(0, self._latch, timeout_s, lambda rank: "its process is gone")
         heartbeats.add(0, ControlConnection(self._heartbeat))
         # Rank 0's listener takes the ranks' heartbeats.
-        self._listener = Listener(host, world_size, None)
+        self._listener = Listener(address.host, world_size, None, timeout_s, address.token)
         self._listener.admits_rank_0 = True
         return self._listener.address.as_json()
 
@@ -223,7 +226,7 @@ def main(control: int, heartbeat: int) -> None:
     except (EOFError, OSError) as error:
         log.debug("rank 0 is gone: %s", error)
     sys.stderr.flush()
-    # Threads may be in the middle of Gloo's code, and would abort the process on its way out.
+    # Threads may be in the middle of torch's code, and would abort the process on its way out.
     os._exit(0)
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -130,7 +131,7 @@ class HolderProcess(Service):
     def serve(
         self,
         spec: HolderSpec,
-        host: str,
+        address: Address,
         latch: FailureLatch,
         on_update: UpdateObserver,
         on_refused: Callable[[], None],
@@ -140,7 +141,7 @@ class HolderProcess(Service):
 
         Args:
             spec: what to hold.
-            host: the address that the workers reach rank 0 at.
+            address: of rank 0's own listener.
             latch: the run's failure latch.
             on_update: called in a thread of this process with each update, some milliseconds after it, without
                 its gradients, and with the tickets that it covers; all that were answered have been told when one of
@@ -155,7 +156,7 @@ class HolderProcess(Service):
         self._on_update, self._on_refused, self._on_lost = on_update, on_refused, on_lost
         with _payload_of(spec) as shared_payload:
             if self._heartbeats is None:
-                self._begin(spec, host, latch)
+                self._begin(spec, address, latch)
             self._call("serve", shared_payload.address, on_lost is not None)
         return self
 
@@ -284,7 +285,7 @@ class HolderProcess(Service):
         self._connection.close()
         self._my_heartbeat.close()
 
-    def _begin(self, spec: HolderSpec, host: str, latch: FailureLatch) -> None:
+    def _begin(self, spec: HolderSpec, address: Address, latch: FailureLatch) -> None:
         if not self._ready.wait(self._start_timeout_s) or self._gone.is_set():
             ended = self._describe_end() if self._gone.is_set() else None
             ended = ended or f"the process of the holder has not started in {self._start_timeout_s:g} s"
@@ -296,7 +297,9 @@ class HolderProcess(Service):
         self._heartbeats = Heartbeats(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
         self._heartbeats.add(0, ControlConnection(self._my_heartbeat))
         latch.subscribe(lambda failure: self._give_up())
-        self._address = Address.from_json(self._call("begin", timeout_s, host, spec.world_size))
+        self._address = Address.from_json(
+            self._call("begin", replace(address, timeout_s=timeout_s).as_json(), spec.world_size)
+        )
 
     def _call(self, name: str, *arguments: Any) -> Any:
         assert self._latch is not None, "nothing is held yet"

@@ -115,7 +115,7 @@ class Server:
         self._negotiator: ChannelNegotiator | None = None
         if listener is not None:
             self._negotiator = ChannelNegotiator(
-                listener.address.host,
+                listener.address,
                 transport,
                 layout.numel,
                 layout.dtype,
@@ -199,7 +199,7 @@ class Server:
         self._ends.close(_WAKE_TIMEOUT_S)
         for thread in threads:
             thread.join(timeout=patience_s)
-        # What a thread may still wait for will not come. A thread that is left in Gloo's code would abort the process
+        # What a thread may still wait for will not come. A thread that is left in NCCL's code would abort the process
         # when it comes back while the interpreter shuts down.
         if self._negotiator is not None:
             self._negotiator.close()
@@ -287,7 +287,8 @@ class Server:
         index = peer.claims.get("optimizer")
         if not isinstance(index, int) or not 0 <= index < len(self._groups):
             raise HandshakeError(f"it asks for the state of optimizer {index} of {len(self._groups)}")
-        send_state(connection, lambda: self._holder.optimizer_state(index))
+        assert self._listener is not None
+        send_state(connection, lambda: self._holder.optimizer_state(index), self._listener.address.timeout_s)
 
     def _serve(self, peer: PeerInfo, connection: ControlConnection, fence: Fence) -> None:
         assert self._negotiator is not None

@@ -89,6 +89,7 @@ class Session:
         ]
         self._all_present = [pack_bitmap([True] * len(views)) for views in self._views]
         self._parameters = channel.buffers.parameters
+        self._reported_bytes = 0
 
     def serve_one(self) -> None:
         """Receives one request and answers it, waiting for both in the calling thread.
@@ -177,7 +178,9 @@ class Session:
             unpack_counts(message.counts),
             self._segments[message.optimizer],
             message.finite,
+            self._channel.wire_bytes - self._reported_bytes,
         )
+        self._reported_bytes = self._channel.wire_bytes
         tickets = range(0)
 
         def draw_next() -> bool:

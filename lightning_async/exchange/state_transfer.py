@@ -23,8 +23,6 @@ __all__ = ["describe_state", "fetch_state", "rebuild_state", "send_state"]
 
 # Room for a million tensors.
 _MAX_DESCRIPTION_BYTES = 256 << 20
-# How long rank 0 may take between two pieces of it.
-_PIECE_TIMEOUT_S = 60.0
 _DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -91,12 +89,13 @@ def rebuild_state(described: Any, take: Callable[[str, list[int]], Tensor]) -> A
     raise WireError("the description of an optimizer's state cannot be read")
 
 
-def send_state(connection: ControlConnection, read: Callable[[], StateByPlace]) -> None:
+def send_state(connection: ControlConnection, read: Callable[[], StateByPlace], stall_s: float = 60.0) -> None:
     """Answers a peer who has asked for a state, and closes the connection.
 
     Args:
         connection: to the peer.
         read: returns a copy of the state, in host memory.
+        stall_s: seconds in which the peer takes nothing after which it is lost.
 
     Raises:
         ChannelClosedError: if the peer is gone.
@@ -108,11 +107,11 @@ def send_state(connection: ControlConnection, read: Callable[[], StateByPlace]) 
         reason = f"the optimizer's state has {error} in it, which cannot be sent to another rank; read it on rank 0"
         connection.send(Refuse(reason=fit_text(reason)))
     else:
-        connection.settimeout(_PIECE_TIMEOUT_S)
-        connection.send(Welcome(offer=str(len(text))))
-        connection.send_bytes(memoryview(text))
+        connection.settimeout(None)
+        connection.survive_cuts(stall_s)
+        connection.send_payload(Welcome(offer=str(len(text))), memoryview(text), stall_s)
         for tensor in tensors:
-            connection.send_bytes(_bytes_of(tensor.contiguous()))
+            connection.send_payload(None, _bytes_of(tensor.contiguous()), stall_s)
     finally:
         connection.close()
 
@@ -130,20 +129,20 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
 
     Raises:
         HandshakeError: if the holder refuses, with its reason.
-        ChannelClosedError: if it cannot be reached, or says nothing for a minute.
+        ChannelClosedError: if it cannot be reached, or says nothing for `worker_timeout`.
         WireError: if its answer is none.
     """
     connection, size = handshake(address, rank, STATE, optimizer=optimizer)
     try:
-        connection.settimeout(_PIECE_TIMEOUT_S)
+        connection.survive_cuts(address.timeout_s)
         if not 0 < int(size) <= _MAX_DESCRIPTION_BYTES:
             raise WireError(f"the holder describes an optimizer's state in {size} bytes")
         text = bytearray(int(size))
-        connection.receive_bytes(memoryview(text))
+        connection.receive_payload(memoryview(text), address.timeout_s)
 
         def take(dtype: str, shape: list[int]) -> Tensor:
             tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-            connection.receive_bytes(_bytes_of(tensor))
+            connection.receive_payload(_bytes_of(tensor), address.timeout_s)
             return tensor
 
         state: StateByPlace = rebuild_state(json.loads(text), take)

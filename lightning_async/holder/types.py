@@ -31,6 +31,7 @@ class Push(NamedTuple):
             nothing but updates is counted.
         flat: what the gradients are parts of, in the holder's layout; None if they are not.
         finite: False if there is NaN or infinity in the gradients, which are then rejected.
+        wire_bytes: bytes of payloads that went over a network with this worker since its last push, this one included.
     """
 
     worker: int
@@ -45,6 +46,7 @@ class Push(NamedTuple):
     counts: Sequence[int] = ()
     flat: Tensor | None = None
     finite: bool = True
+    wire_bytes: int = 0
 
     @property
     def batches(self) -> int:

@@ -142,6 +142,8 @@ def _metrics(stats: dict[str, Any], since: dict[str, Any], version: int, own: in
         "async/rejected": float(stats["rejected"]),
         "async/refused": float(stats["refused"]),
     }
+    if stats["wire_bytes"]:
+        metrics["async/wire_bytes_per_update"] = (stats["wire_bytes"] - since["wire_bytes"]) / updates
     for rank, count in [*ranks.items()][:own]:
         new = count - since["updates_by_rank"].get(rank, 0)
         metrics[f"async/share_rank_{rank}"] = new / updates

@@ -39,6 +39,7 @@ class RunStats:
         cores_by_rank: rank -> cores that its process may run on.
         cores_used_by_rank: rank -> cores that it keeps busy on average while it trains.
         all_reduce_seconds: seconds that an all-reduce of the parameters takes on these ranks, once they have met.
+        wire_bytes: bytes of gradients and parameters that went over a network.
         dropped: pushes discarded as too stale (``on_stale="drop"``).
         rejected: pushes that were not applied since the gradient had NaN or infinity in it.
         rejected_by_rank: the same for each rank.
@@ -65,6 +66,7 @@ class RunStats:
         self.cores_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
         self.cores_used_by_rank: dict[int, float] = dict.fromkeys(range(workers), 0.0)
         self.all_reduce_seconds = 0.0
+        self.wire_bytes = 0
         self.dropped = 0
         self.rejected = 0
         self.rejected_by_rank: dict[int, int] = dict.fromkeys(range(workers), 0)
@@ -104,6 +106,7 @@ class RunStats:
             self.batches_by_rank[worker] += update.push.batches
             self.wait_seconds_by_rank[worker] += update.push.waited_s
             self.parked_seconds_by_rank[worker] += update.parked_s
+            self.wire_bytes += update.push.wire_bytes
             if update.applied:
                 self._update_ns += update.took_ns
                 self.updates += 1
@@ -207,6 +210,7 @@ class RunStats:
                 "cores_by_rank": dict(self.cores_by_rank),
                 "cores_used_by_rank": dict(self.cores_used_by_rank),
                 "all_reduce_seconds": self.all_reduce_seconds,
+                "wire_bytes": self.wire_bytes,
                 "dropped": self.dropped,
                 "rejected": self.rejected,
                 "rejected_by_rank": dict(self.rejected_by_rank),
@@ -239,6 +243,8 @@ class RunStats:
             "rejected": float(stats["rejected"]),
             "refused": float(stats["refused"]),
         }
+        if stats["wire_bytes"]:
+            summary["wire_bytes_per_update"] = stats["wire_bytes"] / updates
         for rank, count in ranks.items():
             summary[f"updates_rank_{rank}"] = float(count)
             summary[f"share_rank_{rank}"] = count / updates

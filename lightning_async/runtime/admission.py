@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,9 @@ class Admission:
             raise HandshakeError("the run has not begun to train; try again in a moment")
         self.expect(rank)
         self.let_in(rank)
-        offer = {"rank": rank, "incarnation": incarnation, "exchange": json.loads(address.as_json())}
+        # The token is the run's, which it has.
+        told = json.loads(address.without_token().as_json())
+        offer = {"rank": rank, "incarnation": incarnation, "exchange": told}
         connection.send(Welcome(rank, json.dumps(offer)))
         connection.settimeout(None)
         try:
@@ -225,7 +227,7 @@ class JoinRequest:
         found = json.loads(offer)
         self.rank: int = found["rank"]
         self.incarnation: int = found["incarnation"]
-        self.exchange = Address(**found["exchange"])
+        self.exchange = replace(Address(**found["exchange"]), token=invitation.address.token)
 
     def fetch_state(self) -> tuple[int, bytes] | None:
         """The segment under way and what the ranks know that train in it; waits for one. None if the run is over."""

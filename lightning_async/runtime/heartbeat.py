@@ -105,6 +105,9 @@ class Heartbeats:
     def add(self, rank: int, connection: ControlConnection) -> None:
         """Watches over another peer; its connection is owned from here on."""
         connection.settimeout(_SEND_TIMEOUT_S)
+        connection.survive_cuts(self._timeout_s)
+        # A thin link is busy with payloads.
+        connection.go_first()
         peer = _Peer(rank, connection, time.monotonic())
         with self._lock:
             self._peers[rank] = peer
@@ -238,8 +241,8 @@ class Heartbeats:
             peer.last_seen = time.monotonic()
             for message in messages:
                 self._handle(peer, message)
-        except ChannelClosedError:
-            self._lose(peer, self._describe_end(peer.rank) or "its process is gone: the connection was closed")
+        except ChannelClosedError as error:
+            self._lose(peer, self._describe_end(peer.rank) or _describe_loss(error))
         except WireError as error:
             self._lose(peer, f"its heartbeat does not follow the protocol: {error}")
 
@@ -287,3 +290,11 @@ class Heartbeats:
                 del self._peers[peer.rank]
                 self._selector.unregister(peer.connection.fileno())
                 peer.connection.close()
+
+
+def _describe_loss(error: ChannelClosedError) -> str:
+    cause = error.__cause__
+    if cause is None or isinstance(cause, ConnectionError):
+        return "its process is gone: the connection was closed"
+    # The system has given the connection up: no route, for instance.
+    return f"it cannot be reached any more: {cause}"

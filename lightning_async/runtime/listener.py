@@ -1,9 +1,12 @@
-"""Rank 0's listener: one listening socket; lets the run's own ranks in and refuses everyone else by name."""
+"""Rank 0's listener: lets the run's own ranks in and refuses everyone else by name.
+
+One thread accepts connections and hears all handshakes. What a stranger can take of rank 0 is bounded: the number of
+handshakes under way, the time that each may last as a whole, the bytes that are kept of it, the rate at which
+connections are taken, and the lines in the log.
+"""
 
 from __future__ import annotations
 
-import hmac
-import json
 import logging
 import secrets
 import selectors
@@ -11,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lightning_async.runtime.failure import describe_error
 from lightning_async.runtime.handshake import (
@@ -22,13 +26,17 @@ from lightning_async.runtime.handshake import (
     STATE,
     Address,
     HandshakeError,
+    Introduction,
     PeerInfo,
 )
 from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listening import listen
+from lightning_async.runtime.pace import Pace
 from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.codec import HEADER_BYTES
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.fields import WireError, fit_text
-from lightning_async.transport.message import Hello, Message, Refuse, Welcome, kind_of
+from lightning_async.transport.fields import MAX_TEXT_BYTES, WireError, fit_text
+from lightning_async.transport.message import Challenge, Refuse, Welcome
 
 __all__ = ["Listener"]
 
@@ -41,6 +49,13 @@ _LONGEST_TROUBLES_S = 5.0
 _SHORT_HEARING_S = 0.5
 _ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN)
 _REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
+# More ranks than any run has come within a round trip; who is pushed out by strangers tries again.
+_MOST_ARRIVALS = 128
+_ARRIVALS_PER_S = 200
+_FLOOD_PAUSE_S = 0.01
+_MOST_BYTES = HEADER_BYTES + MAX_TEXT_BYTES
+# Refusals that are logged one by one.
+_LINES_PER_MINUTE = 30
 
 
 class _Troubles:
@@ -71,19 +86,41 @@ class _Troubles:
         self._since, self._pause_s = None, _FIRST_PAUSE_S
 
 
+@dataclass(eq=False, slots=True)
+class _Arrival:
+    """A connection whose other side has not proven yet that it belongs to the run."""
+
+    connection: ControlConnection
+    introduction: Introduction
+    deadline: float
+
+
 class Listener:
-    """Accepts connections until closed; a short-lived thread per peer.
+    """Accepts connections until closed, in one thread; a rank of the run then gets a short-lived thread of its own.
 
     A process that is out of descriptors or threads for a while keeps its listener: who comes then is taken later, and
     who has waited for long is told why.
 
     Args:
-        host: the address that the workers reach rank 0 at; the loopback address keeps the listener shut to other hosts.
+        host: the address that the workers reach rank 0 at; it listens at no other, where that can be.
         workers: number of ranks.
         heartbeats: takes the heartbeats; None where they come in at another listener.
+        timeout_s: `worker_timeout`, which the workers are told.
+        token: the run's; a new one by default.
+
+    Raises:
+        OSError: if there is no port to listen at.
+        ValueError: if the environment allows none.
     """
 
-    def __init__(self, host: str, workers: int, heartbeats: Heartbeats | None) -> None:
+    def __init__(
+        self,
+        host: str,
+        workers: int,
+        heartbeats: Heartbeats | None,
+        timeout_s: float = 60.0,
+        token: str | None = None,
+    ) -> None:
         self._workers = workers
         self._heartbeats = heartbeats
         # Of each rank whose heartbeat has ever come, in which incarnation it came last.
@@ -101,16 +138,23 @@ class Listener:
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
         self.admits_rank_0 = False
-        self._socket = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0), backlog=256)
-        self._socket.setblocking(False)
-        self.address = Address(host, self._socket.getsockname()[1], secrets.token_hex(16))
+        self._sockets = listen(host)
+        port = self._sockets[0].getsockname()[1]
+        self.address = Address(host, port, token or secrets.token_hex(16), timeout_s)
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._socket, selectors.EVENT_READ)
         self._selector.register(self._wake_out, selectors.EVENT_READ)
+        for sock in self._sockets:
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ)
+        # The oldest first.
+        self._arrivals: dict[_Arrival, None] = {}
+        self._pace = Pace(_ARRIVALS_PER_S, _ARRIVALS_PER_S)
+        self._lines = Pace(_LINES_PER_MINUTE, _LINES_PER_MINUTE / 60)
+        self._unlogged = 0
         # Given up for a moment where there is no descriptor to take a peer with, to tell it so.
         self._spare: socket.socket | None = socket.socket()
-        self._thread = threading.Thread(target=self._accept, name="listener", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
         self._thread.start()
 
     def expect(self, rank: int) -> None:
@@ -124,67 +168,117 @@ class Listener:
         self._closing.set()
         self._wake_in.send(b"\0")
         self._thread.join(timeout=1.0)
-        for each in (self._selector, self._socket, self._wake_in, self._wake_out, self._spare):
+        for arrival in list(self._arrivals):
+            arrival.connection.close()
+        for each in (self._selector, *self._sockets, self._wake_in, self._wake_out, self._spare):
             if each is not None:
                 each.close()
 
-    def _accept(self) -> None:
+    def _run(self) -> None:
         troubles = _Troubles()
         while not self._closing.is_set():
-            try:
-                self._selector.select()
-                if self._closing.is_set():
-                    return
-                sock, _ = self._socket.accept()
-            except (BlockingIOError, ConnectionError):
-                # The peer has gone again.
-                continue
-            except (OSError, MemoryError) as error:
-                self._closing.wait(troubles.add(error))
-                if troubles.last_s > _LONGEST_TROUBLES_S:
-                    self._take_to_refuse(error)
-                continue
+            self._step(troubles)
+
+    def _step(self, troubles: _Troubles) -> None:
+        try:
+            self._serve_all(troubles)
+        except (OSError, MemoryError) as error:
+            self._closing.wait(troubles.add(error))
+            if troubles.last_s > _LONGEST_TROUBLES_S:
+                self._take_to_refuse(error)
+
+    def _serve_all(self, troubles: _Troubles) -> None:
+        now = time.monotonic()
+        oldest = next(iter(self._arrivals), None)
+        events = self._selector.select(None if oldest is None else max(0.0, oldest.deadline - now))
+        if self._closing.is_set():
+            return
+        for arrival in [key.data for key, _ in events if key.data is not None]:
+            self._hear(arrival)
+        if oldest is not None:
+            self._dismiss_late()
+        # Asked, and not only when one is said to be readable: it is a cheap question.
+        for accepted in filter(None, map(_take, self._sockets)):
             troubles.end()
-            self._show_in(sock)
+            self._show_in(accepted)
 
     def _show_in(self, sock: socket.socket) -> None:
         try:
             connection = ControlConnection(sock)
+            # An answer fits into the system's buffer.
+            connection.settimeout(_SHORT_HEARING_S)
+            arrival = _Arrival(connection, Introduction(self.address.token), time.monotonic() + HANDSHAKE_TIMEOUT_S)
+            self._selector.register(connection.fileno(), selectors.EVENT_READ, arrival)
         except OSError as error:
             log.debug("a peer has gone again: %s", error)
             sock.close()
             return
+        self._arrivals[arrival] = None
+        if len(self._arrivals) > _MOST_ARRIVALS:
+            self._forget(pushed_out := next(iter(self._arrivals)))
+            # Without a word: a rank of the run takes that for a reason to try again.
+            self._note_refused(pushed_out.connection, f"{_MOST_ARRIVALS} others have come since, and it was slow")
+            pushed_out.connection.close()
+        if not self._pace.allows():
+            # A flood; training goes first.
+            self._closing.wait(_FLOOD_PAUSE_S)
+
+    def _dismiss_late(self) -> None:
+        now = time.monotonic()
+        for arrival in list(self._arrivals):
+            if arrival.deadline > now:
+                return
+            self._forget(arrival)
+            self._refuse(
+                arrival.connection, f"its handshake timed out: it has not come to an end in {HANDSHAKE_TIMEOUT_S:g} s"
+            )
+
+    def _hear(self, arrival: _Arrival) -> None:
+        if arrival not in self._arrivals:
+            return
+        connection = arrival.connection
         try:
-            # A thread each: a peer that connects and says nothing must not keep the others out.
-            threading.Thread(target=self._welcome, args=(connection,), name="peer", daemon=True).start()
+            for message in connection.receive_available(_MOST_BYTES):
+                answer = arrival.introduction.hear(message)
+                if isinstance(answer, Challenge):
+                    connection.send(answer)
+                    continue
+                self._forget(arrival)
+                self._let_in(answer, arrival.introduction.role, connection)
+                return
+        except (WireError, ChannelClosedError, HandshakeError) as error:
+            self._forget(arrival)
+            self._refuse(connection, str(error))
+        except Exception as error:
+            self._forget(arrival)
+            self._refuse(connection, f"rank 0 could not hear it: {describe_error(error)}")
+
+    def _forget(self, arrival: _Arrival) -> None:
+        if arrival in self._arrivals:
+            del self._arrivals[arrival]
+            self._selector.unregister(arrival.connection.fileno())
+
+    def _let_in(self, peer: PeerInfo, role: str, connection: ControlConnection) -> None:
+        """Takes a rank of the run."""
+        if role == HEARTBEAT:
+            self._welcome(peer, role, connection)
+            return
+        try:
+            # A thread each: to answer may take a while.
+            threading.Thread(target=self._welcome, args=(peer, role, connection), name="peer", daemon=True).start()
         except RuntimeError as error:
             log.debug("no thread for a peer: %s", error)
-            self._welcome(connection)
+            self._welcome(peer, role, connection)
 
-    def _take_to_refuse(self, trouble: BaseException) -> None:
-        """Tells the peer who has waited longest why it is not let in."""
-        if self._spare is None:
-            return
-        self._spare.close()
-        self._spare = None
+    def _welcome(self, peer: PeerInfo, role: str, connection: ControlConnection) -> None:
         try:
-            connection = ControlConnection(self._socket.accept()[0])
-        except (OSError, MemoryError) as error:
-            log.debug("nor can it be told so: %s", error)
-        else:
-            self._refuse(connection, f"rank 0 cannot take connections: {trouble}. {_REMEDY}", hears_first=True)
-        try:
-            self._spare = socket.socket()
-        except OSError as error:
-            log.debug("no descriptor to spare: %s", error)
-
-    def _welcome(self, connection: ControlConnection) -> None:
-        try:
-            connection.settimeout(HANDSHAKE_TIMEOUT_S)
-            peer, role = self._identify(connection.receive())
+            first = 0 if role == CONTROL and self.admits_rank_0 else 1
+            if role not in _ROLES or not first <= peer.rank < self._workers:
+                raise HandshakeError(f"there is no {role!r} for rank {peer.rank} among {self._workers} ranks")
             if role == HEARTBEAT:
                 self._take_heartbeat(peer, connection)
                 return
+            connection.settimeout(HANDSHAKE_TIMEOUT_S)
             answers = {
                 CONTROL: self.on_control,
                 STATE: self.on_state,
@@ -214,14 +308,32 @@ class Listener:
         connection.send(Welcome(rank))
         self._heartbeats.add(rank, connection)
 
+    def _take_to_refuse(self, trouble: BaseException) -> None:
+        """Tells the peer who has waited longest why it is not let in."""
+        if self._spare is None:
+            return
+        self._spare.close()
+        self._spare = None
+        try:
+            accepted = next(filter(None, map(_take, self._sockets)), None)
+            connection = None if accepted is None else ControlConnection(accepted)
+        except (OSError, MemoryError) as error:
+            log.debug("nor can it be told so: %s", error)
+        else:
+            if connection is not None:
+                self._refuse(connection, f"rank 0 cannot take connections: {trouble}. {_REMEDY}", hears_first=True)
+        try:
+            self._spare = socket.socket()
+        except OSError as error:
+            log.debug("no descriptor to spare: %s", error)
+
     def _refuse(self, connection: ControlConnection, reason: str, hears_first: bool = False) -> None:
         if self._closing.is_set():
             connection.close()
             return
         # The reason may quote what the stranger sent.
         reason = fit_text(reason)
-        log.warning("lightning_async refused a connection from %s: %s", connection.peer, reason)
-        self.on_refused()
+        self._note_refused(connection, reason)
         try:
             if hears_first:
                 # To close what has something unread is to take back what was said.
@@ -231,6 +343,15 @@ class Listener:
             log.debug("it has said nothing: %s", error)
         self._turn_away(connection, reason)
 
+    def _note_refused(self, connection: ControlConnection, reason: str) -> None:
+        self.on_refused()
+        if not self._lines.allows():
+            self._unlogged += 1
+            return
+        unlogged, self._unlogged = self._unlogged, 0
+        before = f" (and {unlogged} before it)" if unlogged else ""
+        log.warning("lightning_async refused a connection from %s: %s%s", connection.peer, reason, before)
+
     def _turn_away(self, connection: ControlConnection, reason: str) -> None:
         try:
             connection.send(Refuse(reason=reason))
@@ -238,17 +359,10 @@ class Listener:
             log.debug("could not tell it: %s", error)
         connection.close()
 
-    def _identify(self, hello: Message) -> tuple[PeerInfo, str]:
-        if not isinstance(hello, Hello):
-            raise HandshakeError(f"it begins with {kind_of(hello).name} instead of HELLO")
-        try:
-            claims = json.loads(hello.claims)
-            token, role = str(claims["token"]).encode(), str(claims["role"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise HandshakeError(f"its HELLO cannot be read: {error!r}") from error
-        if not hmac.compare_digest(token, self.address.token.encode()):
-            raise HandshakeError("it does not know this run's token")
-        first = 0 if role == CONTROL and self.admits_rank_0 else 1
-        if role not in _ROLES or not first <= hello.worker < self._workers:
-            raise HandshakeError(f"there is no {role!r} for rank {hello.worker} among {self._workers} ranks")
-        return PeerInfo(hello.worker, hello.incarnation, claims), role
+
+def _take(sock: socket.socket) -> socket.socket | None:
+    """Who waits at a listening socket; None if nobody does, or has gone again."""
+    try:
+        return sock.accept()[0]
+    except (BlockingIOError, ConnectionError):
+        return None

@@ -456,7 +456,7 @@ def send_object(connection: ControlConnection, value: Any) -> None:
         ChannelClosedError: if it is gone.
     """
     data = pickle.dumps(value)
-    connection.send_bytes(memoryview(_SIZE.pack(len(data)) + data))
+    connection.send_encoded(_SIZE.pack(len(data)) + data)
 
 
 def receive_object(connection: ControlConnection) -> Any:

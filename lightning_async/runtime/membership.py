@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -31,6 +32,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
 from lightning_async.runtime.process_groups import break_groups
 from lightning_async.runtime.process_identity import ProcessIdentity
+from lightning_async.runtime.rendezvous import share_address
 from lightning_async.runtime.roster import Resilience, Roster
 
 __all__ = ["Membership", "guard_shutdown"]
@@ -119,7 +121,12 @@ class Membership:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
 
     def meet(
-        self, world_size: int, host: str, broadcast: Callable[[str], str], resilience: Resilience | None = None
+        self,
+        world_size: int,
+        host: str,
+        broadcast: Callable[[str], str],
+        gather: Callable[[str], list[str]],
+        resilience: Resilience | None = None,
     ) -> None:
         """Opens rank 0's listener and ties every other rank's heartbeat to it; a collective call.
 
@@ -127,6 +134,7 @@ class Membership:
             world_size: number of ranks; nothing is opened for one.
             host: the address that the other ranks reach rank 0 at.
             broadcast: gives every rank rank 0's string.
+            gather: gives every rank each rank's string.
             resilience: what becomes of the run when a rank is lost; it ends by default.
         """
         self._resilience = resilience or Resilience()
@@ -154,14 +162,14 @@ class Membership:
             on_evicted=self._hear_of,
         )
         if self.rank == 0:
-            self.listener = Listener(host, world_size, self._heartbeats)
+            self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
             self.address = self.listener.address
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
                 self.admission.expect = self.listener.expect
                 self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
-            broadcast(self.address.as_json())
+        self.address = share_address(self.rank, self.address, broadcast, gather)
+        if self.rank == 0:
             return
-        self.address = Address.from_json(broadcast(""))
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
         if goes_on:
             connection, _ = handshake(self.address, self.rank, MEETING, **ProcessIdentity.of_this_process().as_claims())
@@ -274,6 +282,20 @@ class Membership:
             # What waits for that rank in a collective waits in vain. A group that was formed without it goes on, also
             # where the news of it come late.
             break_groups()
+
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run, as JSON; a collective call.
+
+        The token is the run's, which every rank has: it is not told again.
+
+        Args:
+            address: rank 0's; empty if there is none.
+            broadcast: gives every rank rank 0's string.
+        """
+        found = broadcast(Address.from_json(address).without_token().as_json() if address else "")
+        if not found or self.address is None:
+            return found
+        return replace(Address.from_json(found), token=self.address.token).as_json()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -215,7 +215,7 @@ class GradientExchange:
                 stats=context.stats,
                 observers=context.observers,
                 version=version,
-                meet=context.meet,
+                meet=lambda address: context.supervisor.share(address, context.meet),
                 predecessor=predecessor,
                 devices=self._devices(),
                 process=context.supervisor.holder_process,

@@ -329,6 +329,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
             raise
         finally:
             self._end_children()
+            results.close()
+            self._invitations.close()
             for path in error_files:
                 Path(path).unlink(missing_ok=True)
         if trainer is None:
@@ -497,6 +499,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
             if process.is_alive():
                 process.kill()
                 process.join()
+            # Two pipes, which would be open until the garbage collector comes by.
+            process.close()
+        self.procs = []
 
 
 def back_off_s(count: int) -> float:

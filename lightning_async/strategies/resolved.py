@@ -41,10 +41,10 @@ def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: 
         resolved: what became of it; None before the first epoch, when "auto" is still "auto".
 
     Examples:
-        >>> resolved = Resolved(("in process", "shm", "gloo"), "cpu", "shared order")
+        >>> resolved = Resolved(("in process", "shm", "tcp"), "cpu", "shared order")
         >>> run = describe_run("AsyncStrategy", 3, ExchangeOptions(holder_device="cpu"), resolved)
         >>> run["transport"], run["transport_by_rank"], run["max_staleness"]
-        ('shm, gloo', ['in process', 'shm', 'gloo'], 12)
+        ('shm, tcp', ['in process', 'shm', 'tcp'], 12)
         >>> run["requested"]
         {'max_staleness': 'auto', 'transport': 'auto'}
     """

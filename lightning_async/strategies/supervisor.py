@@ -215,6 +215,11 @@ class RunSupervisor:
         if self._membership is not None and self._membership.evictions is not None:
             self._membership.evictions.under_way = False
 
+    def share(self, address: str, broadcast: Callable[[str], str]) -> str:
+        """Gives every rank the address of another listener of this run; see `Membership.share`."""
+        assert self._membership is not None
+        return self._membership.share(address, broadcast)
+
     def start_holder_process(self) -> None:
         """Starts the holder's own process, which imports while the ranks find each other."""
         self.holder_process = HolderProcess()
@@ -225,7 +230,7 @@ class RunSupervisor:
         if process is not None:
             process.end()
 
-    def meet(self, broadcast: Callable[[str], str]) -> None:
+    def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
@@ -235,7 +240,7 @@ class RunSupervisor:
             host = outward_address()
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
-        self._membership.meet(self._ranks.world_size, host, broadcast, resilience)
+        self._membership.meet(self._ranks.world_size, host, broadcast, gather, resilience)
         _prepare_exit()
 
     @contextmanager

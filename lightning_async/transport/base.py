@@ -1,6 +1,6 @@
 """What a channel is: one worker's ordered exchange of messages and payloads with the holder.
 
-Implemented by `shm.py` (another process on the holder's host), `gloo.py` (any other process), `nccl.py` (GPU to GPU),
+Implemented by `shm.py` (another process on the holder's host), `tcp.py` (any other process), `nccl.py` (GPU to GPU),
 `inprocess.py` (rank 0's own worker), `staged.py` (around another one, for buffers on a GPU) and `fake.py` (tests).
 """
 
@@ -51,12 +51,14 @@ class Channel(ABC):
     Attributes:
         serves_any_thread: whether a payload takes a while, and another thread than the one that computes may wait for
             it. On a GPU it may not: a payload is ordered behind what its thread has queued there.
+        wire_bytes: bytes of payloads that have gone over a network, in both directions.
     """
 
     serves_any_thread = False
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
+        self.wire_bytes = 0
 
     @abstractmethod
     def send(self, message: Message, payload: Tensor | None = None) -> None:

@@ -1,7 +1,6 @@
-"""The control connection: messages over one socket, TCP or Unix. Idle waiting happens here.
+"""The control connection: messages over one socket, TCP or Unix, and between hosts the payloads behind them.
 
-A socket reports the death of its peer within milliseconds, even in the middle of a message, which a Gloo receive does
-not; so a thread that waits without a payload under way waits here.
+A socket reports the death of its peer within milliseconds, even in the middle of a payload.
 """
 
 from __future__ import annotations
@@ -9,13 +8,36 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from lightning_async.transport.base import ChannelClosedError
-from lightning_async.transport.codec import HEADER_BYTES, assemble, decode_header, encode, read_message
+from lightning_async.transport.codec import (
+    HEADER_BYTES,
+    MAX_TRAILER_BYTES,
+    assemble,
+    decode_header,
+    encode,
+    read_message,
+)
+from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Message
 
-__all__ = ["ControlConnection", "connect"]
+__all__ = ["ControlConnection", "connect", "join_host_port"]
+
+# Linux 6.15 and later; this Python has no name for it.
+_TCP_RTO_MAX_MS = 44
+# Between two tries to send what was not acknowledged; the kernel doubles them up to two minutes otherwise, and a
+# connection would be silent for as long again as a cut of its link has lasted.
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 1.0, 5.0
+# The system's own end of a connection comes after ours.
+_KERNEL_PATIENCE_S = 10.0
+_LOW_DELAY, _INTERACTIVE = 0x10, 6
+# A payload is passed in pieces, so that a standstill is seen and Python's lock is seldom taken.
+_PIECE_BYTES = 1 << 20
+_LONGEST_TICK_S = 1.0
 
 
 class ControlConnection:
@@ -38,22 +60,46 @@ class ControlConnection:
         return self._socket.fileno()
 
     @property
-    def local_host(self) -> str:
-        """The address of this side, which the other side has just shown it can reach."""
-        return str(self._socket.getsockname()[0])
-
-    @property
     def peer(self) -> str:
         """``host:port`` of the other side, or "unknown" once it is gone."""
         try:
             host, port = self._socket.getpeername()[:2]
         except OSError:
             return "unknown"
-        return f"{host}:{port}"
+        return join_host_port(host, port)
 
     def settimeout(self, timeout_s: float | None) -> None:
         """Limits each wait to ``timeout_s`` seconds; None waits for ever."""
         self._socket.settimeout(timeout_s)
+
+    def survive_cuts(self, timeout_s: float) -> None:
+        """Has the system keep the connection through a cut of its link that is shorter than ``timeout_s``.
+
+        Without it the connection might be given up earlier, or be silent for long after the cut.
+        """
+        if self._socket.family == socket.AF_UNIX:
+            return
+        retry_s = min(max(timeout_s / 15, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+        patience_ms = int(1000 * (timeout_s + _KERNEL_PATIENCE_S))
+        for option, value in (
+            (getattr(socket, "TCP_USER_TIMEOUT", 18), patience_ms),
+            (_TCP_RTO_MAX_MS, retry_s * 1000),
+        ):
+            # An older kernel, or another one than Linux, goes on as it does.
+            with suppress(OSError, OverflowError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, int(value))
+
+    def go_first(self) -> None:
+        """Has the system send what is said here before what waits on other connections of this host."""
+        v6 = self._socket.family == socket.AF_INET6
+        header = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if v6 else (socket.IPPROTO_IP, socket.IP_TOS)
+        # Of Linux: in its queues, and in the packets' headers, which routers may heed.
+        for level, option, value in (
+            (*header, _LOW_DELAY),
+            (socket.SOL_SOCKET, getattr(socket, "SO_PRIORITY", 12), _INTERACTIVE),
+        ):
+            with suppress(OSError):
+                self._socket.setsockopt(level, option, value)
 
     def move_to(self, sock: socket.socket) -> None:
         """Goes on over another connected socket to the same peer; nothing may be under way.
@@ -99,17 +145,6 @@ class ControlConnection:
             self._spin(spin_s)
         return read_message(self._receive_exactly)
 
-    def send_bytes(self, data: memoryview) -> None:
-        """Sends bytes that a message has announced.
-
-        Raises:
-            ChannelClosedError: if the peer is gone or a time-out is set and runs out.
-        """
-        try:
-            self._socket.sendall(data)
-        except OSError as error:
-            raise ChannelClosedError(f"connection lost while sending: {error}") from error
-
     def receive_bytes(self, into: memoryview) -> None:
         """Fills ``into`` with bytes that a message has announced.
 
@@ -126,8 +161,88 @@ class ControlConnection:
                 raise ChannelClosedError("connection closed")
             received += count
 
-    def receive_available(self) -> list[Message]:
+    def send_payload(
+        self,
+        message: Message | None,
+        payload: memoryview,
+        stall_s: float,
+        moved: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Sends a message and the payload that it announces; takes as long as bytes move.
+
+        Args:
+            message: None if it was sent before.
+            payload: bytes.
+            stall_s: seconds without a byte moved after which the peer is lost.
+            moved: told of bytes as they move.
+
+        Raises:
+            ChannelClosedError: if the peer is gone, or lost.
+        """
+        head = memoryview(b"" if message is None else encode(message))
+        with self._pieces(socket.SO_SNDTIMEO, stall_s) as clock:
+            sent = 0
+            while sent < len(head) + len(payload):
+                start = max(0, sent - len(head))
+                try:
+                    count = self._socket.sendmsg((head[sent:], payload[start : start + _PIECE_BYTES]))
+                except BlockingIOError:
+                    clock.tick()
+                except OSError as error:
+                    raise ChannelClosedError(f"connection lost while sending: {error}") from error
+                else:
+                    sent += count
+                    clock.moved()
+                    moved(count)
+
+    def receive_payload(
+        self, into: memoryview, stall_s: float, moved: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Fills ``into`` with the payload that a message has announced; takes as long as bytes move.
+
+        Args:
+            into: bytes.
+            stall_s: seconds without a byte moved after which the peer is lost.
+            moved: told of bytes as they move.
+
+        Raises:
+            ChannelClosedError: if the peer is gone, or lost.
+        """
+        with self._pieces(socket.SO_RCVTIMEO, stall_s) as clock:
+            received = 0
+            while received < len(into):
+                piece = into[received : received + _PIECE_BYTES]
+                try:
+                    count = self._socket.recv_into(piece, 0, socket.MSG_WAITALL)
+                except BlockingIOError:
+                    clock.tick()
+                    continue
+                except OSError as error:
+                    raise ChannelClosedError(f"connection lost while receiving: {error}") from error
+                if count == 0:
+                    raise ChannelClosedError("connection closed")
+                received += count
+                clock.moved()
+                moved(count)
+
+    @contextmanager
+    def _pieces(self, option: int, stall_s: float) -> Iterator[_StallClock]:
+        """Bounds each of the system's own waits, so that a standstill is noticed."""
+        tick_s = min(stall_s / 4, _LONGEST_TICK_S)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(tick_s))
+            yield _StallClock(stall_s, tick_s)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(0.0))
+        except OSError as error:
+            if isinstance(error, ChannelClosedError):
+                raise
+            raise ChannelClosedError(f"connection lost: {error}") from error
+
+    def receive_available(self, limit_bytes: int = HEADER_BYTES + MAX_TRAILER_BYTES) -> list[Message]:
         """The messages that have arrived whole, without waiting; for use with a selector that says "readable".
+
+        Args:
+            limit_bytes: a message that is longer is refused before it is kept.
 
         Raises:
             ChannelClosedError: if the peer has closed.
@@ -147,6 +262,10 @@ class ControlConnection:
             body = start + HEADER_BYTES
             header = decode_header(data[start:body])
             end = body + header.trailer_bytes
+            if end - start > limit_bytes:
+                raise WireError(
+                    f"it sends {header.kind.name} of {end - start} bytes, more than the {limit_bytes} allowed"
+                )
             if len(data) < end:
                 break
             messages.append(assemble(header, data[body:end]))
@@ -204,6 +323,52 @@ class ControlConnection:
         return bytes(buffer)
 
 
+class _StallClock:
+    """Sees that nothing has moved for too long.
+
+    It adds up the waits and does not look at the time: a process that was stopped must not take its own silence for
+    the peer's.
+
+    Args:
+        stall_s: how long that is.
+        tick_s: how long one wait lasts.
+    """
+
+    def __init__(self, stall_s: float, tick_s: float) -> None:
+        self._stall_s = stall_s
+        self._tick_s = tick_s
+        self._waited_s = 0.0
+
+    def moved(self) -> None:
+        """Notes that a byte has moved."""
+        self._waited_s = 0.0
+
+    def tick(self) -> None:
+        """Notes that a wait has ended without a byte.
+
+        Raises:
+            ChannelClosedError: if that was one too many.
+        """
+        self._waited_s += self._tick_s
+        if self._waited_s >= self._stall_s:
+            raise ChannelClosedError(f"no byte of a payload has moved for {self._stall_s:g} s (worker_timeout)")
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+
+
+def join_host_port(host: str, port: int) -> str:
+    """A host's name or address and a port, as they are written.
+
+    Examples:
+        >>> join_host_port("node1", 29500), join_host_port("fd77::1", 29500)
+        ('node1:29500', '[fd77::1]:29500')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def connect(host: str, port: int, timeout_s: float) -> ControlConnection:
     """Connects to the holder.
 
@@ -213,6 +378,6 @@ def connect(host: str, port: int, timeout_s: float) -> ControlConnection:
     try:
         sock = socket.create_connection((host, port), timeout=timeout_s)
     except OSError as error:
-        raise ChannelClosedError(f"no holder answers at {host}:{port}: {error}") from error
+        raise ChannelClosedError(f"no holder answers at {join_host_port(host, port)}: {error}") from error
     sock.settimeout(None)
     return ControlConnection(sock)

@@ -18,6 +18,7 @@ __all__ = [
     "Abort",
     "Ack",
     "Beat",
+    "Challenge",
     "Close",
     "Draw",
     "Evict",
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "Outcome",
     "Parameters",
+    "Proof",
     "Pull",
     "Push",
     "Read",
@@ -60,7 +62,9 @@ class Kind(enum.IntEnum):
     GOODBYE = 15
     READ = 16
     RELEASE = 17
-    EVICT = 18
+    CHALLENGE = 18
+    PROOF = 19
+    EVICT = 20
 
 
 class Outcome(enum.IntEnum):
@@ -84,6 +88,30 @@ class Hello(NamedTuple):
     worker: int
     incarnation: int = 0
     claims: str = ""
+
+
+class Challenge(NamedTuple):
+    """Answers `Hello`: proves that rank 0 has the run's token, and asks for the same proof.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
+
+
+class Proof(NamedTuple):
+    """Answers `Challenge`.
+
+    Args:
+        worker: the rank that has come.
+        text: see `handshake.py`.
+    """
+
+    worker: int
+    text: str = ""
 
 
 class Welcome(NamedTuple):
@@ -304,6 +332,8 @@ class Goodbye(NamedTuple):
 
 Message: TypeAlias = (
     Hello
+    | Challenge
+    | Proof
     | Welcome
     | Refuse
     | Draw
@@ -326,7 +356,7 @@ Message: TypeAlias = (
 _KINDS: dict[type, Kind] = {
     kind: Kind[kind.__name__.upper()]
     for kind in (
-        *(Hello, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
+        *(Hello, Challenge, Proof, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
         *(Release, Leave, Close, Read, Ack, Beat, Abort, Evict, Goodbye),
     )
 }

@@ -5,7 +5,6 @@ For a worker on the holder's host.
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import torch
@@ -127,8 +126,16 @@ def _padded(size_bytes: int) -> int:
 
 
 def _map(descriptor: int, numel: int, dtype: torch.dtype) -> Buffers:
-    mapped = mmap.mmap(descriptor, _segment_bytes(numel, dtype))
-    # The tensors keep the mapping alive.
-    gradient = torch.frombuffer(mapped, dtype=dtype, count=numel)
-    parameters = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=_padded(numel * dtype.itemsize))
-    return Buffers(gradient, parameters)
+    # Python's mmap would keep a descriptor for as long as the mapping lasts.
+    size = _segment_bytes(numel, dtype) // dtype.itemsize
+    try:
+        whole = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=dtype)
+    except RuntimeError as error:
+        raise OSError(f"the memory cannot be mapped: {error}") from error
+    # Each with a storage of its own, and both keep the mapping alive.
+    return Buffers(_part(whole, 0, numel), _part(whole, size // 2, numel))
+
+
+def _part(whole: Tensor, start: int, numel: int) -> Tensor:
+    part: Tensor = torch.from_dlpack(whole[start : start + numel])
+    return part

@@ -49,6 +49,7 @@ class StagedChannel(Channel):
         # Also without a payload: the peer may answer by writing where the last installation still reads from.
         self._stream.synchronize()
         self._inner.send(message, staged)
+        self.wire_bytes = self._inner.wire_bytes
 
     @override
     def receive(self) -> Message:
@@ -59,6 +60,7 @@ class StagedChannel(Channel):
         # What its thread queues on the device from here on finds it there.
         staged = self._staging(out)
         self._inner.receive_payload(staged)
+        self.wire_bytes = self._inner.wire_bytes
         self._stream.copy(out, staged)
         self._stream.join()
 

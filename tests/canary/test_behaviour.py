@@ -317,19 +317,6 @@ def test_torch_leaves_a_failed_processs_traceback_in_a_file() -> None:
         path.unlink(missing_ok=True)
 
 
-def test_gloo_can_be_built_for_two_ranks_without_a_default_group() -> None:
-    from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo
-
-    gloo: Any = ProcessGroupGloo
-    try:
-        options = gloo._Options()
-        options._timeout  # noqa: B018
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        gloo(PrefixStore("canary", HashStore()), 0, 1, options)
-    except (AttributeError, TypeError) as error:
-        fail("transport/gloo.py", f"ProcessGroupGloo(store, rank, size, _Options with _timeout, _devices): {error}")
-
-
 def test_torch_describes_the_nccl_group_as_it_is_used() -> None:
     # Without CUDA there is no such class; its description comes with every build.
     stub = ast.parse((Path(torch.__file__).parent / "_C" / "_distributed_c10d.pyi").read_text())

@@ -51,7 +51,7 @@ since. Four failures of the first came from torchmetrics 1.4.0, which brings pre
 1.4.1.
 
 These are the ends of what `pyproject.toml` allows. torch 2.7 is not allowed: its ranks may hang on their way out, and
-no rank gets a Gloo channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.
+no rank gets a TCP channel. Nothing has run on a GPU: [GPUs](gpu.md) says what was tested how.
 """
 
 

@@ -64,7 +64,7 @@ FINETUNING = "`BaseFinetuning` callbacks: `add_param_group` between epochs, and 
 
 @pytest.mark.compatibility("Optimization", FINETUNING)
 @pytest.mark.parametrize(
-    "options", [{}, {"batches": "sharded", "transport": "gloo"}], ids=["shared-memory", "sharded-gloo"]
+    "options", [{}, {"batches": "sharded", "transport": "tcp"}], ids=["shared-memory", "sharded-tcp"]
 )
 def test_a_param_group_that_is_added_in_mid_run_is_trained_and_the_others_keep_their_state(
     tmp_path: Path, options: dict[str, Any]

@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch import nn
 
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.chaos import Fault, FaultInjector
+from lightning_async.strategies import launchers
 from tests.launch import Launched, launch, report, session_processes
 from tests.models import Recorder, TinyClassifier, fork_trainer, loader
 
@@ -202,12 +204,7 @@ class _Reporter(Callback):
 
 def train(scenario: Scenario, folder: Path) -> None:
     """Trains; called in a process of its own, which starts the ranks."""
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    tempfile.tempdir = str(folder / "tmp")
-    os.mkdir(tempfile.tempdir)
+    _prepare(folder)
     before = _own_resources()
     strategy = AsyncAMSGradStrategy(**scenario.strategy)
     recorder = Recorder()
@@ -231,6 +228,69 @@ def train(scenario: Scenario, folder: Path) -> None:
 
 def _own_resources() -> dict[str, int]:
     return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+
+
+def _prepare(folder: Path) -> None:
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    tempfile.tempdir = str(folder / "tmp")
+    os.mkdir(tempfile.tempdir)
+
+
+class _Meter(Callback):
+    """Notes what rank 0 needs after each death, and ends the fit when there were enough."""
+
+    def __init__(self, folder: Path, deaths: int) -> None:
+        self.folder = folder
+        self.deaths = deaths
+        self.needed: list[dict[str, int]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        strategy: Any = trainer.strategy
+        if strategy.worker_rank != 0 or len(strategy.stats.evicted) <= len(self.needed):
+            return
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.needed.append(_own_resources() | {"memory": pages * os.sysconf("SC_PAGE_SIZE")})
+        if len(self.needed) >= self.deaths:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.needed:
+            torch.save(self.needed, self.folder / "needed.pt")
+
+
+def train_with_deaths(deaths: int, folder: Path) -> None:
+    """One run, whose ranks but for rank 0 die again and again."""
+    _prepare(folder)
+    # It is for ranks that fail by themselves.
+    launchers.back_off_s = lambda count: 0.0
+    strategy = AsyncAMSGradStrategy(
+        start_method="fork", on_worker_failure="continue", max_restarts=10 * deaths, summary=False
+    )
+    faults = [Fault(rank, 8, "kill", "compute", 0.0, number) for rank in (1, 2) for number in range(10 * deaths)]
+    callbacks = [FaultInjector(faults), _Meter(folder, deaths)]
+    trainer = fork_trainer(folder, 3, strategy, max_epochs=-1, callbacks=callbacks)
+    trainer.fit(_Module((0.02,)), loader(600, _BATCH_SIZE, shuffle=True), loader(samples=24))
+
+
+def problems_of_deaths(deaths: int, folder: Path) -> list[str]:
+    """Runs `train_with_deaths`; what is wrong with it."""
+    launched = launch(lambda folder: train_with_deaths(deaths, folder), folder, 60.0 + 6.0 * deaths)
+    if launched.returncode:
+        return [f"the run has ended with code {launched.returncode}\n{launched.output[-4000:]}"]
+    needed = torch.load(folder / "needed.pt")
+    part = max(1, len(needed) // 4)
+    found = []
+    for name, most in (("descriptors", 2), ("threads", 2), ("memory", 20 * 2**20)):
+        # Not the first: what is made once and kept comes with them.
+        early, late = (median(each[name] for each in some) for some in (needed[part : 2 * part], needed[-part:]))
+        print(f"{name}: {early:,.0f} early, {late:,.0f} late, after {len(needed)} deaths")
+        if late - early > most:
+            found.append(f"{name} grow: {[each[name] for each in needed]}")
+    return found
 
 
 def run(scenario: Scenario, folder: Path) -> list[str]:
@@ -340,8 +400,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each run has the next one")
     parser.add_argument("--runs", type=int, help="how many runs, in place of --faults")
     parser.add_argument("--keep", type=Path, help="a folder for what the runs leave; those that go well leave nothing")
+    parser.add_argument("--deaths", type=int, help="one run with that many deaths and joins, in place of many runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.deaths:
+        found = problems_of_deaths(given.deaths, Path(tempfile.mkdtemp(prefix="soak-deaths-", dir=given.keep)))
+        print("\n".join(found) or "memory, descriptors and threads stay as they are")
+        return 1 if found else 0
     started, seed, done, failed = time.monotonic(), given.seed, 0, []
     places: Counter[str] = Counter()
     while seed - given.seed < given.runs if given.runs else done < given.faults:

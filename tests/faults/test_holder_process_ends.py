@@ -68,7 +68,7 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path) -> None:
     assert explanations(run.output) == ["rank 2 failed: its process was killed by SIGKILL"]
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 @pytest.mark.parametrize(
     ("number", "reason"),
     [

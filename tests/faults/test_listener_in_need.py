@@ -59,7 +59,7 @@ def test_a_rank_that_could_not_be_taken_is_taken_later_and_said_once(
 ) -> None:
     number = getattr(errno, code)
     errors: list[BaseException] = [OSError(number, os.strerror(number)) for _ in range(4)]
-    host.listener._socket = FailingListener(host.listener._socket, errors)  # type: ignore[assignment]
+    host.listener._sockets = [FailingListener(host.listener._sockets[0], errors)]  # type: ignore[list-item]
 
     assert host.serves(rank=1)
     assert errors == []
@@ -70,7 +70,7 @@ def test_a_rank_that_could_not_be_taken_is_taken_later_and_said_once(
 
 
 def test_out_of_memory_is_survived_too(host: Host, caplog: pytest.LogCaptureFixture) -> None:
-    host.listener._socket = FailingListener(host.listener._socket, [MemoryError()])  # type: ignore[assignment]
+    host.listener._sockets = [FailingListener(host.listener._sockets[0], [MemoryError()])]  # type: ignore[list-item]
 
     assert host.serves(rank=1)
     assert len(warnings_of(caplog)) == 1
@@ -78,7 +78,7 @@ def test_out_of_memory_is_survived_too(host: Host, caplog: pytest.LogCaptureFixt
 
 def test_a_visitor_that_has_gone_again_is_no_trouble(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     gone = [OSError(errno.ECONNABORTED, "aborted"), OSError(errno.EAGAIN, "again")]
-    host.listener._socket = FailingListener(host.listener._socket, [*gone])  # type: ignore[assignment]
+    host.listener._sockets = [FailingListener(host.listener._sockets[0], [*gone])]  # type: ignore[list-item]
 
     assert host.serves(rank=1)
     assert warnings_of(caplog) == []

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(120)
 WORKER_TIMEOUT_S = 5.0
 EXCHANGES: dict[str, dict[str, Any]] = {
     "shm": {"transport": "auto"},
-    "gloo": {"transport": "gloo"},
+    "tcp": {"transport": "tcp"},
     "process": {"holder": "process"},
 }
 

@@ -85,7 +85,7 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path, kind: Any) -> Non
     assert explanations(run.output)[0].startswith("rank 2 failed: ")
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_a_kill_from_outside_at_any_moment(tmp_path: Path, transport: str) -> None:
     def kill(session: int) -> None:
         pid = pid_of(tmp_path, 2)
@@ -105,12 +105,11 @@ def test_a_kill_in_the_middle_of_a_large_payload(tmp_path: Path) -> None:
         time.sleep(0.33)
         os.kill(pid, signal.SIGKILL)
 
-    strategy = FORK | {"transport": "gloo"}
+    strategy = FORK | {"transport": "tcp"}
     run = start(Run(ranks=2, strategy=strategy, sleep_s=(0.2,), width=500_000), tmp_path, meanwhile=kill)
 
     assert_ended_well(run)
     assert explanations(run.output) == ["rank 1 failed: its process was killed by SIGKILL"]
-    # Gloo does not notice a peer that dies in the middle of a payload; the heartbeat does.
 
 
 def test_a_stopped_rank_is_named_after_worker_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,11 +153,11 @@ def test_several_ranks_may_be_lost_at_once(tmp_path: Path) -> None:
     "arguments",
     [
         {},
-        {"batches": "sharded", "transport": "gloo", "holder": "process"},
+        {"batches": "sharded", "transport": "tcp", "holder": "process"},
         {"gradients_per_update": 3, "max_staleness": 0},
         {"overlap": True},
     ],
-    ids=["default", "gloo-process-sharded", "lock-step", "overlap"],
+    ids=["default", "tcp-process-sharded", "lock-step", "overlap"],
 )
 def test_a_lost_rank_comes_back_in_the_middle_of_the_run(tmp_path: Path, arguments: dict[str, Any]) -> None:
     run = start(tmp_path, Fault(1, 6, "kill"), **(arguments | {"max_restarts": 1}))

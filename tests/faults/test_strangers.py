@@ -33,11 +33,13 @@ from lightning_async.transport.codec import HEADER_BYTES, encode
 from lightning_async.transport.connection import ControlConnection, connect
 from lightning_async.transport.fields import pack_bitmap, pack_hyperparams
 from lightning_async.transport.message import (
+    Challenge,
     Draw,
     Goodbye,
     Hello,
     Message,
     Parameters,
+    Proof,
     Pull,
     Push,
     Refuse,
@@ -62,11 +64,6 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     host.close()
 
 
-def reply_to(sock: socket.socket) -> Message:
-    sock.settimeout(5.0)
-    return ControlConnection(sock).receive()
-
-
 def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -87,35 +84,66 @@ def other_version() -> bytes:
     return bytes(data)
 
 
-STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
+def introduction(**options: Any) -> Callable[[Host], ControlConnection]:
+    """A rank that has proven to know the token."""
+    return lambda host: host.introduce(**({"claims": host.claims()} | options))
+
+
+def with_claims(**changes: Any) -> Callable[[Host], ControlConnection]:
+    return lambda host: host.introduce(host.claims(**changes))
+
+
+def challenged(answer: Callable[[Host], bytes]) -> Callable[[Host], ControlConnection]:
+    """A stranger that answers the challenge in its own way."""
+
+    def come(host: Host) -> ControlConnection:
+        connection = ControlConnection(host.knock(hello({"role": CONTROL, "nonce": "0"})))
+        connection.settimeout(5.0)
+        assert isinstance(connection.receive(), Challenge)
+        connection._socket.sendall(answer(host))
+        return connection
+
+    return come
+
+
+STRANGERS: dict[str, tuple[Callable[[Host], bytes | ControlConnection], str]] = {
     "garbage": (lambda host: b"GET / HTTP/1.1\r\nHost: you\r\n\r\n" + b"x" * HEADER_BYTES, "lightning_async message"),
     "nothing": (lambda host: b"", "timed out"),
     "half a header": (lambda host: hello({})[: HEADER_BYTES // 2], "timed out"),
-    "half a trailer": (lambda host: hello(host.hello())[:-5], "timed out"),
+    "half a trailer": (lambda host: hello({"role": CONTROL})[:-5], "timed out"),
+    "no answer to the challenge": (challenged(lambda host: b""), "timed out"),
     "another protocol version": (lambda host: other_version(), "protocol version 99"),
-    "another kind": (lambda host: encode(Push(worker=1)), "PUSH instead of HELLO"),
+    "another kind": (lambda host: encode(Goodbye(worker=1)), "GOODBYE instead of HELLO"),
+    "a huge message": (
+        lambda host: encode(Push(worker=1, tickets=(range(1), range(2, 3)) * 4000))[:HEADER_BYTES],
+        "more than the",
+    ),
     "no JSON": (lambda host: hello("no JSON"), "cannot be read"),
     "no object": (lambda host: hello([1, 2]), "cannot be read"),
-    "no token": (lambda host: hello({"role": CONTROL}), "cannot be read"),
     "bottomless JSON": (lambda host: hello("[" * 16_000), "cannot be read"),
-    "wrong token": (lambda host: hello(host.hello(token="0" * 32)), "does not know this run's token"),
-    "token that is no text": (lambda host: hello(host.hello(token="\ud800")), "cannot be read"),
-    "rank 0": (lambda host: hello(host.hello(), worker=0), "no 'control' for rank 0"),
-    "rank past the last": (lambda host: hello(host.hello(), worker=RANKS), f"no 'control' for rank {RANKS}"),
-    "unknown role": (lambda host: hello(host.hello("window")), "no 'window' for rank 1"),
-    "other parameter count": (lambda host: hello(host.hello(model={"parameters": 9})), "rank 1 has parameters = 9"),
-    "other dtype": (lambda host: hello(host.hello(model={"dtype": "float64"})), "rank 1 has dtype = float64"),
-    "other shapes": (lambda host: hello(host.hello(model={"shapes": "0" * 16})), "rank 1 has shapes = 0000"),
-    "other groups": (lambda host: hello(host.hello(model={"groups": [1, 2]})), "rank 1 has groups = [1, 2]"),
-    "no model": (lambda host: hello(host.hello() | {"model": None}), "rank 1 has parameters = None"),
-    "a second slot": (lambda host: hello(host.hello(slot=1, overlaps=True)), "comes for its slot 1 with overlap=True"),
-    "a second slot without overlap": (lambda host: hello(host.hello(slot=1)), "comes for its slot 1"),
-    "overlap": (lambda host: hello(host.hello(overlaps=True)), "give all ranks the same strategy"),
-    "a slot below the first": (lambda host: hello(host.hello(slot=-1)), "comes for its slot -1"),
-    "a slot that is no number": (lambda host: hello(host.hello(slot=[0])), "comes for its slot -1"),
-    "a slot that is a truth": (lambda host: hello(host.hello(slot=False)), "comes for its slot -1"),
-    "long claims": (lambda host: hello(host.hello(model={"dtype": "x" * 15_900})), "rank 1 has dtype = xxx"),
-    "unprintable claims": (lambda host: hello(host.hello(model={"dtype": "\ud800"})), "rank 1 has dtype = ?"),
+    "the old way": (lambda host: hello({"role": CONTROL}) * 2, "answers the challenge with HELLO"),
+    "no proof": (challenged(lambda host: encode(Proof(worker=1))), "does not know this run's token"),
+    "a proof that is no text": (
+        challenged(lambda host: encode(Proof(worker=1, text="é" * 100))),
+        "does not know this run's token",
+    ),
+    "wrong token": (introduction(token="0" * 32), "does not know this run's token"),
+    "rank 0": (introduction(rank=0), "no 'control' for rank 0"),
+    "rank past the last": (introduction(rank=RANKS), f"no 'control' for rank {RANKS}"),
+    "unknown role": (introduction(role="window"), "no 'window' for rank 1"),
+    "other parameter count": (with_claims(model={"parameters": 9}), "rank 1 has parameters = 9"),
+    "other dtype": (with_claims(model={"dtype": "float64"}), "rank 1 has dtype = float64"),
+    "other shapes": (with_claims(model={"shapes": "0" * 16}), "rank 1 has shapes = 0000"),
+    "other groups": (with_claims(model={"groups": [1, 2]}), "rank 1 has groups = [1, 2]"),
+    "no model": (introduction(claims={"model": None}), "rank 1 has parameters = None"),
+    "a second slot": (with_claims(slot=1, overlaps=True), "comes for its slot 1 with overlap=True"),
+    "a second slot without overlap": (with_claims(slot=1), "comes for its slot 1"),
+    "overlap": (with_claims(overlaps=True), "give all ranks the same strategy"),
+    "a slot below the first": (with_claims(slot=-1), "comes for its slot -1"),
+    "a slot that is no number": (with_claims(slot=[0]), "comes for its slot -1"),
+    "a slot that is a truth": (with_claims(slot=False), "comes for its slot -1"),
+    "long claims": (with_claims(model={"dtype": "x" * 15_900}), "rank 1 has dtype = xxx"),
+    "unprintable claims": (with_claims(model={"dtype": "\ud800"}), "rank 1 has dtype = ?"),
 }
 
 
@@ -123,9 +151,14 @@ STRANGERS: dict[str, tuple[Callable[[Host], bytes], str]] = {
 def test_a_stranger_is_refused_with_the_reason(host: Host, stranger: str, caplog: pytest.LogCaptureFixture) -> None:
     message, reason = STRANGERS[stranger]
 
-    with closing(host.knock(message(host))) as sock:
+    said = message(host)
+    connection = ControlConnection(host.knock(said)) if isinstance(said, bytes) else said
+    with closing(connection._socket) as sock:
         port = sock.getsockname()[1]
-        reply = reply_to(sock)
+        connection.settimeout(5.0)
+        reply = connection.receive()
+        while isinstance(reply, Challenge):
+            reply = connection.receive()
 
     assert isinstance(reply, Refuse)
     assert reason in reply.reason
@@ -245,8 +278,8 @@ def sessions() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("session-")]
 
 
-def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(host: Host) -> None:
-    """It is killed between its handshake and its channel; Gloo alone would wait a minute."""
+def test_a_session_whose_worker_never_takes_its_offer_ends_with_the_run(host: Host) -> None:
+    """It is killed between its handshake and its channel."""
     claims = {"model": describe_model(host.layout, host.groups)}
     connection = handshake(host.listener.address, 1, CONTROL, **claims)[0]
     time.sleep(0.3)
@@ -256,7 +289,6 @@ def test_a_session_whose_worker_never_connects_its_channel_ends_with_the_run(hos
     connection.close()
     host.server.close()
 
-    # A thread that comes back from Gloo while the interpreter shuts down aborts the process.
     assert sessions() == []
 
 
@@ -338,7 +370,7 @@ WRONG: dict[str, tuple[Callable[[Host], Message], str]] = {
 }
 
 
-@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
+@pytest.mark.parametrize("host", ["auto", "tcp"], indirect=True)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_request_that_does_not_fit_is_refused_and_ends_the_run_by_name(host: Host, mistake: str) -> None:
     request, reason = WRONG[mistake]
@@ -373,7 +405,7 @@ def test_garbage_in_the_middle_of_a_session_ends_the_run_by_name(host: Host) -> 
     channel.close()
 
 
-@pytest.mark.parametrize("host", ["auto", "gloo"], indirect=True)
+@pytest.mark.parametrize("host", ["auto", "tcp"], indirect=True)
 def test_a_refused_worker_does_not_wait_for_its_payload_to_be_taken(host: Host) -> None:
     """A rank whose param groups have a number more, which the handshake would have noticed."""
     latch = FailureLatch()
@@ -440,7 +472,7 @@ def test_strangers_do_not_disturb_a_run(tmp_path: Path) -> None:
     def knock(session: int) -> None:
         pid_of(tmp_path, 1)
         address = Address.from_json((tmp_path / "address").read_text())
-        for data in (b"x" * 500, other_version(), hello({"token": "guess", "role": HEARTBEAT}), b""):
+        for data in (b"x" * 500, other_version(), hello({"token": "guess", "role": HEARTBEAT}) * 2, b""):
             sock = socket.create_connection((address.host, address.port))
             sock.sendall(data)
             held.append(sock)

@@ -53,7 +53,7 @@ NCCL = [("_End", "DeviceHolder"), ("NcclChannel", "NoneType"), ("NcclChannel", "
 
 WAYS = [
     pytest.param({"transport": "shm"}, False, STAGED, id="staged-shm"),
-    pytest.param({"transport": "gloo"}, False, STAGED, id="staged-gloo"),
+    pytest.param({"transport": "tcp"}, False, STAGED, id="staged-tcp"),
     pytest.param({"transport": "shm", "overlap": True}, False, STAGED, id="staged-overlap"),
     pytest.param({"transport": "shm", "holder": "process"}, False, STAGED_APART, id="staged-holder-process"),
     pytest.param({"transport": "shm", "holder_device": "cuda"}, False, STAGED_ON_GPU, id="staged-both-ends"),

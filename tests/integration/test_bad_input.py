@@ -32,7 +32,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
         ({"wire_dtype": "int8"}, ["wire_dtype", "'bf16'", "'fp16'", "'int8'"]),
         ({"parameter_wire_dtype": None}, ["parameter_wire_dtype", "'bf16'", "None"]),
         ({"overlap": "yes"}, ["overlap", "True", "'yes'"]),
-        ({"transport": "pigeon"}, ["transport", "'auto'", "'gloo'", "'pigeon'"]),
+        ({"transport": "pigeon"}, ["transport", "'auto'", "'tcp'", "'pigeon'"]),
         *[
             ({"worker_timeout": value}, ["worker_timeout", "positive number of seconds", repr(value)])
             for value in (0, -1.0, True, "60", None, math.nan)

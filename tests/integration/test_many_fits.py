@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import weakref
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ def fit_many_times(folder: Path, ranks: int, fits: int, **options: Any) -> None:
 
 
 def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
-    # The allocator maps something anew now and then, and Gloo closes its sockets a moment later; what each fit keeps
-    # would be more.
+    # The allocator maps something anew now and then, and Gloo (of the process group) closes its sockets a moment later;
+    # what each fit keeps would be more.
     for name in ("mappings", "descriptors"):
         assert late.pop(name) < early.pop(name) + fits - 2, name
     assert late == early
@@ -93,7 +95,7 @@ def assert_flat(fits: int, early: dict[str, Any], late: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "shared memory": {},
-    "gloo, two slots": {"transport": "gloo", "overlap": True},
+    "tcp, two slots": {"transport": "tcp", "overlap": True},
     "a process of its own": {"holder": "process"},
 }
 
@@ -149,3 +151,45 @@ def test_ranks_of_a_script_keep_nothing(tmp_path: Path, fits: int) -> None:
     assert run.returncode == 0, run.output
     for rank in run.reports():
         assert_flat(**rank)
+
+
+def kinds_of_descriptors() -> dict[str, int]:
+    """How many descriptors of each kind this process has open."""
+    kinds: Counter[str] = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            kinds[os.readlink(f"/proc/self/fd/{descriptor}").partition(":")[0].partition("-")[0]] += 1
+    return {kind: kinds[kind] for kind in ("pipe", "/memfd")}
+
+
+def fit_and_keep(folder: Path, fits: int, **options: Any) -> None:
+    """Reports the descriptors after each fit, while all trainers are kept and nothing looks for garbage."""
+    gc.disable()
+    kept, seen = [], []
+    for _ in range(fits):
+        trainer = fork_trainer(folder, 2, AsyncAMSGradStrategy(summary=False, **options), max_epochs=1)
+        trainer.fit(TinyClassifier(), loader(16))
+        kept.append(trainer)
+        seen.append(kinds_of_descriptors())
+    report(folder, int(os.environ.get("LOCAL_RANK", "0")), seen=seen)
+
+
+@pytest.mark.parametrize("fits", [2, pytest.param(60, marks=pytest.mark.soak)])
+def test_forked_fits_leave_no_pipe_in_the_process_that_starts_them(tmp_path: Path, fits: int) -> None:
+    run = launch(lambda folder: fit_and_keep(folder, fits, start_method="fork"), tmp_path, timeout_s=280.0)
+
+    assert run.returncode == 0, run.output
+    seen = run.report(0)["seen"]
+    assert seen == [seen[0]] * fits
+
+
+@pytest.mark.soak
+def test_fits_with_a_holder_of_their_own_leave_no_memory_open(tmp_path: Path) -> None:
+    run = launch(
+        lambda folder: run_on_every_rank(2, lambda: fit_and_keep(folder, 40, holder="process")),
+        tmp_path,
+        timeout_s=280.0,
+    )
+
+    assert run.returncode == 0, run.output
+    assert {seen["/memfd"] for seen in run.report(0)["seen"]} == {0}

@@ -70,7 +70,7 @@ def test_no_applied_gradient_is_staler_than_the_bound_when_stale_ones_are_droppe
     assert 0 < stats["dropped"] < BATCHES
 
 
-@pytest.mark.parametrize(("max_staleness", "transport"), [(7, "shm"), (9, "gloo"), (None, "shm")])
+@pytest.mark.parametrize(("max_staleness", "transport"), [(7, "shm"), (9, "tcp"), (None, "shm")])
 def test_no_applied_gradient_is_staler_than_the_bound_when_ranks_overlap(
     tmp_path: Path, max_staleness: int | None, transport: str
 ) -> None:

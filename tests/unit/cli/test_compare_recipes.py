@@ -147,7 +147,7 @@ PROMISES = {
     ),
     "compare_wire": Promise(
         DIGITS,
-        {"ranks": 4, "epochs": 12, **ASYNC, "transport": "gloo"},
+        {"ranks": 4, "epochs": 12, **ASYNC, "transport": "tcp"},
         {
             "variant": {
                 "fp32": {"wire": ("fp32", "fp32")},

@@ -176,7 +176,7 @@ def test_a_misspelt_strategy_is_told_with_what_was_meant(
     [
         ("max_staleness=four", "an int of at least 0, \"auto\" (4 per rank) or None (no bound), not 'four'"),
         ("max_staleness=-1", 'an int of at least 0, "auto" (4 per rank) or None (no bound), not -1'),
-        ("transport=tcp", "one of 'auto', 'shm', 'gloo', 'nccl', not 'tcp'"),
+        ("transport=mpi", "one of 'auto', 'shm', 'tcp', 'nccl', not 'mpi'"),
         ("worker_timeout=soon", "a positive number of seconds, not 'soon'"),
         ("start_method=pop", "one of 'popen', 'spawn', 'fork', 'forkserver'. Got value: pop"),
         ("max_stalness=4", "'max_stalness' is not accepted; did you mean max_staleness?"),

@@ -142,7 +142,7 @@ def test_what_is_rounded_on_the_wire_never_becomes_the_holders() -> None:
         rank=0,
         world_size=2,
         optimizers=[AMSGrad([parameter])],
-        options=ExchangeOptions(overlap=True, transport="gloo", wire_dtype="bf16", parameter_wire_dtype="bf16"),
+        options=ExchangeOptions(overlap=True, transport="tcp", wire_dtype="bf16", parameter_wire_dtype="bf16"),
         latch=latch,
         listener=entrance.listener,
         stats=RunStats(2),

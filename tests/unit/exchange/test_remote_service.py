@@ -140,11 +140,11 @@ def amsgrad(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     ("make", "transport"),
     [
         (amsgrad, "auto"),
-        (amsgrad, "gloo"),
+        (amsgrad, "tcp"),
         (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "auto"),
         (lambda parameters: Signs(parameters, lr=0.1), "auto"),
     ],
-    ids=["AMSGrad", "AMSGrad-gloo", "SGD", "the-users-own"],
+    ids=["AMSGrad", "AMSGrad-tcp", "SGD", "the-users-own"],
 )
 def test_it_computes_the_same_bits_and_tells_the_same(make: MakeOptimizer, transport: Any) -> None:
     found = []
@@ -244,7 +244,7 @@ def test_signals_to_all_processes_are_rank_0s_to_answer() -> None:
         assert run.service.snapshot().version == 3
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_its_death_is_a_failure_of_rank_0_that_everybody_hears_of(transport: Any) -> None:
     with running(amsgrad, transport=transport) as run:
         assert run.process is not None

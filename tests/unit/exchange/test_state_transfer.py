@@ -16,7 +16,7 @@ from lightning_async.exchange.state_transfer import describe_state, fetch_state,
 from lightning_async.holder.held_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.runtime.handshake import STATE, HandshakeError, handshake
+from lightning_async.runtime.handshake import STATE, Address, HandshakeError, handshake
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Welcome
@@ -119,7 +119,7 @@ def test_an_answer_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, ans
         theirs.sendall(answer)
 
         with pytest.raises(WireError):
-            fetch_state(None, 1, 0)  # type: ignore[arg-type]
+            fetch_state(Address("127.0.0.1", 1, ""), 1, 0)
 
 
 def test_a_large_state_is_sent_while_it_is_received() -> None:

@@ -41,12 +41,12 @@ def gpu(number: int, **other: Any) -> dict[str, Any]:
         ("auto", "auto", [gpu(0), gpu(1), gpu(0)], "cpu"),
         ("auto", "auto", [gpu(0, shares=True), gpu(0, shares=True)], "cuda"),
         ("auto", "auto", [gpu(0, shares=True), gpu(0)], "cpu"),
-        ("auto", "gloo", [gpu(0), gpu(1)], "cpu"),
+        ("auto", "tcp", [gpu(0), gpu(1)], "cpu"),
         ("auto", "auto", [gpu(0, nccl=""), gpu(1, nccl="")], "cpu"),
         ("auto", "auto", [gpu(0), gpu(1, nccl="2.20.5")], "cpu"),
         ("cpu", "auto", [gpu(0), gpu(1)], "cpu"),
         ("cuda", "auto", [gpu(0), gpu(0)], "cuda"),
-        ("cuda", "gloo", [gpu(0), gpu(1)], "cuda"),
+        ("cuda", "tcp", [gpu(0), gpu(1)], "cuda"),
     ],
 )
 def test_the_holder_is_on_the_gpu_if_nccl_reaches_everyone_or_it_is_asked_for(
@@ -85,7 +85,7 @@ def test_what_cannot_be_had_is_refused_with_what_can(
     ("options", "message"),
     [
         ({"holder_device": "tpu"}, "holder_device must be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
-        ({"transport": "mpi"}, "transport must be one of 'auto', 'shm', 'gloo', 'nccl', not 'mpi'"),
+        ({"transport": "mpi"}, "transport must be one of 'auto', 'shm', 'tcp', 'nccl', not 'mpi'"),
         ({"transport": "nccl", "holder_device": "cpu"}, r"leave holder_device=\"cpu\" out"),
     ],
 )

@@ -36,6 +36,7 @@ from lightning_async.transport.message import (
     Abort,
     Ack,
     Beat,
+    Challenge,
     Close,
     Draw,
     Evict,
@@ -46,6 +47,7 @@ from lightning_async.transport.message import (
     Message,
     Outcome,
     Parameters,
+    Proof,
     Pull,
     Push,
     Read,
@@ -67,6 +69,8 @@ tickets = st.lists(ranges, max_size=5).map(tuple)
 handed_out = st.builds(lambda start, count: range(start, start + count), st.integers(0, UINT64), st.integers(0, UINT32))
 messages_of: dict[type, st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, workers, st.integers(0, UINT32), texts),
+    Challenge: st.builds(Challenge, workers, texts),
+    Proof: st.builds(Proof, workers, texts),
     Welcome: st.builds(Welcome, workers, texts),
     Refuse: st.builds(Refuse, workers, texts),
     Draw: st.builds(Draw, workers),
@@ -212,7 +216,7 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
     names = (
         "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RELEASE "
-        "EVICT"
+        "CHALLENGE PROOF EVICT"
     )
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}
@@ -345,7 +349,7 @@ def test_each_size_has_its_own_bound(section: str) -> None:
 
 
 SECTIONS: dict[type, set[str]] = {
-    **{kind: {"text"} for kind in (Hello, Welcome, Refuse, Beat, Abort, Evict)},
+    **{kind: {"text"} for kind in (Hello, Challenge, Proof, Welcome, Refuse, Beat, Abort, Evict)},
     **{kind: {"counts"} for kind in (Pull, Read, Parameters)},
     Push: {"tickets", "hyperparams", "present", "counts"},
     Skip: {"tickets", "counts"},

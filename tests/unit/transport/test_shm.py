@@ -45,6 +45,19 @@ def test_a_released_segment_cannot_be_opened_and_still_holds_its_values() -> Non
     assert segment.buffers.gradient.tolist() == [1.0] * 3
 
 
+def test_a_mapped_segment_keeps_no_descriptor_open() -> None:
+    """Each fit maps a segment, and a trainer that is kept keeps its mapping."""
+    segment = SharedSegment(1000, torch.float32)
+    before = len(os.listdir("/proc/self/fd"))
+
+    attached = SharedSegment.attach(segment.address, 1000, torch.float32)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+    segment.release()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert attached.gradient.untyped_storage().nbytes() == 4000
+
+
 def test_a_segment_has_no_name_to_be_left_over() -> None:
     before = set(os.listdir("/dev/shm"))
 
@@ -54,7 +67,7 @@ def test_a_segment_has_no_name_to_be_left_over() -> None:
     assert os.readlink(segment.address.rpartition(":")[0]).startswith("/memfd:lightning_async")
 
 
-def test_a_host_without_enough_memory_falls_back_to_gloo(
+def test_a_host_without_enough_memory_falls_back_to_tcp(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(descriptor: int, offset: int, size: int) -> None:
@@ -67,7 +80,7 @@ def test_a_host_without_enough_memory_falls_back_to_gloo(
         segment = ChannelNegotiator("127.0.0.1", "auto", 1 << 20, torch.float32)._segment(peer)
 
     assert segment is None
-    assert "no 8 MiB of shared memory for rank 1: [Errno 12] Cannot allocate memory; it will use Gloo" in caplog.text
+    assert "no 8 MiB of shared memory for rank 1: [Errno 12] Cannot allocate memory; it will use TCP" in caplog.text
     with pytest.raises(HandshakeError, match=r'transport="auto"'):
         ChannelNegotiator("127.0.0.1", "shm", 1 << 20, torch.float32)._segment(peer)
 

@@ -1,0 +1,102 @@
+"""Hosts on a network of their own: network namespaces of this process, and a link that can be slow or cut.
+
+A host is a thread that has left the machine's network for one of its own. What it calls, and threads and processes that
+start there, see that host's interfaces only; a socket keeps the network that it was opened in. Nothing of it has a name
+or outlives the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = ["HostThread", "Link"]
+
+_T = TypeVar("_T")
+_CLONE_NEWNET = 0x40000000
+# What a router may keep of a link's traffic.
+_QUEUE_MS = 100
+
+
+class HostThread:
+    """A host: ``run`` calls something there and returns its result."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "host")
+        self.tid = self.run(self._leave)
+
+    def _leave(self) -> int:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "a network namespace")
+        return threading.get_native_id()
+
+    def run(self, call: Callable[[], _T]) -> _T:
+        return self._thread.submit(call).result()
+
+    def ip(self, *arguments: str) -> None:
+        """Runs ``ip`` or ``tc`` there; the first argument says which."""
+        self.run(lambda: subprocess.run(arguments, check=True, capture_output=True, text=True))
+
+    def start(self, arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+        """Starts a process there."""
+        return self.run(lambda: subprocess.Popen(arguments, text=True, **options))
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+class Link:
+    """Two hosts and a switch between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
+
+    def __init__(self, v4: bool = True) -> None:
+        self.a, self.b, self._switch = HostThread(), HostThread(), HostThread()
+        self._switch.ip("ip", "link", "add", "br0", "type", "bridge")
+        self._switch.ip("ip", "link", "set", "br0", "up")
+        for number, (port, host) in enumerate((("a", self.a), ("b", self.b)), 1):
+            peer = ["peer", "name", "eth0", "netns", str(host.tid)]
+            self._switch.ip("ip", "link", "add", f"port-{port}", "type", "veth", *peer)
+            self._switch.ip("ip", "link", "set", f"port-{port}", "master", "br0", "up")
+            host.ip("ip", "link", "set", "lo", "up")
+            host.ip("ip", "link", "set", "eth0", "up")
+            if v4:
+                host.ip("ip", "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            host.ip("ip", "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
+
+    def limit(self, megabits: float) -> None:
+        """Gives both directions a rate, with a queue as a router has it."""
+        for host in (self.a, self.b):
+            rate = ["rate", f"{megabits}mbit", "burst", "32k", "latency", f"{_QUEUE_MS}ms"]
+            host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
+
+    def cut(self) -> None:
+        """Lets nothing through, and no side is told: the switch has lost b."""
+        self._switch.ip("ip", "link", "set", "port-b", "nomaster")
+
+    def mend(self) -> None:
+        """Ends `cut`."""
+        self._switch.ip("ip", "link", "set", "port-b", "master", "br0")
+
+    def unplug(self) -> None:
+        """Takes b's interface down, which its own kernel sees."""
+        self.b.ip("ip", "link", "set", "eth0", "down")
+
+    def plug(self) -> None:
+        """Ends `unplug`."""
+        self.b.ip("ip", "link", "set", "eth0", "up")
+
+    def carried_bytes(self) -> tuple[int, int]:
+        """Bytes that a has sent and received."""
+        folder = self.a.run(lambda: Path(f"/proc/{threading.get_native_id()}/net/dev").read_text())
+        (line,) = (line for line in folder.splitlines() if line.strip().startswith("eth0:"))
+        fields = line.split(":")[1].split()
+        return int(fields[8]), int(fields[0])
+
+    def close(self) -> None:
+        for host in (self.a, self.b, self._switch):
+            host.close()

@@ -586,7 +586,7 @@ def _run(examples: int, steps: int, in_suite: bool) -> None:
 
 
 def test_every_batch_counts_once_whoever_dies_and_comes_back() -> None:
-    _run(examples=120, steps=40, in_suite=True)
+    _run(examples=80, steps=40, in_suite=True)
 
 
 @pytest.mark.soak

@@ -147,9 +147,9 @@ class Session:
                 self._refuse_value_error(lambda: self._ledger.release(self.worker, tickets, stream_over))
                 self._acknowledge()
             case wire.Leave():
-                if self._steps is not None:
-                    self._steps.leave(self.worker, self.slot)
                 with self.fence:
+                    if self._steps is not None:
+                        self._steps.leave(self.worker, self.slot)
                     self._holder.leave(self.worker, self.slot)
                 self._acknowledge()
             case wire.Close():
@@ -162,8 +162,7 @@ class Session:
                 self._refuse(f"a worker may not send {kind_of(message).name}")
 
     def _push(self, message: wire.Push) -> Iterator[None]:
-        if self._steps is not None and (sick := self._steps.end(self.worker, self.slot, time.monotonic())) is not None:
-            self._on_sick(sick)
+        self._end_step()
         gradients = self._check_push(message)
         self._channel.receive_payload(self._segments[message.optimizer])
         push = Push(
@@ -248,13 +247,23 @@ class Session:
                 yield
         except ValueError as error:
             self._refuse(str(error))
-        if self._steps is not None:
-            self._steps.begin(self.worker, self.slot, time.monotonic())
         self._send_parameters(version, outcome, tickets, counted)
 
     def _try_pull(self) -> int | None:
         with self.fence:
-            return self._holder.try_pull(self.worker, self._parameters, self.slot)
+            version = self._holder.try_pull(self.worker, self._parameters, self.slot)
+            if self._steps is not None and version is not None:
+                self._steps.begin(self.worker, self.slot, time.monotonic())
+            return version
+
+    def _end_step(self) -> None:
+        if self._steps is None:
+            return
+        # What an evicted worker sends late is no step of its next incarnation's.
+        with self.fence:
+            sick = self._steps.end(self.worker, self.slot, time.monotonic())
+        if sick is not None:
+            self._on_sick(sick)
 
     def _count(self, counts: bytes) -> None:
         if counts:

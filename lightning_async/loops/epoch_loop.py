@@ -151,6 +151,7 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         if self._signals.sigterm_received and self._coordinator.may_leave:
             self._coordinator.leave_run()
         self._signals.save()
+        self._coordinator.take_snapshot()
         self._requeue_if_asked()
         if self._wants_to_stop():
             self._coordinator.batches.stop_dispatch()
@@ -360,12 +361,16 @@ class AsyncEpochLoop(_TrainingEpochLoop):
         show_progress(trainer)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         share_averages(trainer)
-        self._coordinator.save_on_rank_zero(lambda: save_passed(trainer))
+        self._coordinator.save_on_rank_zero(self._save_due)
         if stop.is_complete:
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._batches_that_stepped = max(0, self._coordinator.clock.log_step - 1)
         if not self._epoch.learning:
             self._coordinator.log_metrics(self._batches_that_stepped)
+
+    def _save_due(self) -> None:
+        save_passed(self.trainer)
+        self._coordinator.take_snapshot()
 
     def _validate_if_due(self, stop: EpochStop) -> None:
         epoch, trainer = self._epoch, self.trainer

@@ -20,6 +20,7 @@ from lightning_async.loops.patching import become_until_closed, set_until_closed
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.progress_bar import show_all_ranks
 from lightning_async.loops.protocols import Collectives, Coordinator, RunSignals
+from lightning_async.loops.restarts import Snapshots, begin_from_snapshot
 from lightning_async.loops.weight_averaging import average_by_clock
 from lightning_async.monitoring.stats import RunStats
 
@@ -65,6 +66,7 @@ def install(
     signals: RunSignals,
     stats: Callable[[], RunStats],
     on_train_loaders: Callable[[int], None],
+    snapshots: Snapshots | None = None,
 ) -> InstalledLoops:
     """Gives the trainer's loops, callbacks and signal handlers this package's behaviour.
 
@@ -78,6 +80,7 @@ def install(
         signals: notes what signals ask for.
         stats: tells the run's statistics.
         on_train_loaders: told how many train loaders there are, before they are processed.
+        snapshots: know what a job that was started again goes on from; None without.
     """
     with ExitStack() as undo:
         fit_loop: Any = trainer.fit_loop
@@ -115,6 +118,8 @@ def install(
         # The signal handlers, which run wherever the process happens to be.
         _note_signals(trainer, signals, collectives, undo)
         put_off_interrupting_saves(trainer, signals, undo)
+        if snapshots is not None:
+            begin_from_snapshot(trainer, snapshots, undo)
         # torchmetrics, in the whole process.
         metrics = MetricSync(phase, collectives)
         metrics.install(undo)

@@ -197,6 +197,9 @@ class Coordinator(Protocol):
     def begin_batch(self, samples: int) -> None:
         """Notes that this rank computes a batch; waits for parameters if it holds none."""
 
+    def take_snapshot(self) -> None:
+        """Takes a snapshot of the run, if one is due and this is rank 0; as between batches."""
+
     def leave_segment(self, validation_requested: bool, skip_rest: bool) -> SegmentEnd:
         """Pushes what is left, waits for all ranks, and gives them the holder's parameters and common decisions."""
 

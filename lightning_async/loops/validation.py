@@ -6,6 +6,7 @@ Private API: see the canary tests.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -55,7 +56,8 @@ def validate_whole(trainer: Trainer, loop: _EvaluationLoop, collectives: Collect
         for metric, state in before:
             metric.reset()
             for name, value in state.items():
-                setattr(metric, name, value)
+                # A copy, for metrics sum up in place, and the repetition may have to be undone, too.
+                setattr(metric, name, copy.deepcopy(value))
 
     with ExitStack() as undo:
         for owner, name in (

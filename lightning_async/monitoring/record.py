@@ -19,6 +19,9 @@ __all__ = ["RECORD_NAME", "RecordError", "RunRecord"]
 RECORD_NAME = "async_run.json"
 _FORMAT = Format("lightning_async run", 4, "a record of a run by lightning_async", "Train the run anew.")
 
+# Statistics that records of older versions do not have.
+_ADDED_LATER = ("wire_bytes",)
+
 
 @dataclass
 class RunRecord:
@@ -113,6 +116,8 @@ class RunRecord:
             return
         ranks = set(range(len(self.step_seconds)))
         for name, value in RunStats(workers=0).as_dict().items():
+            if name in _ADDED_LATER and name not in self.stats:
+                continue
             found = self.stats[name]
             if isinstance(value, dict) != isinstance(found, dict):
                 raise ValueError(f"stats.{name} is {found!r}")

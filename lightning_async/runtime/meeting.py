@@ -39,8 +39,8 @@ _LOOK_S = 0.5
 _END = "the end of a section"
 _IN_VAIN = (
     "a part of the run that all ranks make together, such as a validation, could not be finished twice in a row, "
-    "though no rank was lost meanwhile: a process group of the ranks does not work, or a hook runs a collective on some "
-    "of them"
+    "though no rank was lost meanwhile: a process group of the ranks does not work, or a hook runs a collective on "
+    "some of them"
 )
 
 
@@ -175,12 +175,14 @@ class MeetingHost(Meeting):
         latch: the run's failure latch.
         on_lost: told which rank's connection was lost, and how; returns once the rank is out of the roster, or the run
             has failed.
-        host: the address that the others reach rank 0 at.
+        host: the address that the others reach rank 0 at, once it listens.
     """
 
     is_host = True
 
-    def __init__(self, roster: Roster, latch: FailureLatch, on_lost: Callable[[int, str], None], host: str) -> None:
+    def __init__(
+        self, roster: Roster, latch: FailureLatch, on_lost: Callable[[int, str], None], host: str = ""
+    ) -> None:
         super().__init__(roster.living, host)
         self._roster = roster
         self._latch = latch

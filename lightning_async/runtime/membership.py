@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from lightning_async.runtime.admission import Admission, Invitation, JoinRequest
+from lightning_async.runtime.admission import Admission, Invitation, JoinRequest, outward_address
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.elastic import forget_failure, is_supervised, record_failure
@@ -32,7 +32,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
 from lightning_async.runtime.process_groups import break_groups
 from lightning_async.runtime.process_identity import ProcessIdentity
-from lightning_async.runtime.rendezvous import share_address
+from lightning_async.runtime.rendezvous import LOOPBACK, share_address
 from lightning_async.runtime.roster import Resilience, Roster
 
 __all__ = ["Membership", "guard_shutdown"]
@@ -123,7 +123,7 @@ class Membership:
     def meet(
         self,
         world_size: int,
-        host: str,
+        main_address: str,
         broadcast: Callable[[str], str],
         gather: Callable[[str], list[str]],
         resilience: Resilience | None = None,
@@ -132,7 +132,7 @@ class Membership:
 
         Args:
             world_size: number of ranks; nothing is opened for one.
-            host: the address that the other ranks reach rank 0 at.
+            main_address: what ranks on other hosts reach rank 0's by.
             broadcast: gives every rank rank 0's string.
             gather: gives every rank each rank's string.
             resilience: what becomes of the run when a rank is lost; it ends by default.
@@ -140,9 +140,8 @@ class Membership:
         self._resilience = resilience or Resilience()
         if world_size == 1 or self._heartbeats is not None:
             return
-        goes_on = self._resilience.goes_on
-        if self.rank == 0 and goes_on:
-            self._host_meetings(world_size, host)
+        if self.rank == 0 and self._resilience.goes_on:
+            self._host_meetings(world_size)
         evictions = self.evictions
         everyone = tuple(range(world_size))
 
@@ -150,28 +149,33 @@ class Membership:
             return everyone if evictions is None else evictions.roster.living
 
         watch = CollectiveWatch(self.rank, ranks, self._worker_timeout_s)
-        self._heartbeats = Heartbeats(
+        heartbeats = self._heartbeats = Heartbeats(
             self.rank,
             self.latch,
             self._worker_timeout_s,
             self._describe_end,
             watch=watch,
-            on_lost=None if self.evictions is None else self.evictions.lose,
-            on_left=None if self.evictions is None else self.evictions.let_go,
-            on_failed=None if self.evictions is None else self.evictions.fail,
+            on_lost=None if evictions is None else evictions.lose,
+            on_left=None if evictions is None else evictions.let_go,
+            on_failed=None if evictions is None else evictions.fail,
             on_evicted=self._hear_of,
         )
-        if self.rank == 0:
-            self.listener = Listener(host, world_size, self._heartbeats, self._worker_timeout_s)
-            self.address = self.listener.address
+
+        def listen(host: str) -> Address:
+            if self._resilience.join_file is not None and host == LOOPBACK:
+                # For workers on other machines.
+                host = outward_address()
+            listener = self.listener = Listener(host, world_size, heartbeats, self._worker_timeout_s)
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
-                self.admission.expect = self.listener.expect
-                self.listener.on_meeting, self.listener.on_join = host_side.take, self.admission.take
-        self.address = share_address(self.rank, self.address, broadcast, gather)
+                host_side.host, self.admission.expect = host, listener.expect
+                listener.on_meeting, listener.on_join = host_side.take, self.admission.take
+            return listener.address
+
+        self.address = share_address(self.rank, main_address, listen, broadcast, gather)
         if self.rank == 0:
             return
         self._heartbeats.add(0, handshake(self.address, self.rank, HEARTBEAT)[0])
-        if goes_on:
+        if self._resilience.goes_on:
             connection, _ = handshake(self.address, self.rank, MEETING, **ProcessIdentity.of_this_process().as_claims())
             self.meeting = MeetingGuest(connection, tuple(range(world_size)), self.latch, self.address.host)
 
@@ -249,10 +253,10 @@ class Membership:
         with self._heard:
             return self._heard.wait_for(lambda: len(self._lost) > known, timeout=_NEWS_TIMEOUT_S)
 
-    def _host_meetings(self, world_size: int, address: str) -> None:
+    def _host_meetings(self, world_size: int) -> None:
         roster = Roster(range(world_size), self._resilience.min_ranks)
         evictions = self.evictions = Evictions(roster, self.latch)
-        host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection, address)
+        host = self.meeting = MeetingHost(roster, self.latch, evictions.lose_connection)
 
         def tell(rank: int, reason: str) -> None:
             host.note_lost(rank, ends=evictions.lets_go)

@@ -18,6 +18,7 @@ from lightning_async.loops.phase import Phase
 from lightning_async.policies.registry import describe_policy, kind_of, make_policy
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock
+from lightning_async.strategies.frozen import tensors_in
 from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.strategies.optimizer_proxy import (
     checkpointed_state,
@@ -65,6 +66,8 @@ class Checkpointing:
         self._phase = phase
         self._scheduled_steps = scheduled_steps
         self._snapshot: Snapshot | None = None
+        # The copies that its parameters are in a checkpoint.
+        self._copies: list[Tensor] = []
         # The epoch and the order of its batches, as checkpoints record them.
         self._epoch_order: tuple[int, str] | None = None
         # What a checkpoint has said of them.
@@ -103,7 +106,7 @@ class Checkpointing:
         if snapshot is None:
             return state
         if self._phase.is_asynchronous:
-            snapshot_parameters(state, self._module, self._exchange.engine, snapshot)
+            self._copies = snapshot_parameters(state, self._module, self._exchange.engine, snapshot)
             return state
         # Where the ranks meet the module's are the same, but for what user code has changed. Training writes to them.
         return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -114,6 +117,12 @@ class Checkpointing:
             return None
         return checkpointed_state(optimizer, self._exchange.engine, self._snapshot)
 
+    @property
+    def owned(self) -> set[int]:
+        """The identities of those tensors of a checkpoint that nobody else has, until it is completed."""
+        states = () if self._snapshot is None else tensors_in(self._snapshot.optimizer_states)
+        return {id(tensor) for tensor in (*self._copies, *states)}
+
     def complete(self, checkpoint: dict[str, Any], version: int, world_size: int) -> None:
         """Adds what a resumed run needs, to a checkpoint that is about to be written.
 
@@ -123,6 +132,7 @@ class Checkpointing:
             world_size: number of ranks N.
         """
         snapshot, self._snapshot = self._snapshot, None
+        self._copies = []
         noted = self.note(version, world_size)
         if snapshot is not None:
             noted |= {"version": snapshot.version, "counts": [*snapshot.counts]}

@@ -59,6 +59,8 @@ class PhasedCollectives(DDPStrategy):
         self.meeting: Meeting | None = None
         self._members: tuple[int, ...] | None = None
         self._group_generation = self._members_seen = 0
+        # What that was formed by, on rank 0; as long as the group lives.
+        self._store: dist.TCPStore | None = None
         # Whether this rank is about to join a run that is under way, and has nobody to meet yet.
         self.joins = False
         self._worker_rank: int | None = None
@@ -164,16 +166,18 @@ class PhasedCollectives(DDPStrategy):
             port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
             generation, members = meeting.generation, meeting.ranks
             self._on_group_forming(members)
-            done = self._reform(meeting.host, port, own, members)
+            done = self._reform(meeting.host, port, members)
+            self._store = own
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
                 break
         self._group_generation, self._members = generation, members
 
-    def _reform(self, host: str, port: int, own: dist.TCPStore | None, members: tuple[int, ...]) -> bool:
+    def _reform(self, host: str, port: int, members: tuple[int, ...]) -> bool:
         place, size = members.index(self.worker_rank), len(members)
         try:
             with breakable(self._is_group_outdated):
-                store = own or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+                # Rank 0, too, by a connection that was opened for it: one of before would not be broken.
+                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
                 reform_default_group(store, place, size, self._get_process_group_backend(), self._timeout)
         except RuntimeError as error:
             # One of them was lost meanwhile; else the next attempt says so again.

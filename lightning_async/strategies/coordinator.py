@@ -56,6 +56,7 @@ class Coordinator(protocols.Coordinator):
         supervisor: told when the ranks train.
         joining: this rank's way into a fit that is under way; None of one that begins with it.
         on_joined: called when it is in.
+        take_snapshot: takes one of the run, if it is due.
         resolve: told where the batches come from; tells how the run exchanges gradients, for the loggers.
     """
 
@@ -76,6 +77,7 @@ class Coordinator(protocols.Coordinator):
         supervisor: RunSupervisor,
         joining: Joining | None,
         on_joined: Callable[[], None],
+        take_snapshot: Callable[[], None],
         resolve: Callable[[BatchSource], dict[str, Any]],
     ) -> None:
         self._trainer = trainer
@@ -94,6 +96,7 @@ class Coordinator(protocols.Coordinator):
         self._supervisor = supervisor
         self._joining = joining
         self._on_joined = on_joined
+        self._take_snapshot = take_snapshot
         self._resolve = resolve
         self._is_resolved = False
         self._source: BatchSource = "shared order"
@@ -272,6 +275,10 @@ class Coordinator(protocols.Coordinator):
     def begin_batch(self, samples: int) -> None:
         self._exchange.worker.begin_batch(samples)
         self._by_hand.begin_batch()
+
+    @override
+    def take_snapshot(self) -> None:
+        self._take_snapshot()
 
     # --- the ranks meet ----------------------------------------------------------------------------------------------
 

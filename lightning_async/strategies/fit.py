@@ -60,6 +60,7 @@ def set_up_fit(
     signals: RunSignals,
     resolve: Callable[[Resolved], dict[str, Any]],
     on_joined: Callable[[], None] = lambda: None,
+    take_snapshot: Callable[[], None] = lambda: None,
 ) -> Fit:
     """Gives all ranks one module, and builds the parts of a fit; a collective call.
 
@@ -74,6 +75,7 @@ def set_up_fit(
         signals: what signals have asked for.
         resolve: told what the ranks found when they met; tells how the run exchanges gradients, for the loggers.
         on_joined: called when this rank has joined a fit that is under way.
+        take_snapshot: takes one of the run, if it is due.
 
     Raises:
         MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
@@ -120,6 +122,7 @@ def set_up_fit(
         supervisor=context.supervisor,
         joining=joining,
         on_joined=on_joined,
+        take_snapshot=take_snapshot,
         resolve=lambda source: resolve(Resolved(transports, exchange.engine.holder_device, source)),
     )
     loops.follow(coordinator)

@@ -133,8 +133,8 @@ def _refuse_change(optimizer: Optimizer, kind: str) -> NoReturn:
     )
 
 
-def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine, snapshot: Snapshot) -> None:
-    """Replaces the parameters in a module's state dict by those of a snapshot, in place."""
+def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine, snapshot: Snapshot) -> list[Tensor]:
+    """Replaces the parameters in a module's state dict by copies of a snapshot's, in place; returns the copies."""
     saved: dict[int, Tensor] = {}
     for index in range(len(engine.optimizers)):
         views = engine.layout.views(snapshot.parameters, index)
@@ -143,6 +143,7 @@ def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in state and id(parameter) in saved:
             state[name] = saved[id(parameter)]
+    return [*saved.values()]
 
 
 def checkpointed_state(optimizer: Optimizer, engine: Engine, snapshot: Snapshot) -> dict[str, Any]:

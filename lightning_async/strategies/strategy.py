@@ -69,6 +69,7 @@ from lightning_async.strategies.protocols import FitMonitor
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
+from lightning_async.strategies.snapshots import SnapshotPlace, Snapshots
 from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
 from lightning_async.strategies.validation import (
     check_module,
@@ -79,6 +80,9 @@ from lightning_async.strategies.validation import (
 )
 
 __all__ = ["AsyncStrategy"]
+
+# A run that has failed is over in a few seconds.
+_LAST_SNAPSHOT_S = 2.0
 
 
 class AsyncStrategy(PhasedCollectives):
@@ -139,6 +143,9 @@ class AsyncStrategy(PhasedCollectives):
             longer fails, whether or not it gives signs of life. None sets no limit.
         max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
             slower fails. None sets no limit.
+        snapshot_every_s: seconds after which rank 0 writes the next snapshot of the run, an ordinary checkpoint, in the
+            background; a job that torchrun or SLURM starts again goes on from it. None writes none.
+        snapshot_path: its file; None is ``lightning_async/snapshot.ckpt`` in the Trainer's ``default_root_dir``.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.
         cluster_environment: see `DDPStrategy`.
@@ -179,6 +186,8 @@ class AsyncStrategy(PhasedCollectives):
         max_rejected_in_a_row: int = 10,
         step_timeout: float | None = None,
         max_slowdown: float | None = None,
+        snapshot_every_s: float | None = None,
+        snapshot_path: str | Path | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -199,6 +208,7 @@ class AsyncStrategy(PhasedCollectives):
             start_method=start_method,
         )
         try:
+            self._snapshot_place = SnapshotPlace(snapshot_every_s, snapshot_path)
             self._resilience = Resilience(on_worker_failure, min_ranks, max_restarts, join_file)
             self._dial = Dial(gradients_per_update, staleness_policy)
             self._asked = ExchangeOptions(
@@ -238,6 +248,7 @@ class AsyncStrategy(PhasedCollectives):
         self._fit: Fit | None = None
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
+        self._snapshots: Snapshots | None = None
         # Of a fit from its setup on, and of the last one.
         self._run_dial: RunDial | None = None
         self._ending: FitEnding | None = None
@@ -412,6 +423,7 @@ class AsyncStrategy(PhasedCollectives):
                 new_folders = NewFolders(log_folders(self._trainer.loggers), are_used=lambda: self.stats.updates > 0)
                 self._supervisor.on_failure = new_folders.remove_empty
                 self._undo.callback(new_folders.remove_empty_if_interrupted, self._trainer)
+            self._snapshots = self._snapshot_place.open(self._trainer, self, lambda: self.joins)
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -420,6 +432,7 @@ class AsyncStrategy(PhasedCollectives):
                 self._signals,
                 stats=lambda: self.stats,
                 on_train_loaders=self._note_train_loaders,
+                snapshots=self._snapshots,
             )
             self._undo.callback(self._loops.remove)
 
@@ -507,6 +520,7 @@ class AsyncStrategy(PhasedCollectives):
             signals=self._signals,
             resolve=self._resolve,
             on_joined=self._meet_others,
+            take_snapshot=self._take_snapshot,
         )
         self._undo.callback(self._fit.by_hand.release)
         self._ending = FitEnding(
@@ -594,13 +608,25 @@ class AsyncStrategy(PhasedCollectives):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
+        snapshots = self._snapshots if self._snapshots is not None and self._snapshots.is_taking else None
+        owned, step = set[int](), 0
         if self._fit is not None:
-            self._fit.checkpointing.complete(checkpoint, self.version, self.nominal_world_size)
+            checkpointing = self._fit.checkpointing
+            if snapshots is not None and (taken := checkpointing.snapshot_between_batches) is not None:
+                owned, step = checkpointing.owned, taken[1]
+            checkpointing.complete(checkpoint, self.version, self.nominal_world_size)
         else:
             checkpoint[CHECKPOINT_KEY] = {"world_size": self.nominal_world_size, **self._note}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if snapshots is not None:
+            snapshots.write(checkpoint, owned, step)
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
         if self._fit is not None and self.is_global_zero and self.worker.on_span is not None:
             self.worker.on_span("checkpoint", self._saving_since_ns, time.monotonic_ns())
+
+    def _take_snapshot(self) -> None:
+        if self._snapshots is not None and self.is_global_zero:
+            self._snapshots.take_if_due()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -624,6 +650,8 @@ class AsyncStrategy(PhasedCollectives):
         assert self._supervisor is not None
         self._supervisor.end_training()
         self._save_late()
+        # The others wait for rank 0 in whatever comes next, and take it for lost after the time-out.
+        self._finish_snapshots(min(30.0, self.options.worker_timeout_s / 2))
         if self._run_dial is not None and self._run_dial.unfinished is not None:
             say(self._trainer, self._run_dial.unfinished)
         assert self._ending is not None
@@ -637,8 +665,12 @@ class AsyncStrategy(PhasedCollectives):
         """
         if self._fit is not None and self._ending is not None:
             # A handler may have asked for a checkpoint before it has ended the fit.
-            do_each([self._save_late])
+            do_each([self._save_late, lambda: self._finish_snapshots(_LAST_SNAPSHOT_S)])
             self._ending.break_off(error)
+
+    def _finish_snapshots(self, timeout_s: float) -> None:
+        if self._snapshots is not None:
+            self._snapshots.finish(timeout_s)
 
     def _save_late(self) -> None:
         """Saves what a signal's handler has asked for since the last batch; no collective."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.exchange.remote_service import HolderProcess
 from lightning_async.exchange.server import OnLost
-from lightning_async.runtime.admission import Admission, Invitation, leave_invitation, outward_address
+from lightning_async.runtime.admission import Admission, Invitation, leave_invitation
 from lightning_async.runtime.failure import FailureLatch, RunFailure, say
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
@@ -234,13 +234,9 @@ class RunSupervisor:
         """Ties the ranks together, once they have a process group; a collective call."""
         environment = self._ranks.cluster_environment
         assert self._membership is not None and environment is not None
-        host = "127.0.0.1" if self._ranks.num_nodes == 1 else environment.main_address
-        if self.resilience.join_file is not None and self._ranks.is_fitting and self._ranks.num_nodes == 1:
-            # For workers on other machines.
-            host = outward_address()
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
-        self._membership.meet(self._ranks.world_size, host, broadcast, gather, resilience)
+        self._membership.meet(self._ranks.world_size, environment.main_address, broadcast, gather, resilience)
         _prepare_exit()
 
     @contextmanager

@@ -72,6 +72,7 @@ class Host:
             self.listener,
             transport,
             self.stats.refuse,
+            workers=RANKS,
             slots=slots,
             wire=wire,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -22,6 +22,8 @@ from lightning_async.policies import Arrival, StalenessPolicy, make_policy
 from lightning_async.policies.momentum import corrected_momentum
 from lightning_async.transport import message as wire_messages
 from lightning_async.transport.int8 import GradientWire, ParameterWire
+from tests.faults.injector import Fault, FaultInjector
+from tests.harness import eventually
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
 
@@ -310,6 +312,7 @@ def train_and_replay(
     arguments: dict[str, Any] | None = None,
     wire: Wire = UNROUNDED,
     int8: bool = False,
+    sleep_s: tuple[float, ...] = (0.001, 0.003, 0.006),
 ) -> None:
     """Trains with three ranks, then replays what has happened: ``updates.pt`` and ``replayed.pt``."""
     samples = 160
@@ -321,8 +324,9 @@ def train_and_replay(
             super().on_train_end()
             if self.global_rank == 0:
                 torch.save(recorder.updates, folder / "updates.pt")
+                torch.save((strategy.stats.evicted, strategy.stats.joined), folder / "churn.pt")
 
-    module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=(0.001, 0.003, 0.006))
+    module = Module(lambda parameters: AMSGrad(parameters, lr=1e-2), sleep_s=sleep_s)
     alone = copy.deepcopy(module)
     strategy = AsyncAMSGradStrategy(start_method="fork", **options)
     strategy.observers.append(recorder)
@@ -445,3 +449,51 @@ def test_a_replay_with_a_byte_for_each_value_gives_the_same_bits(tmp_path: Path)
     assert max(update["staleness"] for update in updates) <= 5
     for rank in run.reports():
         assert_equal_bit_for_bit(rank["parameters"], torch.load(tmp_path / "replayed.pt"))
+
+
+CHURNED: dict[str, Any] = {"on_worker_failure": "continue", "max_restarts": 2, "transport": "shm"}
+
+
+class WaitsForReturn(Callback):
+    """Lets rank 0 train on only when the ranks are back that were lost, however slow the machine is."""
+
+    def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
+        stats = trainer.strategy.stats
+        assert eventually(lambda: len(stats.joined) == len(stats.evicted) or not trainer.is_global_zero, 30.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_staleness": 2},
+        *(
+            pytest.param(options, marks=pytest.mark.soak)
+            for options in (
+                {"max_staleness": 2, "gradients_per_update": 3},
+                {"max_staleness": 0, "gradients_per_update": 3},
+                {"max_staleness": 3, "batches": "sharded", "holder": "process"},
+                {"max_staleness": 5, "overlap": True},
+            )
+        ),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_run_with_a_death_and_a_return_replays_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    callbacks = [FaultInjector([Fault(1, 4, "kill"), Fault(2, 9, "kill")]), WaitsForReturn()]
+
+    def script(folder: Path) -> None:
+        train_and_replay(folder, {**CHURNED, **options}, {"callbacks": callbacks}, sleep_s=(0.03,) * 3)
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    evicted, joined = torch.load(tmp_path / "churn.pt")
+    assert sorted(evicted) == sorted(joined) == [1, 2]
+    # More than their first incarnations have lived to push.
+    updates = torch.load(tmp_path / "updates.pt")
+    assert sum(update["worker"] > 0 for update in updates) > 4 + 9
+    replayed = torch.load(tmp_path / "replayed.pt")
+    ranks = run.reports()
+    assert len(ranks) == 3
+    for rank in ranks:
+        assert_equal_bit_for_bit(rank["parameters"], replayed)

@@ -155,6 +155,8 @@ PROMISES = {
                 "fp16 gradients": {"wire": ("fp16", "fp32")},
                 "bf16 gradients and parameters": {"wire": ("bf16", "bf16")},
                 "fp16 gradients and parameters": {"wire": ("fp16", "fp16")},
+                "int8 gradients": {"wire": ("int8", "fp32")},
+                "int8 gradients and parameters": {"wire": ("int8", "int8")},
             }
         },
         seeds=[1, 2, 3],

@@ -29,7 +29,8 @@ class Op:
 
 
 def operations(workers: int) -> st.SearchStrategy[list[Op]]:
-    names = ["draw"] * 6 + ["complete"] * 3 + ["release", "foreign", "open", "close", "requeue"]
+    names = ["draw"] * 6 + ["complete"] * 3
+    names += ["release", "foreign", "open", "close", "requeue", "evict", "evict", "admit", "admit"]
     return st.lists(
         st.builds(Op, st.sampled_from(names), st.integers(0, workers - 1), st.integers(0, 6)), min_size=10, max_size=60
     )
@@ -52,6 +53,7 @@ class Model:
     def __init__(self, tickets: range) -> None:
         self.free = set(tickets)
         self.leased: dict[int, list[int]] = {}
+        self.gone: set[int] = set()
         self.applied: list[int] = list(range(tickets.start))
 
     def draw(self, ledger: Ledger, worker: int) -> range:
@@ -83,6 +85,23 @@ class Model:
                 act(worker, ranges(tickets))
         assert (ledger.progress(), ledger.leased(worker)) == before
 
+    def evict(self, ledger: Ledger, worker: int) -> None:
+        mine = self.leased.get(worker, [])
+        self.leased[worker] = []
+        self.gone.add(worker)
+        assert ledger.evict(worker) == len(mine)
+        assert ledger.evict(worker) == 0
+        self.free.update(mine)
+
+    def admit(self, ledger: Ledger, worker: int) -> None:
+        self.gone.discard(worker)
+        self.leased.setdefault(worker, [])
+        ledger.admit(worker)
+
+    def present(self, workers: int) -> list[int]:
+        """Those in the run: of the workers that it began with, and of those that have come in addition."""
+        return sorted(({*range(workers)} | self.leased.keys()) - self.gone)
+
     def requeue(self, ledger: Ledger, worker: int) -> None:
         mine = self.leased.get(worker, [])
         self.leased[worker] = []
@@ -110,11 +129,23 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
     model = Model(tickets)
 
     for op in data.draw(operations(workers)):
-        if op.name == "draw":
+        present = model.present(workers)
+        if op.name == "evict":
+            # Rank 0 has the ledger.
+            if op.worker:
+                model.evict(ledger, op.worker)
+        elif op.name == "admit":
+            model.admit(ledger, op.count)
+        elif op.worker not in present:
+            continue
+        elif op.name == "draw":
             drawn = model.draw(ledger, op.worker)
             assert len(drawn) <= block
             if mode == "sharded":
-                assert {ticket // block % workers for ticket in drawn} <= {op.worker}
+                owners = {worker: [one for one in present if one % workers == worker] for worker in range(workers)}
+                share = {ticket // block % workers for ticket in drawn}
+                # Its own, or one that nobody in the run has.
+                assert all(op.worker in owners[one] or not owners[one] for one in share)
         elif op.name in ("complete", "release"):
             # Any of those that it holds, in any order.
             held = data.draw(st.permutations(sorted(model.leased.get(op.worker, []))))[: op.count]
@@ -131,13 +162,14 @@ def test_every_ticket_is_applied_once_under_any_interleaving(
             ledger.open(op.count)
         else:
             ledger.close()
-            assert [list(model.draw(ledger, worker)) for worker in range(workers)] == [[]] * workers
+            assert [list(model.draw(ledger, worker)) for worker in present] == [[]] * len(present)
         assert ledger.progress() == (len(model.applied), len(model.free))
         assert all(ledger.leased(worker) == len(leased) for worker, leased in model.leased.items())
 
     # The rest of the epoch: every rank finishes what it has, and all together compute what is left.
     ledger.open(total)
-    while sum(len(model.draw(ledger, worker)) for worker in range(workers)):
+    present = model.present(workers)
+    while sum(len(model.draw(ledger, worker)) for worker in present):
         continue
     for worker, leased in model.leased.items():
         model.complete(ledger, worker, leased)
@@ -322,3 +354,93 @@ def test_what_is_left_is_dealt_by_another_rule_from_a_stop_on() -> None:
     ledger.begin_epoch(range(2))
     ledger.open(2)
     assert list(ledger.draw(1)) == [0]
+
+
+# --- workers that are lost, and that come -----------------------------------------------------------------------------
+
+
+def test_the_share_of_a_lost_worker_goes_to_those_that_have_finished_their_own() -> None:
+    ledger = Ledger(3, "sharded")
+    ledger.begin_epoch(range(9))
+    ledger.open(9)
+    assert [list(ledger.draw(worker)) for worker in (0, 1, 2)] == [[0], [1], [2]]
+
+    assert ledger.evict(1) == 1
+
+    # First their own, then what it was handed, then what it would have been.
+    assert [list(ledger.draw(0)) for _ in range(5)] == [[3], [6], [1], [4], [7]]
+    assert [list(ledger.draw(2)) for _ in range(3)] == [[5], [8], []]
+
+
+def test_a_worker_that_comes_back_has_its_share_again() -> None:
+    ledger = Ledger(2, "sharded")
+    ledger.begin_epoch(range(6))
+    ledger.open(6)
+    ledger.draw(1)
+    ledger.evict(1)
+    assert [list(ledger.draw(0)) for _ in range(4)] == [[0], [2], [4], [1]]
+
+    ledger.admit(1)
+
+    assert list(ledger.draw(0)) == []
+    assert [list(ledger.draw(1)) for _ in range(3)] == [[3], [5], []]
+
+
+def test_a_worker_beyond_those_that_the_run_began_with_shares_a_share() -> None:
+    ledger = Ledger(2, "sharded")
+    ledger.begin_epoch(range(6))
+    ledger.open(6)
+
+    ledger.admit(3)
+
+    assert [list(ledger.draw(worker)) for worker in (3, 1, 3, 3)] == [[1], [3], [5], []]
+    ledger.evict(1)
+    assert list(ledger.draw(0)) == [0]
+
+
+def test_no_first_batch_is_kept_for_a_lost_worker_nor_in_the_epochs_after_it() -> None:
+    ledger = Ledger(2)
+    for lost in (True, False):
+        ledger.begin_epoch(range(2))
+        ledger.open(2)
+        assert list(ledger.draw(0)) == [0]
+        if lost:
+            assert list(ledger.draw(0)) == []
+            ledger.evict(1)
+        assert list(ledger.draw(0)) == [1]
+
+    ledger.admit(1)
+    ledger.begin_epoch(range(2))
+    ledger.open(2)
+    assert [list(ledger.draw(worker)) for worker in (0, 0, 1)] == [[0], [], [1]]
+
+
+def test_streams_are_over_when_those_of_the_living_are() -> None:
+    ledger = Ledger(3)
+    ledger.begin_epoch(range(UNBOUNDED))
+    ledger.open(UNBOUNDED)
+    ledger.complete(0, [ledger.draw(0)])
+    ledger.draw(2)
+    ledger.release(0, [], stream_over=True)
+    ledger.release(1, [], stream_over=True)
+    assert ledger.progress()[1] > 0
+
+    # What it was handed were permits: nobody is left who has a batch for them.
+    assert ledger.evict(2) == 1
+
+    assert ledger.progress() == (1, 0)
+
+
+def test_what_a_lost_worker_was_handed_stays_for_the_next_segment_if_the_others_have_finished_this_one() -> None:
+    ledger = Ledger(2)
+    ledger.begin_epoch(range(2))
+    ledger.open(2)
+    ledger.complete(0, [ledger.draw(0)])
+    ledger.draw(1)
+    assert list(ledger.draw(0)) == []
+
+    ledger.evict(1)
+
+    assert ledger.progress() == (1, 1)
+    ledger.open(1)
+    assert list(ledger.draw(0)) == [1]

@@ -68,7 +68,11 @@ class Holding:
         self.parameter = torch.nn.Parameter(torch.ones(2))
         self.optimizer = AMSGrad([self.parameter], lr=0.1)
         options = ExchangeOptions(
-            max_staleness=bound, on_stale=on_stale, batches=batches, gradients_per_update=per_update
+            max_staleness=bound,
+            on_stale=on_stale,
+            batches=batches,
+            gradients_per_update=per_update,
+            step_timeout_s=3600.0,
         )
         self.latch = FailureLatch()
         spec = HolderSpec([self.optimizer], options, workers, version=0)
@@ -99,6 +103,12 @@ class Holding:
     @property
     def barrier(self) -> StalenessBarrier:
         return self.service.holder._barrier
+
+    @property
+    def steps_under_way(self) -> dict[Any, float]:
+        steps = self.server._steps
+        assert steps is not None
+        return dict(steps._began)
 
     def session(self, rank: int, incarnation: int, channel: FakeChannel) -> Session:
         """What the server does when a worker comes in by the listener."""
@@ -163,6 +173,14 @@ class Member:
         assert self.held_back is not None
         self._advance(self.held_back)
         return self.held_back is None
+
+    def go_on(self, message: Message, payload: torch.Tensor | None) -> None:
+        """Waits on for what it waits for; sends a message if that is nothing."""
+        held_back, self.held_back = self.held_back, None
+        if held_back is None:
+            self.ask(message, payload)
+        else:
+            self._advance(held_back)
 
     def _advance(self, request: Iterator[None]) -> None:
         self._holding.serving = self
@@ -398,11 +416,7 @@ class Protocol(RuleBasedStateMachine):
             (wire.Pull(member.rank, counts=b""), None),
         ]
         with pytest.raises((EvictedError, WireError)):
-            if member.held_back is not None:
-                held_back, member.held_back = member.held_back, None
-                member._advance(held_back)
-            else:
-                member.ask(*messages[kind])
+            member.go_on(*messages[kind])
         assert self.state() == before
 
     @precondition(lambda self: len(self.in_run) + len(self.at_the_door) < 5)
@@ -482,7 +496,7 @@ class Protocol(RuleBasedStateMachine):
         moved = True
         while moved:
             held = [member for member in self.in_run if member.held_back is not None]
-            moved = any([member.resume() for member in held])
+            moved = sum(member.resume() for member in held) > 0
 
     def state(self) -> object:
         """What a worker's request may change."""
@@ -490,6 +504,7 @@ class Protocol(RuleBasedStateMachine):
         ledger = service.ledger
         leased = {worker: frozenset(tickets) for worker, tickets in ledger._leased.items()}
         closed, over = ledger._closed, frozenset(ledger._over)
+        steps = self.holding.steps_under_way
         return (
             barrier.version,
             barrier.filled,
@@ -499,6 +514,7 @@ class Protocol(RuleBasedStateMachine):
             ledger.applied(),
             closed,
             over,
+            steps,
         )
 
     @invariant()
@@ -508,6 +524,7 @@ class Protocol(RuleBasedStateMachine):
         leased = {worker: len(tickets) for worker, tickets in ledger._leased.items() if tickets}
         assert applied + undrawn + sum(leased.values()) == self.holding.total
         assert leased.keys() <= {*self.holding.roster.living}
+        assert {worker for worker, _ in self.holding.steps_under_way} <= {*self.holding.roster.living}
         assert max(self.holding.applied.values(), default=0) <= 1, "a batch counts twice"
         for member in self.living:
             if member.held_back is None:

@@ -50,6 +50,7 @@ def test_updates_are_counted_by_rank_and_staleness() -> None:
         "cores_by_rank": {0: 0, 1: 0, 2: 0},
         "cores_used_by_rank": {0: 0.0, 1: 0.0, 2: 0.0},
         "all_reduce_seconds": 0.0,
+        "wire_bytes": 0,
         "dropped": 1,
         "rejected": 1,
         "rejected_by_rank": {0: 0, 1: 0, 2: 1},

@@ -17,7 +17,7 @@ from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import Abort, Beat, Goodbye, Message, Push
+from lightning_async.transport.message import Abort, Beat, Evict, Goodbye, Message, Push
 from tests.harness import eventually, socket_pair
 
 pytestmark = pytest.mark.timeout(30)
@@ -42,9 +42,10 @@ class Peers:
         rank: int,
         timeout_s: float = PATIENT_S,
         describe_end: Callable[[int], str | None] = lambda rank: None,
+        **arguments: Any,
     ) -> tuple[Heartbeats, FailureLatch]:
         latch = FailureLatch()
-        lines = Heartbeats(rank, latch, timeout_s, describe_end)
+        lines = Heartbeats(rank, latch, timeout_s, describe_end, **arguments)
         self.heartbeats.append(lines)
         return lines, latch
 
@@ -325,4 +326,95 @@ def test_closing_twice_is_closing(peers: Peers) -> None:
 
     peer.settimeout(5.0)
     assert isinstance(next_news(peer), Goodbye)
+    assert latch.failure is None
+
+
+# --- where the run goes on without ranks that it loses ----------------------------------------------------------------
+
+
+def going_on(peers: Peers, **arguments: Any) -> tuple[Heartbeats, FailureLatch, list[RunFailure]]:
+    """Rank 0, which is told of the ranks that are lost and takes them out."""
+    lost: list[RunFailure] = []
+
+    def lose(failure: RunFailure) -> None:
+        lost.append(failure)
+        lines.evict(failure.rank, failure.reason)
+
+    lines, latch = peers.process(0, on_lost=lose, **arguments)
+    return lines, latch, lost
+
+
+def test_a_rank_that_is_lost_is_news_for_the_others_and_no_failure(peers: Peers) -> None:
+    lines, latch, lost = going_on(peers)
+    heard: list[RunFailure] = []
+    other, other_latch = peers.process(1, on_evicted=heard.append)
+    peers.tie(lines, other, 1)
+
+    silent_peer(peers, lines, rank=2).close()
+
+    reason = "its process is gone: the connection was closed"
+    assert eventually(lambda: heard == [RunFailure(2, reason, announced=True)])
+    assert lost == [RunFailure(2, reason)]
+    assert (latch.failure, other_latch.failure) == (None, None)
+    assert not lines.watches(2) and lines.watches(1)
+
+
+def test_a_rank_that_was_only_silent_is_told_that_it_is_out(peers: Peers) -> None:
+    lines, latch, lost = going_on(peers, timeout_s=0.4)
+    peer = silent_peer(peers, lines)
+
+    reason = "gave no sign of life for 0.4 s (worker_timeout)"
+    assert next_news(peer) == Evict(worker=2, reason=reason)
+    assert lost == [RunFailure(2, reason)]
+    assert latch.failure is None
+    with pytest.raises(ChannelClosedError):
+        peer.receive()
+
+
+def test_a_rank_without_memory_is_lost_and_one_with_a_bug_ends_the_run(peers: Peers) -> None:
+    lines, latch, lost = going_on(peers)
+    for rank, reason in ((1, "MemoryError: out of memory"), (2, "ValueError: out of memory")):
+        silent_peer(peers, lines, rank).send(Abort(worker=rank, reason=reason))
+        assert eventually(lambda rank=rank: not lines.watches(rank))
+
+    assert lost == [RunFailure(1, "MemoryError: out of memory")]
+    assert latch.wait(5.0) == RunFailure(2, "ValueError: out of memory")
+
+
+def test_a_rank_that_passes_on_anothers_end_is_not_taken_for_it(peers: Peers) -> None:
+    lines, latch, lost = going_on(peers)
+
+    silent_peer(peers, lines, 1).send(Abort(worker=2, reason="MemoryError: out of memory"))
+
+    assert latch.wait(5.0) == RunFailure(2, "MemoryError: out of memory")
+    assert lost == []
+
+
+def test_a_goodbye_is_no_loss(peers: Peers) -> None:
+    lines, latch, lost = going_on(peers)
+
+    silent_peer(peers, lines).send(Goodbye(2))
+
+    assert eventually(lambda: not lines.watches(2))
+    assert (lost, latch.failure) == ([], None)
+
+
+def test_the_next_incarnation_is_not_forgotten_for_the_one_before(peers: Peers) -> None:
+    """A lost rank may be back before all that is done about its loss is done."""
+    back: list[ControlConnection] = []
+
+    def lose(failure: RunFailure) -> None:
+        lines.evict(failure.rank, failure.reason)
+        if not back:
+            back.append(silent_peer(peers, lines))
+
+    # A beat each half second.
+    lines, latch = peers.process(0, timeout_s=2.0, on_lost=lose)
+    silent_peer(peers, lines).close()
+
+    assert eventually(lambda: back)
+    back[0].send(Beat(2))
+    back[0].settimeout(5.0)
+    assert isinstance(back[0].receive(), Beat)
+    assert lines.watches(2)
     assert latch.failure is None

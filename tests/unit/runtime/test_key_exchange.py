@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime import rendezvous
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.key_exchange import KeyExchange, KeyExchangeError
 from lightning_async.runtime.rendezvous import SECRET_VARIABLE, share_address
@@ -37,22 +38,29 @@ class Rendezvous:
         return lambda mine: gather(mine)[0], gather
 
 
-def share(ranks: int, on: Callable[[int], Any] = lambda rank: None) -> tuple[list[Any], list[str]]:
-    rendezvous = Rendezvous(ranks)
+def share(ranks: int) -> tuple[list[Any], list[str]]:
+    meeting = Rendezvous(ranks)
 
     def take_part(rank: int) -> Address:
-        mine = Address("node0", 29500, TOKEN, 7.0) if rank == 0 else None
-        return share_address(rank, mine, *rendezvous.collectives(rank))
+        return share_address(rank, "node0", lambda host: Address(host, 29500, TOKEN, 7.0), *meeting.collectives(rank))
 
     calls = [Call(lambda rank=rank: take_part(rank)) for rank in range(ranks)]  # type: ignore[misc]
-    return [call.ended() or call.result for call in calls], rendezvous.heard
+    return [call.ended() or call.result for call in calls], meeting.heard
 
 
 def test_every_rank_learns_the_token_and_it_is_never_said() -> None:
     addresses, heard = share(4)
 
-    assert addresses == [Address("node0", 29500, TOKEN, 7.0)] * 4
+    assert addresses == [Address("127.0.0.1", 29500, TOKEN, 7.0)] * 4
     assert not any(TOKEN in text for text in heard)
+
+
+def test_where_the_ranks_are_decides_on_the_address_and_not_what_was_said_of_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous, "network_identity", lambda: threading.current_thread().name)
+
+    assert {address.host for address in share(2)[0]} == {"node0"}
 
 
 def test_with_a_secret_on_every_host_it_works_as_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_a_loss_at_any_moment_leaves_a_meeting_that_is_of_one_piece(at: int) -> 
     found = host.gather(0, "one")
 
     assert found == [rank for rank in range(3) if rank in host.ranks]
-    # Whoever is in the run at that generation has taken part, so a group of these ranks is up to date or known not to be.
+    # A group of these ranks is up to date, or known not to be.
     if host.generation == roster.generation:
         assert host.ranks == roster.living
     assert guests[2].outcome() == found

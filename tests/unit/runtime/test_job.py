@@ -1,0 +1,71 @@
+"""A job goes on from what it has left itself, and from nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_async.runtime.job import Job
+
+
+def torchrun(restarts: int = 1, run: str = "none", agent: str = "torchelastic_a/none_a", host: str = "here") -> Job:
+    variables = {
+        "TORCHELASTIC_RUN_ID": run,
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_ERROR_FILE": f"/tmp/{agent}/attempt_{restarts}/0/error.json" if agent else "",
+    }
+    return on(host, Job.of_environment(variables))
+
+
+def slurm(job: str, restarts: int = 1, **variables: str) -> Job:
+    return Job.of_environment({"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts), **variables})
+
+
+def on(host: str, job: Job) -> Job:
+    return Job(job.torchrun, job.agent, host, job.slurm, job.restarted_by)
+
+
+@pytest.mark.parametrize(
+    ("now", "earlier", "continues"),
+    [
+        # The agent starts its ranks again, and its folder of logs stays.
+        (torchrun(1), torchrun(0), True),
+        (torchrun(2), torchrun(1), True),
+        (torchrun(0), torchrun(0), False),
+        # Another start of torchrun, whose runs are all called "none", or as the user likes.
+        (torchrun(1), torchrun(0, agent="torchelastic_b/none_b"), False),
+        (torchrun(1, run="mine"), torchrun(0, run="mine", agent="torchelastic_b/mine_b"), False),
+        (torchrun(1, run="mine"), torchrun(0, run="other"), False),
+        # Rank 0 is on another host than before.
+        (torchrun(1, run="mine"), torchrun(0, run="mine", agent="torchelastic_b/mine_b", host="there"), True),
+        (torchrun(1), torchrun(0, agent="torchelastic_b/none_b", host="there"), False),
+        # An agent that keeps no logs.
+        (torchrun(1, run="mine", agent=""), torchrun(0, run="mine", agent=""), True),
+        (torchrun(1, agent=""), torchrun(0, agent=""), False),
+        (slurm("17"), slurm("17", 0), True),
+        (slurm("17", 0), slurm("17", 0), False),
+        (slurm("17"), slurm("16", 0), False),
+        (slurm("17", SLURM_STEP_ID="0"), slurm("17", 0, SLURM_STEP_ID="1"), False),
+        # What is not of a job is no job's.
+        (torchrun(1), Job(), False),
+        (Job(restarted_by=("SLURM",)), Job(), False),
+        (Job(), Job(), False),
+    ],
+)
+def test_a_job_continues_itself_only(now: Job, earlier: Job, continues: bool) -> None:
+    assert now.continues(Job.load(earlier.state())) is continues
+
+
+def test_a_run_of_torchrun_in_a_requeued_slurm_job_goes_on_from_before() -> None:
+    both: dict[str, Any] = {"SLURM_JOB_ID": "17", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
+    before, now = Job.of_environment(both), Job.of_environment(both | {"SLURM_RESTART_COUNT": "1"})
+
+    assert now.restarted_by == ("SLURM",)
+    assert now.continues(before)
+
+
+def test_what_a_later_version_has_noted_of_a_job_is_read_all_the_same() -> None:
+    earlier = slurm("17", 0)
+
+    assert slurm("17").continues(Job.load(earlier.state() | {"cloud": "nine"}))

@@ -1,0 +1,101 @@
+"""A collective that waits for a rank that is stopped, or gone, can be left, and a new group be formed by the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_async.runtime.process_groups import (
+    break_groups,
+    breakable,
+    open_store,
+    reform_default_group,
+    reformed_place,
+)
+from tests.launch import launch, report
+
+pytestmark = pytest.mark.timeout(60)
+RANKS = 3
+# Far longer than the test.
+PATIENCE = timedelta(minutes=10)
+
+
+def form(port: int, place: int, size: int) -> None:
+    """A group of the ranks that come to a store."""
+    with breakable():
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        reform_default_group(store, place, size, "gloo", PATIENCE)
+
+
+def broken_off(folder: Path, name: str, wait: object) -> str:
+    """What a call that waits in vain ends with, once this rank's groups are broken from another thread."""
+    assert callable(wait)
+    threading.Timer(0.3, break_groups).start()
+    try:
+        wait()
+    except RuntimeError as error:
+        return f"{name}: {type(error).__name__}"
+    return f"{name}: nothing"
+
+
+def run_rank(folder: Path, rank: int, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    form(ports[0], rank, RANKS)
+    dist.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    # Of which rank 2, which keeps its connections, has no part.
+    told = [broken_off(folder, "collective", lambda: dist.all_reduce(torch.ones(4)))]
+    # A group that the stopped rank never comes to form.
+    told.append(broken_off(folder, "forming", lambda: form(ports[1], rank, RANKS)))
+    form(ports[2], rank, 2)
+    total = torch.full((4,), float(rank + 1))
+    dist.all_reduce(total)
+    report(folder, rank, told=told, total=total.tolist(), place=reformed_place())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def script(folder: Path) -> None:
+    stores = [open_store("127.0.0.1") for _ in range(3)]
+    ports = [store.port for store in stores]
+    ranks: dict[int, int] = {}
+    for rank in range(RANKS):
+        ranks[rank] = os.fork()
+        if not ranks[rank]:
+            run_rank(folder, rank, ports)
+            os._exit(0)
+    try:
+        codes = [os.waitpid(ranks[rank], 0)[1] for rank in (0, 1)]
+    finally:
+        os.kill(ranks[2], signal.SIGKILL)
+        os.waitpid(ranks[2], 0)
+    assert codes == [0, 0]
+
+
+def test_what_waits_for_a_stopped_rank_is_left_and_the_others_form_a_group_of_their_own(tmp_path: Path) -> None:
+    run = launch(script, tmp_path, timeout_s=45.0)
+
+    assert run.returncode == 0, run.output
+    for place, rank in enumerate(run.reports()):
+        collective, forming = rank["told"]
+        assert collective == "collective: RuntimeError"
+        # torch's own errors of a rendezvous are RuntimeErrors, too.
+        assert forming.startswith("forming: ") and forming != "forming: nothing"
+        assert rank["total"] == [3.0] * 4
+        assert rank["place"] == (place, 2)
+
+
+def test_where_there_is_no_group_nothing_is_broken() -> None:
+    assert not dist.is_initialized()
+
+    break_groups()
+
+    assert reformed_place() is None

@@ -28,7 +28,7 @@ PLACES = {
     "draw": "batches have been asked for",
     "compute": "in training_step",
     "push": "the gradient is written, the push not sent",
-    "mid-push": "the push is announced; of its payload, if it travels, nothing has been sent",
+    "mid-push": "the push is announced; of its payload, if it travels, a part has been sent",
     "parked": "the push is sent, and its answer has not come",
     "mid-pull": "the parameters are announced; of their payload, if it travels, nothing has been taken",
     "meeting": "about to bring something to a meeting of the ranks",

@@ -127,7 +127,7 @@ class FaultInjector(Callback):
     def _arm_meeting(self, meeting: Meeting) -> None:
         if isinstance(meeting, MeetingGuest) and "met" in self._counters:
             connection: Any = meeting._connection
-            connection.send_bytes = self._after("met", connection.send_bytes)
+            connection.send_encoded = self._after("met", connection.send_encoded)
         if "meeting" in self._counters:
             meeting.gather = self._before("meeting", meeting.gather)  # type: ignore[method-assign]
 
@@ -147,14 +147,7 @@ class FaultInjector(Callback):
         untyped: Any = channel
         send, receive = channel.send, channel.receive
         if "mid-push" in self._counters and (control := getattr(channel, "_control", None)) is not None:
-            say = control.send
-
-            def announcing(message: Message) -> None:
-                say(message)
-                if isinstance(message, Push):
-                    self._pass("mid-push")
-
-            control.send = announcing
+            self._arm_control(control)
 
         def sending(message: Message, payload: Any = None) -> None:
             if isinstance(message, Push):
@@ -172,3 +165,22 @@ class FaultInjector(Callback):
             return message
 
         untyped.send, untyped.receive = sending, receiving
+
+    def _arm_control(self, control: Any) -> None:
+        say, say_with_payload = control.send, control.send_payload
+
+        def announcing(message: Message) -> None:
+            say(message)
+            if isinstance(message, Push):
+                self._pass("mid-push")
+
+        def announcing_with_payload(message: Message | None, payload: memoryview, *rest: Any) -> None:
+            if not isinstance(message, Push):
+                say_with_payload(message, payload, *rest)
+                return
+            half = len(payload) // 2
+            say_with_payload(message, payload[:half], *rest)
+            self._pass("mid-push")
+            say_with_payload(None, payload[half:], *rest)
+
+        control.send, control.send_payload = announcing, announcing_with_payload

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 __all__ = [
-    "apart_from_groups",
     "break_groups",
     "breakable",
     "exchange_group",
@@ -50,14 +49,9 @@ _sockets: frozenset[int] = frozenset()
 _open_before: frozenset[int] | None = None
 # The ports that this process listened at then.
 _old_ports: frozenset[int] = frozenset()
-# How many connections are being opened that are no group's; guards that and what stands before.
-_others = 0
-_changed = threading.Condition()
 
 # A rank that is lost meanwhile would be waited for, and all of them have just met.
 _FORMING_TIMEOUT_S = 30.0
-# What is opened for a rank that is gone by now is not waited for.
-_OTHERS_END_S = 2.0
 _LOOK_S = 0.1
 
 
@@ -122,9 +116,7 @@ def breakable(is_outdated: Callable[[], bool] | None = None) -> Iterator[None]:
             forming began, and a break ends the waits of its moment only: while this is so, they are broken again.
     """
     global _sockets, _open_before, _old_ports
-    with _changed:
-        _changed.wait_for(lambda: not _others, timeout=_OTHERS_END_S)
-        _open_before, _old_ports = frozenset(_tcp_sockets()), frozenset(_listening_ports())
+    _open_before, _old_ports = frozenset(_tcp_sockets()), frozenset(_listening_ports())
     over = threading.Event()
     if is_outdated is not None:
         args = (is_outdated, over)
@@ -134,24 +126,7 @@ def breakable(is_outdated: Callable[[], bool] | None = None) -> Iterator[None]:
         _sockets = frozenset(_opened_since(_open_before))
     finally:
         over.set()
-        with _changed:
-            _open_before = None
-            _changed.notify_all()
-
-
-@contextmanager
-def apart_from_groups() -> Iterator[None]:
-    """While connections are opened that are no process group's: not while one is being formed, which ends soon."""
-    global _others
-    with _changed:
-        _changed.wait_for(lambda: _open_before is None, timeout=_FORMING_TIMEOUT_S)
-        _others += 1
-    try:
-        yield
-    finally:
-        with _changed:
-            _others -= 1
-            _changed.notify_all()
+        _open_before = None
 
 
 def break_groups() -> None:

@@ -101,7 +101,7 @@ class Scenario:
         strategy: dict[str, Any] = {
             "start_method": "fork",
             "on_worker_failure": "continue",
-            "transport": dice.choice(["shm", "gloo"]),
+            "transport": dice.choice(["shm", "tcp"]),
             "holder": dice.choice(["thread", "thread", "process"]),
             "batches": dice.choice(["shared", "shared", "sharded"]),
             "gradients_per_update": per_update,
@@ -341,6 +341,8 @@ def problems_of(scenario: Scenario, launched: Launched, before: set[str]) -> lis
             found.append(f"the run has ended with code {launched.returncode}")
         elif "failed: " not in output:
             found.append("the run has ended, and does not say why")
+        elif not struck(output):
+            found.append("the run has ended, and nothing was done to it")
         return found
     resources = torch.load(launched.folder / "resources.pt")
     if any(resources["after"][name] > resources["before"][name] for name in resources["before"]):

@@ -23,7 +23,7 @@ _MEETINGS = (
 @pytest.mark.parametrize(
     "scenario",
     [
-        Scenario(0, 3, _STRATEGY | {"transport": "gloo"}, 2, 36, 1.0, 0.005, _MID_PUSHES),
+        Scenario(0, 3, _STRATEGY | {"transport": "tcp"}, 2, 36, 1.0, 0.005, _MID_PUSHES),
         Scenario(0, 3, _STRATEGY | {"transport": "shm", "batches": "sharded"}, 2, 36, 1.0, 0.005, _MEETINGS),
         Scenario.of(33),
     ],

@@ -102,9 +102,7 @@ def test_while_one_is_written_the_next_is_put_off(path: Path, monkeypatch: pytes
     assert (asked_meanwhile, rig.asked, version_in(path)) == (1, 2, 2)
 
 
-def test_a_full_disk_is_told_of_once_and_the_snapshot_before_stays(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_of_once_and_the_snapshot_before_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, write = Rig(path, monkeypatch), os.write
     rig.take_and_wait()
 
@@ -122,8 +120,8 @@ def test_a_full_disk_is_told_of_once_and_the_snapshot_before_stays(
     assert (version, beside) == (1, ["snapshot.ckpt"])
     assert version_in(path) == 4
     assert rig.said == [
-        f"A snapshot could not be written to {path}: OSError: [Errno 28] No space left on device. Training goes on, the "
-        "snapshot before it stays, and the next one is tried as usual.",
+        f"A snapshot could not be written to {path}: OSError: [Errno 28] No space left on device. Training goes on, "
+        "the snapshot before it stays, and the next one is tried as usual.",
         f"Snapshots are written to {path} again.",
     ]
 
@@ -135,7 +133,9 @@ def test_what_cannot_be_copied_ends_the_snapshots_and_not_the_run(path: Path, mo
     rig.take()
 
     assert rig.asked == 1
-    assert rig.said[0].startswith("No more snapshots are written: something in the checkpoint cannot be copied (TypeErr")
+    assert rig.said[0].startswith(
+        "No more snapshots are written: something in the checkpoint cannot be copied (TypeErr"
+    )
 
 
 def test_a_write_that_outlasts_the_fit_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +208,8 @@ def test_a_run_that_begins_anew_says_that_there_is_a_snapshot_and_keeps_it(
 
     assert anew.snapshots.choose(None, is_requeued=False) is None
     assert anew.said == [
-        f"{path} is the snapshot of an earlier run, 2 h old; trainer.fit(ckpt_path=...) goes on from it. This run begins "
-        "anew, and keeps it as snapshot.previous.ckpt when it writes its own."
+        f"{path} is the snapshot of an earlier run, 2 h old; trainer.fit(ckpt_path=...) goes on from it. This run "
+        "begins anew, and keeps it as snapshot.previous.ckpt when it writes its own."
     ]
 
 

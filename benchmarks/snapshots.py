@@ -130,7 +130,7 @@ def _measure(queue: Any, parameters: int, holder: Any, every_s: float, arguments
         write(writer, checkpoint)
         written.append((started, time.monotonic()))
 
-    SnapshotWriter._write = timed_write  # type: ignore[method-assign]  # of this process only
+    SnapshotWriter._write = timed_write  # type: ignore[assignment, method-assign]  # of this process only
 
     class Reporting(EmulatedModule):
         def on_train_end(self) -> None:

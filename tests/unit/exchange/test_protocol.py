@@ -443,7 +443,7 @@ class Protocol(RuleBasedStateMachine):
             self.holding.server._end(member.session.fence, 0, None)
             return
         admission = self.holding.admission
-        admitted = admission._try_to_admit(member.rank, segment)
+        admitted = admission._try_to_admit(member.rank, member.incarnation, segment)
         under_way = admission._state is not None
         assert (admitted is not None) == (under_way and segment == admission._segment)
         if admitted is None:

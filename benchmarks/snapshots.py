@@ -71,7 +71,7 @@ def compare(without: Sequence[dict[str, Any]], having: Sequence[dict[str, Any]])
     """Medians over the runs; of gaps too, each run's longest counting once."""
 
     def median(runs: Sequence[dict[str, Any]], name: str) -> float:
-        return round(statistics.median(run[name] for run in runs), 1)
+        return float(round(statistics.median(run[name] for run in runs), 1))
 
     names = ("taking_ms", "writing_ms", "gap_taking_ms", "gap_writing_ms", "gap_else_ms")
     return {

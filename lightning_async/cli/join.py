@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,8 +66,8 @@ def join_variables(text: str, address: str | None = None, local_rank: int = 0) -
 
     Examples:
         >>> text = '{"host": "10.0.0.1", "port": 4711, "token": "abc"}'
-        >>> join_variables(text)["LIGHTNING_ASYNC_JOIN"]
-        '{"address": {"host": "10.0.0.1", "port": 4711, "token": "abc"}, "rank": null}'
+        >>> sorted(join_variables(text))
+        ['LIGHTNING_ASYNC_JOIN', 'LOCAL_RANK', 'NODE_RANK', 'RANK']
         >>> "10.9.9.9" in join_variables(text, "10.9.9.9:80")["LIGHTNING_ASYNC_JOIN"]
         True
     """
@@ -75,7 +76,7 @@ def join_variables(text: str, address: str | None = None, local_rank: int = 0) -
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"{address!r} is not HOST:PORT")
-        found = Address(host.strip("[]"), int(port), found.token)
+        found = replace(found, host=host.strip("[]"), port=int(port))
     # The number of a rank comes from rank 0; until then it must be none of those that there are, and not 0.
     ranks = {"LOCAL_RANK": str(local_rank), "NODE_RANK": "1", "RANK": "1"}
     return Invitation(found, None).variables() | ranks

@@ -88,6 +88,11 @@ class DeviceHolder(Holder):
             return super().try_push(push, parked_s, reads_next)
 
     @override
+    def adjust(self, *arguments: Any) -> None:
+        with self._stream.entered():
+            super().adjust(*arguments)
+
+    @override
     def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         with self._stream.entered():
             super().load_parameters(parameters)

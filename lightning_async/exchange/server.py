@@ -154,11 +154,7 @@ class Server:
         """
         with self._lock:
             self._expected.discard(worker)
-            fence = self._fences.pop(worker, None)
-            connections = [self._connections.pop(key) for key in list(self._connections) if key[0] == worker]
-            self._present -= {key for key in self._present if key[0] == worker}
-        if fence is not None:
-            fence.close()
+        connections = self._shut_out(worker)
         for slot in range(self._slots):
             self._holder.leave(worker, slot)
         if self._steps is not None:
@@ -171,10 +167,23 @@ class Server:
 
     def let_in(self, worker: int) -> None:
         """Has a worker come that was evicted, or comes in addition; it takes part once it is admitted."""
+        # What came for it before has not taken part, or no longer does.
+        for connection in self._shut_out(worker):
+            connection.shutdown()
         with self._lock:
             self._expected.add(worker)
         if self._listener is not None:
             self._listener.expect(worker)
+
+    def _shut_out(self, worker: int) -> list[ControlConnection]:
+        """Closes the fence of a worker's present incarnation; returns what it came by."""
+        with self._lock:
+            fence = self._fences.pop(worker, None)
+            connections = [self._connections.pop(key) for key in list(self._connections) if key[0] == worker]
+            self._present -= {key for key in self._present if key[0] == worker}
+        if fence is not None:
+            fence.close()
+        return connections
 
     def on_sick(self, sick: Sick) -> None:
         """Takes a sick worker out, or ends the run for it; returns at once, also under the holder's lock."""

@@ -44,6 +44,10 @@ def begin_from_snapshot(trainer: Trainer, snapshots: Snapshots, undo: ExitStack)
         given = Path(checkpoint_path) if checkpoint_path else None
         requeued = connector._hpc_resume_path if given is not None else None
         chosen = snapshots.choose(given, requeued is not None and str(given) == str(requeued))
-        resume_start(checkpoint_path if chosen == given else chosen, weights_only=weights_only)
+        if chosen == given:
+            resume_start(checkpoint_path, weights_only=weights_only)
+        else:
+            # It is the run's own, with whatever its callbacks keep.
+            resume_start(chosen, weights_only=False if weights_only is None else weights_only)
 
     set_until_closed(undo, connector, "resume_start", resume)

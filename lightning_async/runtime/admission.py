@@ -159,7 +159,7 @@ class Admission:
                 kind, segment = receive_object(connection)
                 if kind == "state":
                     send_object(connection, self._wait_for_state())
-                elif (admitted := self._try_to_admit(rank, segment)) is None:
+                elif (admitted := self._try_to_admit(rank, incarnation, segment)) is None:
                     send_object(connection, None)
                 else:
                     # Its heartbeat may have ended when it was no loss yet.
@@ -190,8 +190,15 @@ class Admission:
                 self._changed.wait(0.5)
             return None if self._state is None else (self._segment, self._state)
 
-    def _try_to_admit(self, rank: int, segment: int) -> Admitted | None:
+    def _try_to_admit(self, rank: int, incarnation: int, segment: int) -> Admitted | None:
+        """What a worker is told that is in from here on; None if its segment has ended.
+
+        Raises:
+            ChannelClosedError: if another worker has come for that rank since.
+        """
         with self._changed:
+            if rank in self._roster or not self._roster.is_latest(rank, incarnation):
+                raise ChannelClosedError("another worker has come for that rank since")
             if self._state is None or segment != self._segment or self._latch.failure is not None:
                 return None
             # Until `shut` returns the ranks have not begun to meet, and from then on they wait for it.

@@ -41,6 +41,8 @@ class Evictions:
         self._latch = latch
         self._deciding = threading.RLock()
         self._changed = threading.Condition()
+        # Who waits for the news of a rank waits no longer than for the run's end.
+        latch.subscribe(lambda failure: self._tell())
 
     def lose(self, failure: RunFailure, leaves: bool = False) -> None:
         """A rank is lost: takes it out, or ends the run. Idempotent; for any thread.
@@ -66,6 +68,9 @@ class Evictions:
             go_on = f"{ranks} rank{'s' if ranks > 1 else ''} go{'' if ranks > 1 else 'es'} on without it"
             what = "leaves" if leaves else "is lost"
             say(0, "; ".join(filter(None, (f"rank {rank} {what}: {reason}", go_on, *told))))
+        self._tell()
+
+    def _tell(self) -> None:
         with self._changed:
             self._changed.notify_all()
 

@@ -96,6 +96,10 @@ class Roster:
         self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
         return self._incarnations[rank]
 
+    def is_latest(self, rank: int, incarnation: int) -> bool:
+        """Whether no later worker is to be that rank."""
+        return self._incarnations.get(rank) == incarnation
+
     def next_rank(self) -> tuple[int, int]:
         """A rank that nobody has been, and its incarnation."""
         rank = max(self._incarnations) + 1

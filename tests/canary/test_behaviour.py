@@ -270,6 +270,13 @@ def test_loaders_states_are_saved_under_the_same_name() -> None:
         fail("loops/fit_loop.py", "the fit loop saving the loaders' states as combined_loader")
 
 
+def test_a_fit_without_a_checkpoint_asks_for_one_to_begin_from_too() -> None:
+    connector = "lightning.pytorch.trainer.connectors.checkpoint_connector._CheckpointConnector"
+    source = inspect.getsource(resolve(f"{connector}._restore_modules_and_callbacks", "loops/restarts.py"))
+    if "self.resume_start(checkpoint_path, weights_only=weights_only)" not in source:
+        fail("loops/restarts.py", "resume_start being called whether or not there is a checkpoint")
+
+
 def test_a_hook_that_skips_the_epoch_marks_the_last_batch() -> None:
     source = inspect.getsource(resolve(f"{EPOCH_LOOP}.advance", "loops/epoch_loop.py"))
     if "self.batch_progress.increment_by(0, is_last_batch=True)" not in source:

@@ -24,6 +24,7 @@ SCRIPT = "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessSc
 MULTI = "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
 DDP = "lightning.pytorch.strategies.ddp.DDPStrategy"
 AUTOMATIC = "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization"
+RESUMING = "lightning.pytorch.trainer.connectors.checkpoint_connector._CheckpointConnector"
 AVERAGING = "lightning.pytorch.callbacks.weight_averaging.WeightAveraging"
 
 # What is overridden or called, and its parameters.
@@ -124,6 +125,7 @@ SIGNATURES = {
         f"{DDP}.reduce_boolean_decision": "self, decision, all",
         f"{DDP}.all_gather": "self, tensor, group, sync_grads",
     },
+    "loops/restarts.py": {f"{RESUMING}.resume_start": "self, checkpoint_path, weights_only"},
     "strategies/strategy.py": {
         f"{DDP}._configure_launcher": "self",
         f"{DDP}.configure_ddp": "self",

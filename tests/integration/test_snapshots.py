@@ -7,17 +7,21 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 
-from lightning_async import AsyncAMSGradStrategy
+from lightning_async import AsyncAMSGradStrategy, AsyncStrategy
+from tests.compatibility.test_manual import SmallGAN
+from tests.harness import eventually
 from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, assert_resumed_exactly
 from tests.launch import launch, session_processes
-from tests.models import fork_trainer, loader
+from tests.models import TinyClassifier, fork_trainer, loader
 
 SNAPSHOT = Path("lightning_async") / "snapshot.ckpt"
 # As torchrun and SLURM tell it.
@@ -76,3 +80,73 @@ def test_a_killed_run_goes_on_from_its_snapshot_with_every_sample_once(
     assert first.returncode == -signal.SIGKILL
     assert again.returncode == 0, again.output
     assert_resumed_exactly(kept, again.reports(), epochs=noted["epoch"] + 2)
+
+
+class SavesBesideEachSnapshot(Callback):
+    """Saves an ordinary checkpoint at the moment of a snapshot, from user code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        writer = trainer.strategy._snapshots._writer
+        if trainer.strategy._snapshots.written == 3 or not eventually(lambda: not writer.is_busy):
+            return
+        # It is made between two batches, just before a snapshot that is due.
+        trainer.strategy._signals.saves.append(lambda: trainer.save_checkpoint(self.folder / "ordinary.ckpt"))
+        if writer.written == 2:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        assert eventually(lambda: trainer.strategy._snapshots.written >= 3)
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two checkpoints differ."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    if isinstance(one, dict):
+        unlike = [f"{place}.{key}" for key in one.keys() ^ other.keys()]
+        return unlike + [
+            each for key in one.keys() & other.keys() for each in differences(one[key], other[key], f"{place}.{key}")
+        ]
+    if isinstance(one, (list, tuple)):
+        unlike = [] if len(one) == len(other) else [place]
+        return unlike + [
+            each
+            for at, pair in enumerate(zip(one, other, strict=False))
+            for each in differences(*pair, f"{place}.{at}")
+        ]
+    return [] if one == other else [place]
+
+
+def averages() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "callbacks"),
+    [
+        (TinyClassifier, {"gradients_per_update": 3}, [EMAWeightAveraging]),
+        (TinyClassifier, {"staleness_policy": "delay_adaptive"}, [averages]),
+        (SmallGAN, {}, []),
+    ],
+    ids=["several gradients, EMA", "policy, SWA", "several optimizers by hand"],
+)
+def test_a_snapshot_is_what_save_checkpoint_writes(
+    tmp_path: Path, module: Any, options: dict[str, Any], callbacks: list[Any]
+) -> None:
+    def script(folder: Path) -> None:
+        warnings.simplefilter("ignore")
+        strategy = AsyncStrategy(start_method="fork", snapshot_every_s=1e-6, summary=False, **options)
+        callbacks_here = [*(each() for each in callbacks), SavesBesideEachSnapshot(folder)]
+        fork_trainer(folder, 1, strategy, callbacks=callbacks_here, max_epochs=5).fit(module(), loader(160))
+
+    run = launch(script, tmp_path)
+    ordinary = torch.load(tmp_path / "ordinary.ckpt", weights_only=False)
+    snapshot = torch.load(tmp_path / SNAPSHOT, weights_only=False)
+    note = snapshot["async_amsgrad"].pop("snapshot")
+
+    assert run.returncode == 0, run.output
+    assert differences(ordinary, snapshot) == []
+    assert note["epoch"] == snapshot["epoch"]

@@ -82,12 +82,15 @@ class Holding:
         self.roster = Roster(range(workers))
         self.evictions = Evictions(self.roster, self.latch)
         self.evictions.under_way = True
-        self.evictions.steps.append(lambda rank, reason: str(self.service.evict(rank)))
+        self.evictions.before.append(self._evict)
         self.admission = Admission(self.roster, self.latch, lambda: (0, 0))
         self.admission.let_in, self.admission.admit = self.service.let_in, self.service.admit
         self.serving: Member | None = None
         self.total = 0
         self.applied: Counter[int] = Counter()
+
+    def _evict(self, rank: int, reason: str) -> None:
+        self.service.evict(rank)
 
     def _observe(self, update: Update, tickets: tuple[int, ...]) -> None:
         serving = self.serving
@@ -440,7 +443,7 @@ class Protocol(RuleBasedStateMachine):
             self.holding.server._end(member.session.fence, 0, None)
             return
         admission = self.holding.admission
-        admitted = admission._try_to_admit(member.rank, segment)
+        admitted = admission._try_to_admit(member.rank, member.incarnation, segment)
         under_way = admission._state is not None
         assert (admitted is not None) == (under_way and segment == admission._segment)
         if admitted is None:
@@ -583,7 +586,7 @@ def _run(examples: int, steps: int, in_suite: bool) -> None:
 
 
 def test_every_batch_counts_once_whoever_dies_and_comes_back() -> None:
-    _run(examples=120, steps=40, in_suite=True)
+    _run(examples=80, steps=40, in_suite=True)
 
 
 @pytest.mark.soak

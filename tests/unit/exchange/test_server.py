@@ -110,7 +110,7 @@ class Served:
         self.latch.free_reserve()
 
 
-@pytest.fixture(params=["shm", "gloo"])
+@pytest.fixture(params=["shm", "tcp"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     town = Served(request.param)
     yield town
@@ -157,7 +157,7 @@ def test_a_push_that_ends_in_its_middle_counts_for_nothing(served: Served) -> No
     assert first.pull() == 0
     message, _ = first.push_of(0, ticket)
     channel: Any = first.channel
-    if transport_of(channel) == "gloo":
+    if transport_of(channel) == "tcp":
         # Announced, and its gradient never comes.
         channel._control.send(message)
     else:

@@ -25,6 +25,7 @@ STEPS = (
     "save_by_clock",
     "average_by_clock",
     "_note_signals",
+    "begin_from_snapshot",
     "MetricSync",
     "InstalledLoops",
 )
@@ -38,7 +39,8 @@ def make_trainer(folder: Path) -> Trainer:
 def put_in_place(trainer: Trainer) -> InstalledLoops:
     signals: Any = object()
     collectives: Any = object()
-    return install(trainer, "async", collectives, Phase(), signals, lambda: RunStats(1), lambda count: None)
+    snapshots: Any = object()
+    return install(trainer, "async", collectives, Phase(), signals, lambda: RunStats(1), lambda count: None, snapshots)
 
 
 def state_of(trainer: Trainer) -> list[Any]:
@@ -46,7 +48,8 @@ def state_of(trainer: Trainer) -> list[Any]:
     fit_loop: Any = trainer.fit_loop
     epoch_loop = fit_loop.epoch_loop
     untyped: Any = trainer
-    owners = [fit_loop, epoch_loop, epoch_loop.automatic_optimization, untyped._signal_connector, *untyped.callbacks]
+    connectors = [untyped._signal_connector, untyped._checkpoint_connector]
+    owners = [fit_loop, epoch_loop, epoch_loop.automatic_optimization, *connectors, *untyped.callbacks]
     return [Metric.sync, *[(type(owner), copy.copy(vars(owner))) for owner in owners]]
 
 
@@ -60,7 +63,7 @@ def test_what_is_installed_is_removed(tmp_path: Path) -> None:
     loops.remove()
     loops.remove()
 
-    assert all(changed[:7])
+    assert all(changed[:8])
     assert state_of(trainer) == before
 
 

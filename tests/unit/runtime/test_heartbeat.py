@@ -356,7 +356,7 @@ def test_a_rank_that_is_lost_is_news_for_the_others_and_no_failure(peers: Peers)
     assert eventually(lambda: heard == [RunFailure(2, reason, announced=True)])
     assert lost == [RunFailure(2, reason)]
     assert (latch.failure, other_latch.failure) == (None, None)
-    assert not lines.watches(2) and lines.watches(1)
+    assert eventually(lambda: not lines.watches(2)) and lines.watches(1)
 
 
 def test_a_rank_that_was_only_silent_is_told_that_it_is_out(peers: Peers) -> None:
@@ -371,23 +371,26 @@ def test_a_rank_that_was_only_silent_is_told_that_it_is_out(peers: Peers) -> Non
         peer.receive()
 
 
-def test_a_rank_without_memory_is_lost_and_one_with_a_bug_ends_the_run(peers: Peers) -> None:
-    lines, latch, lost = going_on(peers)
-    for rank, reason in ((1, "MemoryError: out of memory"), (2, "ValueError: out of memory")):
-        silent_peer(peers, lines, rank).send(Abort(worker=rank, reason=reason))
-        assert eventually(lambda rank=rank: not lines.watches(rank))
+def test_a_rank_that_has_failed_is_judged_by_what_it_says_of_itself(peers: Peers) -> None:
+    failed: list[RunFailure] = []
+    lines, latch, lost = going_on(peers, on_failed=failed.append)
 
-    assert lost == [RunFailure(1, "MemoryError: out of memory")]
-    assert latch.wait(5.0) == RunFailure(2, "ValueError: out of memory")
+    silent_peer(peers, lines, 1).send(Abort(worker=1, reason="MemoryError: out of memory"))
+
+    assert eventually(lambda: failed)
+    assert failed == [RunFailure(1, "MemoryError: out of memory")]
+    assert (lost, latch.failure) == ([], None)
+    assert not lines.watches(1)
 
 
 def test_a_rank_that_passes_on_anothers_end_is_not_taken_for_it(peers: Peers) -> None:
-    lines, latch, lost = going_on(peers)
+    failed: list[RunFailure] = []
+    lines, latch, lost = going_on(peers, on_failed=failed.append)
 
     silent_peer(peers, lines, 1).send(Abort(worker=2, reason="MemoryError: out of memory"))
 
     assert latch.wait(5.0) == RunFailure(2, "MemoryError: out of memory")
-    assert lost == []
+    assert (lost, failed) == ([], [])
 
 
 def test_a_goodbye_is_no_loss(peers: Peers) -> None:

@@ -163,7 +163,7 @@ def test_a_rank_that_is_lost_in_the_middle_of_its_object_holds_nobody_up(town: B
     def part(rank: int, meeting: Meeting) -> Any:
         if rank == 1:
             # It announces more than it sends, and is stopped.
-            three.connections[1].send_bytes(memoryview((1000).to_bytes(8, "little") + b"abc"))
+            three.connections[1].send_encoded((1000).to_bytes(8, "little") + b"abc")
             assert eventually(lambda: not three.host._connections[1].is_readable())
             three.evictions.lose(RunFailure(1, "gave no sign of life"))
             raise Lost
@@ -503,7 +503,8 @@ def check_random_losses(town: Build, seed: int, ranks: int) -> None:
     assert {*range(ranks)} - {*place.roster.living} <= {*mortal}
 
 
-def test_an_object_is_received_as_it_was_sent() -> None:
+def test_an_object_is_received_as_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_async.runtime.failure._NEWS_TIMEOUT_S", 0.05)
     theirs, mine = map(ControlConnection, socket_pair())
     latch = FailureLatch()
     sender = Call(lambda: MeetingGuest(theirs, (0, 1), latch, "").gather({"a": [1, None]}, "named"))

@@ -120,8 +120,8 @@ def test_a_full_disk_is_told_of_once_and_the_snapshot_before_stays(path: Path, m
     assert (version, beside) == (1, ["snapshot.ckpt"])
     assert version_in(path) == 4
     assert rig.said == [
-        f"A snapshot could not be written to {path}: OSError: [Errno 28] No space left on device. Training goes on, the "
-        "snapshot before it stays, and the next one is tried as usual.",
+        f"A snapshot could not be written to {path}: OSError: [Errno 28] No space left on device. Training goes on, "
+        "the snapshot before it stays, and the next one is tried as usual.",
         f"Snapshots are written to {path} again.",
     ]
 
@@ -208,8 +208,8 @@ def test_a_run_that_begins_anew_says_that_there_is_a_snapshot_and_keeps_it(
 
     assert anew.snapshots.choose(None, is_requeued=False) is None
     assert anew.said == [
-        f"{path} is the snapshot of an earlier run, 2 h old; trainer.fit(ckpt_path=...) goes on from it. This run begins "
-        "anew, and keeps it as snapshot.previous.ckpt when it writes its own."
+        f"{path} is the snapshot of an earlier run, 2 h old; trainer.fit(ckpt_path=...) goes on from it. This run "
+        "begins anew, and keeps it as snapshot.previous.ckpt when it writes its own."
     ]
 
 

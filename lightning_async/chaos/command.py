@@ -22,8 +22,9 @@ __all__ = ["chaos_main", "parse_ranks"]
 _EPILOGUE = """example:
   lightning-async chaos --every 10 --for 120 -- python train.py
 
-train.py is to train with AsyncAMSGradStrategy(on_worker_failure="continue"): with another strategy the first strike
-ends the run. Rank 0 is struck only where --ranks has it. The exit status is the command's.
+train.py is to train with AsyncAMSGradStrategy(on_worker_failure="continue"):
+with another strategy the first strike ends the run. Rank 0 is struck only where
+--ranks has it. The exit status is the command's.
 """
 
 

@@ -396,6 +396,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         return True
 
     def _run_again(self, index: int, invitation: Invitation, delay_s: float, *arguments: Any) -> None:
+        # A fork has the handler of the process that passes the signal on to its children, and has none itself.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(delay_s)
         os.environ |= invitation.variables()
         self._wrapping_function(index, *arguments)

@@ -30,7 +30,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_async import AsyncAMSGradStrategy
+from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.chaos import Fault, FaultInjector
 from lightning_async.strategies import launchers
 from tests.launch import Launched, launch, report, session_processes
@@ -171,9 +171,21 @@ class _Module(TinyClassifier):
         super().validation_step(batch, batch_idx)
         self.correct.update((self.net(batch[0]).argmax(1) == batch[1]).float())
 
+    def configure_optimizers(self) -> Any:
+        optimizer = AMSGrad(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
     def on_validation_epoch_end(self) -> None:
         self.validated.append(float(self.correct.compute()))
         self.correct.reset()
+
+
+class _Observer(Recorder):
+    """Keeps the hyperparameters that each gradient came with, too."""
+
+    def __call__(self, update: Any, tickets: tuple[int, ...]) -> None:
+        super().__call__(update, tickets)
+        self.updates[-1]["groups"] = [float(value) for value in update.push.groups]
 
 
 class _Reporter(Callback):
@@ -207,7 +219,7 @@ def train(scenario: Scenario, folder: Path) -> None:
     _prepare(folder)
     before = _own_resources()
     strategy = AsyncAMSGradStrategy(**scenario.strategy)
-    recorder = Recorder()
+    recorder = _Observer()
     strategy.observers.append(recorder)
     trainer = fork_trainer(
         folder,
@@ -361,6 +373,8 @@ def _problems_of_training(scenario: Scenario, launched: Launched) -> list[str]:
         found.append(f"{len(applied)} batches were applied, not {per_epoch} in each of {scenario.epochs} epochs")
     for epoch in range(scenario.epochs):
         counts = Counter(applied[epoch * per_epoch : (epoch + 1) * per_epoch])
+        if len(found_groups := _groups_in(updates, epoch, per_epoch)) > 1:
+            found.append(f"epoch {epoch}: gradients came with different hyperparameters: {found_groups}")
         if counts != Counter(range(per_epoch)):
             twice = [ticket for ticket, count in counts.items() if count > 1]
             missing = sorted(set(range(per_epoch)) - set(counts))
@@ -373,6 +387,16 @@ def _problems_of_training(scenario: Scenario, launched: Launched) -> list[str]:
         for name in ("parameters", "buffers", "step"):
             if not _equal(mine[name], other[name]):
                 found += [f"{name} of rank {rank} are not rank 0's"]
+    return found
+
+
+def _groups_in(updates: list[dict[str, Any]], epoch: int, per_epoch: int) -> set[tuple[float, ...]]:
+    """The hyperparameters that an epoch's gradients came with."""
+    found, done = set(), 0
+    for update in updates:
+        if epoch * per_epoch <= done < (epoch + 1) * per_epoch:
+            found.add(tuple(update["groups"]))
+        done += len(update["tickets"])
     return found
 
 

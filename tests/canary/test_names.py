@@ -66,7 +66,7 @@ USES = {
     "_last_val_time": ["lightning.pytorch.loops.evaluation_loop._EvaluationLoop"],
     "_module_mode": ["lightning.pytorch.loops.evaluation_loop._EvaluationLoop"],
     "_on_evaluation_model_train": ["lightning.pytorch.loops.evaluation_loop._EvaluationLoop"],
-    "_set_default_timeout": ["torch._C._distributed_c10d.Backend"],
+    "_set_default_timeout": ["torch._C._distributed_c10d.ProcessGroupGloo"],
     "_latest_update_step": ["lightning.pytorch.callbacks.weight_averaging.WeightAveraging"],
     "_layer_sync": ["trainer.strategy"],
     "_lightning_optimizers": ["trainer.strategy"],

@@ -71,7 +71,7 @@ def compare(without: Sequence[dict[str, Any]], having: Sequence[dict[str, Any]])
     """Medians over the runs; of gaps too, each run's longest counting once."""
 
     def median(runs: Sequence[dict[str, Any]], name: str) -> float:
-        return float(round(statistics.median(run[name] for run in runs), 1))
+        return round(float(statistics.median(run[name] for run in runs)), 1)
 
     names = ("taking_ms", "writing_ms", "gap_taking_ms", "gap_writing_ms", "gap_else_ms")
     return {
@@ -123,14 +123,16 @@ def _measure(queue: Any, parameters: int, holder: Any, every_s: float, arguments
     results: Any = multiprocessing.get_context("fork").SimpleQueue()
     updates: list[tuple[int, float]] = []
     written: list[Span] = []
-    write = SnapshotWriter._write
+    untyped: Any = SnapshotWriter
+    write = untyped._write
 
     def timed_write(writer: SnapshotWriter, checkpoint: dict[str, Any]) -> None:
         started = time.monotonic()
         write(writer, checkpoint)
         written.append((started, time.monotonic()))
 
-    SnapshotWriter._write = timed_write  # type: ignore[assignment, method-assign]  # of this process only
+    # In this process only.
+    untyped._write = timed_write
 
     class Reporting(EmulatedModule):
         def on_train_end(self) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,19 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 
 from lightning_async import AsyncAMSGradStrategy, AsyncStrategy
+from lightning_async.loops.epoch_loop import AsyncEpochLoop
 from tests.compatibility.test_manual import SmallGAN
 from tests.harness import eventually
-from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, assert_resumed_exactly
+from tests.integration.test_resume import (
+    BATCH,
+    RANKS,
+    SAMPLES,
+    SEED,
+    TICKETS,
+    Module,
+    applied_tickets,
+    assert_resumed_exactly,
+)
 from tests.launch import launch, session_processes
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -49,10 +60,8 @@ def kill_all(session: int, path: Path, after_s: float) -> None:
     time.sleep(after_s)
     while processes := session_processes(session):
         for pid in processes:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.01)
 
 
@@ -80,6 +89,26 @@ def test_a_killed_run_goes_on_from_its_snapshot_with_every_sample_once(
     assert first.returncode == -signal.SIGKILL
     assert again.returncode == 0, again.output
     assert_resumed_exactly(kept, again.reports(), epochs=noted["epoch"] + 2)
+
+
+def test_a_run_goes_on_from_a_snapshot_of_a_whole_epoch_that_was_not_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_due = AsyncEpochLoop._save_due
+
+    def when_all_is_applied(loop: Any) -> None:
+        loop.trainer.strategy._snapshots._next = 0.0
+        save_due(loop)
+
+    monkeypatch.setattr(AsyncEpochLoop, "_save_due", when_all_is_applied)
+    first = launch(lambda folder: train(folder, SLURM, {"snapshot_every_s": 60.0}, max_epochs=1), tmp_path)
+    kept = Path(shutil.copy(tmp_path / SNAPSHOT, tmp_path / "kept.ckpt"))
+    again = launch(lambda folder: train(folder, SLURM | {"SLURM_RESTART_COUNT": "1"}, {}, max_epochs=2), tmp_path)
+
+    assert first.returncode == 0, first.output
+    assert again.returncode == 0, again.output
+    assert applied_tickets(torch.load(kept)["async_amsgrad"]) == [*range(TICKETS)]
+    assert_resumed_exactly(kept, again.reports(), epochs=2)
 
 
 class SavesBesideEachSnapshot(Callback):

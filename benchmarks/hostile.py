@@ -107,7 +107,7 @@ def _hold(ready: Any, asked: Any, told: Any, size: str) -> None:
                 "updates_per_second": rate,
                 "threads": threads,
                 "memory_mib": memory,
-                "rejected": stats.rejected,
+                "refused": stats.refused,
             }
         )
 

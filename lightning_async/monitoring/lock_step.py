@@ -126,7 +126,8 @@ class _Host:
             return max(*taken, self._cores_s)
         # All compute at the same time, where they came one after the other.
         crowd = max(1.0, len(taken) / self._cores) - 1
-        return max(step * (1 + part * crowd) for step, part in zip(taken, self._computing, strict=True))
+        crowded = (step * (1 + part * crowd) for step, part in zip(taken, self._computing, strict=True))
+        return max(*crowded, self._cores_s)
 
     def _turn(self, turn: int) -> list[float]:
         return [own[turn % len(own)] for own in self._steps]

@@ -76,7 +76,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self._strategy = strategy
         self._guard = guard
         self._restarts: dict[int, int] = {}
-        self._is_over = threading.Event()
+        # Set up when ranks are started: it cannot be pickled.
+        self._is_over: threading.Event | None = None
 
     @property
     @override
@@ -109,7 +110,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         # A script's later Trainers train with the ranks that the first has started, as far as they are left.
         self.procs = [process for process in _started if process.pid not in _lost]
         self._restarts.clear()
-        self._is_over.clear()
+        is_over = self._is_over = threading.Event()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             with self._watching(), self._guard.guard_run():
@@ -121,11 +122,12 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                 super().kill(signal.SIGTERM)
             elif isinstance(error, WorkerFailedError):
                 tell_in_one_line()
-            self._is_over.set()
+            is_over.set()
             self.end_children(_END_TIMEOUT_S)
             raise
         finally:
-            self._is_over.set()
+            is_over.set()
+            self._is_over = None
 
     def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
         """Starts a lost rank again soon, if it was started from here and not too often before.
@@ -153,7 +155,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         return f"it is started again{f' in {delay_s:g} s' if delay_s else ''} ({count} of {most})"
 
     def _start_again(self, local_rank: int, invitation: Invitation, delay_s: float) -> None:
-        if self._is_over.wait(delay_s):
+        is_over = self._is_over
+        if is_over is None or is_over.wait(delay_s):
             return
         command, folder = _basic_subprocess_cmd(), None
         if _HYDRA_AVAILABLE and importlib.import_module("hydra.core.hydra_config").HydraConfig.initialized():
@@ -254,6 +257,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         launched: Any = strategy
         super().__init__(launched, start_method=start_method)
         self._guard = guard
+        # Whether this is the process of a rank.
+        self._is_rank = False
         # Where rank 0 says how a lost rank joins, and what it has said; how often each was started again.
         self._invitations: Any = None
         self._invited: tuple[Invitation, int] | None = None
@@ -342,7 +347,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def kill(self, signum: int) -> None:
         super().kill(signum)
-        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt) and not self._is_rank:
             # Before there were ranks. Lightning, which asks for this last, would exit with status 1.
             say_interrupted()
             raise SystemExit(INTERRUPTED)
@@ -350,6 +355,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
         guard, results = self._guard, rest[2]
+        self._is_rank = True
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:

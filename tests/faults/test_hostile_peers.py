@@ -58,7 +58,7 @@ def test_a_run_under_attack_is_as_it_would_be_alone(host: Host, caplog: pytest.L
     threads = threading.active_count()
     address = host.listener.address
     strangers = Call(lambda: attack(address.host, address.port, over.is_set, per_second=400, slow=200))
-    assert eventually(lambda: host.stats.rejected > 100)
+    assert eventually(lambda: host.stats.refused > 100)
 
     found = train(host, updates=50)
     most_threads = threading.active_count()
@@ -73,7 +73,7 @@ def test_a_run_under_attack_is_as_it_would_be_alone(host: Host, caplog: pytest.L
     assert len(host.listener._arrivals) <= listener_module._MOST_ARRIVALS
     lines = [record for record in caplog.records if "refused a connection" in record.getMessage()]
     assert len(lines) <= 2 * listener_module._LINES_PER_MINUTE
-    assert host.stats.rejected > len(lines)
+    assert host.stats.refused > len(lines)
 
 
 def descriptors() -> int:
@@ -86,7 +86,7 @@ def test_of_connections_that_never_end_their_handshake_only_so_many_are_kept(
     monkeypatch.setattr(listener_module, "_MOST_ARRIVALS", 10)
     threads, before = threading.active_count(), descriptors()
     strangers = [host.knock(b"L") for _ in range(60)]
-    assert eventually(lambda: host.stats.rejected == 50)
+    assert eventually(lambda: host.stats.refused == 50)
 
     assert len(host.listener._arrivals) == 10
     assert threading.active_count() == threads
@@ -108,7 +108,7 @@ def test_a_handshake_has_one_deadline_however_often_a_byte_comes(host: Host, mon
         with pytest.raises(OSError):  # noqa: PT011  # reset or broken pipe
             drip()
 
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
 
 
 def test_little_is_kept_of_what_a_stranger_sends(host: Host) -> None:
@@ -122,7 +122,7 @@ def test_little_is_kept_of_what_a_stranger_sends(host: Host) -> None:
         with pytest.raises(OSError):  # noqa: PT011  # reset or broken pipe
             pour()
 
-    assert eventually(lambda: host.stats.rejected == 1)
+    assert eventually(lambda: host.stats.refused == 1)
 
 
 def test_a_rank_that_strangers_push_out_comes_in_all_the_same(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_handshake_that_was_recorded_lets_nobody_in(host: Host) -> None:
     reply: Any = second.receive()
 
     assert "does not know this run's token" in reply.reason
-    assert host.stats.rejected == 1
+    assert host.stats.refused == 1
     assert host.latch.failure is None
     first.send(Goodbye(1))
     first.close()

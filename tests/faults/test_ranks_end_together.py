@@ -209,7 +209,7 @@ def test_an_error_under_torchrun(tmp_path: Path) -> None:
     assert_ended_well(run)
     # torchrun takes the first rank that exits for the culprit.
     assert "local_rank: 1" in run.output
-    assert "[rank1]: tests.faults.injector.InjectedError: injected into training_step" in run.output
+    assert "[rank1]: lightning_async.chaos.fault.InjectedError: injected into training_step" in run.output
     assert set(explanations(run.output)) <= {"rank 1 failed: InjectedError: injected into training_step"}
 
 

@@ -29,7 +29,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
         ],
         *[({"on_stale": value}, ["on_stale", "'wait'", "'drop'", repr(value)]) for value in ("skip", None)],
         ({"batches": "equal"}, ["batches", "'shared'", "'sharded'", "'equal'"]),
-        ({"wire_dtype": "int8"}, ["wire_dtype", "'bf16'", "'fp16'", "'int8'"]),
+        ({"wire_dtype": "int4"}, ["wire_dtype", "'bf16'", "'fp16'", "'int8'", "'int4'"]),
         ({"parameter_wire_dtype": None}, ["parameter_wire_dtype", "'bf16'", "None"]),
         ({"overlap": "yes"}, ["overlap", "True", "'yes'"]),
         ({"transport": "pigeon"}, ["transport", "'auto'", "'tcp'", "'pigeon'"]),

@@ -97,7 +97,7 @@ def after_steps(slow: float, cores_used: float = 0.0) -> RunStats:
         for rank, took in enumerate((1.0, 1.0, 1.0, slow)):
             push = Push(rank, 0, step, [], (), samples=1, waited_s=slow - took)
             stats.record(Update(push, step, 0, True, 0.0, at_ns=round(1e9 * (step * slow + took)), took_ns=1000))
-    stats.note_cpu_use([CpuUse("host", 4, cores_used)] * 4)
+    stats.note_cpu_use(dict.fromkeys(range(4), CpuUse("host", 4, cores_used)))
     return stats
 
 

@@ -67,7 +67,10 @@ def kill_all(session: int, path: Path, after_s: float) -> None:
 
 @pytest.mark.parametrize(
     ("environment", "restarted", "holder"),
-    [(TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "thread"), (SLURM, "SLURM_RESTART_COUNT", "process")],
+    [
+        (TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "thread"),
+        pytest.param(SLURM, "SLURM_RESTART_COUNT", "process", marks=pytest.mark.soak),
+    ],
     ids=["torchrun", "SLURM, holder apart"],
 )
 def test_a_killed_run_goes_on_from_its_snapshot_with_every_sample_once(

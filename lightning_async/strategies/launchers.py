@@ -428,7 +428,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 process = running.pop(index)
                 process.join()
                 if index and process.exitcode and self._guard.goes_on and self.procs[0].is_alive():
-                    if self._start_again(index, arguments):
+                    if _was_lost(process.exitcode, error_files[index]) and self._start_again(index, arguments):
                         running[index] = self.procs[index]
                     continue
                 ended.append(index)
@@ -536,6 +536,11 @@ def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy)
             "same number of devices, or start ranks for each anew: "
             f'{type(strategy).__name__}(start_method="spawn"), or strategy="{strategy.strategy_name}_spawn".'
         )
+
+
+def _was_lost(code: int, error_file: str) -> bool:
+    """Whether a process has ended otherwise than by an error of user code, which ends the run."""
+    return code != 1 or "MemoryError" in (error := _error_of(error_file)) or "OutOfMemoryError" in error
 
 
 def _error_of(path: str) -> str:

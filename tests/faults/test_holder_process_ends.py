@@ -38,12 +38,12 @@ def holder_process_of(session: int) -> int:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (Fault(0, 20, "raise"), "InjectedError: injected into training_step"),
+        pytest.param(Fault(0, 20, "raise"), "InjectedError: injected into training_step", marks=pytest.mark.soak),
         (Fault(2, 20, "raise"), "InjectedError: injected into training_step"),
         (Fault(2, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
         (Fault(0, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
         (Fault(2, 20, "kill"), "its process was killed by SIGKILL"),
-        (Fault(2, 0, "kill", "on_fit_start"), "its process was killed by SIGKILL"),
+        pytest.param(Fault(2, 0, "kill", "on_fit_start"), "its process was killed by SIGKILL", marks=pytest.mark.soak),
     ],
     ids=lambda value: f"{value.kind}-{value.place}-rank{value.rank}" if isinstance(value, Fault) else "",
 )

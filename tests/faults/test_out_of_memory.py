@@ -35,7 +35,7 @@ def test_a_rank_without_memory_is_named_and_ends_everyone(tmp_path: Path, exchan
     assert explanations(run.output)[-1].startswith(f"rank {rank} failed: MemoryError")
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", ["shm", "tcp", pytest.param("process", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("kind", ["raise", pytest.param("kill", marks=pytest.mark.soak)])
 def test_a_failing_rank_is_named_where_no_thread_can_be_started(

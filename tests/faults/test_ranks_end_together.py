@@ -39,13 +39,19 @@ pytestmark = pytest.mark.timeout(180)
         (Fault(0, 20, "raise"), "InjectedError: injected into training_step"),
         (Fault(2, 20, "raise"), "InjectedError: injected into training_step"),
         (Fault(2, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
-        (Fault(0, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
+        pytest.param(
+            Fault(0, 3, "raise", "validation_step", after_s=0.3),
+            "InjectedError: injected into validation_step",
+            marks=pytest.mark.soak,
+        ),
         (Fault(2, 0, "raise", "setup"), "InjectedError: injected into setup"),
-        (Fault(2, 0, "raise", "on_fit_start"), "InjectedError: injected into on_fit_start"),
+        pytest.param(
+            Fault(2, 0, "raise", "on_fit_start"), "InjectedError: injected into on_fit_start", marks=pytest.mark.soak
+        ),
         (Fault(0, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
         (Fault(2, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
         (Fault(2, 1, "raise", "on_train_epoch_end"), "InjectedError: injected into on_train_epoch_end"),
-        (Fault(2, 20, "exit"), "SystemExit: 3"),
+        pytest.param(Fault(2, 20, "exit"), "SystemExit: 3", marks=pytest.mark.soak),
         (Fault(0, 20, "exit"), "SystemExit: 3"),
         (Fault(2, 20, "kill"), "its process was killed by SIGKILL"),
         (Fault(2, 3, "kill", "validation_step", after_s=0.3), "its process was killed by SIGKILL"),

@@ -366,8 +366,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"accumulate_grad_batches": 2},
     ),
 }
-# `make soak` takes these over TCP, too: there it makes no difference how the batches of a push were chosen.
-_NOT_OVER_TCP = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
+# `make soak` takes these over TCP and with the holder apart, too: there it makes no difference how the batches of a push
+# were chosen.
+_ONCE_IS_ENOUGH = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
 
 
 def replayed_cases() -> list[Any]:
@@ -378,7 +379,7 @@ def replayed_cases() -> list[Any]:
             arguments,
             taken,
             id=f"{case}-{way}",
-            marks=[pytest.mark.soak] if case == "mean-drop" or (way == "tcp" and case in _NOT_OVER_TCP) else [],
+            marks=[pytest.mark.soak] if case == "mean-drop" or (way != "shm" and case in _ONCE_IS_ENOUGH) else [],
         )
         for case, (options, arguments) in CASES.items()
         for way, taken in WAYS.items()

@@ -366,7 +366,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"accumulate_grad_batches": 2},
     ),
 }
-# `make soak` takes these over TCP and with the holder apart, too: there it makes no difference how the batches of a push
+# `make soak` takes these over TCP and with the holder apart, too: there it does not matter how the batches of a push
 # were chosen.
 _ONCE_IS_ENOUGH = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
 

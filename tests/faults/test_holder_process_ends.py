@@ -102,6 +102,7 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path, place: str) -> Non
     assert "Traceback" not in run.output
 
 
+@pytest.mark.soak
 def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
     strategy: dict[str, Any] = POPEN | {"holder": "process"}
     run = start_script(Run((Fault(1, 3, "interrupt", "validation_step"),), ranks=2, strategy=strategy), tmp_path)
@@ -120,6 +121,7 @@ def test_after_sigterm_to_every_process_the_run_ends_in_order(tmp_path: Path) ->
     assert "Traceback" not in run.output
 
 
+@pytest.mark.soak
 def test_an_error_of_rank_0s_own_is_not_buried(tmp_path: Path) -> None:
     strategy: dict[str, Any] = POPEN | {"holder": "process"}
     run = start_script(Run((Fault(0, 10, "raise"),), ranks=2, strategy=strategy), tmp_path)

@@ -219,6 +219,7 @@ def test_an_error_under_torchrun(tmp_path: Path) -> None:
     assert set(explanations(run.output)) <= {"rank 1 failed: InjectedError: injected into training_step"}
 
 
+@pytest.mark.soak
 def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
     run = start_script(Run((Fault(1, 3, "raise"),), ranks=2, strategy=FORK | {"start_method": "spawn"}), tmp_path)
 

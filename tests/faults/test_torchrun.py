@@ -71,6 +71,7 @@ def test_without_torchrun_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_on_each_host_the_root_cause_names_the_rank_that_failed(tmp_path: Path) -> None:
     """Two hosts with two ranks each; rank 2, which is the first of host 1, fails."""
     with socket.socket() as listener:

@@ -80,6 +80,7 @@ def test_rank_0s_host_is_named_on_the_other(tmp_path: Path) -> None:
     assert {line[:14] for line in explanations(other)} == {"rank 0 failed:"}
 
 
+@pytest.mark.soak
 def test_spawned_ranks_of_two_hosts_train_together(tmp_path: Path) -> None:
     spawn = {"start_method": "spawn", "worker_timeout": 600.0}
     run = start_on_two_hosts(

@@ -65,6 +65,7 @@ def test_what_is_known_before_ranks_start_is_said_once_and_leaves_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_an_error_of_user_code_in_one_rank_is_status_1_its_traceback_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from lightning.pytorch import Callback\n"
@@ -111,7 +112,9 @@ def test_ctrl_c_while_it_starts_is_status_130_and_one_line(tmp_path: Path, said:
         for pid in session_processes(process.pid):
             os.kill(pid, signal.SIGKILL)
     output = log.read_text()
-    assert status == 130, output
+    # Where the interrupt met code that was compiled from a string, as a dataclass's `__init__` is while it is imported,
+    # `python -m` ends itself by the signal whatever status is asked for; shells give both as 130.
+    assert status in (130, -signal.SIGINT), output
     assert not left
     assert output.count("interrupted") == 1, output
     assert "Traceback" not in output

@@ -211,6 +211,7 @@ def test_what_pytest_and_benchmarks_leave_is_gathered(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text()) == {"floor": {"floor": {"found": [1]}}}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_the_gpu_tests_run_with_the_host_in_the_gpus_place(tmp_path: Path) -> None:
     environment = {**os.environ, "GPU_KIT_STAND_IN": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}

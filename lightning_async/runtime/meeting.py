@@ -132,14 +132,11 @@ class Meeting(ABC):
                 body()
             except RanksLostError:
                 intact = False
-            except Exception as error:
-                if not was_lost(error):
+            except BaseException as error:
+                if not (isinstance(error, Exception) and was_lost(error)):
                     self._attempt = None
                     raise
                 intact = False
-            except BaseException:
-                self._attempt = None
-                raise
             whole = self._end_section(intact)
             self._attempt = None
             if whole:
@@ -256,8 +253,9 @@ class MeetingHost(Meeting):
     @override
     def gather(self, mine: _T, name: str) -> list[_T]:
         arrived = self._meet(self._next(name), mine)
-        self._answer(arrived, [arrived[rank] for rank in self.ranks])
-        return [arrived[rank] for rank in self.ranks]
+        gathered: list[_T] = [arrived[rank] for rank in self.ranks]
+        self._answer(arrived, gathered)
+        return gathered
 
     @override
     def _end_section(self, intact: bool) -> bool:

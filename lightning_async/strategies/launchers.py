@@ -165,6 +165,11 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         process = subprocess.Popen(command, env=variables, cwd=folder)
         _started[_started.index(self.procs[local_rank - 1])] = process
         self.procs[local_rank - 1] = process
+        if is_over.is_set():
+            # The run has ended meanwhile, and looks for its processes no more.
+            process.kill()
+            process.wait()
+            _lost.add(process.pid)
 
     @override
     def kill(self, signum: int) -> None:
@@ -474,7 +479,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         by_signal = [index for index in ended if codes[index] < 0]
         with_error = [index for index in ended if os.path.exists(error_files[index])]
         with_code = [index for index in ended if codes[index] > 1]
-        return [*by_signal, *with_error, *with_code, *stuck, *(index for index in ended if codes[index])][0]
+        with_any = [index for index in ended if codes[index]]
+        return [*by_signal, *with_error, *with_code, *stuck, *with_any][0]
 
     @contextmanager
     def _passing_on_sigterm(self) -> Iterator[None]:

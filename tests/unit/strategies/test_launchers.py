@@ -22,7 +22,9 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launchers
 from lightning_async.strategies import supervisor as ranks
@@ -264,6 +266,30 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     assert later.procs == script.procs
     assert reported == ([(1, "its process exited with code 3")] if first_fails else [])
     assert eventually(lambda: "child-watch" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_a_rank_that_is_started_again_when_the_run_has_just_ended_is_not_left_over(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.procs = [child("true")]
+    script.procs[0].wait()
+    script._is_over = over = threading.Event()
+    lost: set[int] = set()
+    monkeypatch.setattr(launchers, "_started", list(script.procs))
+    monkeypatch.setattr(launchers, "_lost", lost)
+
+    def start(*args: object, **kwargs: object) -> subprocess.Popen[bytes]:
+        over.set()
+        return child("sleep 60")
+
+    monkeypatch.setattr(launchers, "subprocess", SimpleNamespace(Popen=start))
+
+    script._start_again(1, Invitation(Address("127.0.0.1", 1, "token"), 1), 0.0)
+
+    (process,) = script.procs
+    assert process.poll() == -signal.SIGKILL
+    # The script's next Trainer does not take its end for a failure.
+    assert lost == {process.pid}
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

@@ -20,7 +20,7 @@ from lightning_async.runtime.failure import RunFailure
 __all__ = ["CollectiveWatch", "Waiting", "judge"]
 
 _TORCHS = "torch.distributed.distributed_c10d"
-_MEETINGS = "lightning_async.runtime.meeting"
+_MEETINGS = ("lightning_async.runtime.meeting", "lightning_async.runtime.meeting_host")
 # Two ranks wait in unlike calls for one transfer; or nothing is waited for.
 _NOT_SEEN = frozenset(
     ("send", "recv", "send_object_list", "recv_object_list", "batch_isend_irecv", "destroy_process_group")
@@ -146,7 +146,7 @@ def _find_collective(innermost: FrameType | None) -> FrameType | None:
     """
     found = None
     for module, frame in _outwards(innermost):
-        if module == _MEETINGS and not frame.f_code.co_name.startswith("_"):
+        if module in _MEETINGS and not frame.f_code.co_name.startswith("_"):
             return frame
         if module.partition(".")[0] != "torch":
             if found is None and module.partition(".")[0] in _WAITING:
@@ -158,7 +158,7 @@ def _find_collective(innermost: FrameType | None) -> FrameType | None:
 
 
 def _describe(collective: FrameType) -> Waiting:
-    by_meeting = collective.f_globals.get("__name__") == _MEETINGS
+    by_meeting = collective.f_globals.get("__name__") in _MEETINGS
     call = "a meeting of the strategy's" if by_meeting else f"torch.distributed.{collective.f_code.co_name}"
     for module, frame in _outwards(collective.f_back):
         passed_on = module in _PASSING_ON or module.startswith(_PASSING_ON_PACKAGES)

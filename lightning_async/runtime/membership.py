@@ -29,7 +29,8 @@ from lightning_async.runtime.failure import (
 from lightning_async.runtime.handshake import HEARTBEAT, MEETING, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
-from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost
+from lightning_async.runtime.meeting import Meeting, MeetingGuest
+from lightning_async.runtime.meeting_host import MeetingHost
 from lightning_async.runtime.process_groups import break_groups
 from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.rendezvous import LOOPBACK, share_address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime.collective_watch import _find_collective as find_collective
 from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
-from lightning_async.runtime.meeting import Meeting, MeetingGuest, MeetingHost, RanksLostError, receive_object
+from lightning_async.runtime.meeting import Meeting, MeetingGuest, RanksLostError, receive_object
+from lightning_async.runtime.meeting_host import MeetingHost
 from lightning_async.runtime.roster import Roster
 from lightning_async.transport.connection import ControlConnection
 from tests.harness import Call, eventually, socket_pair
@@ -515,3 +518,16 @@ def test_an_object_is_received_as_it_was_sent(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(sender.ended(), WorkerFailedError)
     theirs.close()
     latch.free_reserve()
+
+
+@pytest.mark.parametrize("waits", [0, 1], ids=["host", "guest"])
+def test_a_rank_that_waits_in_a_meeting_is_seen_there(town: Build, waits: int) -> None:
+    """`collective_watch.py` knows a meeting by its module's name."""
+    two = town(2)
+
+    waiting = Call(lambda: two.sides[waits].gather("mine", "turn"))
+
+    assert waiting.ident is not None
+    assert eventually(lambda: find_collective(sys._current_frames()[waiting.ident]) is not None)
+    two.sides[1 - waits].gather("theirs", "turn")
+    assert waiting.outcome() == (["mine", "theirs"] if waits == 0 else ["theirs", "mine"])

@@ -16,7 +16,7 @@ from lightning_async.monitoring.record import RECORD_NAME
 from lightning_async.monitoring.record_file import RecordFile
 from lightning_async.monitoring.timeline import Timeline
 from lightning_async.runtime.failure import describe_error
-from lightning_async.strategies.launchers import ScriptLauncher
+from lightning_async.strategies.script_launcher import ScriptLauncher
 from lightning_async.strategies.strategy import AsyncStrategy
 
 __all__ = ["AsyncMonitor"]

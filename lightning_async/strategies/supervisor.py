@@ -25,8 +25,9 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
-from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
+from lightning_async.strategies.script_launcher import ScriptLauncher
 from lightning_async.transport.base import ChannelClosedError
 
 __all__ = ["RunSupervisor", "StartMethod"]

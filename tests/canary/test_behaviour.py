@@ -319,7 +319,10 @@ def test_torch_leaves_a_failed_processs_traceback_in_a_file() -> None:
     path = Path(context.error_files[0])
     try:
         if process.exitcode != 1 or "ValueError: in process 0" not in pickle.loads(path.read_bytes()):
-            fail("strategies/launchers.py", "torch.multiprocessing writing a traceback to ProcessContext.error_files")
+            fail(
+                "strategies/process_launcher.py",
+                "torch.multiprocessing writing a traceback to ProcessContext.error_files",
+            )
     finally:
         path.unlink(missing_ok=True)
 

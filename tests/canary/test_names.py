@@ -15,7 +15,7 @@ from tests.canary import test_behaviour, test_overrides
 from tests.canary.lookup import PACKAGE, fail, private_imports, private_uses, resolve, sources
 
 # Where private Lightning may be imported.
-HOME = ("loops/", "strategies/launchers.py")
+HOME = ("loops/", "strategies/script_launcher.py", "strategies/process_launcher.py")
 
 EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
 CONNECTORS = "lightning.pytorch.trainer.connectors"
@@ -136,7 +136,7 @@ def test_private_lightning_is_imported_by_the_loops_and_the_launchers_alone() ->
 
 
 def test_the_imports_are_found() -> None:
-    assert {"loops/epoch_loop.py", "loops/results.py", "strategies/launchers.py"} <= {f for f, _ in private_imports()}
+    assert {"loops/epoch_loop.py", "loops/results.py", *HOME[1:]} <= {f for f, _ in private_imports()}
 
 
 @pytest.mark.parametrize(("file", "name"), list(private_uses()))

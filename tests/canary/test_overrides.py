@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_async.loops import epoch_loop, fetcher, fit_loop, optimization
-from lightning_async.strategies import amsgrad, collectives, launchers, strategy
+from lightning_async.strategies import amsgrad, collectives, process_launcher, script_launcher, strategy
 from tests.canary.lookup import fail, resolve
 
 EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
@@ -98,11 +98,14 @@ SIGNATURES = {
         ),
         "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection.valid_items": "self",
     },
-    "strategies/launchers.py": {
+    "strategies/script_launcher.py": {
         f"{SCRIPT}.__init__": "self, cluster_environment, num_processes, num_nodes",
         f"{SCRIPT}.launch": "self, function, *args, trainer, **kwargs",
         f"{SCRIPT}._call_children_scripts": "self",
         f"{SCRIPT}.kill": "self, signum",
+        "lightning.fabric.utilities.distributed._set_num_threads_if_needed": "num_processes",
+    },
+    "strategies/process_launcher.py": {
         f"{MULTI}.__init__": "self, strategy, start_method",
         f"{MULTI}.launch": "self, function, *args, trainer, **kwargs",
         f"{MULTI}._wrapping_function": (
@@ -113,7 +116,6 @@ SIGNATURES = {
         f"{MULTI}.update_main_process_results": "self, trainer, extra",
         f"{MULTI}.kill": "self, signum",
         "lightning.pytorch.strategies.launchers.multiprocessing._GlobalStateSnapshot.capture": "cls",
-        "lightning.fabric.utilities.distributed._set_num_threads_if_needed": "num_processes",
         "lightning.fabric.strategies.launchers.multiprocessing._check_bad_cuda_fork": "",
         "lightning.fabric.strategies.launchers.multiprocessing._check_missing_main_guard": "",
         "torch.multiprocessing.spawn.start_processes": "fn, args, nprocs, join, daemon, start_method",
@@ -180,8 +182,8 @@ def test_what_is_overridden_or_called_has_the_same_parameters(file: str, path: s
         epoch_loop.AsyncEpochLoop,
         fit_loop.AsyncFitLoop,
         optimization.AsyncAutomaticOptimization,
-        launchers.ScriptLauncher,
-        launchers.ProcessLauncher,
+        script_launcher.ScriptLauncher,
+        process_launcher.ProcessLauncher,
         collectives.PhasedCollectives,
         strategy.AsyncStrategy,
         amsgrad.AsyncAMSGradStrategy,
@@ -210,8 +212,8 @@ def test_the_epoch_loops_counters_are_properties(name: str) -> None:
 
 # What this package does in its own way instead. When Lightning changes it, there may be something to take over.
 REPLACED = {
-    ("strategies/launchers.py", f"{MULTI}.launch"): "21465cc91554",
-    ("strategies/launchers.py", f"{SCRIPT}.launch"): "c11da3d0bdf3",
+    ("strategies/process_launcher.py", f"{MULTI}.launch"): "21465cc91554",
+    ("strategies/script_launcher.py", f"{SCRIPT}.launch"): "c11da3d0bdf3",
     ("loops/epoch_loop.py", f"{EPOCH_LOOP}._should_check_val_fx"): "dde13ed45d1b",
     ("loops/epoch_loop.py", f"{EPOCH_LOOP}.on_advance_end"): "089c2705013f",
     ("loops/epoch_loop.py", f"{EPOCH_LOOP}.advance"): "34b71467397b",

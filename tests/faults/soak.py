@@ -32,7 +32,7 @@ from torch import nn
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.chaos import Fault, FaultInjector
-from lightning_async.strategies import launchers
+from lightning_async.strategies import launching
 from tests.launch import Launched, launch, report, session_processes
 from tests.models import Recorder, TinyClassifier, fork_trainer, loader
 
@@ -278,7 +278,7 @@ def train_with_deaths(deaths: int, folder: Path) -> None:
     """One run, whose ranks but for rank 0 die again and again."""
     _prepare(folder)
     # It is for ranks that fail by themselves.
-    launchers.back_off_s = lambda count: 0.0
+    launching.back_off_s = lambda count: 0.0
     strategy = AsyncAMSGradStrategy(
         start_method="fork", on_worker_failure="continue", max_restarts=10 * deaths, summary=False
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lightning_async.runtime import membership
-from lightning_async.strategies import launchers
+from lightning_async.strategies import launching
 from tests.faults.injector import Fault, pid_of
 from tests.faults.runs import (
     FORK,
@@ -122,7 +122,7 @@ def test_a_stopped_rank_is_named_after_worker_timeout(tmp_path: Path, monkeypatc
     # The other ranks are stuck with it in a collective until their exit guards end them, after 5 s; then the stopped
     # process, which would never end, has 8 s more.
     monkeypatch.setattr(membership, "_GRACE_S", 1.0)
-    monkeypatch.setattr(launchers, "_END_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 1.5)
     strategy = FORK | {"worker_timeout": WORKER_TIMEOUT_S}
     run = start(Run((Fault(2, 3, "stop"),), strategy=strategy), tmp_path)
 
@@ -188,7 +188,7 @@ def test_a_killed_rank_of_a_script_is_named_by_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_of_a_script_does_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_END_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 1.0)
     # It holds the only parameters that may be out, so that rank 0 waits at the barrier and can raise.
     strategy = POPEN | {"worker_timeout": WORKER_TIMEOUT_S, "max_staleness": 0}
     run = start_script(Run((Fault(1, 3, "stop"),), ranks=2, strategy=strategy), tmp_path)
@@ -230,7 +230,7 @@ def test_an_error_in_a_spawned_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runs", [5, pytest.param(20, marks=pytest.mark.soak)])
 def test_runs_in_a_row_raise_no_false_alarm(tmp_path: Path, runs: int) -> None:
     def script(folder: Path) -> None:
-        from lightning_async.strategies.launchers import ProcessLauncher
+        from lightning_async.strategies.process_launcher import ProcessLauncher
 
         descriptor = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 2)

@@ -26,9 +26,10 @@ from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.roster import Resilience
-from lightning_async.strategies import launchers
+from lightning_async.strategies import launching, script_launcher
 from lightning_async.strategies import supervisor as ranks
-from lightning_async.strategies.launchers import ProcessLauncher, ScriptLauncher
+from lightning_async.strategies.process_launcher import ProcessLauncher
+from lightning_async.strategies.script_launcher import ScriptLauncher
 from tests.harness import eventually
 
 pytestmark = pytest.mark.timeout(30)
@@ -69,7 +70,7 @@ def test_a_stopped_child_is_killed(script: Any) -> None:
 def test_a_process_that_must_end_at_once_takes_its_children_with_it(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.1)
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     script.procs = [child("sleep 60")]
@@ -81,7 +82,7 @@ def test_a_process_that_must_end_at_once_takes_its_children_with_it(
 
 
 def test_the_end_of_a_child_is_described(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 1.0)
     script.procs = [child("sh -c 'exit 3'"), child("sh -c 'kill -9 $$'")]
 
     assert script.describe_end(1) == "its process exited with code 3"
@@ -91,7 +92,7 @@ def test_the_end_of_a_child_is_described(script: Any, monkeypatch: pytest.Monkey
 
 
 def test_a_child_that_runs_has_no_end(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.1)
     script.procs = [child("sleep 60")]
 
     assert script.describe_end(1) is None
@@ -176,7 +177,7 @@ def test_a_rank_of_another_node_is_named_as_rank_0_knows_it(tmp_path: Path, node
 def test_a_child_that_ended_before_it_was_watched_is_reported(
     script: Any, monkeypatch: pytest.MonkeyPatch, others: list[str]
 ) -> None:
-    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.0)
     reported: list[tuple[int, str]] = []
     script._guard = SimpleNamespace(goes_on=False, report_failure=lambda rank, reason: reported.append((rank, reason)))
     script.procs = [child("false"), *map(child, others)]
@@ -212,7 +213,7 @@ def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
 def test_local_rank_is_named_only_where_it_keeps_the_ranks_from_being_started(
     kind: Any, started_here: bool, local_rank: str | None, launches: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("LOCAL_RANK", local_rank), (launchers._STARTED_RANKS, "2" if started_here else None)):
+    for name, value in (("LOCAL_RANK", local_rank), (script_launcher._STARTED_RANKS, "2" if started_here else None)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
@@ -241,14 +242,14 @@ def test_over_several_hosts_the_hint_says_what_each_of_them_needs() -> None:
 def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_started(
     script: Any, monkeypatch: pytest.MonkeyPatch, first_fails: bool
 ) -> None:
-    monkeypatch.setattr(launchers, "_EXIT_STATUS_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(launchers, "_POLL_S", 0.01)
-    monkeypatch.setenv(launchers._STARTED_RANKS, "2")
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(launching, "POLL_S", 0.01)
+    monkeypatch.setenv(script_launcher._STARTED_RANKS, "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     reported: list[tuple[int, str]] = []
     heard = threading.Event()
     script.procs = [child("sh -c 'sleep 0.2; exit 3'" if first_fails else "sleep 60")]
-    monkeypatch.setattr(launchers, "_started", list(script.procs))
+    monkeypatch.setattr(script_launcher, "_started", list(script.procs))
     strategy: Any = SimpleNamespace(cluster_environment=LightningEnvironment(), num_processes=2, num_nodes=1)
     guard: Any = SimpleNamespace(
         guard_run=nullcontext,
@@ -275,14 +276,14 @@ def test_a_rank_that_is_started_again_when_the_run_has_just_ended_is_not_left_ov
     script.procs[0].wait()
     script._is_over = over = threading.Event()
     lost: set[int] = set()
-    monkeypatch.setattr(launchers, "_started", list(script.procs))
-    monkeypatch.setattr(launchers, "_lost", lost)
+    monkeypatch.setattr(script_launcher, "_started", list(script.procs))
+    monkeypatch.setattr(script_launcher, "_lost", lost)
 
     def start(*args: object, **kwargs: object) -> subprocess.Popen[bytes]:
         over.set()
         return child("sleep 60")
 
-    monkeypatch.setattr(launchers, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(script_launcher, "subprocess", SimpleNamespace(Popen=start))
 
     script._start_again(1, Invitation(Address("127.0.0.1", 1, "token"), 1), 0.0)
 
@@ -297,9 +298,9 @@ def test_a_run_that_would_wait_for_ranks_nobody_starts_is_refused(
     started: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.delenv(launchers._STARTED_RANKS, raising=False)
+    monkeypatch.delenv(script_launcher._STARTED_RANKS, raising=False)
     if started is not None:
-        monkeypatch.setenv(launchers._STARTED_RANKS, started)
+        monkeypatch.setenv(script_launcher._STARTED_RANKS, started)
     strategy: Any = SimpleNamespace(
         cluster_environment=LightningEnvironment(), num_processes=3, num_nodes=1, strategy_name="async"
     )

@@ -245,8 +245,7 @@ class Server:
         try:
             self._start_session(peer, connection, fence)
         except BaseException:
-            with self._lock:
-                self._present.discard((peer.rank, peer.slot))
+            self._forget(fence, peer.slot)
             raise
 
     def _let_in(self, peer: PeerInfo, connection: ControlConnection) -> Fence:
@@ -330,18 +329,21 @@ class Server:
         self._latch.trip(RunFailure(0, f"the thread that serves the workers failed: {describe_error(error)}"))
 
     def _end(self, fence: Fence, slot: int, error: BaseException | None) -> None:
-        key = (fence.worker, slot)
-        with self._lock:
-            # Those of an evicted worker may be its next incarnation's by now.
-            if not fence.closed:
-                self._present.discard(key)
-                self._connections.pop(key, None)
+        self._forget(fence, slot)
         if error is None:
             return
         try:
             self._judge(fence, error)
         except Exception as another:
             self._fail(another)
+
+    def _forget(self, fence: Fence, slot: int) -> None:
+        key = (fence.worker, slot)
+        with self._lock:
+            # Those of an evicted worker may be its next incarnation's by now.
+            if not fence.closed:
+                self._present.discard(key)
+                self._connections.pop(key, None)
 
     def _judge(self, fence: Fence, error: BaseException) -> None:
         """Ends the run for what has ended the session of a worker, unless the run or the worker has ended before."""

@@ -198,10 +198,9 @@ class RunSupervisor:
         if evictions is None or evictions.under_way:
             return
         evictions.under_way = True
-        if self.resilience.join_file is not None:
-            assert address is not None
-            leave_invitation(address, Path(self.resilience.join_file))
         assert address is not None
+        if self.resilience.join_file is not None:
+            leave_invitation(address, Path(self.resilience.join_file))
         most = self.resilience.max_restarts
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.invite(Invitation(address, None), most)

@@ -4,6 +4,9 @@ Run ``python -m benchmarks.churn``. Four ranks sleep 50 ms in each step; a rando
 seconds and replaced. What the living could do is the integral of their own rates: a rank that trains counts with what
 the same loop completes alone on this machine, from its first batch to its death.
 
+The undisturbed run, a fifth as long, shows which gaps come without deaths: a step and the machine's own noise, and
+at an epoch's end the wait for the slowest.
+
 torchft takes part where it is installed; ``pip install --target FOLDER --no-deps torchft`` and PYTHONPATH=FOLDER keep
 it out of the environment.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -34,8 +38,9 @@ from lightning_async.chaos.striker import Striker
 from lightning_async.runtime.whereabouts import FOLDER
 
 _MODELS = {"44k": LENET5_PARAMETERS, "11m": RESNET18_PARAMETERS}
-_KINDS = ("fork", "popen", "ddp", "torchft")
+_KINDS = ("calm", "fork", "popen", "ddp", "torchft")
 _NAMES = {
+    "calm": "the same, undisturbed",
     "fork": "async_amsgrad, fork",
     "popen": "async_amsgrad, popen",
     "ddp": "ddp under torchrun",
@@ -89,12 +94,14 @@ def _churn(kind: str, parameters: int, step_s: float, arguments: argparse.Namesp
     whereabouts = folder / "whereabouts"
     whereabouts.mkdir()
     samples = int(arguments.epoch_seconds / step_s) * arguments.ranks
-    run = Churned(kind, str(folder), arguments.ranks, parameters, step_s, samples, arguments.checkpoint_steps)
-    minutes_s = arguments.minutes * 60
+    start = "fork" if kind == "calm" else kind
+    run = Churned(start, str(folder), arguments.ranks, parameters, step_s, samples, arguments.checkpoint_steps)
+    minutes_s = arguments.minutes * (12 if kind == "calm" else 60)
     with (folder / "output.txt").open("w") as output, _started(run, whereabouts, output) as root:
         _wait_for(folder, _training, arguments.ranks)
         began = time.monotonic()
-        striker = Striker(root, whereabouts, arguments.every, seed=arguments.seed, say=lambda line: None)
+        every = math.inf if kind == "calm" else arguments.every
+        striker = Striker(root, whereabouts, every, seed=arguments.seed, say=lambda line: None)
         striker.run(lambda seconds: _is_over(seconds, began + minutes_s))
         ended = time.monotonic()
     events = events_in(folder)

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,6 +60,18 @@ _PLACES = {
 }
 # Of a replacement, besides.
 _PLACES_OF_JOINING = {"setup": 0, "handshake": 3}
+# Where a rank is struck soon after it has begun, life after life: in training, and where the ranks meet.
+_SOON = {"draw": 1, "compute": 6, "push": 6, "mid-push": 6, "mid-pull": 6, "setup": 0, "handshake": 2}
+_WHERE_THEY_MEET = {
+    "meeting": 6,
+    "met": 6,
+    "group": 0,
+    "collective": 6,
+    "validation_step": 2,
+    "on_validation_epoch_end": 0,
+    "on_train_epoch_end": 0,
+}
+_LIVES = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Scenario:
         validate_every: of the trainer's ``val_check_interval``.
         sleep_s: seconds that a step takes.
         faults: what goes wrong.
+        backs_off: a lost rank is started again as late as it would be if it failed by itself.
     """
 
     seed: int
@@ -85,6 +98,7 @@ class Scenario:
     validate_every: float
     sleep_s: float
     faults: tuple[Fault, ...] = field(default=())
+    backs_off: bool = True
 
     @property
     def ends(self) -> bool:
@@ -110,7 +124,7 @@ class Scenario:
             "worker_timeout": 1.5 if stops else 600.0,
             "summary": False,
         }
-        return cls(
+        scenario = cls(
             seed=seed,
             ranks=ranks,
             strategy=strategy,
@@ -120,6 +134,30 @@ class Scenario:
             sleep_s=dice.choice([0.002, 0.005, 0.01]),
             faults=_faults(dice, ranks, stops, strategy["max_restarts"]),
         )
+        if strategy["max_restarts"] == 3 and not stops and not scenario.ends:
+            return scenario._with_many_lives(dice)
+        return scenario
+
+    def _with_many_lives(self, dice: random.Random) -> Scenario:
+        """The same, but longer, and each rank but for rank 0 dies again and again."""
+        faults = [
+            _fault_soon(dice, rank, incarnation) for rank in range(1, self.ranks) for incarnation in range(_LIVES)
+        ]
+        return replace(
+            self,
+            strategy=self.strategy | {"max_restarts": _LIVES + 1},
+            epochs=4,
+            tickets=60 * self.ranks,
+            sleep_s=0.02,
+            faults=tuple(faults),
+            backs_off=False,
+        )
+
+
+def _fault_soon(dice: random.Random, rank: int, incarnation: int) -> Fault:
+    places = _WHERE_THEY_MEET if dice.random() < 0.25 else _SOON
+    place = dice.choice([place for place in places if incarnation or place not in _PLACES_OF_JOINING])
+    return Fault(rank, dice.randint(0, places[place]), "kill", place, 0.0, incarnation)
 
 
 def _faults(dice: random.Random, ranks: int, stops: bool, most_restarts: int) -> tuple[Fault, ...]:
@@ -217,6 +255,8 @@ class _Reporter(Callback):
 def train(scenario: Scenario, folder: Path) -> None:
     """Trains; called in a process of its own, which starts the ranks."""
     _prepare(folder)
+    if not scenario.backs_off:
+        launching.back_off_s = lambda count: 0.0
     before = _own_resources()
     strategy = AsyncAMSGradStrategy(**scenario.strategy)
     recorder = _Observer()

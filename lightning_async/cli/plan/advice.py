@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_async.cli.plan.model import Costs, Forecast, forecast
 from lightning_async.monitoring.replay import free_bound
@@ -25,7 +25,7 @@ def advise(
     costs: Costs,
     gradients_per_update: int,
     bound: int | None,
-    half_costs: Costs | None,
+    rounded: Mapping[str, Costs],
 ) -> list[str]:
     """A few sentences.
 
@@ -36,16 +36,19 @@ def advise(
         costs: what a gradient costs besides.
         gradients_per_update: K of the forecasts.
         bound: their staleness bound.
-        half_costs: the costs with payloads rounded to two bytes a value; None where nothing is rounded.
+        rounded: the costs with payloads of fewer bytes a value, by wire dtype; empty where nothing is rounded.
     """
     said = [_verdict(focus)]
     if focus.limited_by == "holder" or focus.holder_load > _BUSY:
         said.append(_more_per_update(steps, focus, costs, gradients_per_update))
-    if half_costs is not None and focus.link_load > _BUSY:
-        rounded = forecast(steps, half_costs, gradients_per_update, bound)
+    if rounded and focus.link_load > _BUSY:
+        rates = {
+            name: forecast(steps, each, gradients_per_update, bound).gradients_per_s for name, each in rounded.items()
+        }
+        gains = " and ".join(f'{rate / focus.gradients_per_s:.2f} times with "{name}"' for name, rate in rates.items())
         said.append(
-            f'Rank 0\'s link is {focus.link_load:.0%} busy: wire_dtype="bf16" and parameter_wire_dtype="bf16" give '
-            f"{rounded.gradients_per_s / focus.gradients_per_s:.2f} times the gradients."
+            f"Rank 0's link is {focus.link_load:.0%} busy: "
+            f"wire_dtype and parameter_wire_dtype give more gradients, {gains}."
         )
     if focus.workers > 1:
         said.append(_which_bound(steps, focus, costs, gradients_per_update, bound))

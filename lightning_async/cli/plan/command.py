@@ -43,7 +43,7 @@ def plan_main(args: Sequence[str] | None = None) -> int:
         spec, known, record = _steps(given)
         wanted = given.advise_for or (known if known > 1 else numbers[-1])
         steps = {count: StepTimes.of(spec, workers=count) for count in {*numbers, wanted}}
-        costs, half_costs = _costs(given, record)
+        costs, rounded = _costs(given, record)
         per_update, bound = _dial(given)
         bounds = {count: resolve_max_staleness(bound, count, per_update) for count in steps}
     except (RecordError, ValueError) as error:
@@ -54,7 +54,7 @@ def plan_main(args: Sequence[str] | None = None) -> int:
     forecasts = [forecast(steps[count], costs, per_update, bounds[count]) for count in numbers]
     print(printable(_table(forecasts)))
     focus = forecast(steps[wanted], costs, per_update, bounds[wanted])
-    for line in advise(steps[wanted], focus, forecasts, costs, per_update, bounds[wanted], half_costs):
+    for line in advise(steps[wanted], focus, forecasts, costs, per_update, bounds[wanted], rounded):
         print(f"- {line}")
     if given.output is not None:
         if not is_installed("matplotlib"):
@@ -104,7 +104,8 @@ def _steps(given: argparse.Namespace) -> tuple[StepSpec, int, RunRecord | None]:
     return spec, len(spec), None
 
 
-def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, Costs | None]:
+def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, dict[str, Costs]]:
+    """With payloads as they are, and with smaller ones."""
     gather_s, update_s = (None if value is None else value / 1e3 for value in (given.gather_ms, given.update_ms))
     bytes_per_s = None if given.bandwidth_gbit is None else given.bandwidth_gbit * 1e9 / 8
     if bytes_per_s is not None and not bytes_per_s > 0:
@@ -117,11 +118,13 @@ def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, 
     if record is not None and bytes_per_s is None:
         all_reduce_s = record.stats["all_reduce_seconds"] or None
     latency_s = 0.0 if bytes_per_s is None else given.latency_ms / 1e3
-    full, half = (
-        Costs.of(parameters, bytes_per_s, latency_s, wire_bytes, gather_s, update_s, all_reduce_s)
-        for wire_bytes in (4, 2)
-    )
-    return full, None if bytes_per_s is None else half
+    sizes = (parameters, bytes_per_s, latency_s)
+    costs = {
+        wire_dtype: Costs.of(*sizes, wire_dtype, gather_s, update_s, all_reduce_s)
+        for wire_dtype in ("fp32", "bf16", "int8")
+    }
+    full = costs.pop("fp32")
+    return full, {} if bytes_per_s is None else costs
 
 
 def _dial(given: argparse.Namespace) -> tuple[int, Any]:

@@ -16,6 +16,7 @@ from statistics import mean
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.simulation.cluster import ExchangeTimes, play
 from lightning_async.simulation.step_times import StepTimes
+from lightning_async.transport.int8 import BLOCK
 
 __all__ = ["Costs", "Forecast", "forecast"]
 
@@ -64,7 +65,7 @@ class Costs:
         parameters: float,
         bytes_per_s: float | None = None,
         latency_s: float = 0.0,
-        wire_bytes: int = 4,
+        wire_dtype: str = "fp32",
         gather_s: float | None = None,
         update_s: float | None = None,
         all_reduce_s: float | None = None,
@@ -75,13 +76,14 @@ class Costs:
             parameters: number of trained parameters.
             bytes_per_s: of rank 0's link, in each direction; None for workers on its host.
             latency_s: of a message.
-            wire_bytes: bytes of a value on the link.
+            wire_dtype: what a value is on the link, both ways; ``"fp32"``, ``"bf16"`` or ``"int8"``.
             gather_s: see `Costs`; estimated if None.
             update_s: see `Costs`; estimated if None.
             all_reduce_s: see `Costs`; estimated if None.
         """
-        per_value_s = 0.0 if bytes_per_s is None else wire_bytes / bytes_per_s
+        per_value_s = 0.0 if bytes_per_s is None else _WIRE_BYTES[wire_dtype] / bytes_per_s
         gather_s = _MESSAGE_S + _GATHER_S * parameters if gather_s is None else gather_s
+        gather_s += _ROUNDING_S[wire_dtype] * parameters
         update_s = _UPDATE_S * parameters if update_s is None else update_s
         if all_reduce_s is None:
             # A ring sends each value twice, in float32; on one host it passes through memory.
@@ -93,6 +95,9 @@ class Costs:
 # One core of a host with AMSGrad (benchmarks/update.py): of a message, and of a value that is answered with, added up
 # where several gradients make an update, or updated.
 _MESSAGE_S, _GATHER_S, _MEAN_S, _UPDATE_S = 60e-6, 0.39e-9, 0.42e-9, 0.9e-9
+# Bytes of a value with its part of a block's scale, and what the holder needs to round one, and to read one.
+_WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / BLOCK}
+_ROUNDING_S = {"fp32": 0.0, "bf16": 0.1e-9, "int8": 3.7e-9}
 # Of a value in an all-reduce over Gloo on one host (benchmarks/lock_step.py).
 _REDUCE_S = 3e-9
 

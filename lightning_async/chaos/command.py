@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_async.chaos.striker import SIGNALS, Strike, Striker
+from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status
 from lightning_async.runtime.whereabouts import FOLDER
 
 __all__ = ["chaos_main", "parse_ranks"]
@@ -51,13 +50,12 @@ def chaos_main(args: Sequence[str] | None = None) -> int:
         striker = Striker(
             process.pid, Path(folder), given.every, given.kind, given.ranks, given.seed, given.until, say=_say
         )
-        with _passing_signals_on(process):
+        with passing_signals_on(process):
             striker.run(lambda seconds: _ends_within(process, seconds))
             code = process.wait()
         striker.end_stopped()
     _say(_summary(striker.strikes, code, time.monotonic() - started))
-    # As a shell tells of a signal.
-    return code if code >= 0 else 128 - code
+    return shell_status(code)
 
 
 def parse_ranks(text: str) -> frozenset[int]:
@@ -82,9 +80,8 @@ def parse_ranks(text: str) -> frozenset[int]:
 def _summary(strikes: Sequence[Strike], code: int, seconds: float) -> str:
     by_rank = Counter(strike.rank for strike in strikes)
     details = ", ".join(f"rank {rank}: {count}" for rank, count in sorted(by_rank.items()))
-    ended = f"exited with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
     count = f"{len(strikes)} strike{'' if len(strikes) == 1 else 's'}"
-    return f"{count}{f' ({details})' if details else ''}; the command {ended} after {seconds:.1f} s"
+    return f"{count}{f' ({details})' if details else ''}; the command {describe_code(code)} after {seconds:.1f} s"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,23 +119,6 @@ def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
-
-
-@contextmanager
-def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM goes to the command; Ctrl+C has reached it, and what becomes of it is its own."""
-
-    def pass_on(number: int, frame: object) -> None:
-        if number == signal.SIGTERM:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:

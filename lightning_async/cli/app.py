@@ -46,6 +46,7 @@ _SUMMARIES = {
     "plan": "say what asynchronous training would do with given step times",
     "demo": "train a small network with this strategy and with DDP, side by side",
     "join": "add a worker to a fit that is under way, from any machine",
+    "run": "run a command, and start it again when it is killed or fails",
     "chaos": "run a command, and kill a random rank of it every so often",
 }
 
@@ -274,6 +275,12 @@ def _join(args: Sequence[str]) -> int:
     return 0
 
 
+def _run(args: Sequence[str]) -> int:
+    # Imported when it is called: training ranks do not need it.
+    run: Any = importlib.import_module("lightning_async.cli.run")
+    return int(run.run_main(list(args)))
+
+
 def _chaos(args: Sequence[str]) -> int:
     # Imported when it is called: training ranks do not need it.
     chaos: Any = importlib.import_module("lightning_async.chaos.command")
@@ -286,19 +293,20 @@ _OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "demo": _demo,
     "join": _join,
+    "run": _run,
     "chaos": _chaos,
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo|join|chaos ...`.
+    """Run `lightning-async fit|validate|test|predict|compare|report|plan|demo|join|run|chaos ...`.
 
     Args:
         args: arguments without the program's name; `None` takes those of the process.
 
     Raises:
         SystemExit: with status 2 when the arguments or the configuration are wrong; with the status of
-            `compare`, `report`, `demo` and `chaos` when they are done.
+            `compare`, `report`, `demo`, `run` and `chaos` when they are done.
     """
     add_working_directory_to_path()
     given = list(sys.argv[1:] if args is None else args)

@@ -9,10 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["Job"]
+__all__ = ["RESTARTS_VARIABLE", "RUN_VARIABLE", "Job"]
+
+# What `lightning-async run` tells its command, and any scheduler can: a name that no other job has, and how often it
+# was started again.
+RUN_VARIABLE, RESTARTS_VARIABLE = "LIGHTNING_ASYNC_RUN", "LIGHTNING_ASYNC_RESTART_COUNT"
 
 # What torchrun calls a run that was given no name.
 _NAMELESS = ("", "none")
+_RUN = "lightning-async run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class Job:
         host: the host's name.
         slurm: SLURM's number of the job and of its step.
         restarted_by: the schedulers that have started it again.
+        run: what ``LIGHTNING_ASYNC_RUN`` calls it.
 
     Examples:
         >>> first = Job(slurm="17.0")
@@ -38,6 +44,7 @@ class Job:
     host: str = ""
     slurm: str = ""
     restarted_by: tuple[str, ...] = ()
+    run: str = ""
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Job:
@@ -46,13 +53,18 @@ class Job:
         error_file = PurePath(environment.get("TORCHELASTIC_ERROR_FILE", ""))
         agent = "/".join(error_file.parts[-5:-3]) if len(error_file.parts) > 5 else ""
         job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
-        counters = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "SLURM": "SLURM_RESTART_COUNT"}
+        counters = {
+            "torchrun": "TORCHELASTIC_RESTART_COUNT",
+            "SLURM": "SLURM_RESTART_COUNT",
+            _RUN: RESTARTS_VARIABLE,
+        }
         return cls(
             torchrun=environment.get("TORCHELASTIC_RUN_ID", ""),
             agent=agent,
             host=socket.gethostname(),
             slurm=f"{job}.{step}" if step else job,
             restarted_by=tuple(by for by, name in counters.items() if environment.get(name, "0") not in ("", "0")),
+            run=environment.get(RUN_VARIABLE, ""),
         )
 
     def state(self) -> dict[str, str]:
@@ -68,7 +80,8 @@ class Job:
     def continues(self, earlier: Job) -> bool:
         """Whether this process was started to go on with what ``earlier`` has begun."""
         torchrun = "torchrun" in self.restarted_by and self._has_same_run(earlier)
-        return torchrun or ("SLURM" in self.restarted_by and bool(self.slurm) and self.slurm == earlier.slurm)
+        named = _RUN in self.restarted_by and bool(self.run) and self.run == earlier.run
+        return torchrun or named or ("SLURM" in self.restarted_by and bool(self.slurm) and self.slurm == earlier.slurm)
 
     def _has_same_run(self, earlier: Job) -> bool:
         if self.torchrun != earlier.torchrun:

@@ -242,6 +242,15 @@ class Membership:
         """How many ranks this rank knows to be lost."""
         return len(self._lost)
 
+    def has_lost_of_group(self, known: int) -> bool:
+        """Whether a rank of the present process group, or of the one that is being formed, is lost.
+
+        Args:
+            known: how many ranks were known to be lost before it was settled who is in it.
+        """
+        group = self.group
+        return any(group is None or failure.rank in group for failure in self._lost[known:])
+
     def was_lost(self, error: Exception, known: int) -> bool:
         """Whether an error comes from a rank that was lost; waits a moment for the news of it.
 

@@ -26,6 +26,7 @@ __all__ = [
     "break_groups",
     "breakable",
     "exchange_group",
+    "forming_timeout",
     "open_exchange_group",
     "open_store",
     "reform_default_group",
@@ -50,8 +51,9 @@ _open_before: frozenset[int] | None = None
 # The ports that this process listened at then.
 _old_ports: frozenset[int] = frozenset()
 
-# A rank that is lost meanwhile would be waited for, and all of them have just met.
-_FORMING_TIMEOUT_S = 30.0
+# All have just met. One that is lost meanwhile is waited for: where Gloo waits for its connection there is none yet
+# that could be broken, and it waits five times as long as this. A slow machine gets longer at the next attempt.
+_SHORTEST_FORMING_S, _LONGEST_FORMING_S = 2.0, 60.0
 _LOOK_S = 0.1
 
 
@@ -171,7 +173,22 @@ def open_store(host: str) -> dist.TCPStore:
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
-def reform_default_group(store: dist.Store, place: int, size: int, backend: str, timeout: timedelta | None) -> None:
+def forming_timeout(attempt: int) -> timedelta:
+    """How long a rank waits for each other one while a group is formed.
+
+    Args:
+        attempt: how often it was tried before.
+
+    Examples:
+        >>> [forming_timeout(attempt).seconds for attempt in (0, 1, 2, 9)]
+        [2, 4, 8, 60]
+    """
+    return timedelta(seconds=min(_SHORTEST_FORMING_S * 2 ** min(attempt, 10), _LONGEST_FORMING_S))
+
+
+def reform_default_group(
+    store: dist.Store, place: int, size: int, backend: str, timeout: timedelta | None, forming: timedelta
+) -> None:
     """Puts a default group of other ranks in the place of the present one; a collective call of those ranks.
 
     Args:
@@ -180,18 +197,20 @@ def reform_default_group(store: dist.Store, place: int, size: int, backend: str,
         size: number of them.
         backend: the group's.
         timeout: of its collectives; None for the backend's own.
+        forming: how long each is waited for.
 
     Raises:
         RuntimeError: if one of them does not come.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    forming = timedelta(seconds=_FORMING_TIMEOUT_S)
     store.set_timeout(forming)
     dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming)
+    patience = timeout or default_pg_timeout
+    store.set_timeout(patience)
     for device in _default_group()._device_types:
         own: Any = _default_group()._get_backend(device)
-        own._set_default_timeout(timeout or default_pg_timeout)
+        own._set_default_timeout(patience)
     global _reformed
     _reformed = weakref.ref(_default_group())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from lightning_async.runtime.meeting import Meeting
 from lightning_async.runtime.process_groups import (
     breakable,
     exchange_group,
+    forming_timeout,
     open_store,
     reform_default_group,
     reformed_place,
@@ -130,7 +133,7 @@ class PhasedCollectives(DDPStrategy):
             was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
             on_group_forming: called before it is settled who is in a group that is to be formed, with None, and with
                 its ranks when it is.
-            is_group_outdated: whether a rank was lost since.
+            is_group_outdated: whether one of them was lost since.
         """
         self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
         self._is_group_outdated = is_group_outdated
@@ -159,26 +162,27 @@ class PhasedCollectives(DDPStrategy):
         meeting = self.meeting
         if meeting is None or meeting.generation == self._group_generation:
             return
-        while True:
+        for attempt in itertools.count():
             # Before the meeting that settles who is in it: who is lost from here on may be one of them.
             self._on_group_forming(None)
             own = open_store(meeting.host) if meeting.is_host else None
             port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
             generation, members = meeting.generation, meeting.ranks
             self._on_group_forming(members)
-            done = self._reform(meeting.host, port, members)
+            done = self._reform(meeting.host, port, members, forming_timeout(attempt))
             self._store = own
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
                 break
         self._group_generation, self._members = generation, members
 
-    def _reform(self, host: str, port: int, members: tuple[int, ...]) -> bool:
+    def _reform(self, host: str, port: int, members: tuple[int, ...], patience: timedelta) -> bool:
         place, size = members.index(self.worker_rank), len(members)
         try:
             with breakable(self._is_group_outdated):
                 # Rank 0, too, by a connection that was opened for it: one of before would not be broken.
-                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-                reform_default_group(store, place, size, self._get_process_group_backend(), self._timeout)
+                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+                backend = self._get_process_group_backend()
+                reform_default_group(store, place, size, backend, self._timeout, patience)
         except RuntimeError as error:
             # One of them was lost meanwhile; else the next attempt says so again.
             log.debug("no process group of ranks %s: %s", members, error)

@@ -166,8 +166,8 @@ class RunSupervisor:
             self._losses_known = self.membership.losses
 
     def is_group_outdated(self) -> bool:
-        """Whether a rank was lost since then, which may be in that group."""
-        return self.membership.losses > self._losses_known
+        """Whether a rank of that group was lost since then."""
+        return self.membership.has_lost_of_group(self._losses_known)
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

@@ -293,7 +293,7 @@ def test_help_lists_every_command_with_one_line(
     assert exit_info.value.code == 0
     assert help_text.startswith("usage: lightning-async ")
     assert [line.split()[0] for line in commands] == [
-        *("fit", "validate", "test", "predict", "compare", "report", "plan", "demo", "join", "chaos")
+        *("fit", "validate", "test", "predict", "compare", "report", "plan", "demo", "join", "run", "chaos")
     ]
     assert all(len(line.split()) > 3 for line in commands)
     assert "--print_completion" in help_text

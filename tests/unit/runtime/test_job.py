@@ -22,6 +22,10 @@ def slurm(job: str, restarts: int = 1, **variables: str) -> Job:
     return Job.of_environment({"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts), **variables})
 
 
+def named(run: str, restarts: int = 1) -> Job:
+    return Job.of_environment({"LIGHTNING_ASYNC_RUN": run, "LIGHTNING_ASYNC_RESTART_COUNT": str(restarts)})
+
+
 def on(host: str, job: Job) -> Job:
     return Job(job.torchrun, job.agent, host, job.slurm, job.restarted_by)
 
@@ -47,6 +51,10 @@ def on(host: str, job: Job) -> Job:
         (slurm("17", 0), slurm("17", 0), False),
         (slurm("17"), slurm("16", 0), False),
         (slurm("17", SLURM_STEP_ID="0"), slurm("17", 0, SLURM_STEP_ID="1"), False),
+        (named("a"), named("a", 0), True),
+        (named("a", 0), named("a", 0), False),
+        (named("a"), named("b", 0), False),
+        (named(""), named("", 0), False),
         # What is not of a job is no job's.
         (torchrun(1), Job(), False),
         (Job(restarted_by=("SLURM",)), Job(), False),

@@ -172,6 +172,9 @@ def test_news_of_a_loss_break_the_group_that_the_lost_rank_is_in_and_no_other(
     mine._hear_of(KILLED)
 
     assert bool(broken) == breaks
+    # While that group is formed it is broken again and again.
+    assert mine.has_lost_of_group(known=0) == breaks
+    assert not mine.has_lost_of_group(known=1)
     assert mine.losses == 1
     assert mine.latch.failure is None
 

@@ -31,7 +31,7 @@ def form(port: int, place: int, size: int) -> None:
     """A group of the ranks that come to a store."""
     with breakable():
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        reform_default_group(store, place, size, "gloo", PATIENCE)
+        reform_default_group(store, place, size, "gloo", PATIENCE, PATIENCE)
 
 
 def broken_off(folder: Path, name: str, wait: object) -> str:

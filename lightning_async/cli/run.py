@@ -1,0 +1,125 @@
+"""`lightning-async run`: runs a command, and starts it again when it was killed or has failed."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+
+from lightning_async.chaos.processes import descendants, parents
+from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status
+from lightning_async.runtime.interrupts import INTERRUPTED
+from lightning_async.runtime.job import RESTARTS_VARIABLE, RUN_VARIABLE
+from lightning_async.strategies.launching import END_TIMEOUT_S, back_off_s
+
+__all__ = ["run_main"]
+
+_EPILOGUE = """example:
+  lightning-async run --max-restarts 3 -- python train.py
+
+train.py is to train with a strategy of this package that has snapshot_every_s=60 or so:
+it goes on from the newest snapshot by itself. A command that is interrupted, is stopped
+by SIGTERM or has wrong arguments (status 2) is not started again. Other ranks than rank 0
+need no restart: on_worker_failure="continue" goes on without them.
+"""
+_WRONG_ARGUMENTS = 2
+# Of linux/prctl.h.
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_S = 0.05
+
+
+def run_main(args: Sequence[str] | None = None) -> int:
+    """Runs the command, as often as it takes.
+
+    Args:
+        args: arguments after `run`; None takes those of the process.
+
+    Returns:
+        The exit status: that of the command when it was run last.
+    """
+    parser = _parser()
+    given = parser.parse_args(args)
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not command:
+        parser.error("what is to be run? lightning-async run -- python train.py")
+    _adopt_orphans()
+    variables = os.environ | {RUN_VARIABLE: os.environ.get(RUN_VARIABLE) or uuid.uuid4().hex}
+    count = 0
+    while True:
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(command, env=variables | {RESTARTS_VARIABLE: str(count)})
+        except OSError as error:
+            parser.error(f"{command[0]} cannot be run: {error.strerror}")
+        with passing_signals_on(process) as came:
+            code = process.wait()
+        status = shell_status(code)
+        ended = f"the command {describe_code(code)} after {time.monotonic() - started:.0f} s"
+        if code == 0 or came or status in (_WRONG_ARGUMENTS, INTERRUPTED):
+            return status
+        if count == given.max_restarts:
+            _say(f"{ended}, and was started again {count} times (--max-restarts): it is not started any more")
+            return status
+        count += 1
+        delay_s = back_off_s(count)
+        when = f" in {delay_s:g} s" if delay_s else ""
+        _say(f"{ended}; it is started again{when} ({count} of {given.max_restarts})")
+        try:
+            # Ranks that rank 0 has left behind have the GPUs.
+            _end_orphans(END_TIMEOUT_S)
+            time.sleep(delay_s)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-async run",
+        usage="lightning-async run [--max-restarts N] -- COMMAND ...",
+        description="Run a command, and start it again when it was killed or has failed: the run survives rank 0.",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--max-restarts", type=_count, default=3, metavar="N", help="how often it is started again (3)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
+    return int(text)
+
+
+def _adopt_orphans() -> None:
+    """Makes what the command leaves behind a child of this process, so that it is found."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_orphans(timeout_s: float) -> None:
+    """Gives what the command has left behind ``timeout_s`` to end by itself, then kills it."""
+    deadline = time.monotonic() + timeout_s
+    while left := descendants(os.getpid(), parents()):
+        if time.monotonic() > deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(_LOOK_S)
+    # They have no other parent that would ask for their status.
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _say(line: str) -> None:
+    # The command's own output may be read by another program.
+    sys.stderr.write(f"[run] {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,160 @@
+"""`lightning-async run` starts a command again that was killed, and the run goes on from its newest snapshot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
+
+from lightning_async import AsyncAMSGradStrategy
+from lightning_async.cli.run import run_main
+from tests.harness import eventually
+from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, assert_resumed_exactly
+from tests.launch import ENVIRONMENT, Launched, launch
+from tests.models import fork_trainer, loader
+
+pytestmark = pytest.mark.timeout(240)
+
+EPOCHS = 12
+SNAPSHOT = Path("lightning_async") / "snapshot.ckpt"
+COUNT = 'echo x >> starts; n=$(wc -l < starts); test "$LIGHTNING_ASYNC_RESTART_COUNT" = $((n - 1)) || exit 99; '
+
+
+@pytest.fixture(autouse=True)
+def _here_and_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_async.cli.run.back_off_s", lambda count: 0.0)
+
+
+def run(folder: Path, *arguments: str, timeout_s: float = 60.0) -> Launched:
+    """Runs the command in a process of its own: it adopts what its command leaves."""
+
+    def body(folder: Path) -> None:
+        os.environ |= ENVIRONMENT
+        sys.exit(run_main(arguments))
+
+    return launch(body, folder, timeout_s)
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "count"),
+    [
+        ("exit 0", 0, 1),
+        ("test $n = 3 || exit 1", 0, 3),
+        ("test $n = 2 || kill -KILL $$", 0, 2),
+        ("exit 7", 7, 3),
+        ("kill -KILL $$", 128 + signal.SIGKILL, 3),
+        # Wrong arguments, and Ctrl+C.
+        ("exit 2", 2, 1),
+        ("exit 130", 130, 1),
+        ("kill -INT $$", 130, 1),
+    ],
+)
+def test_a_command_is_started_again_where_that_may_help(tmp_path: Path, script: str, status: int, count: int) -> None:
+    found = run(tmp_path, "--max-restarts", "2", "--", "sh", "-c", COUNT + script)
+
+    assert found.returncode == status, found.output
+    assert starts(tmp_path) == count
+    said = [line for line in found.output.splitlines() if line.startswith("[run] ")]
+    assert len(said) == (count if status and count > 1 else count - 1)
+
+
+def test_all_starts_have_one_name(tmp_path: Path) -> None:
+    run(tmp_path, "--max-restarts", "1", "--", "sh", "-c", "echo $LIGHTNING_ASYNC_RUN >> starts; exit 1")
+    run(tmp_path, "--max-restarts", "0", "--", "sh", "-c", "echo $LIGHTNING_ASYNC_RUN >> starts")
+
+    first, second, other = (tmp_path / "starts").read_text().split()
+    assert first == second != other
+
+
+def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_async.cli.run.END_TIMEOUT_S", 0.2)
+    script = COUNT + 'test $n = 2 && exit 0; trap "" TERM; sleep 60 & echo $! > left; kill -KILL $$'
+
+    found = run(tmp_path, "--", "sh", "-c", script)
+
+    assert found.returncode == 0, found.output
+    assert starts(tmp_path) == 2
+    assert not Path(f"/proc/{(tmp_path / 'left').read_text().strip()}").exists()
+
+
+def test_sigterm_ends_the_command_and_is_no_reason_to_start_it_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_async", "run", "--", "sh", "-c", COUNT + "exec sleep 60"]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, cwd=tmp_path)
+    eventually(lambda: (tmp_path / "starts").exists(), timeout_s=60)
+    process.terminate()
+
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert starts(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "what is to be run?"),
+        (["--max-restarts", "many", "--", "true"], "'many' is not 0 or a positive whole number"),
+        (["--", "./no-such-command"], "./no-such-command cannot be run"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(arguments)
+
+    assert exit_info.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+class KillsRankZero(Callback):
+    """Kills rank 0 some batches after the first snapshot."""
+
+    def __init__(self, snapshot: Path) -> None:
+        self.snapshot = snapshot
+        self.batches_left = 5
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.strategy.worker_rank == 0 and self.snapshot.exists():
+            self.batches_left -= 1
+            if self.batches_left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(start_method: Any) -> None:
+    """The script: rank 0 is killed in its first start."""
+    folder = Path.cwd()
+    seed_everything(SEED, verbose=False)
+    killers = [KillsRankZero(folder / SNAPSHOT)]
+    if os.environ["LIGHTNING_ASYNC_RESTART_COUNT"] != "0":
+        if not (folder / "kept.ckpt").exists():
+            shutil.copy(folder / SNAPSHOT, folder / "kept.ckpt")
+        killers = []
+    strategy = AsyncAMSGradStrategy(start_method=start_method, snapshot_every_s=0.15)
+    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=killers)
+    trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
+
+
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("popen", marks=pytest.mark.soak)])
+def test_a_run_outlives_rank_0_with_every_sample_once(tmp_path: Path, start_method: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(f"if __name__ == '__main__':\n    from {__name__} import train\n    train('{start_method}')\n")
+
+    found = run(tmp_path, "--", sys.executable, str(script), timeout_s=200.0)
+
+    assert found.returncode == 0, found.output
+    assert "was started again" not in found.output
+    assert found.output.count("it is started again (1 of 3)") == 1
+    assert "This job was restarted by lightning-async run and goes on from the snapshot" in found.output
+    assert_resumed_exactly(tmp_path / "kept.ckpt", found.reports(), epochs=EPOCHS)

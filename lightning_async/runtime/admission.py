@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ __all__ = ["Admission", "Admitted", "Invitation", "JoinRequest", "leave_invitati
 log = logging.getLogger(__name__)
 
 _VARIABLE = "LIGHTNING_ASYNC_JOIN"
+# A lost rank may be started again before rank 0 has noticed that it is lost.
+_NOTICE_TIMEOUT_S, _LOOK_S = 5.0, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,9 @@ class Admission:
                 return self._roster.next_rank()
             if not isinstance(asked, int) or asked < 1:
                 raise HandshakeError(f"it wants to join as rank {asked!r}")
+            noticed_by = time.monotonic() + _NOTICE_TIMEOUT_S
+            while asked in self._roster and not self._closed and time.monotonic() < noticed_by:
+                self._changed.wait(_LOOK_S)
             if asked in self._roster:
                 raise HandshakeError(f"rank {asked} is in the run")
             return asked, self._roster.next_incarnation(asked)

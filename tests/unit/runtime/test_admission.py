@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime import admission
 from lightning_async.runtime.admission import Admission, Admitted, Invitation, JoinRequest
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import JOIN, Address, HandshakeError, handshake
@@ -165,11 +166,25 @@ def test_one_that_dies_as_it_comes_in_is_looked_after(house: House) -> None:
     assert house.roster.living == (0, 2)
 
 
+def test_one_that_comes_back_before_its_loss_is_noticed_waits_for_that(house: House) -> None:
+    house.admission.open(b"")
+    again = Call(lambda: house.knock(1))
+
+    assert again.waits()
+    house.roster.remove(1, "its process is gone")
+
+    assert again.ended() is None
+    assert house.requests[0].incarnation == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [(2, "rank 2 is in the run"), (0, "it wants to join as rank 0"), ("two", "it wants to join as rank 'two'")],
 )
-def test_who_cannot_be_what_it_asks_for_is_refused_by_name(house: House, asked: Any, reason: str) -> None:
+def test_who_cannot_be_what_it_asks_for_is_refused_by_name(
+    house: House, asked: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "_NOTICE_TIMEOUT_S", 0.1)
     house.admission.open(b"")
     with pytest.raises(HandshakeError, match=reason):
         handshake(house.address, 1, JOIN, joins_as=asked)

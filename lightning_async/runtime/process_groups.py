@@ -137,10 +137,11 @@ def break_groups() -> None:
     One that waits for a rank that is stopped, or cut off, would wait for half an hour: Gloo's own ``abort`` does not
     wake it. It does see the end of its connections.
     """
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        group: object = _default_group()._get_backend(torch.device("cuda"))
-        with suppress(AttributeError, RuntimeError):
-            group.abort()  # type: ignore[attr-defined]  # NCCL's own
+    # The rank's own thread may be leaving the group right now: then torch knows it no more.
+    with suppress(AttributeError, RuntimeError, ValueError):
+        group: Any = dist.group.WORLD if dist.is_available() else None
+        if group is not None and dist.get_backend(group) == "nccl":
+            group._get_backend(torch.device("cuda")).abort()
     forming = _open_before
     doomed = {inode: descriptor for inode, descriptor in _tcp_sockets().items() if inode in _sockets}
     if forming is not None:

@@ -99,3 +99,13 @@ def test_where_there_is_no_group_nothing_is_broken() -> None:
     break_groups()
 
     assert reformed_place() is None
+
+
+def test_a_group_that_another_thread_is_leaving_is_nothing_to_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_gone(group: object) -> str:
+        raise ValueError(f"Process group {group} is not initialized in the world group map.")
+
+    monkeypatch.setattr(dist.GroupMember, "WORLD", object())
+    monkeypatch.setattr(dist, "get_backend", is_gone)
+
+    break_groups()

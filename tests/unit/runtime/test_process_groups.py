@@ -7,6 +7,7 @@ import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_a_group_that_another_thread_is_leaving_is_nothing_to_break(monkeypatch:
     def is_gone(group: object) -> str:
         raise ValueError(f"Process group {group} is not initialized in the world group map.")
 
-    monkeypatch.setattr(dist.GroupMember, "WORLD", object())
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=object()))
     monkeypatch.setattr(dist, "get_backend", is_gone)
 
     break_groups()

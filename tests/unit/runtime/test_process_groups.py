@@ -106,6 +106,7 @@ def test_a_group_that_another_thread_is_leaving_is_nothing_to_break(monkeypatch:
     def is_gone(group: object) -> str:
         raise ValueError(f"Process group {group} is not initialized in the world group map.")
 
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=object()))
     monkeypatch.setattr(dist, "get_backend", is_gone)
 

@@ -74,13 +74,13 @@ class Link:
             rate = ["rate", f"{megabits}mbit", "burst", "32k", "latency", f"{_QUEUE_MS}ms"]
             host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
 
-    def cut(self) -> None:
-        """Lets nothing through, and no side is told: the switch has lost b."""
-        self._switch.ip("ip", "link", "set", "port-b", "nomaster")
+    def cut(self, host: str = "b") -> None:
+        """Lets nothing through, and no side is told: the switch has lost ``host``."""
+        self._switch.ip("ip", "link", "set", f"port-{host}", "nomaster")
 
-    def mend(self) -> None:
+    def mend(self, host: str = "b") -> None:
         """Ends `cut`."""
-        self._switch.ip("ip", "link", "set", "port-b", "master", "br0")
+        self._switch.ip("ip", "link", "set", f"port-{host}", "master", "br0")
 
     def unplug(self) -> None:
         """Takes b's interface down, which its own kernel sees."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.registration import STRATEGIES
 
-__all__ = ["describe_own_start", "no_script_here"]
+__all__ = ["describe_own_start", "no_script_here", "refuse_rank_without_device"]
 
 
 def no_script_here(strategy: LaunchedStrategy, how: str) -> MisconfigurationException:
@@ -23,6 +25,32 @@ def no_script_here(strategy: LaunchedStrategy, how: str) -> MisconfigurationExce
         f"{kind} starts its ranks by {how}, and in an interactive session (a notebook, python -i) there is none. Take "
         f'{by_name}strategy={kind}(start_method="fork", ...), or run the code as a script.'
     )
+
+
+def refuse_rank_without_device(local_rank: int, devices: int) -> None:
+    """Refuses a process that Lightning has no device for, which would end in an IndexError.
+
+    Args:
+        local_rank: this process's number on its host.
+        devices: number of devices of the Trainer.
+
+    Raises:
+        MisconfigurationException: if there is none.
+
+    Examples:
+        >>> refuse_rank_without_device(local_rank=1, devices=2)
+    """
+    if local_rank >= devices:
+        hint = ""
+        if "SLURM_HET_SIZE" in os.environ:
+            hint = (
+                " Where the components of a heterogeneous job have unlike numbers of tasks, put the one with the most "
+                "tasks on a host last: srun gives all of them its --ntasks-per-node."
+            )
+        raise MisconfigurationException(
+            f"This is process {local_rank + 1} of its host, and Trainer(devices={devices}) has no device for it. "
+            f"Set devices to the largest number of ranks on one host.{hint}"
+        )
 
 
 def describe_own_start(num_nodes: int) -> str:

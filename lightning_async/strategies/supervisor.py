@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -86,7 +85,7 @@ class RunSupervisor:
             describe_end=self._describe_end,
             graceful=(SIGTERMException,),
             has_stepped=lambda: self._ranks.has_stepped,
-            exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
+            exit_process=self.launcher.exit_process,
         )
         return self._guarded(self._membership)
 

@@ -17,17 +17,17 @@ __all__ = ["SAMPLES", "seen_by_ranks", "trained_samples"]
 SAMPLES = 64
 
 
-def main() -> None:
-    """Trains, and says so when it is done."""
+def main(*words: str) -> None:
+    """Trains as the command line says, and says so when it is done."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", default="2")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--sleep-s", type=float, default=0.0)
     parser.add_argument("--strategy", default="{}", help="the strategy's arguments, as JSON")
+    parser.add_argument("--faults", default="[]", help="what goes wrong, as JSON")
     parser.add_argument("--folder", type=Path, default=Path())
-    arguments = parser.parse_args()
-    train(arguments)
+    train(parser.parse_args(list(words) or None))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -35,10 +35,11 @@ def train(arguments: argparse.Namespace) -> None:
     import lightning as L
 
     from lightning_async import AsyncAMSGradStrategy
+    from lightning_async.chaos import Fault, FaultInjector
     from tests.models import TinyClassifier, loader
 
     module = TinyClassifier(sleep_s=(arguments.sleep_s,) * 16)
-    recorder = Tickets()
+    recorder = record()
     strategy = AsyncAMSGradStrategy(**json.loads(arguments.strategy))
     strategy.observers.append(recorder)
     trainer = L.Trainer(
@@ -47,6 +48,7 @@ def train(arguments: argparse.Namespace) -> None:
         num_nodes=arguments.nodes,
         strategy=strategy,
         max_epochs=arguments.epochs,
+        callbacks=[recorder, FaultInjector([Fault(**fault) for fault in json.loads(arguments.faults)])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -62,19 +64,31 @@ def train(arguments: argparse.Namespace) -> None:
         "host": os.uname().nodename,
         "seen": module.seen,
         "applied": recorder.applied,
+        "began": recorder.began,
+        "ended": strategy.version,
     }
     (arguments.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(left))
     print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
 
 
-class Tickets:
-    """The tickets of the updates that the holder made, on rank 0."""
+def record() -> Any:
+    """A callback and observer: the version that training began at, and on rank 0 the tickets of the updates made."""
+    import lightning as L
 
-    def __init__(self) -> None:
-        self.applied: list[int] = []
+    class Record(L.Callback):
+        began = 0
 
-    def __call__(self, update: Any, tickets: tuple[int, ...]) -> None:
-        self.applied += tickets
+        def __init__(self) -> None:
+            self.applied: list[int] = []
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.began = trainer.strategy.version
+            print(f"rank {trainer.global_rank} trains", flush=True)
+
+        def __call__(self, update: Any, tickets: tuple[int, ...]) -> None:
+            self.applied += tickets
+
+    return Record()
 
 
 def seen_by_ranks(folder: Path) -> list[dict[str, Any]]:

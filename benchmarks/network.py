@@ -8,6 +8,7 @@ or outlives the process.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class HostThread:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "host")
         self.tid = self.run(self._leave)
+        self._pid = os.getpid()
 
     def _leave(self) -> int:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -38,6 +40,13 @@ class HostThread:
 
     def run(self, call: Callable[[], _T]) -> _T:
         return self._thread.submit(call).result()
+
+    def enter(self) -> None:
+        """Takes the calling thread to this host: a fork's only one, which may not come from this host's thread."""
+        with open(f"/proc/{self._pid}/task/{self.tid}/ns/net") as network:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(network.fileno(), _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
 
     def ip(self, *arguments: str) -> None:
         """Runs ``ip`` or ``tc`` there; the first argument says which."""

@@ -62,17 +62,15 @@ class TwoHosts(threading.Thread):
         place.mkdir()
 
         def script(folder: Path) -> None:
+            host.enter()
             os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
             # Its name is that of this machine, whose addresses it does not have.
             os.environ |= {"GLOO_SOCKET_IFNAME": "eth0", "NODE_RANK": "0" if name == "a" else "1"}
             train(run, folder, [_Progress(self._folder / "stop")])
 
-        def fork() -> int:
-            if (pid := os.fork()) == 0:
-                _run_child(script, place, place / "output.txt")
-            return pid
-
-        return host.run(fork)
+        if (pid := os.fork()) == 0:
+            _run_child(script, place, place / "output.txt")
+        return pid
 
     def run(self) -> None:
         read = dict.fromkeys(self._hosts, 0)

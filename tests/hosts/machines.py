@@ -19,6 +19,8 @@ from tests.launch import ENVIRONMENT
 
 __all__ = ["Machines", "two_machines"]
 
+# What a shell there finds, and which module of this interpreter's each is.
+_COMMANDS = {"python": "", "torchrun": "torch.distributed.run", "lightning-async": "lightning_async"}
 _TOOLS = ("unshare", "mount", "hostname")
 # What runs the tests may itself be a job.
 _JOBS = ("SLURM_", "TORCHELASTIC_", "PET_", "SKYPILOT_", "LIGHTNING_ASYNC_", "MASTER_", "GROUP_", "LOCAL_")
@@ -46,16 +48,15 @@ class Machines:
         self.environment = {
             name: value for name, value in os.environ.items() if name != "RANK" and not name.startswith(_JOBS)
         }
-        # `python` is this interpreter there, and `torchrun` its torch's.
         self.environment["PATH"] = f"{self._tools()}:{os.environ['PATH']}"
         self.environment |= ENVIRONMENT
 
     def _tools(self) -> Path:
         tools = self.folder / "bin"
         tools.mkdir()
-        for name, command in (("python", ""), ("torchrun", " -m torch.distributed.run")):
+        for name, module in _COMMANDS.items():
             tool = tools / name
-            tool.write_text(f'#!/bin/sh\nexec {sys.executable}{command} "$@"\n')
+            tool.write_text(f'#!/bin/sh\nexec {sys.executable}{f" -m {module}" if module else ""} "$@"\n')
             tool.chmod(0o755)
         return tools
 

@@ -63,6 +63,8 @@ class HostThread:
 class Link:
     """Two hosts and a switch between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
 
+    ADDRESS = "10.77.0.1"
+
     def __init__(self, v4: bool = True) -> None:
         self.a, self.b, self._switch = HostThread(), HostThread(), HostThread()
         self._switch.ip("ip", "link", "add", "br0", "type", "bridge")

@@ -47,8 +47,10 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 
 def put_script(folder: Path) -> None:
-    """The user's ``train.py``."""
-    (folder / "train.py").write_text('from tests.hosts.train import main\n\nif __name__ == "__main__":\n    main()\n')
+    """The user's ``train.py``, whose options come by the variable ``TRAIN``: the page's commands have none."""
+    main = 'main(*os.environ.get("TRAIN", "").split())'
+    text = f'import os\n\nfrom tests.hosts.train import main\n\nif __name__ == "__main__":\n    {main}\n'
+    (folder / "train.py").write_text(text)
 
 
 def run_on_both(machines: Machines, commands: Sequence[str], variables: Sequence[Mapping[str, str]] = ({}, {})) -> None:
@@ -85,14 +87,13 @@ def test_the_commands_of_the_page_train_on_two_hosts(machines: Machines, tmp_pat
 @pytest.mark.timeout(300)
 def test_a_machine_joins_by_the_pages_commands(machines: Machines, tmp_path: Path) -> None:
     commands = blocks("A machine that comes later")
-    strategy = (
-        '--nodes=1 --epochs=100000 --sleep-s=0.05 --strategy={"on_worker_failure":"continue","join_file":"join.json"}'
-    )
-    first = machines.start("node1", "sh", "-ec", commands["on node1"], output="node1.txt", TRAIN=strategy)
+    strategy = '{"on_worker_failure":"continue","join_file":"join.json"}'
+    options = f"--nodes=1 --epochs=100000 --sleep-s=0.05 --strategy={strategy}"
+    first = machines.start("node1", "sh", "-ec", commands["on node1"], output="node1.txt", TRAIN=options)
     log = tmp_path / "node1.txt"
     assert eventually(lambda: (tmp_path / "join.json").exists() and "rank 1 trains" in log.read_text(), START_S)
 
-    machines.start("node2", "sh", "-ec", commands["on node2"], output="node2.txt", TRAIN=strategy)
+    machines.start("node2", "sh", "-ec", commands["on node2"], output="node2.txt", TRAIN=options)
 
     assert eventually(lambda: "rank 2 has joined; 3 ranks train" in log.read_text(), START_S), log.read_text()
     assert first.poll() is None

@@ -19,9 +19,19 @@ from typing import Any, TypeVar
 __all__ = ["HostThread", "Link"]
 
 _T = TypeVar("_T")
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x20000000, 0x40000000
+_MS_REC_PRIVATE = 0x4000 | 0x40000
 # What a router may keep of a link's traffic.
 _QUEUE_MS = 100
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class HostThread:
@@ -33,20 +43,25 @@ class HostThread:
         self._pid = os.getpid()
 
     def _leave(self) -> int:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "a network namespace")
+        _check(_libc().unshare(_CLONE_NEWNET))
         return threading.get_native_id()
 
     def run(self, call: Callable[[], _T]) -> _T:
         return self._thread.submit(call).result()
 
     def enter(self) -> None:
-        """Takes the calling thread to this host: a fork's only one, which may not come from this host's thread."""
+        """Makes a fork, whose only thread calls this, a process of this host, which sees no other's processes.
+
+        It does not return in the process that calls it, which waits for the one that goes on, and ends as that does.
+        """
         with open(f"/proc/{self._pid}/task/{self.tid}/ns/net") as network:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(network.fileno(), _CLONE_NEWNET) != 0:
-                raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
+            _check(_libc().setns(network.fileno(), _CLONE_NEWNET))
+        _check(_libc().unshare(_CLONE_NEWPID | _CLONE_NEWNS))
+        if first := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+            os._exit(code if code >= 0 else 128 - code)
+        _check(_libc().mount(None, b"/", None, _MS_REC_PRIVATE, None))
+        _check(_libc().mount(b"proc", b"/proc", b"proc", 0, None))
 
     def ip(self, *arguments: str) -> None:
         """Runs ``ip`` or ``tc`` there; the first argument says which."""

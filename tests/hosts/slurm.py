@@ -23,6 +23,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
+# A job that is requeued waits for as long.
+AuthInfo=cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -36,7 +38,7 @@ MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SchedulerParameters=bf_interval=1,sched_interval=1,requeue_delay=1
+SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
 MinJobAge=3600
 KillWait=5

@@ -24,6 +24,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
+from lightning_async.strategies.launch_errors import describe_refused_peer
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.script_launcher import ScriptLauncher
@@ -262,6 +263,10 @@ class RunSupervisor:
             # A rendezvous is a call that no signal interrupts.
             with interruptible(self.launcher.interrupt):
                 yield
+        except RuntimeError as error:
+            if (hint := describe_refused_peer(str(error), self._ranks.num_nodes)) is None:
+                raise
+            raise RuntimeError(f"The ranks cannot form a process group: {hint}.") from error
         finally:
             timer.cancel()
 

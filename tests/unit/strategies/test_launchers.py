@@ -238,6 +238,30 @@ def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert "they are started from here and may still be importing" in record.message
 
 
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ("[127.0.1.1]:17830$1", "at 127.0.1.1, which leads back to this host"),
+        ("[10.0.0.2]:17830$1", "process group at 10.0.0.2: that rank has ended, a firewall is between them"),
+    ],
+)
+def test_a_process_group_that_cannot_be_reached_is_told_with_what_to_set(remote: str, told: str) -> None:
+    environment = SimpleNamespace(main_address="node1", main_port=29500)
+    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=1, world_size=2, num_nodes=2)
+    supervisor = ranks.RunSupervisor(strategy, "spawn", 60.0, Resilience())
+
+    with pytest.raises(RuntimeError) as failure, supervisor.impatience():
+        raise RuntimeError(
+            f"Gloo connectFullMesh failed with [pair.cc:152] SO_ERROR: Connection refused, remote={remote}"
+        )
+
+    assert told in str(failure.value)
+    assert "Set GLOO_SOCKET_IFNAME" in str(failure.value)
+    assert "pair.cc" in str(failure.value.__cause__)
+    with pytest.raises(RuntimeError, match="^another$"), supervisor.impatience():
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize("kind", [LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment])
 @pytest.mark.parametrize("started_here", [False, True])
 @pytest.mark.parametrize("local_rank", [None, "0", "1"])

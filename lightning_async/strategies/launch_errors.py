@@ -63,9 +63,9 @@ def describe_refused_peer(error: str, num_nodes: int) -> str | None:
 
     Examples:
         >>> print(describe_refused_peer("Gloo connectFullMesh failed: refused, remote=[127.0.1.1]:1783", num_nodes=2))
-        this rank was told to reach another one at 127.0.1.1, which leads back to this host: that host's own name stands \
-for it there, as Debian's /etc/hosts has it. Set GLOO_SOCKET_IFNAME to the interface that the hosts share, such as \
-eth0, on every host (docs/cluster.md)
+        this rank was told to reach another one at 127.0.1.1, which leads back to this host: that host's own name \
+stands for it there, as Debian's /etc/hosts has it. Set GLOO_SOCKET_IFNAME to the interface that the hosts share, such \
+as eth0, on every host (docs/cluster.md)
         >>> describe_refused_peer("out of memory", num_nodes=2)
     """
     if num_nodes == 1 or "connectFullMesh" not in error:

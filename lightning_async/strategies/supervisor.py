@@ -264,9 +264,9 @@ class RunSupervisor:
             with interruptible(self.launcher.interrupt):
                 yield
         except RuntimeError as error:
-            if (hint := describe_refused_peer(str(error), self._ranks.num_nodes)) is None:
+            if (cause := describe_refused_peer(str(error), self._ranks.num_nodes)) is None:
                 raise
-            raise RuntimeError(f"The ranks cannot form a process group: {hint}.") from error
+            raise RuntimeError(f"The ranks cannot form a process group: {cause}.") from error
         finally:
             timer.cancel()
 

@@ -258,7 +258,7 @@ def test_a_process_group_that_cannot_be_reached_is_told_with_what_to_set(remote:
     assert told in str(failure.value)
     assert "Set GLOO_SOCKET_IFNAME" in str(failure.value)
     assert "pair.cc" in str(failure.value.__cause__)
-    with pytest.raises(RuntimeError, match="^another$"), supervisor.impatience():
+    with pytest.raises(RuntimeError, match=r"^another$"), supervisor.impatience():
         raise RuntimeError("another")
 
 

@@ -23,7 +23,8 @@ __all__ = ["STRATEGIES", "link_bound"]
 _FORK: dict[str, Any] = {"start_method": "fork"}
 STRATEGIES: dict[str, Any] = {
     "async_amsgrad": partial(AsyncAMSGradStrategy, **_FORK),
-    "overlap": partial(AsyncAMSGradStrategy, **_FORK, overlap=True),
+    # With overlap a slow rank's gradient is two of its steps old, which "auto" has no room for.
+    "overlap": partial(AsyncAMSGradStrategy, **_FORK, overlap=True, max_staleness=64),
     "ddp": "ddp_fork",
 }
 

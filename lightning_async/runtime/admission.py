@@ -11,8 +11,11 @@ import json
 import logging
 import os
 import socket
+import struct
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,9 @@ __all__ = ["Admission", "Admitted", "Invitation", "JoinRequest", "leave_invitati
 log = logging.getLogger(__name__)
 
 _VARIABLE = "LIGHTNING_ASYNC_JOIN"
+# Of Linux: the call that tells an interface's IPv4 address, and the scope of an IPv6 address that others can reach.
+_SIOCGIFADDR = 0x8915
+_GLOBAL = "00"
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +269,34 @@ class JoinRequest:
 
 
 def outward_address() -> str:
-    """The address that other machines most likely reach this one at; the loopback address where it has no other."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: it only has the kernel choose the interface of the default route.
-            probe.connect(("10.255.255.255", 1))
+    """The address that other machines most likely reach this one at; the loopback address where it has no other.
+
+    That of the default route's interface. Machines that are linked to each other and to nothing else have no such
+    route: then it is the first address of any interface.
+    """
+    for family, far in ((socket.AF_INET, "10.255.255.255"), (socket.AF_INET6, "2001:db8::1")):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Sends nothing: it only has the kernel choose the interface.
+            probe.connect((far, 1))
             return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+    return next(_interface_addresses(), "127.0.0.1")
+
+
+def _interface_addresses() -> Iterator[str]:
+    """The addresses of this host's interfaces but for the loopback one, those of IPv4 first; known on Linux only."""
+    if sys.platform != "linux":
+        return
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                address = socket.inet_ntoa(found[20:24])
+                if not address.startswith("127."):
+                    yield address
+    with suppress(OSError):
+        for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines():
+            digits, _, _, scope, *_ = line.split()
+            if scope == _GLOBAL:
+                yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
+from benchmarks.network import Link
 from lightning_async.monitoring.diagnosis import RunFacts
 
 __all__ = ["LENET5_PARAMETERS", "QUIET", "RESNET18_PARAMETERS", "Step", "hush_lightning", "measure", "sizes_of"]
@@ -89,7 +91,12 @@ class EmulatedModule(LightningModule):
 
 
 def measure(
-    strategy: Any, steps: Sequence[float | Step], batches: int, parameters: int, with_facts: bool = False
+    strategy: Any,
+    steps: Sequence[float | Step],
+    batches: int,
+    parameters: int,
+    with_facts: bool = False,
+    link: Link | None = None,
 ) -> dict[str, Any]:
     """Trains in ranks of their own and returns rank 0's view of it.
 
@@ -99,6 +106,7 @@ def measure(
         batches: batches over all ranks.
         parameters: number of parameters of the model.
         with_facts: whether to return what the diagnosis looks at, which JSON cannot hold.
+        link: between two hosts that have half of the ranks each; without it, all are on this one.
 
     Returns:
         ``batches_per_second`` over all ranks, ``start_s`` from the call of fit to the first batch, and for
@@ -106,21 +114,33 @@ def measure(
         ``facts`` and the counted ``staleness``, if they are wanted.
     """
     taken = [step if isinstance(step, Step) else Step(sleep_s=step) for step in steps]
-    # A process per measurement, so that none inherits the threads and process groups of another.
+    # A process per measurement and host, so that none inherits the threads and process groups of another.
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(queue, strategy, taken, batches, parameters))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise SystemExit(f"the measurement of {strategy} failed with exit code {process.exitcode}")
+    hosts = [None] if link is None else [link.a, link.b]
+    processes = [
+        context.Process(target=_measure, args=(queue, strategy, taken, batches, parameters, (node, len(hosts))))
+        for node in range(len(hosts))
+    ]
+    for host, process in zip(hosts, processes, strict=True):
+        host.run(process.start) if host is not None else process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"the measurement of {strategy} failed with exit code {process.exitcode}")
     found = dict(queue.get())
     return found if with_facts else {name: found[name] for name in found if name not in ("facts", "staleness")}
 
 
-def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, parameters: int) -> None:
+def _measure(
+    queue: Any, strategy: Any, steps: list[Step], batches: int, parameters: int, place: tuple[int, int]
+) -> None:
     warnings.filterwarnings("ignore")
-    ranks = len(steps)
+    ranks, (node, nodes) = len(steps), place
+    if nodes > 1:
+        # The host's name is this machine's, whose addresses it does not have.
+        os.environ |= {"MASTER_ADDR": Link.ADDRESS, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
+        os.environ["NODE_RANK"] = str(node)
     results: Any = multiprocessing.get_context("fork").SimpleQueue()
 
     class Reporting(EmulatedModule):
@@ -144,7 +164,8 @@ def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, paramet
     trainer = Trainer(
         strategy=strategy() if callable(strategy) else strategy,
         accelerator="cpu",
-        devices=ranks,
+        devices=ranks // nodes,
+        num_nodes=nodes,
         max_epochs=1,
         **QUIET,
     )
@@ -152,7 +173,8 @@ def _measure(queue: Any, strategy: Any, steps: list[Step], batches: int, paramet
         trainer.strategy.summary = False
     called = time.perf_counter()
     trainer.fit(module, DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1))
-    queue.put(results.get())
+    if node == 0:
+        queue.put(results.get())
 
 
 # Arguments of a Trainer that says and writes nothing.

@@ -8,6 +8,7 @@ or outlives the process.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -18,9 +19,19 @@ from typing import Any, TypeVar
 __all__ = ["HostThread", "Link"]
 
 _T = TypeVar("_T")
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x20000000, 0x40000000
+_MS_REC_PRIVATE = 0x4000 | 0x40000
 # What a router may keep of a link's traffic.
 _QUEUE_MS = 100
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class HostThread:
@@ -29,15 +40,28 @@ class HostThread:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "host")
         self.tid = self.run(self._leave)
+        self._pid = os.getpid()
 
     def _leave(self) -> int:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "a network namespace")
+        _check(_libc().unshare(_CLONE_NEWNET))
         return threading.get_native_id()
 
     def run(self, call: Callable[[], _T]) -> _T:
         return self._thread.submit(call).result()
+
+    def enter(self) -> None:
+        """Makes a fork, whose only thread calls this, a process of this host, which sees no other's processes.
+
+        It does not return in the process that calls it, which waits for the one that goes on, and ends as that does.
+        """
+        with open(f"/proc/{self._pid}/task/{self.tid}/ns/net") as network:
+            _check(_libc().setns(network.fileno(), _CLONE_NEWNET))
+        _check(_libc().unshare(_CLONE_NEWPID | _CLONE_NEWNS))
+        if first := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+            os._exit(code if code >= 0 else 128 - code)
+        _check(_libc().mount(None, b"/", None, _MS_REC_PRIVATE, None))
+        _check(_libc().mount(b"proc", b"/proc", b"proc", 0, None))
 
     def ip(self, *arguments: str) -> None:
         """Runs ``ip`` or ``tc`` there; the first argument says which."""
@@ -53,6 +77,8 @@ class HostThread:
 
 class Link:
     """Two hosts and a switch between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
+
+    ADDRESS = "10.77.0.1"
 
     def __init__(self, v4: bool = True) -> None:
         self.a, self.b, self._switch = HostThread(), HostThread(), HostThread()
@@ -74,13 +100,13 @@ class Link:
             rate = ["rate", f"{megabits}mbit", "burst", "32k", "latency", f"{_QUEUE_MS}ms"]
             host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
 
-    def cut(self) -> None:
-        """Lets nothing through, and no side is told: the switch has lost b."""
-        self._switch.ip("ip", "link", "set", "port-b", "nomaster")
+    def cut(self, host: str = "b") -> None:
+        """Lets nothing through, and no side is told: the switch has lost ``host``."""
+        self._switch.ip("ip", "link", "set", f"port-{host}", "nomaster")
 
-    def mend(self) -> None:
+    def mend(self, host: str = "b") -> None:
         """Ends `cut`."""
-        self._switch.ip("ip", "link", "set", "port-b", "master", "br0")
+        self._switch.ip("ip", "link", "set", f"port-{host}", "master", "br0")
 
     def unplug(self) -> None:
         """Takes b's interface down, which its own kernel sees."""

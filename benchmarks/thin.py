@@ -19,8 +19,6 @@ from benchmarks.network import Link
 from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
 
-_HOST = "10.77.0.1"
-
 
 def main() -> None:
     """Measures and prints."""
@@ -85,7 +83,7 @@ def measure(size: str, workers: int, wire: str, megabits: float, seconds: float)
 def _hold(ready: Any, results: Any, size: str, workers: int, wire: Any, seconds: float) -> None:
     torch.set_num_threads(1)
     options: dict[str, Any] = {"transport": "tcp", "wire_dtype": wire, "parameter_wire_dtype": wire}
-    _, stats = hold(optimizer_of(SHAPES[size]), workers + 1, ready.put, host=_HOST, **options)
+    _, stats = hold(optimizer_of(SHAPES[size]), workers + 1, ready.put, host=Link.ADDRESS, **options)
     while min(list(stats.updates_by_rank.values())[1:]) < 1:
         time.sleep(0.01)
     results.put(None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Welcome
 
-__all__ = ["Admission", "Admitted", "Invitation", "JoinRequest", "leave_invitation", "outward_address"]
+__all__ = ["Admission", "Admitted", "Invitation", "JoinRequest", "leave_invitation"]
 
 log = logging.getLogger(__name__)
 
@@ -266,14 +265,3 @@ class JoinRequest:
         except ChannelClosedError as error:
             reason = f"the run has ended while this rank was about to join: {error}"
             raise WorkerFailedError(self._latch.explain_loss(lambda: RunFailure(0, reason))) from error
-
-
-def outward_address() -> str:
-    """The address that other machines most likely reach this one at; the loopback address where it has no other."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: it only has the kernel choose the interface of the default route.
-            probe.connect(("10.255.255.255", 1))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from lightning_async.runtime.admission import Admission, Invitation, JoinRequest, outward_address
+from lightning_async.runtime.admission import Admission, Invitation, JoinRequest
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.elastic import forget_failure, is_supervised, record_failure
@@ -31,6 +31,7 @@ from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.meeting import Meeting, MeetingGuest
 from lightning_async.runtime.meeting_host import MeetingHost
+from lightning_async.runtime.outward import outward_address
 from lightning_async.runtime.process_groups import break_groups
 from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.rendezvous import LOOPBACK, share_address

@@ -46,8 +46,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         launched: Any = strategy
         super().__init__(launched, start_method=start_method)
         self._guard = guard
-        # Whether this is the process of a rank.
+        # Whether this is the process of a rank; and where the first of a host's says why the run has failed.
         self._is_rank = False
+        self._told: Any = None
         # Where rank 0 says how a lost rank joins, and what it has said; how often each was started again.
         self._invitations: Any = None
         self._invited: tuple[Invitation, int] | None = None
@@ -77,6 +78,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def interrupt(self) -> None:
         """Ends this process at once, after Ctrl+C; the one that has started it says so."""
         os._exit(INTERRUPTED)
+
+    def exit_process(self, code: int) -> None:
+        """Ends this rank's process at once; the one that has started it would see no more than the status."""
+        if self._told is not None and self._guard.failure is not None:
+            self._told.put(self._guard.failure)
+        os._exit(code)
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -145,6 +152,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
         guard, results = self._guard, rest[2]
         self._is_rank = True
+        # Only the first writes to the queue: a rank that is killed while it writes leaves it locked.
+        self._told = results if process_idx == 0 else None
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -152,9 +161,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
                     let_through()
                     return function(*args, **kwargs)
             except BaseException:
-                # Only rank 0 writes to the queue: a rank that is killed while it writes leaves it locked.
-                if process_idx == 0 and guard.failure is not None:
-                    results.put(guard.failure)
+                if self._told is not None and guard.failure is not None:
+                    self._told.put(guard.failure)
                 raise
 
         super()._wrapping_function(process_idx, trainer, guarded, *rest)

@@ -34,7 +34,7 @@ from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import WorkerFailedError, describe_exit, tell_in_one_line
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
 from lightning_async.strategies import launching
-from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
+from lightning_async.strategies.launch_errors import describe_own_start, no_script_here, refuse_rank_without_device
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
 __all__ = ["ScriptLauncher"]
@@ -76,9 +76,10 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        refuse_rank_without_device(self.cluster_environment.local_rank(), self.num_processes)
         if trainer is not None:
             self._strategy.refuse_before_launch(trainer)
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         world_size = self.num_processes * self.num_nodes
         if self.cluster_environment.creates_processes_externally:
             if isinstance(self.cluster_environment, LightningEnvironment):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
+from lightning_async.strategies.launch_errors import describe_refused_peer
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.script_launcher import ScriptLauncher
@@ -86,7 +86,7 @@ class RunSupervisor:
             describe_end=self._describe_end,
             graceful=(SIGTERMException,),
             has_stepped=lambda: self._ranks.has_stepped,
-            exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
+            exit_process=self.launcher.exit_process,
         )
         return self._guarded(self._membership)
 
@@ -263,6 +263,10 @@ class RunSupervisor:
             # A rendezvous is a call that no signal interrupts.
             with interruptible(self.launcher.interrupt):
                 yield
+        except RuntimeError as error:
+            if (cause := describe_refused_peer(str(error), self._ranks.num_nodes)) is None:
+                raise
+            raise RuntimeError(f"The ranks cannot form a process group: {cause}.") from error
         finally:
             timer.cancel()
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +374,16 @@ def test_lightning_counts_a_batch_as_started_once_its_hooks_let_it_be() -> None:
 
     if "self.batch_progress.increment_started()" not in source:
         fail("loops/epoch_loop.py", "batch_progress.current.started counting the batches that are computed")
+
+
+def test_no_package_can_add_a_strategys_name_by_being_installed() -> None:
+    """Else no script need import this package, as docs/cluster.md and docs/troubleshooting.md say."""
+    texts = [path.read_text() for path in Path(inspect.getfile(Trainer)).parents[2].rglob("*.py")]
+
+    assert sum("importlib.metadata import entry_points" in text for text in texts) == 1
+    assert {found for text in texts for found in re.findall(r'_load_external_callbacks\("([\w.]+)"\)', text)} == {
+        "lightning.pytorch.callbacks_factory",
+        "lightning.fabric.callbacks_factory",
+    }
+    with pytest.raises(ValueError, match="You selected an invalid strategy name"):
+        Trainer(strategy="async_unknown")

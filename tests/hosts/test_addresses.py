@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime.outward import outward_address
 from lightning_async.runtime.listening import listen
 from tests.hosts.network import Link, two_hosts
 from tests.hosts.test_links import Run
@@ -34,6 +35,12 @@ def test_ranks_of_two_hosts_train_over_either_version_of_ip(link: Link, address:
     assert run.host.holder.version == 2
     assert [sock.getsockname()[0] for sock in run.host.listener._sockets] == [address]
     run.close()
+
+
+@pytest.mark.parametrize(("link", "address"), [({}, "10.77.0.1"), ({"v4": False}, "fd77::1")], indirect=["link"])
+def test_machines_that_are_linked_to_each_other_alone_are_joined_at_that_link(link: Link, address: str) -> None:
+    """They have no default route."""
+    assert link.a.run(outward_address) == address
 
 
 def resolves_to(*addresses: str) -> Callable[..., Any]:

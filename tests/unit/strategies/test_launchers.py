@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -28,6 +29,7 @@ from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launching, script_launcher
 from lightning_async.strategies import supervisor as ranks
+from lightning_async.strategies.launch_errors import refuse_rank_without_device
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.script_launcher import ScriptLauncher
 from tests.harness import eventually
@@ -79,6 +81,36 @@ def test_a_process_that_must_end_at_once_takes_its_children_with_it(
 
     assert codes == [1]
     assert script.procs[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("first_of_its_host", "told"), [(True, ["a failure"]), (False, [])])
+def test_the_first_rank_of_a_host_says_why_it_must_end(
+    first_of_its_host: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its main thread is stuck in a collective, and what has started it sees a status only."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    launcher: Any = ProcessLauncher.__new__(ProcessLauncher)
+    launcher._guard, launcher._told = SimpleNamespace(failure="a failure"), queue if first_of_its_host else None
+
+    launcher.exit_process(1)
+
+    assert codes == [1]
+    assert [queue.get() for _ in told] == told
+    assert queue.empty()
+
+
+@pytest.mark.parametrize("heterogeneous", [False, True])
+def test_a_process_without_a_device_is_told_what_to_set(heterogeneous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if heterogeneous:
+        monkeypatch.setenv("SLURM_HET_SIZE", "2")
+
+    with pytest.raises(MisconfigurationException) as refusal:
+        refuse_rank_without_device(local_rank=1, devices=1)
+
+    assert "Set devices to the largest number of ranks on one host" in str(refusal.value)
+    assert ("put the one with the most tasks on a host last" in str(refusal.value)) == heterogeneous
 
 
 def test_the_end_of_a_child_is_described(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +236,30 @@ def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert "rank 0 of 4 has waited" in record.message
     assert "127.0.0.1:29500" in record.message
     assert "they are started from here and may still be importing" in record.message
+
+
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ("[127.0.1.1]:17830$1", "at 127.0.1.1, which leads back to this host"),
+        ("[10.0.0.2]:17830$1", "process group at 10.0.0.2: that rank has ended, a firewall is between them"),
+    ],
+)
+def test_a_process_group_that_cannot_be_reached_is_told_with_what_to_set(remote: str, told: str) -> None:
+    environment = SimpleNamespace(main_address="node1", main_port=29500)
+    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=1, world_size=2, num_nodes=2)
+    supervisor = ranks.RunSupervisor(strategy, "spawn", 60.0, Resilience())
+
+    with pytest.raises(RuntimeError) as failure, supervisor.impatience():
+        raise RuntimeError(
+            f"Gloo connectFullMesh failed with [pair.cc:152] SO_ERROR: Connection refused, remote={remote}"
+        )
+
+    assert told in str(failure.value)
+    assert "Set GLOO_SOCKET_IFNAME" in str(failure.value)
+    assert "pair.cc" in str(failure.value.__cause__)
+    with pytest.raises(RuntimeError, match=r"^another$"), supervisor.impatience():
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize("kind", [LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment])

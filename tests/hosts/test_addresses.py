@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lightning_async.runtime.outward import outward_address
 from lightning_async.runtime.listening import listen
+from lightning_async.runtime.outward import outward_address
 from tests.hosts.network import Link, two_hosts
 from tests.hosts.test_links import Run
 

@@ -65,7 +65,7 @@ from lightning_async.strategies.module_wrapper import ModuleWrapper, call_direct
 from lightning_async.strategies.new_folders import NewFolders, log_folders
 from lightning_async.strategies.notices import start_notices
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
-from lightning_async.strategies.protocols import FitMonitor
+from lightning_async.strategies.protocols import FitMonitor, ProcessOwner
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
@@ -76,6 +76,7 @@ from lightning_async.strategies.validation import (
     check_momentum,
     refuse_finders,
     refuse_options,
+    refuse_ray_worker,
     refuse_sync_batchnorm,
 )
 
@@ -160,6 +161,7 @@ class AsyncStrategy(PhasedCollectives):
     """
 
     strategy_name = "async"
+    owner: ProcessOwner | None = None
     _example_optimizer = "torch.optim.Adam(...), or any other of torch's,"
 
     def __init__(
@@ -331,6 +333,8 @@ class AsyncStrategy(PhasedCollectives):
 
     @override
     def _configure_launcher(self) -> None:
+        if self.owner is None:
+            refuse_ray_worker(type(self).__name__, self.cluster_environment)
         if self._layer_sync is not None:
             refuse_sync_batchnorm(self.strategy_name)
         self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s, self._resilience)
@@ -369,7 +373,8 @@ class AsyncStrategy(PhasedCollectives):
     def setup_environment(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
+        is_ours = self.owner is None and dist.is_available() and dist.is_initialized()
+        if is_ours and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
         wants_holder_process = self.is_fitting and self.options.holder == "process"

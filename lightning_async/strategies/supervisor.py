@@ -25,6 +25,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
+from lightning_async.strategies.owned_launcher import OwnedLauncher
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.script_launcher import ScriptLauncher
@@ -68,8 +69,10 @@ class RunSupervisor:
         self._losses_known = 0
         self.holder_process: HolderProcess | None = None
         self.on_failure: Callable[[], object] = _do_nothing
-        self.launcher: ScriptLauncher | ProcessLauncher
-        if start_method == "popen":
+        self.launcher: ScriptLauncher | ProcessLauncher | OwnedLauncher
+        if strategy.owner is not None:
+            self.launcher = OwnedLauncher(strategy, self, strategy.owner)
+        elif start_method == "popen":
             self.launcher = ScriptLauncher(strategy, self)
         else:
             self.launcher = ProcessLauncher(strategy, self, start_method)
@@ -87,6 +90,7 @@ class RunSupervisor:
             graceful=(SIGTERMException,),
             has_stepped=lambda: self._ranks.has_stepped,
             exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
+            report=None if self._ranks.owner is None else self._ranks.owner.report,
         )
         return self._guarded(self._membership)
 
@@ -237,7 +241,8 @@ class RunSupervisor:
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
         self._membership.meet(self._ranks.world_size, environment.main_address, broadcast, gather, resilience)
-        _prepare_exit()
+        if self._ranks.owner is None:
+            _prepare_exit()
 
     @contextmanager
     def impatience(self) -> Iterator[None]:

@@ -1,0 +1,105 @@
+"""The strategies for Ray Train: `RayAsyncAMSGradStrategy` and `RayAsyncStrategy`.
+
+In the training function of a ``TorchTrainer``::
+
+    from lightning_async.ray import RayAsyncAMSGradStrategy
+
+    trainer = Trainer(strategy=RayAsyncAMSGradStrategy(), callbacks=[RayTrainReportCallback()], ...)
+    trainer = prepare_trainer(trainer)
+
+Ray starts the ranks, takes an error of each, and ends them; so nothing here does. A rank that fails raises its own error,
+and the others raise `WorkerFailedError`, which names it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+try:
+    import ray.train
+    import ray.train.torch
+    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+except ImportError as error:
+    raise ImportError(f'lightning_async.ray needs Ray Train: pip install "ray[train]" ({error})') from None
+
+from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
+from lightning_async.strategies.strategy import AsyncStrategy
+from lightning_async.strategies.validation import is_ray_worker
+
+__all__ = ["RayAsyncAMSGradStrategy", "RayAsyncStrategy"]
+
+
+class _RayTrain:
+    """Ray Train, as what owns a rank's process."""
+
+    name = "Ray Train"
+
+    def report(self, error: WorkerFailedError) -> None:
+        """Tells Ray in place of the training thread; Ray has no public way to."""
+        from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        errors = get_train_context().execution_context.training_thread_runner.get_exception_queue()
+        errors.put(UserExceptionWithTraceback(error, traceback_str=f"{type(error).__name__}: {error}"))
+
+
+class RayAsyncStrategy(AsyncStrategy, RayDDPStrategy):
+    """`AsyncStrategy` in the training function of a ``TorchTrainer``.
+
+    It takes the same arguments, but for those that say what becomes of a lost rank and how ranks are started: that is
+    Ray's, and said with ``FailureConfig`` and ``ScalingConfig``.
+
+    Raises:
+        MisconfigurationException: if an argument has no meaning.
+    """
+
+    owner = _RayTrain()
+
+    def __init__(self, **arguments: Any) -> None:
+        _refuse_what_is_rays(type(self).__name__, arguments)
+        super().__init__(**arguments)
+
+    @property
+    @override
+    def num_processes(self) -> int:
+        # The Trainer's devices are this worker's.
+        return int(ray.train.get_context().get_local_world_size())
+
+    @override
+    def _configure_launcher(self) -> None:
+        if not is_ray_worker():
+            kind = type(self).__name__
+            raise MisconfigurationException(
+                f"{kind} works in the training function that a ray.train.torch.TorchTrainer runs, and this is none. "
+                f"Elsewhere take strategy=lightning_async.{kind.removeprefix('Ray')}(...)."
+            )
+        if not isinstance(self.cluster_environment, RayLightningEnvironment):
+            # Where it is no plugin of the Trainer's, which has found another one: Lightning's own, or SLURM's.
+            self.cluster_environment = RayLightningEnvironment()
+        super()._configure_launcher()
+
+
+class RayAsyncAMSGradStrategy(RayAsyncStrategy, AsyncAMSGradStrategy):
+    """`AsyncAMSGradStrategy` in the training function of a ``TorchTrainer``; see `RayAsyncStrategy`.
+
+    Raises:
+        MisconfigurationException: if an argument has no meaning.
+    """
+
+
+def _refuse_what_is_rays(kind: str, arguments: dict[str, Any]) -> None:
+    if arguments.get("on_worker_failure", "stop") != "stop":
+        raise MisconfigurationException(
+            f'{kind} cannot take on_worker_failure="continue": Ray ends all ranks when one ends. Let it start them again '
+            "from the last checkpoint: RunConfig(failure_config=FailureConfig(max_failures=3))."
+        )
+    if arguments.get("start_method", "popen") != "popen":
+        raise MisconfigurationException(f"{kind} cannot take start_method: Ray starts the ranks.")
+    if arguments.get("process_group_backend") is not None:
+        raise MisconfigurationException(
+            f"{kind} cannot take process_group_backend: Ray forms the process group, with TorchConfig(backend=...)."
+        )

@@ -7,21 +7,23 @@ In the training function of a ``TorchTrainer``::
     trainer = Trainer(strategy=RayAsyncAMSGradStrategy(), callbacks=[RayTrainReportCallback()], ...)
     trainer = prepare_trainer(trainer)
 
-Ray starts the ranks, takes an error of each, and ends them; so nothing here does. A rank that fails raises its own error,
-and the others raise `WorkerFailedError`, which names it.
+Ray starts the ranks, takes an error of each, and ends them; so nothing here does. A rank that fails raises its own
+error, and the others raise `WorkerFailedError`, which names it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 try:
     import ray.train
     import ray.train.torch
-    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback
 except ImportError as error:
     raise ImportError(f'lightning_async.ray needs Ray Train: pip install "ray[train]" ({error})') from None
 
@@ -30,7 +32,7 @@ from lightning_async.strategies.amsgrad import AsyncAMSGradStrategy
 from lightning_async.strategies.strategy import AsyncStrategy
 from lightning_async.strategies.validation import is_ray_worker
 
-__all__ = ["RayAsyncAMSGradStrategy", "RayAsyncStrategy"]
+__all__ = ["MidEpochReportCallback", "RayAsyncAMSGradStrategy", "RayAsyncStrategy"]
 
 
 class _RayTrain:
@@ -70,7 +72,8 @@ class RayAsyncStrategy(AsyncStrategy, RayDDPStrategy):
         return int(ray.train.get_context().get_local_world_size())
 
     @override
-    def _configure_launcher(self) -> None:
+    def set_world_ranks(self) -> None:
+        # What a Trainer asks first of the strategy that it has been given.
         if not is_ray_worker():
             kind = type(self).__name__
             raise MisconfigurationException(
@@ -80,7 +83,7 @@ class RayAsyncStrategy(AsyncStrategy, RayDDPStrategy):
         if not isinstance(self.cluster_environment, RayLightningEnvironment):
             # Where it is no plugin of the Trainer's, which has found another one: Lightning's own, or SLURM's.
             self.cluster_environment = RayLightningEnvironment()
-        super()._configure_launcher()
+        super().set_world_ranks()
 
 
 class RayAsyncAMSGradStrategy(RayAsyncStrategy, AsyncAMSGradStrategy):
@@ -91,11 +94,24 @@ class RayAsyncAMSGradStrategy(RayAsyncStrategy, AsyncAMSGradStrategy):
     """
 
 
+class MidEpochReportCallback(RayTrainReportCallback):
+    """``RayTrainReportCallback`` that also reports after each validation in the middle of an epoch.
+
+    With ``Trainer(val_check_interval=...)`` a run that Ray starts again goes on from there, with any number of ranks.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports metrics and a checkpoint, unless the epoch ends with this validation and does so itself."""
+        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fits and not trainer.is_last_batch:
+            self.on_train_epoch_end(trainer, pl_module)
+
+
 def _refuse_what_is_rays(kind: str, arguments: dict[str, Any]) -> None:
     if arguments.get("on_worker_failure", "stop") != "stop":
         raise MisconfigurationException(
-            f'{kind} cannot take on_worker_failure="continue": Ray ends all ranks when one ends. Let it start them again '
-            "from the last checkpoint: RunConfig(failure_config=FailureConfig(max_failures=3))."
+            f'{kind} cannot take on_worker_failure="continue": Ray ends all ranks when one ends. Let it start them '
+            "again from the last checkpoint: RunConfig(failure_config=FailureConfig(max_failures=3))."
         )
     if arguments.get("start_method", "popen") != "popen":
         raise MisconfigurationException(f"{kind} cannot take start_method: Ray starts the ranks.")

@@ -338,8 +338,9 @@ class AsyncStrategy(PhasedCollectives):
         if self._layer_sync is not None:
             refuse_sync_batchnorm(self.strategy_name)
         self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s, self._resilience)
-        self._launcher = self._supervisor.launcher
-        self._signals.launcher = self._launcher
+        # Lightning calls what it needs of a launcher, whatever its class.
+        launcher: Any = self._supervisor.launcher
+        self._launcher = self._signals.launcher = launcher
 
     def refuse_before_launch(self, trainer: Trainer) -> None:
         """Refuses what is known to fail before there are ranks that would all say so.

@@ -13,6 +13,7 @@ error, and the others raise `WorkerFailedError`, which names it.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,6 +24,7 @@ from typing_extensions import override
 try:
     import ray.train
     import ray.train.torch
+    import ray.util
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback
 except ImportError as error:
     raise ImportError(f'lightning_async.ray needs Ray Train: pip install "ray[train]" ({error})') from None
@@ -47,6 +49,14 @@ class _RayTrain:
 
         errors = get_train_context().execution_context.training_thread_runner.get_exception_queue()
         errors.put(UserExceptionWithTraceback(error, traceback_str=f"{type(error).__name__}: {error}"))
+
+
+class _Environment(RayLightningEnvironment):
+    @property
+    @override
+    def main_address(self) -> str:
+        # Of rank 0's node, by which the others reach it; TorchConfig(init_method="tcp") sets no variable.
+        return os.environ.get("MASTER_ADDR") or str(ray.util.get_node_ip_address())
 
 
 class RayAsyncStrategy(AsyncStrategy, RayDDPStrategy):
@@ -80,9 +90,9 @@ class RayAsyncStrategy(AsyncStrategy, RayDDPStrategy):
                 f"{kind} works in the training function that a ray.train.torch.TorchTrainer runs, and this is none. "
                 f"Elsewhere take strategy=lightning_async.{kind.removeprefix('Ray')}(...)."
             )
-        if not isinstance(self.cluster_environment, RayLightningEnvironment):
-            # Where it is no plugin of the Trainer's, which has found another one: Lightning's own, or SLURM's.
-            self.cluster_environment = RayLightningEnvironment()
+        if not isinstance(self.cluster_environment, _Environment):
+            # In the place of the Trainer's plugin, or of what it has found without one: Lightning's own, or SLURM's.
+            self.cluster_environment = _Environment()
         super().set_world_ranks()
 
 

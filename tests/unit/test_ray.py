@@ -61,16 +61,16 @@ class Ray:
         return Context()
 
     def modules(self) -> dict[str, Any]:
-        ray, train, torch_, lightning = (
-            ModuleType(name) for name in ("ray", "ray.train", "ray.train.torch", "ray.train.lightning")
-        )
+        names = ("ray", "ray.train", "ray.train.torch", "ray.train.lightning", "ray.util")
+        ray, train, torch_, lightning, util = map(ModuleType, names)
+        vars(ray)["util"], vars(util)["get_node_ip_address"] = util, lambda: "10.0.0.7"
         vars(ray)["train"], vars(train)["torch"], vars(train)["get_context"] = train, torch_, self.get_context
         vars(lightning).update(
             RayDDPStrategy=self.strategy,
             RayLightningEnvironment=self.environment,
             RayTrainReportCallback=ReportCallback,
         )
-        return {module.__name__: module for module in (ray, train, torch_, lightning)}
+        return {module.__name__: module for module in (ray, train, torch_, lightning, util)}
 
 
 class ReportCallback:
@@ -133,6 +133,21 @@ def test_an_environment_that_lightning_has_found_gives_way_to_rays(
     Trainer(strategy=strategy, **QUIET)
 
     assert isinstance(strategy.cluster_environment, ray.environment)
+
+
+@pytest.mark.parametrize(("variable", "address"), [("10.0.0.1", "10.0.0.1"), (None, "10.0.0.7")])
+def test_ranks_on_other_nodes_reach_rank_0_at_its_node(
+    for_ray: Any, variable: str | None, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TorchConfig(init_method="tcp") leaves no variable.
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("MASTER_ADDR", variable)
+    strategy = for_ray.RayAsyncStrategy()
+
+    Trainer(strategy=strategy, **QUIET)
+
+    assert strategy.cluster_environment.main_address == address
 
 
 @pytest.mark.parametrize(

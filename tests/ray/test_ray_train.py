@@ -29,7 +29,9 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
+    # Ray gives its workers a lower priority by default, and the machine may be busy with other things.
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.update(settings)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     cluster.add_node(num_cpus=1)
@@ -41,7 +43,8 @@ def cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
-        del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+        for name in settings:
+            del os.environ[name]
 
 
 def fit(plan: Plan, workers: Any = 3, failures: int = 0, function: Callable[..., Any] = train) -> Any:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch.distributed as dist
 
@@ -64,8 +63,8 @@ class Membership:
         graceful: exception types with which all ranks leave together; they are no failure.
         exit_process: see `ExitGuard`.
         has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
-        report: where an engine owns the process and takes an error of each rank: tells it of another rank's failure if
-            this one's own thread does not come back to raise it. No process is ended from here then.
+        is_owned: whether an engine owns the process and takes an error of each rank: all of them raise the failure
+            then, and ``exit_process`` tells the engine of it where this rank's thread does not come back to.
 
     Attributes:
         rank: this rank.
@@ -87,7 +86,7 @@ class Membership:
         graceful: tuple[type[BaseException], ...] = (),
         exit_process: Callable[[int], object] = os._exit,
         has_stepped: Callable[[], bool] = lambda: False,
-        report: Callable[[WorkerFailedError], object] | None = None,
+        is_owned: bool = False,
     ) -> None:
         self.rank = rank
         self.meeting: Meeting | None = None
@@ -107,29 +106,25 @@ class Membership:
         self._unexplained = RunFailure(rank, "an error that could not be described: out of memory", announced=True)
         # What a failed run in this process has left, and this one has outlived.
         forget_failure()
-        self._is_owned = report is not None
+        self._is_owned = is_owned
         # Whether what watches over the ranks takes the first error for the cause.
-        patient = self._is_owned or (is_supervised() and rank > 0)
+        patient = is_owned or (is_supervised() and rank > 0)
         self._delay_s = _SURVIVOR_DELAY_S * (2 if patient else 1)
         self._guard = ExitGuard(
             rank,
             self.latch,
             _GRACE_S + (1.0 if patient else 0.0),
-            exit_process if report is None else partial(self._report, report),
+            exit_process,
             before_exit=lambda failure: record_failure(rank, failure),
-            ending="ending this process" if report is None else "this rank's thread does not come back to say so",
+            ending="this rank's thread does not come back to say so" if is_owned else "ending this process",
         )
-        if self._is_owned:
+        if is_owned:
             self.latch.subscribe(self._wake)
         self._heartbeats: Heartbeats | None = None
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
         self._graceful = graceful
         self._has_stepped = has_stepped
-
-    def _report(self, report: Callable[[WorkerFailedError], object], code: int) -> None:
-        assert self.latch.failure is not None
-        report(WorkerFailedError(self.latch.failure))
 
     def _wake(self, failure: RunFailure) -> None:
         """Ends this rank's collectives, so that its thread comes back and raises the failure."""

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_async.runtime.admission import Invitation
+from lightning_async.runtime.failure import WorkerFailedError
 from lightning_async.strategies.protocols import LaunchedStrategy, ProcessOwner, RunGuard
 
 __all__ = ["OwnedLauncher"]
@@ -54,6 +55,11 @@ class OwnedLauncher:
     def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
         """What becomes of a lost rank: its owner decides."""
         return None
+
+    def exit_process(self, code: int) -> None:
+        """Tells the owner, which ends the process, of the failure that this rank's thread does not come back to."""
+        if self._guard.failure is not None:
+            self._owner.report(WorkerFailedError(self._guard.failure))
 
     def kill(self, signum: int) -> None:
         """Sends a signal to the ranks that were started from here: there are none."""

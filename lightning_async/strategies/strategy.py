@@ -76,7 +76,6 @@ from lightning_async.strategies.validation import (
     check_momentum,
     refuse_finders,
     refuse_options,
-    refuse_ray_worker,
     refuse_sync_batchnorm,
 )
 
@@ -333,8 +332,6 @@ class AsyncStrategy(PhasedCollectives):
 
     @override
     def _configure_launcher(self) -> None:
-        if self.owner is None:
-            refuse_ray_worker(type(self).__name__, self.cluster_environment)
         if self._layer_sync is not None:
             refuse_sync_batchnorm(self.strategy_name)
         self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s, self._resilience)
@@ -374,8 +371,7 @@ class AsyncStrategy(PhasedCollectives):
     def setup_environment(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
-        is_ours = self.owner is None and dist.is_available() and dist.is_initialized()
-        if is_ours and dist.get_world_size() != self.world_size:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
         wants_holder_process = self.is_fitting and self.options.holder == "process"

@@ -29,6 +29,7 @@ from lightning_async.strategies.owned_launcher import OwnedLauncher
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.script_launcher import ScriptLauncher
+from lightning_async.strategies.validation import refuse_ray_worker
 from lightning_async.transport.base import ChannelClosedError
 
 __all__ = ["RunSupervisor", "StartMethod"]
@@ -69,6 +70,8 @@ class RunSupervisor:
         self._losses_known = 0
         self.holder_process: HolderProcess | None = None
         self.on_failure: Callable[[], object] = _do_nothing
+        if strategy.owner is None:
+            refuse_ray_worker(type(strategy).__name__, strategy.cluster_environment)
         self.launcher: ScriptLauncher | ProcessLauncher | OwnedLauncher
         if strategy.owner is not None:
             self.launcher = OwnedLauncher(strategy, self, strategy.owner)
@@ -89,8 +92,8 @@ class RunSupervisor:
             describe_end=self._describe_end,
             graceful=(SIGTERMException,),
             has_stepped=lambda: self._ranks.has_stepped,
-            exit_process=self.launcher.exit_process if isinstance(self.launcher, ScriptLauncher) else os._exit,
-            report=None if self._ranks.owner is None else self._ranks.owner.report,
+            exit_process=os._exit if isinstance(self.launcher, ProcessLauncher) else self.launcher.exit_process,
+            is_owned=self._ranks.owner is not None,
         )
         return self._guarded(self._membership)
 

@@ -37,9 +37,9 @@ def member(rank: int) -> Membership:
     return mine
 
 
-def owned(rank: int, reported: list[WorkerFailedError]) -> Membership:
-    """The same in a process that an engine owns, and takes errors of."""
-    return Membership(rank, 60.0, report=reported.append)
+def owned(rank: int, told: list[int]) -> Membership:
+    """The same in a process that an engine owns, and takes errors of; ``told`` is where it had to be told."""
+    return Membership(rank, 60.0, exit_process=told.append, is_owned=True)
 
 
 def leave(member: Membership, error: BaseException) -> BaseException:
@@ -154,31 +154,28 @@ def test_where_an_engine_takes_errors_a_bystander_raises_the_failure_after_the_r
     assert capfd.readouterr().err == ""
 
 
-def test_where_an_engine_takes_errors_a_rank_that_came_back_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_an_engine_takes_errors_it_is_not_told_of_a_rank_that_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_GRACE_S", -0.7)
-    reported: list[WorkerFailedError] = []
-    mine = owned(1, reported)
+    told: list[int] = []
+    mine = owned(1, told)
 
     # Its guard would act 0.3 s after the failure.
     leave(mine, ValueError("no"))
     time.sleep(0.6)
 
-    assert reported == []
+    assert told == []
 
 
 def test_where_an_engine_takes_errors_it_is_told_of_a_rank_that_does_not_come_back(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(membership, "_GRACE_S", -1.0)
-    exits: list[int] = []
-    monkeypatch.setattr("os._exit", exits.append)
-    reported: list[WorkerFailedError] = []
-    mine = owned(1, reported)
+    told: list[int] = []
+    mine = owned(1, told)
 
     mine.latch.trip(KILLED)
 
-    eventually(lambda: [error.failure for error in reported] == [KILLED])
-    assert exits == []
+    assert eventually(lambda: told == [1])
     assert "this rank's thread does not come back" in capfd.readouterr().err
 
 

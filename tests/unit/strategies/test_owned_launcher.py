@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 from lightning_async.strategies.owned_launcher import OwnedLauncher
 
 
 class Owner:
     name = "An engine"
 
-    def report(self, error: Exception) -> None:
-        raise NotImplementedError
+    def __init__(self) -> None:
+        self.errors: list[WorkerFailedError] = []
+
+    def report(self, error: WorkerFailedError) -> None:
+        self.errors.append(error)
 
 
 class Strategy:
@@ -27,6 +31,7 @@ class Strategy:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.failure: RunFailure | None = None
 
     def refuse_before_launch(self, trainer: object) -> None:
         self.calls.append("refuse")
@@ -44,8 +49,13 @@ def strategy() -> Strategy:
 
 
 @pytest.fixture
-def launcher(strategy: Any) -> OwnedLauncher:
-    return OwnedLauncher(strategy, strategy, Owner())
+def owner() -> Owner:
+    return Owner()
+
+
+@pytest.fixture
+def launcher(strategy: Any, owner: Owner) -> OwnedLauncher:
+    return OwnedLauncher(strategy, strategy, owner)
 
 
 def test_what_cannot_work_is_refused_before_the_function_runs_in_the_guard(
@@ -81,6 +91,19 @@ def test_it_runs_in_any_thread_and_starts_and_ends_no_process(
     thread.join()
 
     assert found == ["training"]
+
+
+def test_the_owner_is_told_of_a_failure_that_the_ranks_thread_does_not_come_back_to(
+    strategy: Strategy, launcher: OwnedLauncher, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    strategy.failure = RunFailure(2, "it is gone")
+
+    launcher.exit_process(1)
+
+    assert [error.failure for error in owner.errors] == [strategy.failure]
+    assert exits == []
 
 
 def test_a_rank_that_waits_for_the_others_says_who_starts_them(launcher: OwnedLauncher) -> None:

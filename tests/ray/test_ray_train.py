@@ -127,7 +127,7 @@ def test_a_stopped_worker_ends_the_run_after_worker_timeout(cluster: Any, tmp_pa
 
     plan = Plan(str(tmp_path), step_s=(0.05,), strategy=(("worker_timeout", 5.0),), fault="stop")
 
-    with pytest.raises(ray.train.TrainingFailedError, match="rank 1 failed: no sign of life"):
+    with pytest.raises(ray.train.TrainingFailedError, match="rank 1 failed: gave no sign of life for 5 s"):
         fit(plan)
 
 

@@ -122,10 +122,12 @@ def test_a_killed_worker_fails_the_others_with_its_name(cluster: Any, tmp_path: 
     assert all(str(error).startswith("rank 1 failed: its process is gone") for error in others)
 
 
-def test_a_stopped_worker_ends_the_run_after_worker_timeout(cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_stopped_worker_ends_the_run_after_worker_timeout(cluster: Any, tmp_path: Path, stuck: bool) -> None:
+    """Also where no other rank's thread comes back to say so: Ray itself would wait for ten minutes."""
     import ray.train
 
-    plan = Plan(str(tmp_path), step_s=(0.05,), strategy=(("worker_timeout", 5.0),), fault="stop")
+    plan = Plan(str(tmp_path), step_s=(0.05,), strategy=(("worker_timeout", 5.0),), fault="stop", stuck=stuck)
 
     with pytest.raises(ray.train.TrainingFailedError, match="rank 1 failed: gave no sign of life for 5 s"):
         fit(plan)

@@ -36,6 +36,7 @@ class Plan:
         fault: what befalls a rank once, and is given to `strike`.
         fault_rank: which one.
         fault_batch: before which of its batches.
+        stuck: whether the other ranks are then in something for ten minutes that nothing wakes.
         val_check_interval: see Trainer.
         goes_on: the name of a file in the folder without which a batch takes a second, so that the run does not end.
     """
@@ -47,6 +48,7 @@ class Plan:
     fault: str = ""
     fault_rank: int = 1
     fault_batch: int = 10
+    stuck: bool = False
     val_check_interval: float = 0.25
     goes_on: str = ""
 
@@ -70,6 +72,8 @@ class Counting(LightningModule):
         if plan.fault and self._rank == plan.fault_rank and self.batches == plan.fault_batch and not once.exists():
             once.touch()
             strike(plan.fault)
+        if plan.stuck and once.exists():
+            time.sleep(600.0)
         return self.trained[batch[0]].sum()
 
     def validation_step(self, batch: list[Tensor]) -> None:

@@ -68,9 +68,12 @@ def ranks_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*"))]
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_a_slow_rank_computes_less_and_every_sample_counts_once(cluster: Any, tmp_path: Path, prepared: bool) -> None:
-    plan = Plan(str(tmp_path), step_s=(0.02, 0.2, 0.02), prepared=prepared, val_check_interval=1.0)
+@pytest.mark.parametrize(("prepared", "holder"), [(True, "thread"), (False, "process")])
+def test_a_slow_rank_computes_less_and_every_sample_counts_once(
+    cluster: Any, tmp_path: Path, prepared: bool, holder: str
+) -> None:
+    step_s, strategy = (0.02, 0.2, 0.02), (("holder", holder),)
+    plan = Plan(str(tmp_path), step_s=step_s, strategy=strategy, prepared=prepared, val_check_interval=1.0)
 
     result = fit(plan)
 

@@ -34,7 +34,7 @@ def cluster() -> Iterator[Any]:
     os.environ.update(settings)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
-    cluster.add_node(num_cpus=1)
+    cluster.node_of_one = cluster.add_node(num_cpus=1)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ray.init(address=cluster.address, runtime_env={"env_vars": variables}, logging_level="WARNING")
@@ -153,11 +153,11 @@ def test_ranks_that_go_and_come_leave_every_sample_counted_once(cluster: Any, tm
     run.start()
 
     until(lambda: reported() >= 2, "a checkpoint of three ranks")
-    cluster.remove_node(cluster.list_all_nodes[-1], allow_graceful=False)
+    cluster.remove_node(cluster.node_of_one, allow_graceful=False)
     until(lambda: len(attempts(tmp_path)) >= 2, "a start with fewer ranks")
     before = reported()
     until(lambda: reported() > before, "a checkpoint of fewer ranks")
-    cluster.add_node(num_cpus=1)
+    cluster.node_of_one = cluster.add_node(num_cpus=1)
     until(lambda: attempts(tmp_path)[-1]["ranks"] == 3 and len(attempts(tmp_path)) >= 3, "a start with three ranks")
     (tmp_path / "go_on").touch()
     run.join(200.0)

@@ -79,8 +79,8 @@ def is_ray_worker() -> bool:
         return False
     try:
         return train.get_context().get_world_size() is not None
-    except (AttributeError, RuntimeError):
-        # Of a release without it; outside of such a function.
+    except (AttributeError, RuntimeError, Warning):
+        # A release without it; outside of such a function; in one of Ray Tune's.
         return False
 
 

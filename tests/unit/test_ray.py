@@ -36,6 +36,7 @@ class Ray:
 
     def __init__(self) -> None:
         self.is_worker = True
+        self.outside: Exception = RuntimeError("cannot be used outside of a Ray Train training function")
 
         class RayDDPStrategy(DDPStrategy):
             @property
@@ -57,7 +58,7 @@ class Ray:
 
     def get_context(self) -> Context:
         if not self.is_worker:
-            raise RuntimeError("cannot be used outside of a Ray Train training function")
+            raise self.outside
         return Context()
 
     def modules(self) -> dict[str, Any]:
@@ -179,8 +180,9 @@ def test_in_a_training_function_the_strategy_for_ray_is_named(ray: Ray, with_env
         Trainer(strategy=AsyncAMSGradStrategy(), plugins=plugins, **QUIET)
 
 
-def test_beside_ray_the_plain_strategy_trains_where_ray_has_started_nothing(ray: Ray) -> None:
-    ray.is_worker = False
+@pytest.mark.parametrize("outside", [RuntimeError("no training function"), DeprecationWarning("one of Ray Tune's")])
+def test_beside_ray_the_plain_strategy_trains_where_ray_has_started_nothing(ray: Ray, outside: Exception) -> None:
+    ray.is_worker, ray.outside = False, outside
 
     assert Trainer(strategy=AsyncAMSGradStrategy(), **QUIET | {"devices": 2}).world_size == 2
 

@@ -47,13 +47,13 @@ def cluster() -> Iterator[Any]:
             del os.environ[name]
 
 
-def fit(plan: Plan, workers: Any = 3, failures: int = 0, function: Callable[..., Any] = train) -> Any:
+def fit(plan: Plan, workers: Any = 3, failures: int = 0, function: Callable[..., Any] = train, **config: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         function,
-        train_loop_config=plan.as_config(),
+        train_loop_config=plan.as_config() | config,
         scaling_config=ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=3.0),
         run_config=RunConfig(
             name="run",
@@ -85,6 +85,15 @@ def test_a_slow_rank_computes_less_and_every_sample_counts_once(
     assert all(rank["group_is_rays"] for rank in ranks)
     assert result.metrics["epoch"] == EPOCHS - 1
     assert result.checkpoint is not None
+
+
+def test_the_recipe_trains_and_reports_an_accuracy(cluster: Any, tmp_path: Path) -> None:
+    from recipes.ray_train import train as recipe
+
+    result = fit(Plan(str(tmp_path)), function=recipe, epochs=1, seconds_by_rank=[0.0, 0.02])
+
+    assert result.checkpoint is not None
+    assert result.metrics["val/acc"] > 0.2
 
 
 def test_a_mistake_of_the_users_reaches_ray_as_that_mistake(cluster: Any, tmp_path: Path) -> None:

@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from lightning_async.runtime.listening import listen
-from lightning_async.runtime.membership import Membership
-from tests.harness import Call
 from tests.hosts.network import Link, two_hosts
 from tests.hosts.test_links import Run
-from tests.unit.runtime.test_key_exchange import Rendezvous
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,25 +34,6 @@ def test_ranks_of_two_hosts_train_over_either_version_of_ip(link: Link, address:
     assert run.host.holder.version == 2
     assert [sock.getsockname()[0] for sock in run.host.listener._sockets] == [address]
     run.close()
-
-
-@pytest.mark.parametrize(("hosts", "address"), [("aabb", "10.77.0.1"), ("ab", "10.77.0.1"), ("aa", "127.0.0.1")])
-def test_where_the_ranks_are_decides_on_rank_0s_address(link: Link, hosts: str, address: str) -> None:
-    """Whatever the Trainer was told of nodes: nobody here knows of any."""
-    meeting = Rendezvous(len(hosts))
-    members = [Membership(rank, 30.0, exit_process=lambda code: None) for rank in range(len(hosts))]
-
-    def meet(member: Membership) -> None:
-        member.meet(len(hosts), "10.77.0.1", *meeting.collectives(member.rank))
-
-    def start(rank: int) -> Call:
-        host = link.a if hosts[rank] == "a" else link.b
-        return host.run(lambda: Call(lambda: meet(members[rank])))
-
-    assert [call.ended() for call in [start(rank) for rank in range(len(hosts))]] == [None] * len(hosts)
-    assert {member.address and member.address.host for member in members} == {address}
-    for member in members:
-        member._leave()
 
 
 def resolves_to(*addresses: str) -> Callable[..., Any]:

@@ -96,6 +96,23 @@ def test_the_recipe_trains_and_reports_an_accuracy(cluster: Any, tmp_path: Path)
     assert result.metrics["val/acc"] > 0.2
 
 
+def with_the_plain_strategy(config: dict[str, Any]) -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_async import AsyncAMSGradStrategy
+
+    Trainer(strategy=AsyncAMSGradStrategy(), devices="auto", logger=False, enable_checkpointing=False)
+
+
+def test_the_plain_strategy_is_refused_and_the_one_for_ray_named(cluster: Any, tmp_path: Path) -> None:
+    import ray.train
+
+    with pytest.raises(ray.train.TrainingFailedError) as raised:
+        fit(Plan(str(tmp_path)), workers=2, function=with_the_plain_strategy)
+
+    assert all("lightning_async.ray.RayAsyncAMSGradStrategy" in str(e) for e in raised.value.worker_failures.values())
+
+
 def test_a_mistake_of_the_users_reaches_ray_as_that_mistake(cluster: Any, tmp_path: Path) -> None:
     import ray.train
 
@@ -109,7 +126,7 @@ def test_a_mistake_of_the_users_reaches_ray_as_that_mistake(cluster: Any, tmp_pa
     assert all(isinstance(error, WorkerFailedError) for error in failures.values())
 
 
-def test_a_killed_worker_is_named_and_the_run_goes_on_from_the_middle_of_an_epoch(cluster: Any, tmp_path: Path) -> None:
+def test_after_a_worker_was_killed_the_run_goes_on_from_the_middle_of_an_epoch(cluster: Any, tmp_path: Path) -> None:
     fit(Plan(str(tmp_path), step_s=(0.05,), fault="kill", fault_batch=14), failures=1)
 
     first, second = attempts(tmp_path)

@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak wheel-test test-cuda-build test-lowest strangers lint docs docs-check table bench gpu-kit clean
+.PHONY: help demo test soak wheel-test test-cuda-build test-lowest test-ray strangers lint docs docs-check table bench gpu-kit clean
 
 help:
 	@echo "make demo    LeNet-5 on digits, 4 CPU ranks, one slowed down 4x: async_amsgrad beside ddp"
@@ -13,6 +13,7 @@ help:
 	@echo "make wheel-test    installs the wheel in a fresh environment and does what README and quick start say; 1.5 GB"
 	@echo "make test-cuda-build    the test suite with the build of torch that pip installs on Linux; needs no GPU, 6 GB"
 	@echo "make test-lowest    the test suite with the oldest releases that pyproject.toml allows; 6 GB"
+	@echo "make test-ray    the tests that train in Ray, in an environment of their own"
 	@echo "make strangers    other people's projects under async_amsgrad, in an environment of their own"
 	@echo "make lint    ruff, mypy and the rooms' contracts (import-linter)"
 	@echo "make docs    the documentation, into site/"
@@ -55,6 +56,12 @@ test-lowest:
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev]"
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal
 
+test-ray:
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e . -r tests/ray/requirements.txt
+	$(VENV)-ray/bin/python -m pytest -m ray tests/ray
+
 strangers:
 	$(PYTHON) -m venv $(VENV)-strangers
 	$(VENV)-strangers/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -84,4 +91,4 @@ gpu-kit: $(STAMP)
 	$(BIN)/python -m tests.gpu.wheels make
 
 clean:
-	rm -rf $(VENV) $(VENV)-strangers $(VENV)-cuda $(VENV)-lowest site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs
+	rm -rf $(VENV) $(VENV)-strangers $(VENV)-cuda $(VENV)-lowest $(VENV)-ray site build dist .pytest_cache .mypy_cache .ruff_cache demo_results runs

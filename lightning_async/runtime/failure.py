@@ -235,6 +235,7 @@ class ExitGuard:
         grace_s: seconds between the failure and the forced end.
         exit_process: what ends the process; replaced in tests.
         before_exit: called with the failure just before that.
+        ending: what is done then, in words.
     """
 
     def __init__(
@@ -244,8 +245,10 @@ class ExitGuard:
         grace_s: float = 5.0,
         exit_process: Callable[[int], object] = os._exit,
         before_exit: Callable[[RunFailure], object] = lambda failure: None,
+        ending: str = "ending this process",
     ) -> None:
         self._rank = rank
+        self._ending = ending
         self._latch = latch
         self._before_exit = before_exit
         self._exit_process = exit_process
@@ -262,7 +265,7 @@ class ExitGuard:
             if failure is not None:
                 self._before_exit(failure)
                 if not failure.announced:
-                    say(self._rank, f"{failure}; ending this process.")
+                    say(self._rank, f"{failure}; {self._ending}.")
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

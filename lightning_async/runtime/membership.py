@@ -64,6 +64,8 @@ class Membership:
         graceful: exception types with which all ranks leave together; they are no failure.
         exit_process: see `ExitGuard`.
         has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
+        is_owned: whether an engine owns the process and takes an error of each rank: all of them raise the failure
+            then, and ``exit_process`` tells the engine of it where this rank's thread does not come back to.
 
     Attributes:
         rank: this rank.
@@ -85,6 +87,7 @@ class Membership:
         graceful: tuple[type[BaseException], ...] = (),
         exit_process: Callable[[int], object] = os._exit,
         has_stepped: Callable[[], bool] = lambda: False,
+        is_owned: bool = False,
     ) -> None:
         self.rank = rank
         self.meeting: Meeting | None = None
@@ -104,20 +107,30 @@ class Membership:
         self._unexplained = RunFailure(rank, "an error that could not be described: out of memory", announced=True)
         # What a failed run in this process has left, and this one has outlived.
         forget_failure()
-        supervised = is_supervised()
-        self._delay_s = _SURVIVOR_DELAY_S * (2 if supervised and rank > 0 else 1)
+        self._is_owned = is_owned
+        # Whether what watches over the ranks takes the first error for the cause.
+        patient = is_owned or (is_supervised() and rank > 0)
+        self._delay_s = _SURVIVOR_DELAY_S * (2 if patient else 1)
         self._guard = ExitGuard(
             rank,
             self.latch,
-            _GRACE_S + (1.0 if supervised and rank > 0 else 0.0),
+            _GRACE_S + (1.0 if patient else 0.0),
             exit_process,
             before_exit=lambda failure: record_failure(rank, failure),
+            ending="this rank's thread does not come back to say so" if is_owned else "ending this process",
         )
+        if is_owned:
+            self.latch.subscribe(self._wake)
         self._heartbeats: Heartbeats | None = None
         self._worker_timeout_s = worker_timeout_s
         self._describe_end = describe_end
         self._graceful = graceful
         self._has_stepped = has_stepped
+
+    def _wake(self, failure: RunFailure) -> None:
+        """Ends this rank's collectives, so that its thread comes back and raises the failure."""
+        if failure.rank != self.rank:
+            break_groups()
 
     def _may_be_common(self, error: BaseException) -> bool:
         return isinstance(error, Exception) and not isinstance(error, MemoryError) and not self._has_stepped()
@@ -330,8 +343,8 @@ class Membership:
     def _leave(self) -> None:
         with ExitStack() as steps:
             # Each is done, whatever becomes of the others; the last comes first.
-            if self.rank == 0 or self.latch.failure is None:
-                # Rank 0's error is on its way up to the user's code, which may want to save something.
+            if self.rank == 0 or self._is_owned or self.latch.failure is None:
+                # The error is on its way up to the user's code, which may want to save something, or to the owner.
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
                 _a_run_has_failed.set()
@@ -379,9 +392,10 @@ class Membership:
             self.latch.trip(failure)
             record_failure(self.rank, failure, error)
             return error
-        if self.rank == 0:
-            time.sleep(self._delay_s)
-            record_failure(0, failure)
+        if self.rank == 0 or self._is_owned:
+            if failure.announced or not self._is_owned:
+                time.sleep(self._delay_s)
+            record_failure(self.rank, failure)
             return error if isinstance(error, WorkerFailedError) else WorkerFailedError(failure)
         if not failure.announced:
             say(self.rank, str(failure))

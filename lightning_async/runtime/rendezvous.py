@@ -62,6 +62,6 @@ def network_identity() -> str:
     """What two processes have in common if the loopback address leads from one to the other."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{os.stat('/proc/self/ns/net').st_ino}"
+        return f"{boot}:{os.stat('/proc/thread-self/ns/net').st_ino}"
     except OSError:
         return socket.gethostname()

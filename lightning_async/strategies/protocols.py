@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 
 from lightning_async.exchange.auto import Choice
 from lightning_async.monitoring.stats import RunStats
-from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 
-__all__ = ["FitMonitor", "LaunchedStrategy", "Ranks", "RunGuard"]
+__all__ = ["FitMonitor", "LaunchedStrategy", "ProcessOwner", "Ranks", "RunGuard"]
 
 _T = TypeVar("_T")
 
@@ -66,17 +66,32 @@ class RunGuard(Protocol):
         """Tells this rank that the process of another one on this host has ended with an error."""
 
 
+class ProcessOwner(Protocol):
+    """An engine that starts the ranks' processes, takes an error of each, and ends them; Ray Train is one.
+
+    Attributes:
+        name: what a user calls it.
+    """
+
+    name: str
+
+    def report(self, error: WorkerFailedError) -> None:
+        """Takes the error with which this rank ends, where its own thread does not come back to raise it."""
+
+
 class LaunchedStrategy(Ranks, Protocol):
     """A strategy, as its launcher sees it.
 
     Attributes:
         strategy_name: the name under which Lightning knows it.
+        owner: the engine that this rank's process belongs to; None where it is the run's own.
         has_stepped: whether this rank has trained on a batch in this fit.
         stats: what the ranks' process gives to the one that has started them.
         choice: the same, of what "auto" has chosen.
     """
 
     strategy_name: str
+    owner: ProcessOwner | None
     has_stepped: bool
     stats: RunStats
     choice: Choice | None

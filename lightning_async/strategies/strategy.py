@@ -65,7 +65,7 @@ from lightning_async.strategies.module_wrapper import ModuleWrapper, call_direct
 from lightning_async.strategies.new_folders import NewFolders, log_folders
 from lightning_async.strategies.notices import start_notices
 from lightning_async.strategies.optimizer_proxy import bare_state, make_proxy, remove_proxy, with_own_state
-from lightning_async.strategies.protocols import FitMonitor
+from lightning_async.strategies.protocols import FitMonitor, ProcessOwner
 from lightning_async.strategies.registration import register
 from lightning_async.strategies.resolved import Resolved, describe_run
 from lightning_async.strategies.signals import Signals
@@ -160,6 +160,7 @@ class AsyncStrategy(PhasedCollectives):
     """
 
     strategy_name = "async"
+    owner: ProcessOwner | None = None
     _example_optimizer = "torch.optim.Adam(...), or any other of torch's,"
 
     def __init__(
@@ -334,8 +335,9 @@ class AsyncStrategy(PhasedCollectives):
         if self._layer_sync is not None:
             refuse_sync_batchnorm(self.strategy_name)
         self._supervisor = RunSupervisor(self, self._start_method, self.options.worker_timeout_s, self._resilience)
-        self._launcher = self._supervisor.launcher
-        self._signals.launcher = self._launcher
+        # Lightning calls what it needs of a launcher, whatever its class.
+        launcher: Any = self._supervisor.launcher
+        self._launcher = self._signals.launcher = launcher
 
     def refuse_before_launch(self, trainer: Trainer) -> None:
         """Refuses what is known to fail before there are ranks that would all say so.

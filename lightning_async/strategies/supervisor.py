@@ -25,9 +25,11 @@ from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.strategies.launch_errors import describe_refused_peer
+from lightning_async.strategies.owned_launcher import OwnedLauncher
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.protocols import LaunchedStrategy
 from lightning_async.strategies.script_launcher import ScriptLauncher
+from lightning_async.strategies.validation import refuse_ray_worker
 from lightning_async.transport.base import ChannelClosedError
 
 __all__ = ["RunSupervisor", "StartMethod"]
@@ -68,8 +70,12 @@ class RunSupervisor:
         self._losses_known = 0
         self.holder_process: HolderProcess | None = None
         self.on_failure: Callable[[], object] = _do_nothing
-        self.launcher: ScriptLauncher | ProcessLauncher
-        if start_method == "popen":
+        if strategy.owner is None:
+            refuse_ray_worker(type(strategy).__name__, strategy.cluster_environment)
+        self.launcher: ScriptLauncher | ProcessLauncher | OwnedLauncher
+        if strategy.owner is not None:
+            self.launcher = OwnedLauncher(strategy, self, strategy.owner)
+        elif start_method == "popen":
             self.launcher = ScriptLauncher(strategy, self)
         else:
             self.launcher = ProcessLauncher(strategy, self, start_method)
@@ -87,6 +93,7 @@ class RunSupervisor:
             graceful=(SIGTERMException,),
             has_stepped=lambda: self._ranks.has_stepped,
             exit_process=self.launcher.exit_process,
+            is_owned=self._ranks.owner is not None,
         )
         return self._guarded(self._membership)
 
@@ -237,7 +244,8 @@ class RunSupervisor:
         # An evaluation has nothing to go on with: each rank has its share.
         resilience = self.resilience if self._ranks.is_fitting else Resilience()
         self._membership.meet(self._ranks.world_size, environment.main_address, broadcast, gather, resilience)
-        _prepare_exit()
+        if self._ranks.owner is None:
+            _prepare_exit()
 
     @contextmanager
     def impatience(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -25,8 +26,10 @@ __all__ = [
     "check_momentum",
     "check_parameters",
     "describe_gradient",
+    "is_ray_worker",
     "refuse_finders",
     "refuse_options",
+    "refuse_ray_worker",
     "refuse_sync_batchnorm",
 ]
 
@@ -50,6 +53,35 @@ def refuse_sync_batchnorm(name: str) -> NoReturn:
         "and the ranks do not run forward together. Leave it out (running statistics are averaged over the ranks "
         'before each validation), or use strategy="ddp".'
     )
+
+
+def refuse_ray_worker(kind: str, environment: object) -> None:
+    """Refuses a worker of Ray Train to a strategy that takes its process for its own.
+
+    Args:
+        kind: the strategy's class.
+        environment: where its ranks would find each other.
+
+    Raises:
+        MisconfigurationException: if this is a worker of Ray Train, or that is Ray's environment.
+    """
+    if is_ray_worker() or type(environment).__module__.startswith("ray."):
+        raise MisconfigurationException(
+            f"{kind} starts its ranks and ends them, and in Ray Train both are Ray's: take "
+            f"strategy=lightning_async.ray.Ray{kind}(...) there, with the same arguments."
+        )
+
+
+def is_ray_worker() -> bool:
+    """Whether this process runs a training function of Ray Train; imports nothing of Ray's."""
+    train = sys.modules.get("ray.train")
+    if train is None:
+        return False
+    try:
+        return train.get_context().get_world_size() is not None
+    except (AttributeError, RuntimeError, Warning):
+        # A release without it; outside of such a function; in one of Ray Tune's.
+        return False
 
 
 def refuse_finders(trainer: Trainer, name: str) -> None:

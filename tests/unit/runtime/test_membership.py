@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from lightning_async.runtime import membership
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 from lightning_async.runtime.membership import Membership
 from lightning_async.transport.base import ChannelClosedError
+from tests.harness import eventually
 
 pytestmark = pytest.mark.timeout(20)
 KILLED = RunFailure(2, "its process was killed by SIGKILL")
@@ -33,6 +35,11 @@ def member(rank: int) -> Membership:
     mine = Membership(rank, 60.0, graceful=(AskedToLeave,), exit_process=lambda code: None)
     mine._guard.disarm()
     return mine
+
+
+def owned(rank: int, told: list[int]) -> Membership:
+    """The same in a process that an engine owns, and takes errors of; ``told`` is where it had to be told."""
+    return Membership(rank, 60.0, exit_process=told.append, is_owned=True)
 
 
 def leave(member: Membership, error: BaseException) -> BaseException:
@@ -129,6 +136,61 @@ def test_a_bystander_ends_quietly_where_rank_0_tells_the_user(
     assert explained.code == 1
     assert capfd.readouterr().err == ""
     assert delays == [2.0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("announced", "waits"), [(True, [4.0]), (False, [])])
+def test_where_an_engine_takes_errors_a_bystander_raises_the_failure_after_the_rank_at_fault(
+    rank: int, announced: bool, waits: list[float], delays: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine = owned(rank, [])
+    mine.latch.trip(RunFailure(2, "ValueError: no", announced=announced))
+
+    explained = leave(mine, RuntimeError("Connection closed by peer"))
+
+    assert isinstance(explained, WorkerFailedError)
+    assert str(explained) == "rank 2 failed: ValueError: no"
+    assert delays == waits
+    assert capfd.readouterr().err == ""
+
+
+def test_where_an_engine_takes_errors_it_is_not_told_of_a_rank_that_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "_GRACE_S", -0.7)
+    told: list[int] = []
+    mine = owned(1, told)
+
+    # Its guard would act 0.3 s after the failure.
+    leave(mine, ValueError("no"))
+    time.sleep(0.6)
+
+    assert told == []
+
+
+def test_where_an_engine_takes_errors_it_is_told_of_a_rank_that_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(membership, "_GRACE_S", -1.0)
+    told: list[int] = []
+    mine = owned(1, told)
+
+    mine.latch.trip(KILLED)
+
+    assert eventually(lambda: told == [1])
+    assert "this rank's thread does not come back" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("failed", "wakes"), [(2, 1), (1, 0)])
+def test_where_an_engine_takes_errors_another_ranks_failure_ends_the_collectives(
+    failed: int, wakes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[None] = []
+    monkeypatch.setattr(membership, "break_groups", lambda: woken.append(None))
+    mine = owned(1, [])
+
+    mine.latch.trip(RunFailure(failed, "it is gone", announced=True))
+    mine._guard.disarm()
+
+    assert len(woken) == wakes
 
 
 def test_a_bystander_says_it_where_nobody_else_does(capfd: pytest.CaptureFixture[str], delays: list[float]) -> None:

@@ -223,7 +223,8 @@ def test_a_child_that_ended_before_it_was_watched_is_reported(
 def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ranks, "_PATIENCE_S", 0.05)
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=29500)
-    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=0, world_size=4, num_nodes=1)
+    ranks_of_run = {"global_rank": 0, "world_size": 4, "num_nodes": 1}
+    strategy: Any = SimpleNamespace(cluster_environment=environment, owner=None, **ranks_of_run)
     supervisor = ranks.RunSupervisor(strategy, "spawn", 60.0, Resilience())
 
     with supervisor.impatience():

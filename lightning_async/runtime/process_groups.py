@@ -22,10 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
+from lightning_async.runtime.attempts import agree_on_attempt
+
 __all__ = [
     "break_groups",
     "breakable",
     "exchange_group",
+    "form_default_group",
     "open_exchange_group",
     "open_store",
     "reform_default_group",
@@ -66,6 +69,31 @@ def open_exchange_group(timeout: timedelta | None) -> None:
         return
     own = dist.new_group(timeout=timeout, group_desc="lightning_async")
     _pair = weakref.ref(_default_group()), weakref.ref(own)
+
+
+def form_default_group(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    backend: str,
+    timeout: timedelta | None,
+    device: torch.device | None = None,
+) -> None:
+    """Forms the default group in a store that ranks of before have been in; a collective call.
+
+    Args:
+        store: that all ranks come to, and that outlives them.
+        rank: this rank.
+        world_size: number of ranks.
+        backend: the group's.
+        timeout: for all to come, and of its collectives; None for the backend's own.
+        device: that this rank's part of the group is bound to, if to any.
+
+    Raises:
+        TimeoutError: if a rank does not come.
+    """
+    attempt = agree_on_attempt(store, rank, world_size, timeout or default_pg_timeout)
+    _form(dist.PrefixStore(f"lightning_async/{attempt}", store), rank, world_size, backend, timeout, device)
 
 
 def exchange_group() -> _Group | None:
@@ -186,14 +214,26 @@ def reform_default_group(store: dist.Store, place: int, size: int, backend: str,
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    forming = timedelta(seconds=_FORMING_TIMEOUT_S)
-    store.set_timeout(forming)
-    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming)
-    for device in _default_group()._device_types:
-        own: Any = _default_group()._get_backend(device)
-        own._set_default_timeout(timeout or default_pg_timeout)
+    _form(store, place, size, backend, timeout)
     global _reformed
     _reformed = weakref.ref(_default_group())
+
+
+def _form(
+    store: dist.Store,
+    place: int,
+    size: int,
+    backend: str,
+    timeout: timedelta | None,
+    device: torch.device | None = None,
+) -> None:
+    forming, lasting = timedelta(seconds=_FORMING_TIMEOUT_S), timeout or default_pg_timeout
+    store.set_timeout(forming)
+    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming, device_id=device)
+    store.set_timeout(lasting)
+    for kind in _default_group()._device_types:
+        own: Any = _default_group()._get_backend(kind)
+        own._set_default_timeout(lasting)
 
 
 def reformed_place() -> tuple[int, int] | None:

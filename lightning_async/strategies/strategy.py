@@ -50,11 +50,12 @@ from lightning_async.loops.installation import InstalledLoops, install
 from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
+from lightning_async.runtime.attempts import keeps_its_store
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
-from lightning_async.runtime.process_groups import breakable, open_exchange_group
+from lightning_async.runtime.process_groups import breakable, form_default_group, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
@@ -389,6 +390,21 @@ class AsyncStrategy(PhasedCollectives):
             open_exchange_group(self._timeout)
         supervisor.meet(super().broadcast, self.gather_objects)
         self._meet_by_way_of_rank_0(supervisor)
+
+    @override
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        if keeps_its_store() and not dist.is_initialized() and environment is not None:
+            # Lightning would have torch form it by what the ranks of an attempt before have left.
+            self.set_world_ranks()
+            store = dist.TCPStore(
+                environment.main_address, environment.main_port, timeout=self._timeout or default_pg_timeout
+            )
+            device = None if self.root_device.type == "cpu" else self.root_device
+            form_default_group(
+                store, self.global_rank, self.world_size, self._get_process_group_backend(), self._timeout, device
+            )
+        super().setup_distributed()
 
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""

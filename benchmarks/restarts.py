@@ -5,7 +5,8 @@ the other, rank 0 among them. A restart counts as one at the first try if every 
 was started more than once. The time runs from the kill until every rank is in its first step, imports included.
 async_amsgrad goes on from its snapshot, DDP from the checkpoint of its last steps.
 
-``--nodes 2`` starts two torchruns on this host, with half of the ranks each.
+``--nodes 2`` starts two torchruns on this host, with half of the ranks each. With ``--start fork`` torchrun's agent has
+imported everything and forks the ranks, so that a restart takes a moment; with ``exec`` it is the command itself.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Job:
         folder: where it works and tells.
         ranks: number of ranks, of all nodes.
         nodes: number of torchruns.
+        start: how a torchrun starts its ranks; see above.
         step_s: seconds that a step sleeps.
         save_s: seconds between two snapshots, or checkpoints.
     """
@@ -62,12 +64,14 @@ class Job:
     folder: str
     ranks: int = 3
     nodes: int = 1
+    start: str = "exec"
     step_s: float = 0.02
     save_s: float = 0.5
 
     def commands(self, port: int) -> list[list[str]]:
         """The command line of each node's torchrun."""
-        common = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1000", f"--nnodes={self.nodes}"]
+        torchrun = "torch.distributed.run" if self.start == "exec" else "benchmarks.restarts"
+        common = [sys.executable, "-m", torchrun, "--max-restarts=1000", f"--nnodes={self.nodes}"]
         common += [f"--nproc-per-node={self.ranks // self.nodes}"]
         script = ["-m", "benchmarks.restarts", "--rank", json.dumps(asdict(self))]
         if self.rendezvous == "static":
@@ -111,6 +115,7 @@ class Found:
         return {
             "kills": len(self.restarts),
             "first_try": len(first),
+            "tries": sum(restart.tries for restart in self.restarts),
             "hung": sum(restart.hung for restart in self.restarts),
             "from_saved": sum(restart.from_step > 0 for restart in self.restarts),
             "median_s": round(statistics.median(first), 2) if first else None,
@@ -121,6 +126,9 @@ class Found:
 
 def main() -> None:
     """Measures and prints."""
+    if "--max-restarts=1000" in sys.argv:
+        _fork_ranks(sys.argv[1:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=6, help="jobs of each kind, taken in turns")
     parser.add_argument("--kills", type=int, default=5, help="in each job, one after the other")
@@ -128,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rendezvous", nargs="+", choices=RENDEZVOUS, default=list(RENDEZVOUS))
     parser.add_argument("--ranks", type=int, default=3, help="of all nodes")
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--start", choices=("exec", "fork"), default="exec")
     parser.add_argument("--hung-s", type=float, default=60.0, help="seconds after which a restart has hung")
     parser.add_argument("--seed", type=int, default=0, help="of whom is killed when")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
@@ -135,6 +144,8 @@ def main() -> None:
     if arguments.rank is not None:
         _train(Job(**json.loads(arguments.rank)))
         return
+    # So that what is under way is ended with this process.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
     os.environ["OMP_NUM_THREADS"] = "1"
     generator = random.Random(arguments.seed)
     found = {(kind, how): Found() for how in arguments.rendezvous for kind in arguments.only}
@@ -144,9 +155,8 @@ def main() -> None:
             so_far.restarts += restarts
             load = os.getloadavg()[0]
             print(f"turn {turn}, {kind}, {how} (load {load:.1f}): {[_in_words(one) for one in restarts]}", flush=True)
+        print({f"{kind}, {how}": each.summary() for (kind, how), each in found.items()}, flush=True)
     table = [{"kind": kind, "rendezvous": how, **each.summary()} for (kind, how), each in found.items()]
-    for row in table:
-        print(row)
     save("restarts", {name: value for name, value in vars(arguments).items() if name != "rank"}, table)
 
 
@@ -164,33 +174,35 @@ def tries_of(events: list[Event], since: float, until: float) -> int:
 def run_job(kind: str, rendezvous: str, arguments: argparse.Namespace, generator: random.Random) -> list[Restart]:
     """One job, whose ranks are killed; what became of each kill."""
     folder = Path(tempfile.mkdtemp(prefix=f"restarts-{kind}-"))
-    job = Job(kind, rendezvous, str(folder), arguments.ranks, arguments.nodes)
+    job = Job(kind, rendezvous, str(folder), arguments.ranks, arguments.nodes, arguments.start)
     restarts: list[Restart] = []
     with (folder / "output.txt").open("w") as output, _started(job, output) as agents:
         patience_s = 3 * arguments.hung_s
         training = _wait_until_all_train(job, time.monotonic(), patience_s)
         if training is None:
-            raise SystemExit(f"the job has not begun within {patience_s:g} s:\n{_end_of(folder)}")
+            raise SystemExit(f"the job has not begun within {patience_s:g} s:\n{_errors_of(folder)}")
         for _ in range(arguments.kills):
             # Until something is saved.
             time.sleep(1.5 * job.save_s + generator.uniform(0.5, 1.5))
             victim = generator.randrange(job.ranks)
             restart, killed_at = Restart(victim), time.monotonic()
             os.kill(training[victim]["pid"], signal.SIGKILL)
-            while (training := _wait_until_all_train(job, killed_at, arguments.hung_s)) is None:
+            training = _wait_until_all_train(job, killed_at, arguments.hung_s)
+            if training is None:
                 restart.hung = True
-                print(f"{kind}, {rendezvous}: hung after rank {victim} was killed:\n{_end_of(folder)}", flush=True)
-                if all(agent.poll() is not None for agent in agents):
-                    return [*restarts, restart]
+                print(f"{kind}, {rendezvous}: hung after rank {victim} was killed:\n{_errors_of(folder)}", flush=True)
                 for agent in agents:
-                    _kill_below(agent.pid)
+                    _kill(descendants(agent.pid, parents()))
+                training = _wait_until_all_train(job, time.monotonic(), arguments.hung_s)
+                if training is None:
+                    return [*restarts, restart]
             last = max(event["at_s"] for event in training.values())
             events = events_in(folder)
             restart.tries = tries_of(events, killed_at, last)
             restart.ending_s = min(one["at_s"] for one in events if one["at_s"] > killed_at) - killed_at
             restart.seconds, restart.from_step = last - killed_at, training[0]["step"]
             if restart.tries > 1:
-                print(f"{kind}, {rendezvous}: {restart.tries} tries:\n{_end_of(folder)}", flush=True)
+                print(f"{kind}, {rendezvous}: {restart.tries} tries:\n{_errors_of(folder)}", flush=True)
             restarts.append(restart)
     shutil.rmtree(folder)
     return restarts
@@ -225,10 +237,6 @@ def _started(job: Job, output: Any) -> Iterator[list[subprocess.Popen[bytes]]]:
             _kill(below)
 
 
-def _kill_below(root: int) -> None:
-    _kill(descendants(root, parents()))
-
-
 def _kill(processes: Any) -> None:
     for pid in processes:
         try:
@@ -243,8 +251,22 @@ def _in_words(restart: Restart) -> str:
     return f"rank {restart.victim}: {seconds}, step {restart.from_step} {tries}".rstrip()
 
 
-def _end_of(folder: Path) -> str:
-    return (folder / "output.txt").read_text()[-3000:]
+def _errors_of(folder: Path) -> str:
+    """The last errors that the ranks have printed."""
+    lines = (folder / "output.txt").read_text().splitlines()
+    return "\n".join([line[:200] for line in lines if "Error" in line and "torch/distributed/elastic" not in line][-3:])
+
+
+def _fork_ranks(torchruns: list[str]) -> None:
+    """Does what torchrun does with these arguments, but for how the ranks are started."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    import lightning_async  # noqa: F401  # with all that the ranks would import
+
+    config, _, arguments = config_from_args(parse_args(torchruns))
+    config.start_method = "fork"
+    elastic_launch(config, _train)(Job(**json.loads(arguments[-1])))
 
 
 def _train(job: Job) -> None:

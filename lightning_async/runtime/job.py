@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -25,6 +25,7 @@ class Job:
         host: the host's name.
         slurm: SLURM's number of the job and of its step.
         restarted_by: the schedulers that have started it again.
+        agents: what ``agent`` is for each rank, once the ranks have told each other.
 
     Examples:
         >>> first = Job(slurm="17.0")
@@ -38,6 +39,7 @@ class Job:
     host: str = ""
     slurm: str = ""
     restarted_by: tuple[str, ...] = ()
+    agents: tuple[str, ...] = ()
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Job:
@@ -55,25 +57,36 @@ class Job:
             restarted_by=tuple(by for by, name in counters.items() if environment.get(name, "0") not in ("", "0")),
         )
 
-    def state(self) -> dict[str, str]:
+    def among(self, everyone: Sequence[Job]) -> Job:
+        """This process's job, with what each of its ranks knows of it: a torchrun counts its own restarts only."""
+        restarted_by = tuple(sorted({by for job in everyone for by in job.restarted_by}, key=str.lower, reverse=True))
+        agents = tuple(sorted({job.agent for job in everyone if job.agent}))
+        return replace(self, restarted_by=restarted_by, agents=agents)
+
+    def state(self) -> dict[str, Any]:
         """What a snapshot keeps of it."""
-        return {name: value for name, value in asdict(self).items() if isinstance(value, str)}
+        kept = asdict(self) | {"agents": list(self.agents)}
+        del kept["restarted_by"]
+        return kept
 
     @classmethod
     def load(cls, state: Mapping[str, Any]) -> Job:
         """The job that `state` has put into a snapshot."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in state.items() if name in known})
+        job = cls(**{name: value for name, value in state.items() if name in known})
+        return replace(job, agents=tuple(job.agents))
 
     def continues(self, earlier: Job) -> bool:
         """Whether this process was started to go on with what ``earlier`` has begun."""
-        torchrun = "torchrun" in self.restarted_by and self._has_same_run(earlier)
+        torchrun = self._has_same_agent(earlier) or ("torchrun" in self.restarted_by and self._has_same_run(earlier))
         return torchrun or ("SLURM" in self.restarted_by and bool(self.slurm) and self.slurm == earlier.slurm)
 
+    def _has_same_agent(self, earlier: Job) -> bool:
+        """Whether one start of torchrun has started ranks of both, whether it counts that as a restart or not."""
+        mine, theirs = {self.agent, *self.agents}, {earlier.agent, *earlier.agents}
+        return self.torchrun == earlier.torchrun and bool(mine & theirs - {""})
+
     def _has_same_run(self, earlier: Job) -> bool:
-        if self.torchrun != earlier.torchrun:
-            return False
-        if self.agent and self.agent == earlier.agent:
-            return True
         # Rank 0 may have moved to another host, whose torchrun is another. On the same host it would be the same one.
-        return self.torchrun not in _NAMELESS and (self.host != earlier.host or not self.agent)
+        named = self.torchrun == earlier.torchrun and self.torchrun not in _NAMELESS
+        return named and (self.host != earlier.host or not self.agent)

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -57,6 +58,7 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, form_default_group, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
+from lightning_async.strategies.checkpoint_io import WholeFileIO
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
 from lightning_async.strategies.ending import FitEnding, do_each
@@ -604,6 +606,20 @@ class AsyncStrategy(PhasedCollectives):
         return self._fit
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeFileIO()
+        elif isinstance(self._checkpoint_io, AsyncCheckpointIO):
+            # Which keeps the one that it was given by the user, or here before.
+            self._checkpoint_io.checkpoint_io = WholeFileIO()
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

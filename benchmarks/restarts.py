@@ -35,7 +35,7 @@ from benchmarks.churn_runs import Event, Notebook, events_in
 from benchmarks.record import save
 from lightning_async.chaos.processes import descendants, parents
 
-__all__ = ["Job", "Restart", "tries_of"]
+__all__ = ["Job", "Restart", "kill_ranks_of", "tries_of"]
 
 KINDS = ("async_amsgrad", "ddp")
 RENDEZVOUS = ("static", "c10d")
@@ -72,7 +72,7 @@ class Job:
         """The command line of each node's torchrun."""
         torchrun = "torch.distributed.run" if self.start == "exec" else "benchmarks.restarts"
         common = [sys.executable, "-m", torchrun, "--max-restarts=1000", f"--nnodes={self.nodes}"]
-        common += [f"--nproc-per-node={self.ranks // self.nodes}"]
+        common += [f"--nproc-per-node={self.ranks // self.nodes}", f"--log-dir={self.folder}/logs"]
         script = ["-m", "benchmarks.restarts", "--rank", json.dumps(asdict(self))]
         if self.rendezvous == "static":
             where = ["--master-addr=127.0.0.1", f"--master-port={port}"]
@@ -147,11 +147,10 @@ def main() -> None:
     # So that what is under way is ended with this process.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
     os.environ["OMP_NUM_THREADS"] = "1"
-    generator = random.Random(arguments.seed)
     found = {(kind, how): Found() for how in arguments.rendezvous for kind in arguments.only}
     for turn in range(arguments.turns):
         for (kind, how), so_far in found.items():
-            restarts = run_job(kind, how, arguments, generator)
+            restarts = run_job(kind, how, arguments, arguments.seed + turn)
             so_far.restarts += restarts
             load = os.getloadavg()[0]
             print(f"turn {turn}, {kind}, {how} (load {load:.1f}): {[_in_words(one) for one in restarts]}", flush=True)
@@ -171,29 +170,46 @@ def tries_of(events: list[Event], since: float, until: float) -> int:
     return max(Counter(starts).values(), default=0)
 
 
-def run_job(kind: str, rendezvous: str, arguments: argparse.Namespace, generator: random.Random) -> list[Restart]:
-    """One job, whose ranks are killed; what became of each kill."""
-    folder = Path(tempfile.mkdtemp(prefix=f"restarts-{kind}-"))
-    job = Job(kind, rendezvous, str(folder), arguments.ranks, arguments.nodes, arguments.start)
+def run_job(kind: str, rendezvous: str, arguments: argparse.Namespace, seed: int) -> list[Restart]:
+    """One job in a folder of its own; what became of each kill."""
+    folder = tempfile.mkdtemp(prefix=f"restarts-{kind}-")
+    job = Job(kind, rendezvous, folder, arguments.ranks, arguments.nodes, arguments.start)
+    restarts = kill_ranks_of(job, arguments.kills, arguments.hung_s, seed)
+    shutil.rmtree(folder)
+    return restarts
+
+
+def kill_ranks_of(job: Job, kills: int, hung_s: float, seed: int) -> list[Restart]:
+    """Runs a job, kills one of its ranks after the other, and tells what became of each kill.
+
+    Args:
+        job: is started, and ended at last.
+        kills: how many.
+        hung_s: seconds without any news after which a restart has hung.
+        seed: of whom is killed when.
+    """
+    generator, folder = random.Random(seed), Path(job.folder)
     restarts: list[Restart] = []
     with (folder / "output.txt").open("w") as output, _started(job, output) as agents:
-        patience_s = 3 * arguments.hung_s
-        training = _wait_until_all_train(job, time.monotonic(), patience_s)
+        training = _wait_until_all_train(job, time.monotonic(), 3 * hung_s)
         if training is None:
-            raise SystemExit(f"the job has not begun within {patience_s:g} s:\n{_errors_of(folder)}")
-        for _ in range(arguments.kills):
+            raise SystemExit(f"the job has not begun within {3 * hung_s:g} s:\n{_errors_of(folder)}")
+        for _ in range(kills):
             # Until something is saved.
             time.sleep(1.5 * job.save_s + generator.uniform(0.5, 1.5))
             victim = generator.randrange(job.ranks)
             restart, killed_at = Restart(victim), time.monotonic()
             os.kill(training[victim]["pid"], signal.SIGKILL)
-            training = _wait_until_all_train(job, killed_at, arguments.hung_s)
+            training = _wait_until_all_train(job, killed_at, hung_s)
             if training is None:
                 restart.hung = True
-                print(f"{kind}, {rendezvous}: hung after rank {victim} was killed:\n{_errors_of(folder)}", flush=True)
+                print(
+                    f"{job.kind}, {job.rendezvous}: hung after rank {victim} was killed:\n{_errors_of(folder)}",
+                    flush=True,
+                )
                 for agent in agents:
                     _kill(descendants(agent.pid, parents()))
-                training = _wait_until_all_train(job, time.monotonic(), arguments.hung_s)
+                training = _wait_until_all_train(job, time.monotonic(), hung_s)
                 if training is None:
                     return [*restarts, restart]
             last = max(event["at_s"] for event in training.values())
@@ -202,9 +218,8 @@ def run_job(kind: str, rendezvous: str, arguments: argparse.Namespace, generator
             restart.ending_s = min(one["at_s"] for one in events if one["at_s"] > killed_at) - killed_at
             restart.seconds, restart.from_step = last - killed_at, training[0]["step"]
             if restart.tries > 1:
-                print(f"{kind}, {rendezvous}: {restart.tries} tries:\n{_errors_of(folder)}", flush=True)
+                print(f"{job.kind}, {job.rendezvous}: {restart.tries} tries:\n{_errors_of(folder)}", flush=True)
             restarts.append(restart)
-    shutil.rmtree(folder)
     return restarts
 
 

@@ -44,9 +44,9 @@ class Job:
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Job:
         """The job of a process with these variables."""
-        # .../AGENT/RUN_xyz/attempt_0/0/error.json
+        # .../AGENT/RUN_xyz/attempt_0/0/error.json, or LOGS/RUN_xyz/attempt_0/0/error.json
         error_file = PurePath(environment.get("TORCHELASTIC_ERROR_FILE", ""))
-        agent = "/".join(error_file.parts[-5:-3]) if len(error_file.parts) > 5 else ""
+        agent = "/".join(error_file.parts[:-3][-2:])
         job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
         counters = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "SLURM": "SLURM_RESTART_COUNT"}
         return cls(

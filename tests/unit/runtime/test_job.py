@@ -70,6 +70,13 @@ def test_a_job_is_known_by_the_ranks_that_stay_when_a_host_is_replaced() -> None
     assert not new.among([new]).continues(earlier)
 
 
+def test_a_torchrun_is_known_by_its_folder_of_logs_wherever_that_is() -> None:
+    files = ("/tmp/torchelastic_a/none_b", "logs/none_b", "none_b")
+    found = [Job.of_environment({"TORCHELASTIC_ERROR_FILE": f"{each}/attempt_0/0/error.json"}) for each in files]
+
+    assert [job.agent for job in found] == ["torchelastic_a/none_b", "logs/none_b", "none_b"]
+
+
 def test_what_one_rank_knows_of_a_restart_all_know() -> None:
     mine = torchrun(0, agent="a/here")
 

@@ -134,8 +134,8 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
             an error that names the rank, as under DDP; ``"continue"`` goes on with the others, who compute its batches.
         min_ranks: with ``"continue"``, how many ranks must be left.
-        max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
-            the run in the middle of an epoch.
+        max_restarts: with ``"continue"``, how often in a row a lost rank that was started from here is started again;
+            it joins the run in the middle of an epoch, and once it has been in it for ten minutes it is counted anew.
         join_file: with ``"continue"``, a file in which rank 0 leaves what workers on any machine join the run with:
             ``lightning-async join FILE -- python train.py``. It has the run's token, and only its owner can read it.
         reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its

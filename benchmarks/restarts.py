@@ -279,7 +279,8 @@ def _fork_ranks(torchruns: list[str]) -> None:
 
     import lightning_async  # noqa: F401  # with all that the ranks would import
 
-    config, _, arguments = config_from_args(parse_args(torchruns))
+    parse: Any = parse_args
+    config, _, arguments = config_from_args(parse(torchruns))
     config.start_method = "fork"
     elastic_launch(config, _train)(Job(**json.loads(arguments[-1])))
 

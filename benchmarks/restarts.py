@@ -89,7 +89,7 @@ class Restart:
         victim: the rank that was killed.
         tries: how often the ranks were started until all of them trained; 1 is the first try.
         seconds: from the kill until all of them trained.
-        ending_s: of these, until the first rank was started again.
+        ending_s: of these, until the first rank was there again; where ranks are not forked, with its imports.
         hung: whether the ranks had to be killed, since nothing happened for too long.
         from_step: the step that they went on from.
     """
@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=3, help="of all nodes")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--start", choices=("exec", "fork"), default="exec")
-    parser.add_argument("--hung-s", type=float, default=60.0, help="seconds after which a restart has hung")
+    parser.add_argument(
+        "--hung-s", type=float, default=120.0, help="seconds without news after which a restart has hung"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of whom is killed when")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

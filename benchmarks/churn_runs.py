@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["Churned", "Event", "command_of", "events_in"]
+__all__ = ["Churned", "Event", "Notebook", "command_of", "events_in"]
 
 Event = dict[str, Any]
 
@@ -66,7 +66,7 @@ def events_in(folder: Path) -> list[Event]:
     return sorted(found, key=lambda event: float(event["at_s"]))
 
 
-class _Notebook:
+class Notebook:
     """Where this process tells what it does."""
 
     def __init__(self, folder: str) -> None:
@@ -89,7 +89,7 @@ def _started_s() -> float:
     return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
-def _train(run: Churned, notebook: _Notebook) -> None:
+def _train(run: Churned, notebook: Notebook) -> None:
     import lightning.pytorch as pl
     import torch
     from torch import Tensor, nn
@@ -155,7 +155,7 @@ def _train(run: Churned, notebook: _Notebook) -> None:
     pl.Trainer(**arguments).fit(Module(), DataLoader(data, batch_size=1, shuffle=True), ckpt_path=resume)
 
 
-def _train_by_torchft(run: Churned, notebook: _Notebook) -> None:
+def _train_by_torchft(run: Churned, notebook: Notebook) -> None:
     """One replica group of torchft, written as its own example train_ddp.py is."""
     import torch
     import torchft
@@ -214,7 +214,7 @@ def _train_by_torchft(run: Churned, notebook: _Notebook) -> None:
                 notebook.note("committed", rank=run.rank, samples=samples.tolist(), step=manager.current_step())
 
 
-def _serve_lighthouse(run: Churned, notebook: _Notebook) -> None:
+def _serve_lighthouse(run: Churned, notebook: Notebook) -> None:
     from torchft.coordination import LighthouseServer
 
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=100)
@@ -225,7 +225,7 @@ def _serve_lighthouse(run: Churned, notebook: _Notebook) -> None:
 
 def _main() -> None:
     run = Churned(**json.loads(sys.argv[1]))
-    notebook = _Notebook(run.folder)
+    notebook = Notebook(run.folder)
     if run.kind == "torchft":
         _train_by_torchft(run, notebook)
     elif run.kind == "lighthouse":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -31,6 +31,7 @@ class Job:
         slurm: SLURM's number of the job and of its step.
         restarted_by: the schedulers that have started it again.
         run: what ``LIGHTNING_ASYNC_RUN`` calls it.
+        agents: what ``agent`` is for each rank, once the ranks have told each other.
 
     Examples:
         >>> first = Job(slurm="17.0")
@@ -45,13 +46,14 @@ class Job:
     slurm: str = ""
     restarted_by: tuple[str, ...] = ()
     run: str = ""
+    agents: tuple[str, ...] = ()
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Job:
         """The job of a process with these variables."""
-        # .../AGENT/RUN_xyz/attempt_0/0/error.json
+        # .../AGENT/RUN_xyz/attempt_0/0/error.json, or LOGS/RUN_xyz/attempt_0/0/error.json
         error_file = PurePath(environment.get("TORCHELASTIC_ERROR_FILE", ""))
-        agent = "/".join(error_file.parts[-5:-3]) if len(error_file.parts) > 5 else ""
+        agent = "/".join(error_file.parts[:-3][-2:])
         job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
         counters = {
             "torchrun": "TORCHELASTIC_RESTART_COUNT",
@@ -67,26 +69,37 @@ class Job:
             run=environment.get(RUN_VARIABLE, ""),
         )
 
-    def state(self) -> dict[str, str]:
+    def among(self, everyone: Sequence[Job]) -> Job:
+        """This process's job, with what each of its ranks knows of it: a torchrun counts its own restarts only."""
+        restarted_by = tuple(sorted({by for job in everyone for by in job.restarted_by}, key=str.lower, reverse=True))
+        agents = tuple(sorted({job.agent for job in everyone if job.agent}))
+        return replace(self, restarted_by=restarted_by, agents=agents)
+
+    def state(self) -> dict[str, Any]:
         """What a snapshot keeps of it."""
-        return {name: value for name, value in asdict(self).items() if isinstance(value, str)}
+        kept = asdict(self) | {"agents": list(self.agents)}
+        del kept["restarted_by"]
+        return kept
 
     @classmethod
     def load(cls, state: Mapping[str, Any]) -> Job:
         """The job that `state` has put into a snapshot."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in state.items() if name in known})
+        job = cls(**{name: value for name, value in state.items() if name in known})
+        return replace(job, agents=tuple(job.agents))
 
     def continues(self, earlier: Job) -> bool:
         """Whether this process was started to go on with what ``earlier`` has begun."""
-        torchrun = "torchrun" in self.restarted_by and self._has_same_run(earlier)
+        torchrun = self._has_same_agent(earlier) or ("torchrun" in self.restarted_by and self._has_same_run(earlier))
         named = _RUN in self.restarted_by and bool(self.run) and self.run == earlier.run
         return torchrun or named or ("SLURM" in self.restarted_by and bool(self.slurm) and self.slurm == earlier.slurm)
 
+    def _has_same_agent(self, earlier: Job) -> bool:
+        """Whether one start of torchrun has started ranks of both, whether it counts that as a restart or not."""
+        mine, theirs = {self.agent, *self.agents}, {earlier.agent, *earlier.agents}
+        return self.torchrun == earlier.torchrun and bool(mine & theirs - {""})
+
     def _has_same_run(self, earlier: Job) -> bool:
-        if self.torchrun != earlier.torchrun:
-            return False
-        if self.agent and self.agent == earlier.agent:
-            return True
         # Rank 0 may have moved to another host, whose torchrun is another. On the same host it would be the same one.
-        return self.torchrun not in _NAMELESS and (self.host != earlier.host or not self.agent)
+        named = self.torchrun == earlier.torchrun and self.torchrun not in _NAMELESS
+        return named and (self.host != earlier.host or not self.agent)

@@ -22,10 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
+from lightning_async.runtime.attempts import agree_on_attempt
+
 __all__ = [
     "break_groups",
     "breakable",
     "exchange_group",
+    "form_default_group",
     "forming_timeout",
     "open_exchange_group",
     "open_store",
@@ -54,6 +57,8 @@ _old_ports: frozenset[int] = frozenset()
 # All have just met. One that is lost meanwhile is waited for: where Gloo waits for its connection there is none yet
 # that could be broken, and it waits five times as long as this. A slow machine gets longer at the next attempt.
 _SHORTEST_FORMING_S, _LONGEST_FORMING_S = 2.0, 60.0
+# Of a group that is formed once, where nobody tries again.
+_FIRST_FORMING = timedelta(seconds=30)
 _LOOK_S = 0.1
 
 
@@ -68,6 +73,39 @@ def open_exchange_group(timeout: timedelta | None) -> None:
         return
     own = dist.new_group(timeout=timeout, group_desc="lightning_async")
     _pair = weakref.ref(_default_group()), weakref.ref(own)
+
+
+def form_default_group(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    backend: str,
+    timeout: timedelta | None,
+    device: torch.device | None = None,
+) -> None:
+    """Forms the default group in a store that ranks of before have been in; a collective call.
+
+    Args:
+        store: that all ranks come to, and that outlives them.
+        rank: this rank.
+        world_size: number of ranks.
+        backend: the group's.
+        timeout: for all to come, and of its collectives; None for the backend's own.
+        device: that this rank's part of the group is bound to, if to any.
+
+    Raises:
+        TimeoutError: if a rank does not come.
+    """
+    attempt = agree_on_attempt(store, rank, world_size, timeout or default_pg_timeout)
+    _form(
+        dist.PrefixStore(f"lightning_async/{attempt}", store),
+        rank,
+        world_size,
+        backend,
+        timeout,
+        _FIRST_FORMING,
+        device,
+    )
 
 
 def exchange_group() -> _Group | None:
@@ -125,7 +163,8 @@ def breakable(is_outdated: Callable[[], bool] | None = None) -> Iterator[None]:
         threading.Thread(target=_break_while, args=args, name="group-watch", daemon=True).start()
     try:
         yield
-        _sockets = frozenset(_opened_since(_open_before))
+        # A group of before may still be the present one: Lightning keeps the default group from one fit to the next.
+        _sockets = (_sockets & frozenset(_tcp_sockets())) | frozenset(_opened_since(_open_before))
     finally:
         over.set()
         _open_before = None
@@ -205,15 +244,27 @@ def reform_default_group(
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    store.set_timeout(forming)
-    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming)
-    patience = timeout or default_pg_timeout
-    store.set_timeout(patience)
-    for device in _default_group()._device_types:
-        own: Any = _default_group()._get_backend(device)
-        own._set_default_timeout(patience)
+    _form(store, place, size, backend, timeout, forming)
     global _reformed
     _reformed = weakref.ref(_default_group())
+
+
+def _form(
+    store: dist.Store,
+    place: int,
+    size: int,
+    backend: str,
+    timeout: timedelta | None,
+    forming: timedelta,
+    device: torch.device | None = None,
+) -> None:
+    lasting = timeout or default_pg_timeout
+    store.set_timeout(forming)
+    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=forming, device_id=device)
+    store.set_timeout(lasting)
+    for kind in _default_group()._device_types:
+        own: Any = _default_group()._get_backend(kind)
+        own._set_default_timeout(lasting)
 
 
 def reformed_place() -> tuple[int, int] | None:

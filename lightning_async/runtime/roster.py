@@ -19,7 +19,7 @@ class Resilience:
     Args:
         on_worker_failure: ``"stop"`` ends the run, as under DDP; ``"continue"`` goes on without the rank.
         min_ranks: fewer ranks than these do not go on.
-        max_restarts: how often a lost rank that was started from here is started again, where the run goes on.
+        max_restarts: how often in a row a lost rank that was started from here is started again, where the run goes on.
         join_file: where rank 0 leaves what other workers join the run with; None if none may.
 
     Raises:

@@ -52,7 +52,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         # Where rank 0 says how a lost rank joins, and what it has said; how often each was started again.
         self._invitations: Any = None
         self._invited: tuple[Invitation, int] | None = None
-        self._restarts: dict[int, int] = {}
+        self._restarts = launching.Restarts()
 
     @property
     @override
@@ -185,7 +185,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """Starts a lost rank again, if it may be; returns whether it is."""
         while not self._invitations.empty():
             self._invited = self._invitations.get()
-        count = self._restarts[index] = self._restarts.get(index, 0) + 1
+        count, delay_s = self._restarts.count(index)
         if self._invited is None or count > self._invited[1]:
             return False
         strategy: Any = self._strategy
@@ -193,7 +193,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         context: Any = mp.get_context(self._start_method)
         process = context.Process(
             target=self._run_again,
-            args=(index, Invitation(address, rank), launching.back_off_s(count), *arguments),
+            args=(index, Invitation(address, rank), delay_s, *arguments),
             daemon=False,
         )
         process.start()

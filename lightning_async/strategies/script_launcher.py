@@ -60,7 +60,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
         self._guard = guard
-        self._restarts: dict[int, int] = {}
+        self._restarts = launching.Restarts()
         # Set up when ranks are started: it cannot be pickled.
         self._is_over: threading.Event | None = None
 
@@ -95,7 +95,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         _launches += 1
         # A script's later Trainers train with the ranks that the first has started, as far as they are left.
         self.procs = [process for process in _started if process.pid not in _lost]
-        self._restarts.clear()
+        self._restarts = launching.Restarts()
         is_over = self._is_over = threading.Event()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
@@ -132,10 +132,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if _launches > 1:
             # It would run the script from its beginning, and take this run for the first one.
             return "it is not started again, since this is not the script's first run"
-        count = self._restarts[local_rank] = self._restarts.get(local_rank, 0) + 1
+        count, delay_s = self._restarts.count(local_rank)
         if count > most:
             return f"it is not started again (max_restarts={most})"
-        delay_s = launching.back_off_s(count)
         args = (local_rank, invitation, delay_s)
         threading.Thread(target=self._start_again, args=args, name="restart", daemon=True).start()
         return f"it is started again{f' in {delay_s:g} s' if delay_s else ''} ({count} of {most})"

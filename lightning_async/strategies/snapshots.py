@@ -78,6 +78,7 @@ class Snapshots(restarts.Snapshots):
         """
         if self._joins():
             return path
+        self._job = self._job.among(self._collectives.gather_objects(self._job))
         mine = self._decide(path, is_requeued) if self._trainer.is_global_zero else (path, "")
         chosen, line = self._collectives.broadcast(mine)
         if line:
@@ -100,24 +101,25 @@ class Snapshots(restarts.Snapshots):
         if own and given is not None and given.exists() and given.samefile(path):
             self._file.take_over()
             return given, ""
-        if own or not self._job.restarted_by:
-            return given, "" if own else (
+        if own:
+            return given, ""
+        note = _note_in(path)
+        if not self._job.restarted_by and (isinstance(note, str) or self._mismatch(note) is not None):
+            return given, (
                 f"{path} is the snapshot of an earlier run, {_age(path.stat().st_mtime)} old; "
                 f"trainer.fit(ckpt_path=...) goes on from it. This run begins anew, and keeps it as "
                 f"{self._file.previous.name} when it writes its own."
             )
-        try:
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-            note = checkpoint[CHECKPOINT_KEY][_KEY]
-        except Exception as error:
-            return given, f"The snapshot {path} cannot be read and is left alone: {type(error).__name__}: {error}"
+        if isinstance(note, str):
+            return given, f"The snapshot {path} cannot be read and is left alone: {note}"
         if (reason := self._mismatch(note)) is not None:
             return given, f"The snapshot {path} is left alone: {reason}."
         self._file.take_over()
         if given is not None and given.stat().st_mtime > note["written"]:
             return given, ""
+        restarted_by = " and ".join(self._job.restarted_by or ["torchrun"])
         return path, (
-            f"This job was restarted by {' and '.join(self._job.restarted_by)} and goes on from the snapshot {path}: "
+            f"This job was restarted by {restarted_by} and goes on from the snapshot {path}: "
             f"epoch {note['epoch']}, step {note['step']}, {_age(note['written'])} old."
         )
 
@@ -241,6 +243,16 @@ class SnapshotPlace:
                 f"snapshots are replaced by a rename, which {path} has none of. Pass a snapshot_path in a folder."
             )
         return Snapshots(trainer, Path(path), self.every_s, collectives, joins)
+
+
+def _note_in(path: Path) -> dict[str, Any] | str:
+    """What a snapshot notes of its run, or why it cannot be read."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        note: dict[str, Any] = checkpoint[CHECKPOINT_KEY][_KEY]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return note
 
 
 def _fingerprint(module: LightningModule) -> str:

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -50,12 +51,14 @@ from lightning_async.loops.installation import InstalledLoops, install
 from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
+from lightning_async.runtime.attempts import keeps_its_store
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
-from lightning_async.runtime.process_groups import breakable, open_exchange_group
+from lightning_async.runtime.process_groups import breakable, form_default_group, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
+from lightning_async.strategies.checkpoint_io import WholeFileIO
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
 from lightning_async.strategies.ending import FitEnding, do_each
@@ -131,8 +134,8 @@ class AsyncStrategy(PhasedCollectives):
         on_worker_failure: what becomes of a fit when a rank is killed, lost or out of memory: ``"stop"`` ends it with
             an error that names the rank, as under DDP; ``"continue"`` goes on with the others, who compute its batches.
         min_ranks: with ``"continue"``, how many ranks must be left.
-        max_restarts: with ``"continue"``, how often a lost rank that was started from here is started again; it joins
-            the run in the middle of an epoch.
+        max_restarts: with ``"continue"``, how often in a row a lost rank that was started from here is started again;
+            it joins the run in the middle of an epoch, and once it has been in it for ten minutes it is counted anew.
         join_file: with ``"continue"``, a file in which rank 0 leaves what workers on any machine join the run with:
             ``lightning-async join FILE -- python train.py``. It has the run's token, and only its owner can read it.
         reject_nonfinite: whether a gradient with NaN or infinity is rejected: it is not applied and makes no step, its
@@ -392,6 +395,21 @@ class AsyncStrategy(PhasedCollectives):
         supervisor.meet(super().broadcast, self.gather_objects)
         self._meet_by_way_of_rank_0(supervisor)
 
+    @override
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        if keeps_its_store() and not dist.is_initialized() and environment is not None:
+            # Lightning would have torch form it by what the ranks of an attempt before have left.
+            self.set_world_ranks()
+            store = dist.TCPStore(
+                environment.main_address, environment.main_port, timeout=self._timeout or default_pg_timeout
+            )
+            device = None if self.root_device.type == "cpu" else self.root_device
+            form_default_group(
+                store, self.global_rank, self.world_size, self._get_process_group_backend(), self._timeout, device
+            )
+        super().setup_distributed()
+
     def _join(self, supervisor: RunSupervisor, invitation: Invitation) -> None:
         """Begins to join a run; until this rank trains its collectives are local, as in a batch."""
         assert self.accelerator is not None
@@ -590,6 +608,20 @@ class AsyncStrategy(PhasedCollectives):
         return self._fit
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeFileIO()
+        elif isinstance(self._checkpoint_io, AsyncCheckpointIO):
+            # Which keeps the one that it was given by the user, or here before.
+            self._checkpoint_io.checkpoint_io = WholeFileIO()
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -278,6 +278,13 @@ def test_a_fit_without_a_checkpoint_asks_for_one_to_begin_from_too() -> None:
         fail("loops/restarts.py", "resume_start being called whether or not there is a checkpoint")
 
 
+def test_a_process_group_that_is_there_is_taken() -> None:
+    form = resolve("lightning.fabric.utilities.distributed._init_dist_connection", "strategies/strategy.py")
+    before, _, after = inspect.getsource(form).partition("    if torch.distributed.is_initialized():\n")
+    if "return\n" not in after.partition("init_process_group(")[0] or "init_process_group(" in before:
+        fail("strategies/strategy.py", "setup_distributed leaving a process group alone that is there")
+
+
 def test_a_hook_that_skips_the_epoch_marks_the_last_batch() -> None:
     source = inspect.getsource(resolve(f"{EPOCH_LOOP}.advance", "loops/epoch_loop.py"))
     if "self.batch_progress.increment_by(0, is_last_batch=True)" not in source:

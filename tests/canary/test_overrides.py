@@ -133,6 +133,7 @@ SIGNATURES = {
         f"{DDP}.configure_ddp": "self",
         f"{DDP}.setup": "self, trainer",
         f"{DDP}.setup_environment": "self",
+        f"{DDP}.setup_distributed": "self",
         f"{DDP}.setup_optimizers": "self, trainer",
         f"{DDP}.set_world_ranks": "self",
         f"{DDP}._get_process_group_backend": "self",
@@ -148,6 +149,9 @@ SIGNATURES = {
         f"{DDP}.on_exception": "self, exception",
         f"{DDP}.teardown": "self",
         f"{DDP}.register_strategies": "cls, strategy_registry",
+    },
+    "strategies/checkpoint_io.py": {
+        "lightning.pytorch.plugins.io.TorchCheckpointIO.save_checkpoint": "self, checkpoint, path, storage_options",
     },
     "holder/amsgrad.py": {
         "torch.optim.adam.Adam._init_group": (

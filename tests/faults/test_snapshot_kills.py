@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async.strategies import snapshot_file
 from lightning_async.strategies.snapshot_file import SnapshotFile
 
 
@@ -68,7 +67,7 @@ def test_a_kill_at_a_step_of_a_write_leaves_the_old_snapshot_or_the_new(
                 os.kill(os.getpid(), signal.SIGKILL)
             return before(*arguments)
 
-        setattr(snapshot_file.os, call, kill_or_call)
+        setattr(os, call, kill_or_call)
         file.write(content(2))
 
     code = ends_with(forked(body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def named(run: str, restarts: int = 1) -> Job:
 
 
 def on(host: str, job: Job) -> Job:
-    return Job(job.torchrun, job.agent, host, job.slurm, job.restarted_by)
+    return replace(job, host=host)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,9 @@ def on(host: str, job: Job) -> Job:
         # The agent starts its ranks again, and its folder of logs stays.
         (torchrun(1), torchrun(0), True),
         (torchrun(2), torchrun(1), True),
-        (torchrun(0), torchrun(0), False),
+        # It counts the restarts that it has begun itself, not those that another host's has asked it for.
+        (torchrun(0), torchrun(0), True),
+        (torchrun(0), torchrun(0, agent="torchelastic_b/none_b"), False),
         # Another start of torchrun, whose runs are all called "none", or as the user likes.
         (torchrun(1), torchrun(0, agent="torchelastic_b/none_b"), False),
         (torchrun(1, run="mine"), torchrun(0, run="mine", agent="torchelastic_b/mine_b"), False),
@@ -63,6 +66,29 @@ def on(host: str, job: Job) -> Job:
 )
 def test_a_job_continues_itself_only(now: Job, earlier: Job, continues: bool) -> None:
     assert now.continues(Job.load(earlier.state())) is continues
+
+
+def test_a_job_is_known_by_the_ranks_that_stay_when_a_host_is_replaced() -> None:
+    there, here, new = (torchrun(0, run="mine", agent=f"a/{host}", host=host) for host in ("there", "here", "new"))
+    earlier = Job.load(there.among([there, here]).state())
+
+    # Rank 0's host is gone, and nobody has counted a restart.
+    assert here.among([here, new]).continues(earlier)
+    assert new.among([new, here]).continues(earlier)
+    assert not new.among([new]).continues(earlier)
+
+
+def test_a_torchrun_is_known_by_its_folder_of_logs_wherever_that_is() -> None:
+    files = ("/tmp/torchelastic_a/none_b", "logs/none_b", "none_b")
+    found = [Job.of_environment({"TORCHELASTIC_ERROR_FILE": f"{each}/attempt_0/0/error.json"}) for each in files]
+
+    assert [job.agent for job in found] == ["torchelastic_a/none_b", "logs/none_b", "none_b"]
+
+
+def test_what_one_rank_knows_of_a_restart_all_know() -> None:
+    mine = torchrun(0, agent="a/here")
+
+    assert mine.among([mine, torchrun(1, agent="a/there")]).restarted_by == ("torchrun",)
 
 
 def test_a_run_of_torchrun_in_a_requeued_slurm_job_goes_on_from_before() -> None:

@@ -248,7 +248,9 @@ def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
 )
 def test_a_process_group_that_cannot_be_reached_is_told_with_what_to_set(remote: str, told: str) -> None:
     environment = SimpleNamespace(main_address="node1", main_port=29500)
-    strategy: Any = SimpleNamespace(cluster_environment=environment, global_rank=1, world_size=2, num_nodes=2)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=environment, global_rank=1, world_size=2, num_nodes=2, owner=None
+    )
     supervisor = ranks.RunSupervisor(strategy, "spawn", 60.0, Resilience())
 
     with pytest.raises(RuntimeError) as failure, supervisor.impatience():

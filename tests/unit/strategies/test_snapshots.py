@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AsyncStrategy
 from lightning_async.runtime.job import Job
-from lightning_async.strategies import snapshot_file, snapshots
+from lightning_async.strategies import snapshots, whole_file
 from lightning_async.strategies.snapshot_file import SnapshotFile
 from lightning_async.strategies.snapshots import SnapshotPlace, Snapshots
 from tests.harness import eventually
@@ -91,7 +91,7 @@ def test_a_snapshot_is_taken_when_it_is_due_and_not_before(path: Path, monkeypat
 def test_while_one_is_written_the_next_is_put_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, may_write = Rig(path, monkeypatch), threading.Event()
     sync = os.fsync
-    monkeypatch.setattr(snapshot_file.os, "fsync", lambda descriptor: may_write.wait(10) and sync(descriptor))
+    monkeypatch.setattr(whole_file.os, "fsync", lambda descriptor: may_write.wait(10) and sync(descriptor))
     rig.take()
     rig.take()
     asked_meanwhile = rig.asked
@@ -109,11 +109,11 @@ def test_a_full_disk_is_told_of_once_and_the_snapshot_before_stays(path: Path, m
     def full(descriptor: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snapshot_file.os, "write", full)
+    monkeypatch.setattr(whole_file.os, "write", full)
     rig.take_and_wait()
     rig.take_and_wait()
     version, beside = version_in(path), [found.name for found in path.parent.iterdir()]
-    monkeypatch.setattr(snapshot_file.os, "write", write)
+    monkeypatch.setattr(whole_file.os, "write", write)
     rig.take_and_wait()
     rig.snapshots.finish(1.0)
 
@@ -146,7 +146,7 @@ def test_a_write_that_outlasts_the_fit_is_given_up(path: Path, monkeypatch: pyte
         may_write.wait(10)
         return write(descriptor, data)
 
-    monkeypatch.setattr(snapshot_file.os, "write", slow)
+    monkeypatch.setattr(whole_file.os, "write", slow)
     rig.take()
     rig.snapshots.finish(0.01)
     may_write.set()
@@ -266,7 +266,7 @@ def test_two_runs_that_write_to_one_place_are_told(path: Path, monkeypatch: pyte
 
 def test_leftovers_of_killed_writers_are_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.parent.mkdir()
-    part = path.with_name("snapshot.ckpt.there-7.part")
+    part = path.with_name(f".async-{whole_file._digest(path.name)}-{whole_file._digest('there')}-7.part")
     part.touch()
     Rig(path, monkeypatch).snapshots.choose(None, is_requeued=False)
 

@@ -5,6 +5,7 @@ Does no I/O and imports no Lightning.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import weakref
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import Decision, OnStale
+from lightning_async.holder.blocks import LARGE
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
 from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.tally import STEPS, add_counts
-from lightning_async.holder.types import Push, Snapshot, Update
+from lightning_async.holder.team import Team
+from lightning_async.holder.types import Push, Snapshot, Update, WaitingPush
 from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
@@ -50,6 +53,7 @@ class Holder:
         states: for each optimizer the state to begin with; None for what its template has.
         policy: what is done with a gradient because of its age, bound to the run; owned by the holder from here on.
         momentum_rule: what steps use in place of the user's momentum; None leaves it.
+        threads: how many go over the memory of a large model on the host at once, the caller's among them.
 
     Raises:
         ValueError: if several gradients are to make an update, and there are several optimizers.
@@ -66,8 +70,10 @@ class Holder:
         states: Sequence[StateByPlace | None] = (),
         policy: StalenessPolicy | None = None,
         momentum_rule: Callable[[float], float] | None = None,
+        threads: int = 1,
     ) -> None:
         self._layout = layout
+        self._team = Team(threads if parameters.is_cpu and layout.numel >= LARGE else 1)
         self._flat = parameters.detach().clone()
         self._barrier = barrier
         self._latch = latch
@@ -87,7 +93,7 @@ class Holder:
                 [torch.nn.Parameter(next(views)) for parameter in group["params"] if exchanged(parameter)]
                 for group in template.param_groups
             ]
-            self._optimizers.append(HeldOptimizer(template, groups, momentum_rule))
+            self._optimizers.append(HeldOptimizer(template, groups, momentum_rule, self._team))
         self._intake = self._make_intake(policy or StalenessPolicy())
         self.load_states(states)
         # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
@@ -194,11 +200,74 @@ class Holder:
             took_ns, rejected = now_ns - began_ns, not push.finite
             update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
             self._is_changing = False
-            self._observer(update)
-            if reads_next():
-                self._barrier.ask(reader)
-            self._tell()
+            self._settle(update, reads_next)
             return update
+
+    @property
+    def joins_pushes(self) -> bool:
+        """Whether pushes that wait are better given to `push_together`: of a large model, on the host."""
+        return self._flat.is_cpu and self._intake.joins_pushes
+
+    def push_together(self, waiting: Sequence[WaitingPush]) -> list[tuple[Update, int | None]]:
+        """Applies gradients that wait and answers each, with the bits and versions of one after the other.
+
+        That is `try_push` of each, followed by its `try_pull`, but memory is gone over once. It ends before the first
+        push that is not simply applied: one that the barrier holds back or drops, say. Where it would be a single one
+        there is nothing to gain. What is left is for `try_push`.
+
+        Args:
+            waiting: in their order, each slot of a worker once. What is in ``out`` is of no use where the worker does
+                not read.
+
+        Returns:
+            Of each that was applied, from the first on: what became of it, and the version that was read; None if the
+            worker does not pull next, or has to wait for that.
+
+        Raises:
+            WorkerFailedError: if the run has failed.
+        """
+        with self._lock:
+            self._latch.check()
+            joined = self._in_a_row(waiting)
+            if len(joined) < 2:
+                return []
+            began_ns = time.monotonic_ns()
+            # Until versions and parameters go together again.
+            self._is_changing = True
+            self._intake.take_together([(one.push, one.out) for one in joined])
+            took_ns = (time.monotonic_ns() - began_ns) // len(joined)
+            answers: list[tuple[Update, int | None]] = []
+            for place, (push, _, reads_next) in enumerate(joined, 1):
+                reader = (push.worker, push.slot)
+                staleness = self._barrier.apply(reader)
+                if push.counts:
+                    self._counts = add_counts(self._counts, push.counts)
+                at_ns = began_ns + place * took_ns
+                update = Update(push, self._barrier.version, staleness, True, 0.0, at_ns, took_ns)
+                reads = self._settle(update, reads_next) and self._barrier.may_read(reader)
+                answers.append((update, self._barrier.read(reader) if reads else None))
+            self._is_changing = False
+            return answers
+
+    def _in_a_row(self, waiting: Sequence[WaitingPush]) -> Sequence[WaitingPush]:
+        """Those that are simply applied, from the first on."""
+        fits = itertools.takewhile(
+            lambda one: (
+                self._intake.can_join(one.push)
+                and self._barrier.held((one.push.worker, one.push.slot)) == one.push.version_read
+            ),
+            waiting,
+        )
+        return waiting[: self._barrier.in_a_row((one.push.worker, one.push.slot) for one in fits)]
+
+    def _settle(self, update: Update, reads_next: Callable[[], bool]) -> bool:
+        """Tells of what became of a push; returns whether its worker is in the queue of readers now."""
+        self._observer(update)
+        reads = reads_next()
+        if reads:
+            self._barrier.ask((update.push.worker, update.push.slot))
+        self._tell()
+        return reads
 
     def adjust(
         self,
@@ -234,7 +303,7 @@ class Holder:
         # Where no gradient can be stale, nobody has anything to look ahead to.
         looks_ahead = self._barrier.max_staleness != 0
         needed = self._barrier.gradients_per_update
-        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead)
+        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead, self._team)
 
     def complete_version(self) -> bool:
         """Makes an update of the gradients that wait for more; nobody may be computing.
@@ -374,6 +443,10 @@ class Holder:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
         return self._flat
 
+    def close(self) -> None:
+        """Ends the threads of its own; idempotent, and what comes later is done without them."""
+        self._team.close()
+
     def _check_whole(self) -> None:
         """Refuses to show what is half updated: this thread's own update was interrupted.
 
@@ -388,7 +461,7 @@ class Holder:
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:
-            out.copy_(self._flat)
+            self._team.over(out.numel(), lambda part: out[part].copy_(self._flat[part]))
 
     def _tell(self) -> None:
         self._changes += 1

@@ -67,6 +67,7 @@ class Engine:
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
         transport: how this rank's gradients travel: "in process", "shm", "tcp" or "nccl".
         holder_device: where the holder is, "cpu" or "cuda".
+        holder_threads: how many threads it may have for a large model; 1 on a GPU.
 
     Raises:
         ValueError: if the module or its optimizers cannot be exchanged so; the message says what can.
@@ -147,6 +148,9 @@ class Engine:
             ]
         self.transport = transport_of(channels[0])
         self.holder_device = devices.holder
+        self.holder_threads = (
+            1 if options.holder_threads == "auto" or devices.holder == "cuda" else options.holder_threads
+        )
         own = [on_device(channel, devices.own) for channel in channels]
         tickets = None if predecessor is None else predecessor.worker.tickets
         alone, looks = world_size == 1, options.reject_nonfinite

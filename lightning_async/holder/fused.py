@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.holder import blocks
 from lightning_async.holder.amsgrad import STEP_AT_INFINITY
-from lightning_async.holder.blocks import BLOCK, LARGE, Block, cut
+from lightning_async.holder.blocks import Block, cut
 from lightning_async.holder.step_update import StepUpdate
 from lightning_async.holder.team import Team
 
@@ -71,17 +72,17 @@ class _Cut:
     """A large model's tensors and their state in blocks.
 
     Args:
-        blocks: where they are cut.
+        cuts: where they are cut.
         whole: the tensors, by param groups.
     """
 
-    def __init__(self, blocks: Sequence[Block], whole: Sequence[_Part]) -> None:
-        self.pieces = [piece for block in blocks for piece in block.pieces]
+    def __init__(self, cuts: Sequence[Block], whole: Sequence[_Part]) -> None:
+        self.pieces = [piece for block in cuts for piece in block.pieces]
         self.piece_sizes = [piece.stop - piece.start for piece in self.pieces]
-        self.block_sizes = [block.stop - block.start for block in blocks]
+        self.block_sizes = [block.stop - block.start for block in cuts]
         self.blocks: list[list[_Part]] = []
         first = 0
-        for block in blocks:
+        for block in cuts:
             last = first + len(block.pieces)
             self.blocks.append([*self._parts(whole, first, last)])
             first = last
@@ -122,7 +123,7 @@ class FusedUpdate(StepUpdate):
         self._team = team or Team()
         self._whole: list[_Part] | None = None
         self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._is_large = sum(self._sizes) >= LARGE and all(parameter.is_cpu for parameter in self._parameters)
+        self._is_large = sum(self._sizes) >= blocks.LARGE and all(parameter.is_cpu for parameter in self._parameters)
         # Of a large model, once its state is there: cut for the threads, and for one pass.
         self._shares: _Cut | None = None
         self._blocks: _Cut | None = None
@@ -220,7 +221,7 @@ class FusedUpdate(StepUpdate):
         self._whole = [*self._parts_of_groups()]
         held = [tensor for part in self._whole for tensors in (part.parameters, *part.moments) for tensor in tensors]
         if self._is_large and all(tensor.is_contiguous() for tensor in held):
-            self._blocks = _Cut(cut(self._sizes, BLOCK), self._whole)
+            self._blocks = _Cut(cut(self._sizes, blocks.BLOCK), self._whole)
             if self._team.threads > 1:
                 share = -(-sum(self._sizes) // self._team.threads)
                 self._shares = _Cut(cut(self._sizes, share), self._whole)

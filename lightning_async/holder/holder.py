@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.holder import blocks
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import Decision, OnStale
-from lightning_async.holder.blocks import LARGE
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
@@ -73,7 +73,7 @@ class Holder:
         threads: int = 1,
     ) -> None:
         self._layout = layout
-        self._team = Team(threads if parameters.is_cpu and layout.numel >= LARGE else 1)
+        self._team = Team(threads if parameters.is_cpu and layout.numel >= blocks.LARGE else 1)
         self._flat = parameters.detach().clone()
         self._barrier = barrier
         self._latch = latch

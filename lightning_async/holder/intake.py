@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.holder.blocks import LARGE
+from lightning_async.holder import blocks
 from lightning_async.holder.gradient_mean import Gathered, GradientMean
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.scaled import ScaledGradients
@@ -106,7 +106,7 @@ class GradientIntake:
     @property
     def joins_pushes(self) -> bool:
         """Whether gradients that wait for the holder may be taken in one pass: of a large model, and nobody asks."""
-        return self._is_plain and self._layout.numel >= LARGE
+        return self._is_plain and self._layout.numel >= blocks.LARGE
 
     def can_join(self, push: Push) -> bool:
         """Whether a gradient may be taken in one pass with others."""

@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from lightning_async.holder.blocks import LARGE, UNIT
+from lightning_async.holder import blocks
 from lightning_async.runtime.threads import use_one_thread
 
 __all__ = ["Team"]
@@ -24,6 +24,8 @@ _Results: TypeAlias = "queue.SimpleQueue[BaseException | None]"
 
 # How often the caller looks whether the threads that it waits for are alive.
 _LOOK_S = 5.0
+# How long a thread without work may take to end.
+_ENDS_S = 1.0
 
 
 class Team:
@@ -36,10 +38,10 @@ class Team:
         threads: how many, the caller included.
 
     Examples:
-        >>> team, done = Team(2), [0] * 4
-        >>> team.over(4, lambda part: done.__setitem__(part, [1] * len(done[part])), smallest=1)
-        >>> done
-        [1, 1, 1, 1]
+        >>> team, done = Team(2), []
+        >>> team.run([lambda: done.append("a"), lambda: done.append("b"), lambda: done.append("c")])
+        >>> sorted(done)
+        ['a', 'b', 'c']
         >>> team.close()
     """
 
@@ -69,24 +71,25 @@ class Team:
         if errors:
             raise errors[0]
 
-    def over(self, numel: int, act: Callable[[slice], object], smallest: int = LARGE) -> None:
+    def over(self, numel: int, act: Callable[[slice], object]) -> None:
         """Has every thread act on a part of what lies in a row, if that is large.
 
         Args:
             numel: how many numbers there are.
             act: called with each part.
-            smallest: from how many on it is worth it.
         """
-        if self.threads == 1 or numel < smallest:
+        if self.threads == 1 or numel < blocks.LARGE:
             act(slice(0, numel))
             return
-        size = -(-numel // (self.threads * UNIT)) * UNIT
+        size = -(-numel // (self.threads * blocks.UNIT)) * blocks.UNIT
         parts = [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
         self.run([partial(act, part) for part in parts])
 
     def close(self) -> None:
         """Ends the threads; what comes later is done by the caller alone. Idempotent."""
         self._end()
+        for helper in self._helpers:
+            helper.join(_ENDS_S)
 
     def _start(self) -> None:
         while len(self._helpers) < self.threads - 1:

@@ -18,13 +18,12 @@ from lightning_async.exchange.service import HolderSpec, Origins, Service, Updat
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
-from lightning_async.holder.holder import HalfUpdatedError
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
-from lightning_async.holder.types import Snapshot, Update
+from lightning_async.holder.types import HalfUpdatedError, Snapshot, Update
 from lightning_async.monitoring.rejections import RejectionNotices
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError

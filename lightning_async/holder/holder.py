@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,22 +17,19 @@ from torch import Tensor
 from lightning_async.holder import blocks
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import Decision, OnStale
+from lightning_async.holder.changes import Changes
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
 from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.team import Team
-from lightning_async.holder.types import Push, Snapshot, Update, WaitingPush
+from lightning_async.holder.types import HalfUpdatedError, Push, Snapshot, Update, WaitingPush
 from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
-__all__ = ["HalfUpdatedError", "Holder"]
-
-
-class HalfUpdatedError(RuntimeError):
-    """The holder was to be read in the middle of an update, by the very thread that makes it."""
+__all__ = ["Holder"]
 
 
 class Holder:
@@ -79,13 +75,10 @@ class Holder:
         self._latch = latch
         self._observer = observer
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._changes = 0
-        self._waiting = 0
+        self._changes = Changes(self._lock, latch)
         # Between the first and the last that a push changes.
         self._is_changing = False
         self._counts: list[int] = []
-        self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -96,9 +89,6 @@ class Holder:
             self._optimizers.append(HeldOptimizer(template, groups, momentum_rule, self._team))
         self._intake = self._make_intake(policy or StalenessPolicy())
         self.load_states(states)
-        # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
-        this = weakref.ref(self)
-        latch.subscribe(lambda failure: _wake(this()))
 
     @property
     def version(self) -> int:
@@ -109,22 +99,15 @@ class Holder:
     @property
     def changes(self) -> int:
         """How often something has changed that a held-back caller may have waited for."""
-        return self._changes
+        return self._changes.number
 
     def wait_for_change(self, seen: int) -> None:
         """Waits until `changes` is no longer ``seen``, or the run fails."""
-        with self._lock:
-            self._waiting += 1
-            try:
-                while self._changes == seen and self._latch.failure is None:
-                    self._changed.wait()
-            finally:
-                self._waiting -= 1
+        self._changes.wait(seen)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
-        with self._lock:
-            self._listeners.append(listener)
+        self._changes.subscribe(listener)
 
     def try_pull(self, worker: int, out: Tensor, slot: int = 0) -> int | None:
         """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
@@ -144,7 +127,7 @@ class Holder:
             version = self._barrier.read(reader)
             self._intake.copy(out)
             # The next reader in the queue may go too: nobody else would tell it.
-            self._tell()
+            self._changes.tell()
             return version
 
     def try_push(
@@ -266,7 +249,7 @@ class Holder:
         reads = reads_next()
         if reads:
             self._barrier.ask((update.push.worker, update.push.slot))
-        self._tell()
+        self._changes.tell()
         return reads
 
     def adjust(
@@ -297,7 +280,7 @@ class Holder:
                 optimizer.momentum_rule = momentum_rule
             self._intake = self._make_intake(policy)
             self._intake.load_policy_state(learned)
-            self._tell()
+            self._changes.tell()
 
     def _make_intake(self, policy: StalenessPolicy) -> GradientIntake:
         # Where no gradient can be stale, nobody has anything to look ahead to.
@@ -316,7 +299,7 @@ class Holder:
                 return False
             self._intake.complete()
             self._barrier.complete()
-            self._tell()
+            self._changes.tell()
             return True
 
     def count(self, counts: Sequence[int]) -> None:
@@ -374,7 +357,7 @@ class Holder:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._lock:
             self._barrier.leave((worker, slot))
-            self._tell()
+            self._changes.tell()
 
     def expect(self, workers: Iterable[int]) -> None:
         """Puts workers into the queue of readers before they ask, so that none can be overtaken on its way here.
@@ -462,17 +445,3 @@ class Holder:
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:
             self._team.over(out.numel(), lambda part: out[part].copy_(self._flat[part]))
-
-    def _tell(self) -> None:
-        self._changes += 1
-        if self._waiting:
-            self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
-
-
-def _wake(holder: Holder | None) -> None:
-    """Lets the threads that wait at ``holder`` see that the run has failed."""
-    if holder is not None:
-        with holder._lock:
-            holder._tell()

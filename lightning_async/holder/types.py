@@ -11,7 +11,11 @@ from torch import Tensor
 
 from lightning_async.holder.gradient_mean import Gathered
 
-__all__ = ["Push", "Snapshot", "Update", "WaitingPush"]
+__all__ = ["HalfUpdatedError", "Push", "Snapshot", "Update", "WaitingPush"]
+
+
+class HalfUpdatedError(RuntimeError):
+    """The holder was to be read in the middle of an update, by the very thread that makes it."""
 
 
 class Push(NamedTuple):

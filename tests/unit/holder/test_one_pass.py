@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lightning_async.holder import blocks
 from lightning_async.holder.amsgrad import AMSGrad
 from lightning_async.holder.barrier import StalenessBarrier
-from lightning_async.holder.holder import HalfUpdatedError, Holder
+from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.types import Push, Update, WaitingPush
+from lightning_async.holder.types import HalfUpdatedError, Push, Update, WaitingPush
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.damping import AgeDamping
 from lightning_async.policies.look_ahead import LookAhead

@@ -133,10 +133,9 @@ class Session:
             WorkerFailedError: if the run has failed; the worker was told.
         """
         if isinstance(message, wire.Push):
-            yield from self.finish(self.arrive(message))
-            return
+            return self.finish(self.arrive(message))
         self._check_sender(message)
-        yield from self._telling_failure(self._serve(message))
+        return self._serve(message)
 
     def arrive(self, message: wire.Push) -> Arrived:
         """Checks a push and takes its payload, with which `finish` goes on.
@@ -175,7 +174,31 @@ class Session:
             arrived: the push.
             done: what became of it and the version that the worker has read, if it is applied already.
         """
-        return self._telling_failure(self._push(arrived) if done is None else self._answer_push(arrived, *done))
+        try:
+            if done is None:
+                update: Update | None = self._try_push(arrived)
+                if update is None:
+                    since = time.monotonic()
+                    while update is None:
+                        yield
+                        update = self._try_push(arrived, time.monotonic() - since)
+                version = None
+            else:
+                update, version = done
+            outcome = Outcome.APPLIED
+            if not update.applied:
+                outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
+            if version is not None:
+                with self.fence:
+                    self._begin_step()
+                self._send_parameters(version, outcome, arrived.tickets, arrived.counted)
+            elif arrived.wants_tickets and not arrived.tickets:
+                self._send_parameters(self._holder.read(self._parameters), outcome, counted=arrived.counted)
+            else:
+                yield from self._pull(outcome, arrived.tickets, counted=arrived.counted)
+        except WorkerFailedError as error:
+            self._tell_failure(error)
+            raise
 
     def waiting(self, arrived: Arrived) -> WaitingPush:
         """A push as `Holder.push_together` takes it."""
@@ -185,20 +208,19 @@ class Session:
         if message.worker != self.worker:
             self._refuse(f"its message claims to come from worker {message.worker}")
 
-    def _telling_failure(self, answering: Iterator[None]) -> Iterator[None]:
-        try:
-            yield from answering
-        except WorkerFailedError as error:
-            failure = error.failure
-            self._channel.send(Abort(failure.rank, fit_text(failure.reason)))
-            raise
+    def _tell_failure(self, error: WorkerFailedError) -> None:
+        self._channel.send(Abort(error.failure.rank, fit_text(error.failure.reason)))
 
     def _serve(self, message: Message) -> Iterator[None]:
-        if isinstance(message, wire.Pull):
-            self._count(message.counts)
-            yield from self._pull(counted=bool(message.counts))
-        else:
-            self._answer(message)
+        try:
+            if isinstance(message, wire.Pull):
+                self._count(message.counts)
+                yield from self._pull(counted=bool(message.counts))
+            else:
+                self._answer(message)
+        except WorkerFailedError as error:
+            self._tell_failure(error)
+            raise
 
     def _answer(self, message: Message) -> None:
         """Answers what the barrier never holds back."""
@@ -232,22 +254,12 @@ class Session:
             case _:
                 self._refuse(f"a worker may not send {kind_of(message).name}")
 
-    def _push(self, arrived: Arrived) -> Iterator[None]:
-        def draw_next() -> bool:
-            return self._draw_next(arrived)
-
+    def _try_push(self, arrived: Arrived, parked_s: float = 0.0) -> Update | None:
         try:
             with self.fence:
-                update = self._holder.try_push(arrived.push, reads_next=draw_next)
-            if update is None:
-                since = time.monotonic()
-                while update is None:
-                    yield
-                    with self.fence:
-                        update = self._holder.try_push(arrived.push, time.monotonic() - since, draw_next)
+                return self._holder.try_push(arrived.push, parked_s, lambda: self._draw_next(arrived))
         except ValueError as error:
             self._refuse(str(error))
-        yield from self._answer_push(arrived, update)
 
     def _draw_next(self, arrived: Arrived) -> bool:
         """Draws the worker's next tickets, if it wants them; tells whether it pulls next.
@@ -258,18 +270,6 @@ class Session:
         if arrived.wants_tickets:
             arrived.tickets = self._ledger.draw(self.worker)
         return bool(arrived.tickets) or not arrived.wants_tickets
-
-    def _answer_push(self, arrived: Arrived, update: Update, version: int | None = None) -> Iterator[None]:
-        outcome = Outcome.APPLIED
-        if not update.applied:
-            outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
-        if version is not None:
-            self._begin_step()
-            self._send_parameters(version, outcome, arrived.tickets, arrived.counted)
-        elif arrived.wants_tickets and not arrived.tickets:
-            self._send_parameters(self._holder.read(self._parameters), outcome, counted=arrived.counted)
-        else:
-            yield from self._pull(outcome, arrived.tickets, counted=arrived.counted)
 
     def _check_push(self, message: wire.Push) -> list[Tensor | None]:
         index = message.optimizer
@@ -314,14 +314,10 @@ class Session:
         with self.fence:
             version = self._holder.try_pull(self.worker, self._parameters, self.slot)
             if version is not None:
-                self._note_step()
+                self._begin_step()
             return version
 
     def _begin_step(self) -> None:
-        with self.fence:
-            self._note_step()
-
-    def _note_step(self) -> None:
         if self._steps is not None:
             self._steps.begin(self.worker, self.slot, time.monotonic())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +26,13 @@ class Kernel(NamedTuple):
     """What the kernel is told of a param group besides tensors.
 
     Attributes:
-        call: the kernel, with its numbers and switches.
+        call: the kernel.
+        options: its numbers and switches.
         counts: whether it is told the step counts, for bias correction.
     """
 
     call: Any
+    options: Mapping[str, Any]
     counts: bool
 
 
@@ -144,7 +146,9 @@ class FusedUpdate(StepUpdate):
             self._gather()
             return
         self._count += 1
-        kernels, given = self.kernels(), [gradient for gradient in gradients if gradient is not None]
+        # None is none of them from here on.
+        given: Any = gradients
+        kernels = self.kernels()
         if self._shares is None or not all(gradient.is_contiguous() for gradient in given):
             _update(self._whole, given, kernels)
             return
@@ -160,18 +164,16 @@ class FusedUpdate(StepUpdate):
         """What the kernel is told of each param group, by its present hyperparameters."""
         return [
             Kernel(
-                partial(
-                    torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_,
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=group["amsgrad"],
-                    maximize=group["maximize"],
-                    grad_scale=None,
-                    found_inf=None,
-                ),
+                torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_,
+                {
+                    "lr": group["lr"],
+                    "beta1": group["betas"][0],
+                    "beta2": group["betas"][1],
+                    "weight_decay": group["weight_decay"],
+                    "eps": group["eps"],
+                    "amsgrad": group["amsgrad"],
+                    "maximize": group["maximize"],
+                },
                 group.get("bias_correction", True),
             )
             for group in self._optimizer.param_groups
@@ -265,4 +267,4 @@ def _update(
             counted = [torch.full_like(counted[0], STEP_AT_INFINITY)] * len(counted)
         if len(moments) < len(_MOMENTS):
             moments = [*moments, []]
-        kernel.call(part.parameters, gradients[part.pieces], *moments, counted)
+        kernel.call(part.parameters, gradients[part.pieces], *moments, counted, **kernel.options)

@@ -444,4 +444,4 @@ class Holder:
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:
-            self._team.over(out.numel(), lambda part: out[part].copy_(self._flat[part]))
+            self._team.copy(out, self._flat)

@@ -134,7 +134,7 @@ class GradientIntake:
         """Copies the parameters into ``out``, as the policy has a worker see them."""
         if out is self._flat:
             return
-        self._team.over(out.numel(), lambda part: out[part].copy_(self._flat[part]))
+        self._team.copy(out, self._flat)
         if not self._moves:
             return
         for index, held in enumerate(self._optimizers):

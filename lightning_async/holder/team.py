@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_async.holder import blocks
 from lightning_async.runtime.threads import use_one_thread
@@ -84,6 +85,13 @@ class Team:
         size = -(-numel // (self.threads * blocks.UNIT)) * blocks.UNIT
         parts = [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
         self.run([partial(act, part) for part in parts])
+
+    def copy(self, out: Tensor, source: Tensor) -> None:
+        """Copies what lies in a row."""
+        if self.threads == 1:
+            out.copy_(source)
+        else:
+            self.over(out.numel(), lambda part: out[part].copy_(source[part]))
 
     def close(self) -> None:
         """Ends the threads; what comes later is done by the caller alone. Idempotent."""

@@ -106,7 +106,10 @@ class Bench:
             self._versions[worker] = self.holder.try_pull(worker, out) or 0
 
     def at_once(self) -> None:
-        """Serves all workers' pushes in one pass."""
+        """Serves all workers' pushes in one pass, if the model is large."""
+        if not self.holder.joins_pushes:
+            self.one_by_one()
+            return
         waiting = [WaitingPush(self._push(worker), out, lambda: True) for worker, out in enumerate(self._outs)]
         self._versions = [version or 0 for _, version in self.holder.push_together(waiting)]
 

@@ -18,13 +18,12 @@ from lightning_async.exchange.service import HolderSpec, Origins, Service, Updat
 from lightning_async.exchange.state_transfer import fetch_state
 from lightning_async.exchange.worker import Worker
 from lightning_async.holder.held_state import OptimizerStateError, StateByPlace
-from lightning_async.holder.holder import HalfUpdatedError
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.optimizer_state import OptimizerStates, state_by_place
 from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.staleness import resolve_max_staleness
-from lightning_async.holder.types import Snapshot, Update
+from lightning_async.holder.types import HalfUpdatedError, Snapshot, Update
 from lightning_async.monitoring.rejections import RejectionNotices
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
@@ -67,6 +66,7 @@ class Engine:
         shares_parameters: whether the module's parameters are the holder's own, as with one rank.
         transport: how this rank's gradients travel: "in process", "shm", "tcp" or "nccl".
         holder_device: where the holder is, "cpu" or "cuda".
+        holder_threads: how many threads it may have for a large model; 1 on a GPU.
 
     Raises:
         ValueError: if the module or its optimizers cannot be exchanged so; the message says what can.
@@ -147,6 +147,9 @@ class Engine:
             ]
         self.transport = transport_of(channels[0])
         self.holder_device = devices.holder
+        self.holder_threads = (
+            1 if options.holder_threads == "auto" or devices.holder == "cuda" else options.holder_threads
+        )
         own = [on_device(channel, devices.own) for channel in channels]
         tickets = None if predecessor is None else predecessor.worker.tickets
         alone, looks = world_size == 1, options.reject_nonfinite

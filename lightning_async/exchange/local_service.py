@@ -81,6 +81,7 @@ class HolderService(Service):
             states=spec.states,
             policy=policy,
             momentum_rule=rule,
+            threads=1 if options.holder_threads == "auto" else options.holder_threads,
         )
         if predecessor is not None and spec.origins is not None:
             self._inherit(predecessor, spec.origins, spec.states)
@@ -212,6 +213,7 @@ class HolderService(Service):
     @override
     def close(self) -> None:
         self._server.close()
+        self.holder.close()
 
     def _complete(self, update: Update) -> None:
         self._on_update(update, self.ledger.complete(update.push.worker, update.push.tickets))

@@ -20,6 +20,7 @@ __all__ = [
     "ExchangeOptions",
     "HolderDevice",
     "HolderPlace",
+    "HolderThreads",
     "MaxStaleness",
     "MomentumCorrection",
     "OnStale",
@@ -31,6 +32,7 @@ __all__ = [
 Transport: TypeAlias = Literal["auto", "shm", "tcp", "nccl"]
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 HolderPlace: TypeAlias = Literal["thread", "process"]
+HolderThreads: TypeAlias = int | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class ExchangeOptions:
     parameter_wire_dtype: WireDtype = "fp32"
     holder_device: HolderDevice = "auto"
     holder: HolderPlace = "thread"
+    holder_threads: HolderThreads = "auto"
     gradients_per_update: int = 1
     staleness_policy: str | StalenessPolicy = "plain"
     momentum_correction: MomentumCorrection = None
@@ -87,6 +90,7 @@ class ExchangeOptions:
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+        self._check_threads()
         if self.transport == "nccl" and self.holder_device == "cpu":
             raise ValueError(
                 'transport="nccl" moves data between GPUs, so the holder is on rank 0\'s: leave holder_device="cpu" '
@@ -111,6 +115,18 @@ class ExchangeOptions:
             )
         if self.max_slowdown is not None and not _is_above(1.0, self.max_slowdown):
             raise ValueError(f"max_slowdown must be a number above 1, or None for no limit, not {self.max_slowdown!r}.")
+
+    def _check_threads(self) -> None:
+        threads: object = self.holder_threads
+        if threads == "auto":
+            return
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ValueError(f'holder_threads must be an int of at least 1 or "auto", not {threads!r}.')
+        if threads > 1 and (self.transport == "nccl" or self.holder_device == "cuda"):
+            raise ValueError(
+                f"holder_threads={threads} is for a holder on rank 0's host, and "
+                'transport="nccl" and holder_device="cuda" put it on its GPU: leave one of them out.'
+            )
 
     def slots(self, world_size: int) -> int:
         """How many exchanges a rank has under way at once."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_async.exchange.session import Session
+from lightning_async.exchange.fence import EvictedError
+from lightning_async.exchange.joint_service import serve_together
+from lightning_async.exchange.session import Arrived, Session
 from lightning_async.holder.holder import Holder
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError
-from lightning_async.transport.message import kind_of
+from lightning_async.transport.message import Push, kind_of
 
 __all__ = ["Reactor"]
 
@@ -34,7 +36,7 @@ class Reactor:
     """Serves sessions in one thread, which starts with the first of them.
 
     Args:
-        holder: tells of changes that a held-back request may have waited for.
+        holder: of the sessions; tells of changes that a held-back request may have waited for.
         on_ended: called in the reactor's thread when a session ends, with its error or None; must not wait.
         on_failed: called in the reactor's thread if that itself fails, and serves nobody any more.
         prepare_thread: called first in the reactor's thread.
@@ -47,6 +49,7 @@ class Reactor:
         on_failed: Callable[[BaseException], object],
         prepare_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        self._holder = holder
         self._on_ended = on_ended
         self._on_failed = on_failed
         self._prepare_thread = prepare_thread
@@ -118,11 +121,17 @@ class Reactor:
     def _serve_all(self) -> None:
         self._prepare_thread()
         while not (self._closing and not self._clients):
+            ready = []
             for key, _ in self._selector.select():
                 if key.data is None:
                     self._drain_wakes()
                 else:
-                    self._serve(key.data)
+                    ready.append(key.data)
+            if len(ready) > 1 and self._holder.joins_pushes:
+                self._serve_joint(ready)
+            else:
+                for client in ready:
+                    self._serve(client)
             self._resume()
 
     def _release(self) -> None:
@@ -136,20 +145,65 @@ class Reactor:
         except BlockingIOError:
             return
 
-    def _serve(self, client: _Client) -> None:
+    def _serve_joint(self, clients: Sequence[_Client]) -> None:
+        """Serves in this order, too, but pushes that follow each other at once."""
+        waiting: dict[_Client, Arrived] = {}
+        for client in clients:
+            self._serve(client, waiting)
+        self._finish_waiting(waiting)
+
+    def _serve(self, client: _Client, waiting: dict[_Client, Arrived] | None = None) -> None:
+        """Serves what a client has sent.
+
+        Args:
+            client: the client.
+            waiting: pushes that are to be served together; None if each is served at once.
+        """
         try:
             for message in client.connection.receive_available():
+                joins = waiting is not None and isinstance(message, Push) and client not in waiting
+                if waiting and not joins:
+                    self._finish_waiting(waiting)
+                    if client not in self._clients:
+                        return
                 if client.held_back is not None:
                     raise WireError(
                         f"worker {client.session.worker} sends {kind_of(message).name} before it was answered"
                     )
-                request = client.session.serve(message)
-                self._advance(client, request)
+                if waiting is not None and isinstance(message, Push) and joins:
+                    waiting[client] = client.session.arrive(message)
+                else:
+                    self._advance(client, client.session.serve(message))
         except Exception as error:
+            if waiting:
+                waiting.pop(client, None)
             self._end(client, error)
         else:
             if client.session.finished:
                 self._end(client, None)
+
+    def _finish_waiting(self, waiting: dict[_Client, Arrived]) -> None:
+        pushes = [(client.session, arrived) for client, arrived in waiting.items()]
+        client_of = {client.session: client for client in waiting}
+        waiting.clear()
+        try:
+            answers = serve_together(self._holder, pushes)
+        except Exception as error:
+            # An update has failed in the middle; which of them it was cannot be told.
+            for client in client_of.values():
+                self._end(client, error)
+            return
+        for session, answer in answers:
+            if isinstance(answer, EvictedError):
+                self._end(client_of[session], answer)
+            else:
+                self._try_to_advance(client_of[session], answer)
+
+    def _try_to_advance(self, client: _Client, request: Iterator[None]) -> None:
+        try:
+            self._advance(client, request)
+        except Exception as error:
+            self._end(client, error)
 
     def _advance(self, client: _Client, request: Iterator[None]) -> None:
         for _ in request:
@@ -165,10 +219,7 @@ class Reactor:
             self._changed = False
             for client in list(self._held_back):
                 assert client.held_back is not None
-                try:
-                    self._advance(client, client.held_back)
-                except Exception as error:
-                    self._end(client, error)
+                self._try_to_advance(client, client.held_back)
 
     def _end(self, client: _Client, error: Exception | None) -> None:
         with self._lock:

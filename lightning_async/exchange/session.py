@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_async.exchange.fence import Fence
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.types import Push
+from lightning_async.holder.types import Push, Update, WaitingPush
 from lightning_async.runtime.failure import WorkerFailedError
 from lightning_async.runtime.health import Sick
 from lightning_async.runtime.step_watch import StepWatch
@@ -30,11 +31,28 @@ from lightning_async.transport.fields import (
 )
 from lightning_async.transport.message import Abort, Message, Outcome, kind_of
 
-__all__ = ["Session", "SessionError"]
+__all__ = ["Arrived", "Session", "SessionError"]
 
 
 class SessionError(WireError):
     """A message that does not fit its session; names the worker."""
+
+
+@dataclass(slots=True)
+class Arrived:
+    """A push that has arrived and was checked; what is left is the holder's part, and the answer.
+
+    Args:
+        push: the push.
+        wants_tickets: whether the answer is to bring the worker's next tickets.
+        tickets: these tickets, once they are drawn.
+        counted: whether the answer is to bring what all workers have counted.
+    """
+
+    push: Push
+    wants_tickets: bool
+    counted: bool
+    tickets: range = range(0)
 
 
 class Session:
@@ -114,19 +132,94 @@ class Session:
             EvictedError: if the worker was taken out of the run.
             WorkerFailedError: if the run has failed; the worker was told.
         """
+        if isinstance(message, wire.Push):
+            return self.finish(self.arrive(message))
+        self._check_sender(message)
+        return self._serve(message)
+
+    def arrive(self, message: wire.Push) -> Arrived:
+        """Checks a push and takes its payload, with which `finish` goes on.
+
+        Raises:
+            SessionError: if it does not fit the session; the worker was told.
+            ChannelClosedError: if the worker is gone.
+            EvictedError: if the worker was taken out of the run.
+        """
+        self._check_sender(message)
+        self._end_step()
+        gradients = self._check_push(message)
+        self._channel.receive_payload(self._segments[message.optimizer])
+        push = Push(
+            self.worker,
+            message.optimizer,
+            message.version,
+            gradients,
+            self._hyperparams[message.optimizer][1],
+            message.tickets,
+            message.samples,
+            message.waited_s,
+            self.slot,
+            unpack_counts(message.counts),
+            self._segments[message.optimizer],
+            message.finite,
+            self._channel.wire_bytes - self._reported_bytes,
+        )
+        self._reported_bytes = self._channel.wire_bytes
+        return Arrived(push, message.wants_tickets, bool(message.counts))
+
+    def finish(self, arrived: Arrived, done: tuple[Update, int | None] | None = None) -> Iterator[None]:
+        """Has a push applied, and answers it; yields and raises as `serve` does.
+
+        Args:
+            arrived: the push.
+            done: what became of it and the version that the worker has read, if it is applied already.
+        """
+        try:
+            if done is None:
+                update: Update | None = self._try_push(arrived)
+                if update is None:
+                    since = time.monotonic()
+                    while update is None:
+                        yield
+                        update = self._try_push(arrived, time.monotonic() - since)
+                version = None
+            else:
+                update, version = done
+            outcome = Outcome.APPLIED
+            if not update.applied:
+                outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
+            if version is not None:
+                with self.fence:
+                    self._begin_step()
+                self._send_parameters(version, outcome, arrived.tickets, arrived.counted)
+            elif arrived.wants_tickets and not arrived.tickets:
+                self._send_parameters(self._holder.read(self._parameters), outcome, counted=arrived.counted)
+            else:
+                yield from self._pull(outcome, arrived.tickets, counted=arrived.counted)
+        except WorkerFailedError as error:
+            self._tell_failure(error)
+            raise
+
+    def waiting(self, arrived: Arrived) -> WaitingPush:
+        """A push as `Holder.push_together` takes it."""
+        return WaitingPush(arrived.push, self._parameters, lambda: self._draw_next(arrived))
+
+    def _check_sender(self, message: Message) -> None:
         if message.worker != self.worker:
             self._refuse(f"its message claims to come from worker {message.worker}")
+
+    def _tell_failure(self, error: WorkerFailedError) -> None:
+        self._channel.send(Abort(error.failure.rank, fit_text(error.failure.reason)))
+
+    def _serve(self, message: Message) -> Iterator[None]:
         try:
-            if isinstance(message, wire.Push):
-                yield from self._push(message)
-            elif isinstance(message, wire.Pull):
+            if isinstance(message, wire.Pull):
                 self._count(message.counts)
                 yield from self._pull(counted=bool(message.counts))
             else:
                 self._answer(message)
         except WorkerFailedError as error:
-            failure = error.failure
-            self._channel.send(Abort(failure.rank, fit_text(failure.reason)))
+            self._tell_failure(error)
             raise
 
     def _answer(self, message: Message) -> None:
@@ -161,54 +254,22 @@ class Session:
             case _:
                 self._refuse(f"a worker may not send {kind_of(message).name}")
 
-    def _push(self, message: wire.Push) -> Iterator[None]:
-        self._end_step()
-        gradients = self._check_push(message)
-        self._channel.receive_payload(self._segments[message.optimizer])
-        push = Push(
-            self.worker,
-            message.optimizer,
-            message.version,
-            gradients,
-            self._hyperparams[message.optimizer][1],
-            message.tickets,
-            message.samples,
-            message.waited_s,
-            self.slot,
-            unpack_counts(message.counts),
-            self._segments[message.optimizer],
-            message.finite,
-            self._channel.wire_bytes - self._reported_bytes,
-        )
-        self._reported_bytes = self._channel.wire_bytes
-        tickets = range(0)
-
-        def draw_next() -> bool:
-            # A worker that wants its next tickets with the answer saves a round trip for each batch; if there are none,
-            # it has nothing to wait at the barrier for.
-            nonlocal tickets
-            if message.wants_tickets:
-                tickets = self._ledger.draw(self.worker)
-            return bool(tickets) or not message.wants_tickets
-
+    def _try_push(self, arrived: Arrived, parked_s: float = 0.0) -> Update | None:
         try:
             with self.fence:
-                update = self._holder.try_push(push, reads_next=draw_next)
-            if update is None:
-                arrived = time.monotonic()
-                while update is None:
-                    yield
-                    with self.fence:
-                        update = self._holder.try_push(push, time.monotonic() - arrived, draw_next)
+                return self._holder.try_push(arrived.push, parked_s, lambda: self._draw_next(arrived))
         except ValueError as error:
             self._refuse(str(error))
-        outcome = Outcome.APPLIED
-        if not update.applied:
-            outcome = Outcome.REJECTED if update.rejected else Outcome.DROPPED
-        if message.wants_tickets and not tickets:
-            self._send_parameters(self._holder.read(self._parameters), outcome, counted=bool(message.counts))
-        else:
-            yield from self._pull(outcome, tickets, counted=bool(message.counts))
+
+    def _draw_next(self, arrived: Arrived) -> bool:
+        """Draws the worker's next tickets, if it wants them; tells whether it pulls next.
+
+        A worker that gets them with the answer saves a round trip for each batch; if there are none, it has nothing to
+        wait at the barrier for.
+        """
+        if arrived.wants_tickets:
+            arrived.tickets = self._ledger.draw(self.worker)
+        return bool(arrived.tickets) or not arrived.wants_tickets
 
     def _check_push(self, message: wire.Push) -> list[Tensor | None]:
         index = message.optimizer
@@ -252,9 +313,13 @@ class Session:
     def _try_pull(self) -> int | None:
         with self.fence:
             version = self._holder.try_pull(self.worker, self._parameters, self.slot)
-            if self._steps is not None and version is not None:
-                self._steps.begin(self.worker, self.slot, time.monotonic())
+            if version is not None:
+                self._begin_step()
             return version
+
+    def _begin_step(self) -> None:
+        if self._steps is not None:
+            self._steps.begin(self.worker, self.slot, time.monotonic())
 
     def _end_step(self) -> None:
         if self._steps is None:

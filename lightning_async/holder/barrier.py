@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 
 from lightning_async.holder.barrier_policies import POLICIES, Decision, OnStale, Reader
 
@@ -207,6 +208,27 @@ class StalenessBarrier:
             ValueError: unless the decision is `Decision.DROP`.
         """
         return self._settle(worker, Decision.DROP)
+
+    def in_a_row(self, workers: Iterable[Reader]) -> int:
+        """How many workers' gradients would be applied one after the other, if each reads again after its own.
+
+        As many are applied, too, if some of them do not read: nobody's gradient waits for a worker that holds nothing.
+
+        Args:
+            workers: in the order of their pushes; outstanding, each once.
+        """
+        rehearsal = copy.copy(self)
+        rehearsal._reads, rehearsal._readers = dict(self._reads), dict(self._readers)
+        number = 0
+        for worker in workers:
+            if rehearsal.decision(worker) is not Decision.APPLY:
+                break
+            rehearsal.apply(worker)
+            rehearsal.ask(worker)
+            if rehearsal.may_read(worker):
+                rehearsal.read(worker)
+            number += 1
+        return number
 
     def leave(self, worker: Reader) -> None:
         """Forgets a worker wherever it stands: released without a push, or evicted. Idempotent.

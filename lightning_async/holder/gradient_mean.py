@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_async.holder.team import Team
+
 __all__ = ["Gathered", "GradientMean"]
 
 
@@ -45,6 +47,7 @@ class GradientMean:
     Args:
         buffer: flat memory for the sum; taken over.
         views: the parts of it that belong to the parameters.
+        team: the holder's threads; None for the calling one alone.
 
     Examples:
         >>> buffer = torch.zeros(2)
@@ -55,7 +58,8 @@ class GradientMean:
         [tensor([3.]), None]
     """
 
-    def __init__(self, buffer: Tensor, views: Sequence[Tensor]) -> None:
+    def __init__(self, buffer: Tensor, views: Sequence[Tensor], team: Team | None = None) -> None:
+        self._team = team or Team()
         self._sum = buffer
         self._views = [*views]
         # Which parameters had a gradient in what was added; none of them where nothing was.
@@ -87,10 +91,7 @@ class GradientMean:
         weight = float(samples or 1)
         present = [gradient is not None for gradient in gradients]
         if flat is not None and all(present) and isinstance(factors, float):
-            if self._present:
-                self._sum.add_(flat, alpha=weight * factors)
-            else:
-                torch.mul(flat, weight * factors, out=self._sum)
+            self._add_flat(flat, weight * factors)
         else:
             if not self._present:
                 self._sum.zero_()
@@ -110,7 +111,8 @@ class GradientMean:
             weight: what the sum is divided by; None takes the weights of what was added.
         """
         if self._present:
-            self._sum.mul_(1.0 / (self._weight if weight is None else weight))
+            factor = 1.0 / (self._weight if weight is None else weight)
+            self._team.over(self._sum.numel(), lambda part: self._sum[part].mul_(factor))
         taken = self._parts()
         self._present, self._weight = [], 0.0
         return taken
@@ -134,6 +136,12 @@ class GradientMean:
     def sums(self) -> list[Tensor | None] | None:
         """A copy of the weighted sums; None if nothing was added."""
         return [None if one is None else one.clone() for one in self._parts()] if self._present else None
+
+    def _add_flat(self, flat: Tensor, factor: float) -> None:
+        if self._present:
+            self._team.over(flat.numel(), lambda part: self._sum[part].add_(flat[part], alpha=factor))
+        else:
+            self._team.over(flat.numel(), lambda part: torch.mul(flat[part], factor, out=self._sum[part]))
 
     def _parts(self) -> list[Tensor | None]:
         return [view if there else None for view, there in zip(self._views, self._present, strict=True)]

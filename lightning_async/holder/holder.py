@@ -5,32 +5,31 @@ Does no I/O and imports no Lightning.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_async.holder import blocks
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import Decision, OnStale
+from lightning_async.holder.changes import Changes
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
 from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.tally import STEPS, add_counts
-from lightning_async.holder.types import Push, Snapshot, Update
+from lightning_async.holder.team import Team
+from lightning_async.holder.types import HalfUpdatedError, Push, Snapshot, Update, WaitingPush
 from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
-__all__ = ["HalfUpdatedError", "Holder"]
-
-
-class HalfUpdatedError(RuntimeError):
-    """The holder was to be read in the middle of an update, by the very thread that makes it."""
+__all__ = ["Holder"]
 
 
 class Holder:
@@ -50,6 +49,7 @@ class Holder:
         states: for each optimizer the state to begin with; None for what its template has.
         policy: what is done with a gradient because of its age, bound to the run; owned by the holder from here on.
         momentum_rule: what steps use in place of the user's momentum; None leaves it.
+        threads: how many go over the memory of a large model on the host at once, the caller's among them.
 
     Raises:
         ValueError: if several gradients are to make an update, and there are several optimizers.
@@ -66,20 +66,19 @@ class Holder:
         states: Sequence[StateByPlace | None] = (),
         policy: StalenessPolicy | None = None,
         momentum_rule: Callable[[float], float] | None = None,
+        threads: int = 1,
     ) -> None:
         self._layout = layout
+        self._team = Team(threads if parameters.is_cpu and layout.numel >= blocks.LARGE else 1)
         self._flat = parameters.detach().clone()
         self._barrier = barrier
         self._latch = latch
         self._observer = observer
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._changes = 0
-        self._waiting = 0
+        self._changes = Changes(self._lock, latch)
         # Between the first and the last that a push changes.
         self._is_changing = False
         self._counts: list[int] = []
-        self._listeners: list[Callable[[], None]] = []
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
             views = iter(layout.views(self._flat, index))
@@ -87,12 +86,9 @@ class Holder:
                 [torch.nn.Parameter(next(views)) for parameter in group["params"] if exchanged(parameter)]
                 for group in template.param_groups
             ]
-            self._optimizers.append(HeldOptimizer(template, groups, momentum_rule))
+            self._optimizers.append(HeldOptimizer(template, groups, momentum_rule, self._team))
         self._intake = self._make_intake(policy or StalenessPolicy())
         self.load_states(states)
-        # The latch lives as long as the run, and must not keep a holder that another one has taken the place of.
-        this = weakref.ref(self)
-        latch.subscribe(lambda failure: _wake(this()))
 
     @property
     def version(self) -> int:
@@ -103,22 +99,15 @@ class Holder:
     @property
     def changes(self) -> int:
         """How often something has changed that a held-back caller may have waited for."""
-        return self._changes
+        return self._changes.number
 
     def wait_for_change(self, seen: int) -> None:
         """Waits until `changes` is no longer ``seen``, or the run fails."""
-        with self._lock:
-            self._waiting += 1
-            try:
-                while self._changes == seen and self._latch.failure is None:
-                    self._changed.wait()
-            finally:
-                self._waiting -= 1
+        self._changes.wait(seen)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Calls ``listener`` after every change, in the thread that made it and under the lock; must be quick."""
-        with self._lock:
-            self._listeners.append(listener)
+        self._changes.subscribe(listener)
 
     def try_pull(self, worker: int, out: Tensor, slot: int = 0) -> int | None:
         """Copies the parameters into ``out`` if the barrier lets ``worker`` read; returns their version, or None.
@@ -138,7 +127,7 @@ class Holder:
             version = self._barrier.read(reader)
             self._intake.copy(out)
             # The next reader in the queue may go too: nobody else would tell it.
-            self._tell()
+            self._changes.tell()
             return version
 
     def try_push(
@@ -194,11 +183,74 @@ class Holder:
             took_ns, rejected = now_ns - began_ns, not push.finite
             update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
             self._is_changing = False
-            self._observer(update)
-            if reads_next():
-                self._barrier.ask(reader)
-            self._tell()
+            self._settle(update, reads_next)
             return update
+
+    @property
+    def joins_pushes(self) -> bool:
+        """Whether pushes that wait are better given to `push_together`: of a large model, on the host."""
+        return self._flat.is_cpu and self._intake.joins_pushes
+
+    def push_together(self, waiting: Sequence[WaitingPush]) -> list[tuple[Update, int | None]]:
+        """Applies gradients that wait and answers each, with the bits and versions of one after the other.
+
+        That is `try_push` of each, followed by its `try_pull`, but memory is gone over once. It ends before the first
+        push that is not simply applied: one that the barrier holds back or drops, say. Where it would be a single one
+        there is nothing to gain. What is left is for `try_push`.
+
+        Args:
+            waiting: in their order, each slot of a worker once. What is in ``out`` is of no use where the worker does
+                not read.
+
+        Returns:
+            Of each that was applied, from the first on: what became of it, and the version that was read; None if the
+            worker does not pull next, or has to wait for that.
+
+        Raises:
+            WorkerFailedError: if the run has failed.
+        """
+        with self._lock:
+            self._latch.check()
+            joined = self._in_a_row(waiting)
+            if len(joined) < 2:
+                return []
+            began_ns = time.monotonic_ns()
+            # Until versions and parameters go together again.
+            self._is_changing = True
+            self._intake.take_together([(one.push, one.out) for one in joined])
+            took_ns = (time.monotonic_ns() - began_ns) // len(joined)
+            answers: list[tuple[Update, int | None]] = []
+            for place, (push, _, reads_next) in enumerate(joined, 1):
+                reader = (push.worker, push.slot)
+                staleness = self._barrier.apply(reader)
+                if push.counts:
+                    self._counts = add_counts(self._counts, push.counts)
+                at_ns = began_ns + place * took_ns
+                update = Update(push, self._barrier.version, staleness, True, 0.0, at_ns, took_ns)
+                reads = self._settle(update, reads_next) and self._barrier.may_read(reader)
+                answers.append((update, self._barrier.read(reader) if reads else None))
+            self._is_changing = False
+            return answers
+
+    def _in_a_row(self, waiting: Sequence[WaitingPush]) -> Sequence[WaitingPush]:
+        """Those that are simply applied, from the first on."""
+        fits = itertools.takewhile(
+            lambda one: (
+                self._intake.can_join(one.push)
+                and self._barrier.held((one.push.worker, one.push.slot)) == one.push.version_read
+            ),
+            waiting,
+        )
+        return waiting[: self._barrier.in_a_row((one.push.worker, one.push.slot) for one in fits)]
+
+    def _settle(self, update: Update, reads_next: Callable[[], bool]) -> bool:
+        """Tells of what became of a push; returns whether its worker is in the queue of readers now."""
+        self._observer(update)
+        reads = reads_next()
+        if reads:
+            self._barrier.ask((update.push.worker, update.push.slot))
+        self._changes.tell()
+        return reads
 
     def adjust(
         self,
@@ -228,13 +280,13 @@ class Holder:
                 optimizer.momentum_rule = momentum_rule
             self._intake = self._make_intake(policy)
             self._intake.load_policy_state(learned)
-            self._tell()
+            self._changes.tell()
 
     def _make_intake(self, policy: StalenessPolicy) -> GradientIntake:
         # Where no gradient can be stale, nobody has anything to look ahead to.
         looks_ahead = self._barrier.max_staleness != 0
         needed = self._barrier.gradients_per_update
-        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead)
+        return GradientIntake(self._layout, self._flat, self._optimizers, policy, needed, looks_ahead, self._team)
 
     def complete_version(self) -> bool:
         """Makes an update of the gradients that wait for more; nobody may be computing.
@@ -247,7 +299,7 @@ class Holder:
                 return False
             self._intake.complete()
             self._barrier.complete()
-            self._tell()
+            self._changes.tell()
             return True
 
     def count(self, counts: Sequence[int]) -> None:
@@ -305,7 +357,7 @@ class Holder:
         """Takes ``worker`` out of the barrier: it computes nothing more, or is dead."""
         with self._lock:
             self._barrier.leave((worker, slot))
-            self._tell()
+            self._changes.tell()
 
     def expect(self, workers: Iterable[int]) -> None:
         """Puts workers into the queue of readers before they ask, so that none can be overtaken on its way here.
@@ -374,6 +426,10 @@ class Holder:
         """Its own flat buffer, for a run's only worker, which needs no copy: nobody else's update comes between."""
         return self._flat
 
+    def close(self) -> None:
+        """Ends the threads of its own; idempotent, and what comes later is done without them."""
+        self._team.close()
+
     def _check_whole(self) -> None:
         """Refuses to show what is half updated: this thread's own update was interrupted.
 
@@ -388,18 +444,4 @@ class Holder:
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:
-            out.copy_(self._flat)
-
-    def _tell(self) -> None:
-        self._changes += 1
-        if self._waiting:
-            self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
-
-
-def _wake(holder: Holder | None) -> None:
-    """Lets the threads that wait at ``holder`` see that the run has failed."""
-    if holder is not None:
-        with holder._lock:
-            holder._tell()
+            self._team.copy(out, self._flat)

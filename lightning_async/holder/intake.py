@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.holder import blocks
 from lightning_async.holder.gradient_mean import Gathered, GradientMean
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.scaled import ScaledGradients
+from lightning_async.holder.team import Team
 from lightning_async.holder.types import Push
 from lightning_async.holder.update import HeldOptimizer
 from lightning_async.policies.base import Arrival, StalenessPolicy, overrides
@@ -36,6 +38,7 @@ class GradientIntake:
             asked.
         gradients_per_update: gradients that make an update.
         looks_ahead: whether a policy may move what workers are answered with: not where no gradient can be stale.
+        team: the holder's threads; None for the calling one alone.
 
     Raises:
         ValueError: if several gradients are to make an update, and there are several optimizers.
@@ -49,6 +52,7 @@ class GradientIntake:
         policy: StalenessPolicy,
         gradients_per_update: int,
         looks_ahead: bool = True,
+        team: Team | None = None,
     ) -> None:
         if gradients_per_update > 1 and len(optimizers) > 1:
             raise ValueError("With several optimizers each gradient is an update: gradients_per_update must be 1.")
@@ -60,12 +64,14 @@ class GradientIntake:
         self._asks = any(overrides(policy, name) for name in ("gradient_factor", "step_factor", "lateness"))
         self._corrects = overrides(policy, "lateness")
         self._moves = looks_ahead and overrides(policy, "look_ahead")
-        self._scaled, self._late_parts = ScaledGradients(layout, flat), ScaledGradients(layout, flat)
+        self._team = team = team or Team()
+        self._scaled, self._late_parts = ScaledGradients(layout, flat, team), ScaledGradients(layout, flat, team)
         self._mean: GradientMean | None = None
         self._late: GradientMean | None = None
         if gradients_per_update > 1:
             self._mean = self._new_mean()
             self._late = self._new_mean() if self._corrects else None
+        self._is_plain = len(optimizers) == 1 == gradients_per_update and not self._asks and not self._moves
         # Of the gradients that have not become an update yet: what the policy was told, and the last one's groups.
         self._arrivals: list[Arrival] = []
         self._groups: Sequence[float] = ()
@@ -97,6 +103,26 @@ class GradientIntake:
         if filled + 1 == self._needed:
             self.complete()
 
+    @property
+    def joins_pushes(self) -> bool:
+        """Whether gradients that wait for the holder may be taken in one pass: of a large model, and nobody asks."""
+        return self._is_plain and self._layout.numel >= blocks.LARGE
+
+    def can_join(self, push: Push) -> bool:
+        """Whether a gradient may be taken in one pass with others."""
+        complete = push.flat is not None and all(gradient is not None for gradient in push.gradients)
+        return self.joins_pushes and push.finite and complete and self._optimizers[0].joins
+
+    def take_together(self, pushes: Sequence[tuple[Push, Tensor]]) -> None:
+        """Makes an update of each gradient, and copies the parameters after it; in one pass over memory.
+
+        Args:
+            pushes: gradients, `can_join` holds of each; and what the parameters after it are copied to.
+        """
+        self._optimizers[0].apply_together(
+            self._flat, [(push.flat, push.groups, out) for push, out in pushes if push.flat is not None]
+        )
+
     def complete(self) -> None:
         """Makes an update of the gradients that wait for more; there are some."""
         assert self._mean is not None
@@ -108,7 +134,7 @@ class GradientIntake:
         """Copies the parameters into ``out``, as the policy has a worker see them."""
         if out is self._flat:
             return
-        out.copy_(self._flat)
+        self._team.copy(out, self._flat)
         if not self._moves:
             return
         for index, held in enumerate(self._optimizers):
@@ -239,7 +265,7 @@ class GradientIntake:
 
     def _new_mean(self) -> GradientMean:
         buffer = torch.zeros_like(self._flat)
-        return GradientMean(buffer, self._layout.views(buffer, 0))
+        return GradientMean(buffer, self._layout.views(buffer, 0), self._team)
 
 
 def _divided(sums: Sequence[Tensor | None], weight: float) -> list[Tensor | None]:

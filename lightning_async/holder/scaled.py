@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.layout import FlatLayout
+from lightning_async.holder.team import Team
 
 __all__ = ["ScaledGradients"]
 
@@ -18,6 +19,7 @@ class ScaledGradients:
     Args:
         layout: where each parameter lies.
         like: a flat buffer of the same size, type and device.
+        team: the holder's threads; None for the calling one alone.
 
     Examples:
         >>> layout = FlatLayout([[torch.zeros(2), torch.zeros(1)]])
@@ -26,7 +28,8 @@ class ScaledGradients:
         [tensor([0.5000, 1.0000]), None]
     """
 
-    def __init__(self, layout: FlatLayout, like: Tensor) -> None:
+    def __init__(self, layout: FlatLayout, like: Tensor, team: Team | None = None) -> None:
+        self._team = team or Team()
         self._layout = layout
         self._like = like
         self._buffer: Tensor | None = None
@@ -53,7 +56,8 @@ class ScaledGradients:
             self._views = [self._layout.views(self._buffer, index) for index in range(len(self._layout.ranges))]
         views = self._views[optimizer]
         if flat is not None and isinstance(factors, float) and all(gradient is not None for gradient in gradients):
-            torch.mul(flat, factors, out=self._layout.segment(self._buffer, optimizer))
+            scaled = self._layout.segment(self._buffer, optimizer)
+            self._team.over(flat.numel(), lambda part: torch.mul(flat[part], factors, out=scaled[part]))
             return [*views]
         each = [factors] * len(views) if isinstance(factors, float) else factors
         return [

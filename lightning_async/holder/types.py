@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +11,11 @@ from torch import Tensor
 
 from lightning_async.holder.gradient_mean import Gathered
 
-__all__ = ["Push", "Snapshot", "Update"]
+__all__ = ["HalfUpdatedError", "Push", "Snapshot", "Update", "WaitingPush"]
+
+
+class HalfUpdatedError(RuntimeError):
+    """The holder was to be read in the middle of an update, by the very thread that makes it."""
 
 
 class Push(NamedTuple):
@@ -52,6 +56,20 @@ class Push(NamedTuple):
     def batches(self) -> int:
         """Number of batches that the gradient covers."""
         return len(self.tickets[0]) if len(self.tickets) == 1 else sum(map(len, self.tickets))
+
+
+class WaitingPush(NamedTuple):
+    """A push that waits for the holder, and where its answer goes.
+
+    Attributes:
+        push: the push.
+        out: what the parameters are copied to.
+        reads_next: tells whether the worker pulls next; see `Holder.try_push`.
+    """
+
+    push: Push
+    out: Tensor
+    reads_next: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_async.holder.amsgrad import STEP_AT_INFINITY, AMSGrad, convert_to_amsgrad_state, holder_optimizer
+from lightning_async.holder.amsgrad import AMSGrad, convert_to_amsgrad_state, holder_optimizer
+from lightning_async.holder.fused import FusedUpdate, Step
 from lightning_async.holder.held_state import StateByPlace, same_state
 from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
-from lightning_async.holder.layout import all_parameters
-from lightning_async.holder.rebuild import is_amsgrad, rebuild, step_without_hooks
+from lightning_async.holder.rebuild import is_amsgrad, rebuild
+from lightning_async.holder.step_update import FusedSGDUpdate, StepUpdate
+from lightning_async.holder.team import Team
 from lightning_async.policies.momentum import corrected_group
 
-__all__ = ["FusedUpdate", "HeldOptimizer", "StepUpdate"]
+__all__ = ["HeldOptimizer"]
 
 
 class HeldOptimizer:
@@ -30,6 +32,7 @@ class HeldOptimizer:
         params: for every param group of the template, the tensors that take the place of its parameters that are
             exchanged; the others are left out.
         momentum_rule: what a step uses in place of the momentum in its param groups; None leaves it.
+        team: the holder's threads; None for the calling one alone.
 
     Attributes:
         momentum_rule: the same; may be set between two steps.
@@ -40,11 +43,12 @@ class HeldOptimizer:
         template: torch.optim.Optimizer,
         params: Sequence[Sequence[nn.Parameter]],
         momentum_rule: Callable[[float], float] | None = None,
+        team: Team | None = None,
     ) -> None:
         self.momentum_rule = momentum_rule
         self.hyperparams = HyperparamLayout(template)
         self.optimizer = holder_optimizer(template, params) if is_amsgrad(template) else rebuild(template, params)
-        self._update = _update_of(self.optimizer)
+        self._update = _update_of(self.optimizer, team or Team())
         for group, source, names in zip(
             self.optimizer.param_groups, template.param_groups, self.hyperparams.names, strict=True
         ):
@@ -69,6 +73,27 @@ class HeldOptimizer:
             return
         with self.in_force(step_factor):
             self.step(gradients)
+
+    @property
+    def joins(self) -> bool:
+        """Whether updates may be made together, if all parameters have a gradient; see `FusedUpdate.joins`."""
+        return isinstance(self._update, FusedUpdate) and self._update.joins
+
+    def apply_together(self, flat: Tensor, updates: Sequence[tuple[Tensor, Sequence[float], Tensor | None]]) -> None:
+        """Applies updates one after the other, in one pass over memory.
+
+        Args:
+            flat: the optimizer's parameters, in a row.
+            updates: of each the gradient of all parameters, in a row; the hyperparameters, as `apply` takes them; what
+                the parameters after it are copied to, if they are.
+        """
+        assert isinstance(self._update, FusedUpdate)
+        steps = []
+        for gradient, hyperparams, out in updates:
+            self.assign(hyperparams)
+            with self.in_force():
+                steps.append(Step(gradient, self._update.kernels(), out))
+        self._update.together(flat, steps)
 
     def assign(self, hyperparams: Sequence[float]) -> None:
         """Sets the hyperparameters of all param groups, as `apply` does."""
@@ -189,141 +214,12 @@ class HeldOptimizer:
         ]
 
 
-class StepUpdate:
-    """An optimizer's update by its own ``step``.
-
-    Args:
-        optimizer: over the holder's tensors; its state is the state.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._parameters = all_parameters(optimizer)
-        self._make_step = step_without_hooks(optimizer)
-
-    def forget(self) -> None:
-        """To be called when the optimizer has loaded another state."""
-
-    @torch.no_grad()
-    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
-        """Applies one update, with one gradient per parameter, None where it takes no part."""
-        self._step(gradients)
-
-    def _step(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self._make_step()
-        for parameter in self._parameters:
-            parameter.grad = None
-
-
-class FusedSGDUpdate(StepUpdate):
-    """The update of SGD with momentum by torch's fused kernel, which wants all momentum buffers or none.
-
-    Where some parameters have had their first gradient and others have it now, these are stepped first, by themselves.
-
-    Args:
-        optimizer: `torch.optim.SGD`, which treats each parameter by itself.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer)
-        self._complete = False
-
-    def forget(self) -> None:
-        """To be called when the optimizer has loaded another state."""
-        self._complete = False
-
-    def _step(self, gradients: Sequence[Tensor | None]) -> None:
-        if not self._complete:
-            state = self._optimizer.state
-            fresh = [state.get(parameter, {}).get("momentum_buffer") is None for parameter in self._parameters]
-            self._complete = not any(fresh)
-            if any(fresh) and not all(fresh):
-                super()._step([gradient if new else None for gradient, new in zip(gradients, fresh, strict=True)])
-                gradients = [None if new else gradient for gradient, new in zip(gradients, fresh, strict=True)]
-        super()._step(gradients)
-
-
-class FusedUpdate(StepUpdate):
-    """AMSGrad's update with the kernel's arguments made once, for a holder that steps thousands of times a second.
-
-    ``optimizer.step`` spends twice the kernel's time on small models gathering the same lists again. This calls the
-    same kernel on the same tensors; where a parameter has no gradient, or the tensors cannot be fused, it is
-    ``optimizer.step``.
-
-    Args:
-        optimizer: from `holder_optimizer`; its state is the state.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer)
-        self._state: list[list[list[Tensor]]] | None = None
-        # The step counts of all parameters: one addition for all of them, where the kernel reads them. NumPy's takes a
-        # fraction of torch's time, and keeps the interpreter's lock.
-        device = self._parameters[0].device if self._parameters else None
-        self._counts = torch.zeros(len(self._parameters), device=device)
-        self._count: Any = self._counts.numpy() if self._counts.is_cpu else self._counts
-
-    def forget(self) -> None:
-        """To be called when the optimizer has loaded another state."""
-        self._state = None
-
-    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
-        """Applies one update, with one gradient per parameter, None where it takes no part."""
-        groups = self._optimizer.param_groups
-        if self._state is None or any(gradient is None for gradient in gradients):
-            self._step(gradients)
-            self._state = self._gather()
-            return
-        self._count += 1
-        start = 0
-        for group, (parameters, *moments, steps) in zip(groups, self._state, strict=True):
-            taken = gradients[start : start + len(parameters)]
-            start += len(parameters)
-            if not parameters:
-                continue
-            told = steps
-            if not group["bias_correction"]:
-                told = [torch.full_like(step, STEP_AT_INFINITY) for step in steps[:1]] * len(steps)
-            kernel: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-            kernel(
-                parameters,
-                taken,
-                *moments,
-                told,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=True,
-                maximize=group["maximize"],
-                grad_scale=None,
-                found_inf=None,
-            )
-
-    def _gather(self) -> list[list[list[Tensor]]] | None:
-        groups, state = self._optimizer.param_groups, self._optimizer.state
-        if not all(group["fused"] for group in groups) or any(not state.get(p) for p in self._parameters):
-            return None
-        for parameter, count in zip(self._parameters, self._counts.unbind(), strict=True):
-            count.copy_(state[parameter]["step"])
-            state[parameter]["step"] = count
-        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-        # Detached, autograd has no part in what happens to the parameters.
-        return [
-            [
-                [parameter.detach() for parameter in group["params"]],
-                *([state[p][name] for p in group["params"]] for name in names),
-            ]
-            for group in groups
-        ]
-
-
-def _update_of(optimizer: torch.optim.Optimizer) -> StepUpdate:
-    if isinstance(optimizer, AMSGrad):
-        return FusedUpdate(optimizer)
+def _update_of(optimizer: torch.optim.Optimizer, team: Team) -> StepUpdate:
+    if isinstance(optimizer, AMSGrad) or (
+        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        and all(group["fused"] and "decoupled_weight_decay" in group for group in optimizer.param_groups)
+    ):
+        return FusedUpdate(optimizer, team)
     if type(optimizer) is torch.optim.SGD and any(group["fused"] for group in optimizer.param_groups):
         return FusedSGDUpdate(optimizer)
     return StepUpdate(optimizer)

@@ -123,7 +123,9 @@ def set_up_fit(
         joining=joining,
         on_joined=on_joined,
         take_snapshot=take_snapshot,
-        resolve=lambda source: resolve(Resolved(transports, exchange.engine.holder_device, source)),
+        resolve=lambda source: resolve(
+            Resolved(transports, exchange.engine.holder_device, source, exchange.engine.holder_threads)
+        ),
     )
     loops.follow(coordinator)
     return Fit(exchange, by_hand, clock, checkpointing, coordinator, metrics)

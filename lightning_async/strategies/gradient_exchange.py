@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class ExchangeContext:
         supervisor: knows the run's failure, rank 0's listener and the holder's own process.
         stats: collects what happens, on rank 0.
         observers: called on rank 0 with each update.
+        spare_threads: how many the holder may have beside this host's ranks.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ExchangeContext:
     supervisor: RunSupervisor
     stats: RunStats
     observers: Sequence[UpdateObserver]
+    spare_threads: int = 1
 
     @property
     def options(self) -> ExchangeOptions:
@@ -209,7 +211,7 @@ class GradientExchange:
                 rank=context.rank,
                 world_size=context.world_size,
                 optimizers=optimizers,
-                options=self.options,
+                options=self._resolved_options(),
                 latch=context.supervisor.latch,
                 listener=context.supervisor.listener,
                 stats=context.stats,
@@ -224,6 +226,12 @@ class GradientExchange:
             )
         except ValueError as error:
             raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error
+
+    def _resolved_options(self) -> ExchangeOptions:
+        options = self.options
+        if options.holder_threads != "auto":
+            return options
+        return replace(options, holder_threads=self._context.spare_threads)
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""

@@ -24,11 +24,13 @@ class Resolved:
         transports: of each rank, how its gradients travel.
         holder_device: where the holder is, ``"cpu"`` or ``"cuda"``.
         batch_source: whether all ranks draw from one order of batches, or each has a stream of its own.
+        holder_threads: how many threads the holder may have; on rank 0, what its host allows.
     """
 
     transports: Sequence[str]
     holder_device: str
     batch_source: BatchSource
+    holder_threads: int = 1
 
 
 def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: Resolved | None) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: 
         >>> run["transport"], run["transport_by_rank"], run["max_staleness"]
         ('shm, tcp', ['in process', 'shm', 'tcp'], 12)
         >>> run["requested"]
-        {'max_staleness': 'auto', 'transport': 'auto'}
+        {'max_staleness': 'auto', 'transport': 'auto', 'holder_threads': 'auto'}
     """
     asked: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
     asked["staleness_policy"] = describe_policy(options.staleness_policy)
@@ -61,6 +63,7 @@ def describe_run(strategy: str, ranks: int, options: ExchangeOptions, resolved: 
             "transport": ", ".join(kinds) or "in process",
             "transport_by_rank": list(resolved.transports),
             "holder_device": resolved.holder_device,
+            "holder_threads": resolved.holder_threads,
             "batch_source": resolved.batch_source,
         }
     requested = {name: value for name, value in asked.items() if value == "auto" and found.get(name, value) != value}

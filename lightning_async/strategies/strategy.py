@@ -35,6 +35,7 @@ from lightning_async.exchange.options import (
     ExchangeOptions,
     HolderDevice,
     HolderPlace,
+    HolderThreads,
     MaxStaleness,
     MomentumCorrection,
     OnStale,
@@ -52,6 +53,7 @@ from lightning_async.loops.progress_bar import say
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.attempts import keeps_its_store
+from lightning_async.runtime.cores import holder_threads as threads_beside_training
 from lightning_async.runtime.cores import usable_cores
 from lightning_async.runtime.elastic import is_supervised
 from lightning_async.runtime.failure import RunFailure
@@ -121,6 +123,9 @@ class AsyncStrategy(PhasedCollectives):
             ``"auto"`` its GPU if NCCL reaches every other rank, else its host.
         holder: whether updates are made by a thread of rank 0's process or by a ``"process"`` of their own,
             which leaves rank 0 to its training; worth it where that spends its time in Python, see docs/benchmarks.md.
+        holder_threads: how many threads go over the memory of a model of at least a million parameters when the holder
+            on rank 0's host updates and copies it. ``"auto"`` is as many as training leaves cores of that host, 8 at
+            most. The bits are the same with any number. One thread steps optimizers other than AMSGrad, Adam and AdamW.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
             less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
@@ -179,6 +184,7 @@ class AsyncStrategy(PhasedCollectives):
         summary: bool = True,
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
+        holder_threads: HolderThreads = "auto",
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
@@ -226,6 +232,7 @@ class AsyncStrategy(PhasedCollectives):
                 parameter_wire_dtype=parameter_wire_dtype,
                 holder_device=holder_device,
                 holder=holder,
+                holder_threads=holder_threads,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
                 reject_nonfinite=reject_nonfinite,
@@ -528,6 +535,7 @@ class AsyncStrategy(PhasedCollectives):
             supervisor=self._supervisor,
             stats=self.stats,
             observers=self.observers,
+            spare_threads=self._spare_threads(),
         )
         self._fit = set_up_fit(
             context,
@@ -551,6 +559,14 @@ class AsyncStrategy(PhasedCollectives):
             wants_table=lambda: self.summary,
             finish_metrics=self._fit.coordinator.finish_metrics,
         )
+
+    def _spare_threads(self) -> int:
+        """How many threads the holder may have beside this host's ranks."""
+        if self.world_size == 1:
+            # Nobody trains while the holder steps: torch's own threads do.
+            return 1
+        of_a_rank = torch.get_num_threads() if self.root_device.type == "cpu" else 1
+        return threads_beside_training(usable_cores(), self.num_processes, of_a_rank)
 
     def _meet_at_holder(self, address: str) -> str:
         """Gives every rank the address that rank 0's holder takes workers in at."""

@@ -115,6 +115,7 @@ def _full_steps(folder: Path) -> list[Step]:
         _benchmark(folder, "scaling", 75, "scaling", "--seconds", "3", "--ranks", "1", "4", "16"),
         _benchmark(folder, "ceiling", 60, "ceiling", "--seconds", "1.5", "--workers", "1", "12"),
         _benchmark(folder, "floor", 45, "floor", "--seconds", "1.5"),
+        _benchmark(folder, "holder", 45, "holder", "--threads", "1", "2", "4", "8", "--rounds", "5", "--seconds", "1"),
         _benchmark(folder, "rank 0", 60, "rank0", "--seconds", "1.5", "--repeats", "1", "--pauses-ms", "0"),
     ]
 
@@ -123,6 +124,7 @@ def _dry_steps(folder: Path) -> list[Step]:
     host = ["--models", "LeNet-5", "--batch-size", "4", "--seconds", "0.3", "--repeats", "1", "--ranks", "2"]
     few = "replayed and (shm or overlap) or one_line or agree and overlap and mixed"
     suite = ["tests/integration/test_gpu_paths.py", "tests/unit/transport/test_message.py"]
+    holder = ["--size", "44K", "--threads", "1", "--k", "2", "--workers", "2", "--rounds", "2", "--seconds", "0.2"]
     ceiling = ["--sizes", "44K", "--transports", "shm", "--workers", "1", "--seconds", "0.3"]
     return [
         _tests(folder, "gpu tests", DRY_S, ["-k", few, "tests/gpu"], processes=2),
@@ -134,6 +136,7 @@ def _dry_steps(folder: Path) -> list[Step]:
         _benchmark(folder, "scaling", DRY_S, "scaling", "--seconds", "0.3", "--ranks", "2", "--ddp-ranks", "1"),
         _benchmark(folder, "ceiling", DRY_S, "ceiling", *ceiling),
         _benchmark(folder, "floor", DRY_S, "floor", "--sizes", "44K", "--seconds", "0.3"),
+        _benchmark(folder, "holder", DRY_S, "holder", *holder),
         _benchmark(folder, "rank 0", DRY_S, "rank0", "--seconds", "0.3", "--repeats", "1", "--pauses-ms", "2"),
     ]
 

@@ -26,7 +26,7 @@ def main() -> int:
 
 def modules() -> list[str]:
     """The package, the benchmarks that are run, and the tests that need a GPU."""
-    benchmarks = [f"benchmarks.{name}" for name in ("ceiling", "floor", "overhead", "rank0", "scaling")]
+    benchmarks = [f"benchmarks.{name}" for name in ("ceiling", "floor", "holder", "overhead", "rank0", "scaling")]
     tests = [f"tests.gpu.{path.stem}" for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))]
     return ["lightning_async", "lightning_async.cli.app", *benchmarks, *tests]
 

@@ -142,7 +142,7 @@ def test_the_record_has_the_whole_run(run: Launched) -> None:
     assert record.configuration["max_staleness"] == 5
     assert record.configuration["transport"] == "shm"
     assert record.configuration["transport_by_rank"] == ["in process", "shm", "shm"]
-    assert record.configuration["requested"] == {"transport": "auto", "holder_device": "auto"}
+    assert record.configuration["requested"] == {"transport": "auto", "holder_device": "auto", "holder_threads": "auto"}
     assert record.about["started_at"] <= record.about["ended_at"] == record.written_at
     assert {"command", "host", "python", "torch", "lightning", "lightning_async"} <= record.about.keys()
     assert median(record.step_seconds[2]) >= 0.9 * SLEEP_S[2]

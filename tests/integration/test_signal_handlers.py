@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 from lightning_async import AsyncStrategy
 from lightning_async.data.ledger import Ledger
-from lightning_async.holder.holder import HalfUpdatedError
+from lightning_async.holder.types import HalfUpdatedError
 from lightning_async.holder.update import FusedUpdate
 from tests.harness import Exchange
 from tests.launch import Launched, launch, report

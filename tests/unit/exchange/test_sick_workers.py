@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_a_rank_that_sends_nothing_finite_is_named(holder: str) -> None:
     [
         ("max_rejected_in_a_row", 0, "max_rejected_in_a_row must be an int of at least 1, not 0"),
         ("max_rejected_in_a_row", True, "max_rejected_in_a_row must be an int of at least 1, not True"),
+        ("holder_threads", 0, 'holder_threads must be an int of at least 1 or "auto", not 0'),
+        ("holder_threads", True, 'holder_threads must be an int of at least 1 or "auto", not True'),
         ("reject_nonfinite", "yes", "reject_nonfinite must be one of False, True, not 'yes'"),
         ("step_timeout_s", 0, "step_timeout must be a positive number of seconds, or None for no limit, not 0"),
         ("step_timeout_s", torch.inf, "step_timeout must be a positive number"),
@@ -67,3 +70,11 @@ def test_a_rank_that_sends_nothing_finite_is_named(holder: str) -> None:
 def test_an_option_without_a_meaning_is_refused(option: str, value: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ExchangeOptions(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", [{"holder_device": "cuda"}, {"transport": "nccl"}])
+def test_threads_are_refused_where_the_holder_is_on_a_gpu(place: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="holder_threads=2 is for a holder on rank 0's host, and"):
+        ExchangeOptions(holder_threads=2, **place)
+
+    assert ExchangeOptions(holder_threads=1, **place).holder_threads == 1

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.holder.amsgrad import AMSGrad, UnsupportedOptimizerError
+from lightning_async.holder.fused import FusedUpdate
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.rebuild import check_steppable, rebuild
-from lightning_async.holder.update import FusedUpdate, HeldOptimizer
+from lightning_async.holder.update import HeldOptimizer
 
 SHAPES = ((7, 5), (33,), (), (4, 3, 2))
 

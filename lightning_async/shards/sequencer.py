@@ -214,7 +214,7 @@ class SequencingHolder(Holder):
 
     def _load_state(self, state: StateByPlace) -> None:
         super().load_states([self._plan.cut_state(state, 0)])
-        self._load(tell.LoadStates, lambda shard: [self._plan.cut_state(state, shard, copies=True)])
+        self._load(tell.LoadStates, lambda shard: self._plan.cut_state(state, shard, copies=True))
 
     @override
     def optimizer_state(self, index: int) -> StateByPlace:

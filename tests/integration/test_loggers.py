@@ -116,6 +116,7 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "parameter_wire_dtype": "fp32",
         "holder_device": "cpu",
         "holder": "thread",
+        "holder_shards": 1,
         "requested": {"transport": "auto", "holder_device": "auto"},
     }
 

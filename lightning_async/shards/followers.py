@@ -65,8 +65,10 @@ class Followers:
     def __init__(self, links: Sequence[Callable[[Report], FollowerLink]], latch: FailureLatch) -> None:
         self._latch = latch
         self._places = itertools.count(1)
-        self._lock = threading.Lock()
+        # A signal's handler may come in the middle of anything, and end the run in order.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._teller = 0
         self._done = [0] * len(links)
         self._answers: dict[tuple[int, int], str | None] = {}
         self._waiting: list[_Waiting] = []
@@ -84,14 +86,26 @@ class Followers:
 
         Returns:
             Its place in the order.
+
+        Raises:
+            RuntimeError: if this thread is in the middle of telling something else.
         """
-        place = next(self._places)
-        if asks:
-            with self._lock:
-                self._asked.add(place)
-        for index, link in enumerate(self._links):
-            self._send(link, place, operations[index if len(operations) > 1 else 0])
-        return place
+        if self._teller == threading.get_ident():
+            raise RuntimeError(
+                f"the holder's shards were to {type(operations[0]).__name__} while this thread told them something "
+                "else, which a signal's handler has interrupted. Let the handler set a flag, read in on_train_batch_end"
+            )
+        self._teller = threading.get_ident()
+        try:
+            place = next(self._places)
+            if asks:
+                with self._lock:
+                    self._asked.add(place)
+            for index, link in enumerate(self._links):
+                self._send(link, place, operations[index if len(operations) > 1 else 0])
+            return place
+        finally:
+            self._teller = 0
 
     def send_when_done(self, place: int, channel: Channel, message: Message) -> None:
         """Sends a message once all followers have done what they were told at ``place``; returns at once."""

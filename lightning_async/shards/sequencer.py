@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.barrier_policies import OnStale
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
-from lightning_async.holder.holder import Holder
+from lightning_async.holder.holder import HalfUpdatedError, Holder
 from lightning_async.holder.layout import exchanged
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.policies.base import StalenessPolicy
@@ -80,6 +80,8 @@ class SequencingHolder(Holder):
     ) -> None:
         self._plan = plan
         self._followers = followers
+        # Whether this shard may have changed, and the others were not told yet.
+        self._is_ahead = False
         self._pieces = plan.pieces(0)
         own = optimizer_of_pieces(optimizer, plan, 0)
         self._own_layout = layout_of_pieces(own, parameters.dtype)
@@ -149,21 +151,11 @@ class SequencingHolder(Holder):
         with self._lock:
             gradients, present = self._own_gradients(push)
             own = push._replace(gradients=gradients, flat=None if push.flat is None else push.flat[self._plan.part(0)])
-            update = super().try_push(own, parked_s, reads_next)
-            if update is not None:
-                self._followers.tell(
-                    tell.ApplyPush(
-                        push.worker,
-                        push.slot,
-                        push.version_read,
-                        push.groups,
-                        push.samples,
-                        present,
-                        push.finite,
-                        update.version,
-                        update.applied,
-                    )
-                )
+            with self._ahead():
+                update = super().try_push(own, parked_s, reads_next)
+                if update is not None:
+                    what = (push.worker, push.slot, push.version_read, push.groups, push.samples)
+                    self._followers.tell(tell.ApplyPush(*what, present, push.finite, update.version, update.applied))
             return update
 
     @override
@@ -188,13 +180,13 @@ class SequencingHolder(Holder):
         policy: StalenessPolicy,
         momentum_rule: Callable[[float], float] | None,
     ) -> None:
-        with self._lock:
+        with self._lock, self._ahead():
             super().adjust(max_staleness, on_stale, gradients_per_update, policy, momentum_rule)
             self._followers.tell(tell.Adjust(max_staleness, on_stale, gradients_per_update, policy))
 
     @override
     def complete_version(self) -> bool:
-        with self._lock:
+        with self._lock, self._ahead():
             completed = super().complete_version()
             if completed:
                 self._followers.tell(tell.Complete())
@@ -203,8 +195,9 @@ class SequencingHolder(Holder):
     @override
     def load_parameters(self, parameters: Sequence[Sequence[Tensor]]) -> None:
         (owned,) = parameters
-        super().load_parameters([self._cut(owned, 0)])
-        self._load(tell.LoadParameters, lambda shard: self._cut(owned, shard))
+        with self._ahead():
+            super().load_parameters([self._cut(owned, 0)])
+            self._load(tell.LoadParameters, lambda shard: self._cut(owned, shard))
 
     @override
     def load_states(self, states: Sequence[StateByPlace | None]) -> None:
@@ -213,8 +206,9 @@ class SequencingHolder(Holder):
                 self._load_state(state)
 
     def _load_state(self, state: StateByPlace) -> None:
-        super().load_states([self._plan.cut_state(state, 0)])
-        self._load(tell.LoadStates, lambda shard: self._plan.cut_state(state, shard, copies=True))
+        with self._ahead():
+            super().load_states([self._plan.cut_state(state, 0)])
+            self._load(tell.LoadStates, lambda shard: self._plan.cut_state(state, shard, copies=True))
 
     @override
     def optimizer_state(self, index: int) -> StateByPlace:
@@ -246,13 +240,35 @@ class SequencingHolder(Holder):
     ) -> bool:
         whole = self._by_place(optimizer_states[0])
         mine = self._cut_dict(whole, 0)
-        converted = super().restore(version, [mine], self._cut_gathered(gathered, 0), policy)
 
         def part(shard: int) -> Any:
             return self._cut_dict(whole, shard), self._cut_gathered(gathered, shard), policy
 
-        self._load(lambda payload: tell.Restore(version, payload), part)
+        with self._ahead():
+            converted = super().restore(version, [mine], self._cut_gathered(gathered, 0), policy)
+            self._load(lambda payload: tell.Restore(version, payload), part)
         return converted
+
+    @contextmanager
+    def _ahead(self) -> Iterator[None]:
+        """Around what changes this shard first, and then the others."""
+        self._is_ahead = True
+        try:
+            yield
+        except Exception:
+            self._is_ahead = False
+            raise
+        # What ends the process from a signal's handler leaves it as it is.
+        self._is_ahead = False
+
+    @override
+    def _check_whole(self) -> None:
+        super()._check_whole()
+        if self._is_ahead:
+            raise HalfUpdatedError(
+                "the holder's first shard is one update ahead of the others: a signal's handler, or an observer, came "
+                "in the middle of an update. Let the handler set trainer.should_stop = True in place of an exit"
+            )
 
     def _copy_to(self, out: Tensor, version: int, reads: bool) -> None:
         slot = self._slots[out.data_ptr()]

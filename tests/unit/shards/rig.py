@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_async.holder.layout import FlatLayout, all_parameters
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.shards.follower_main import FollowerHost
 from lightning_async.shards.followers import FollowerLink, Report
-from lightning_async.shards.operations import Operation, is_reported
+from lightning_async.shards.operations import ApplyPush, Operation, is_reported
 from lightning_async.shards.placement import ShardedPlacement
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.message import Message
@@ -31,6 +31,8 @@ class FakeProcess:
     def __init__(self, latch: FailureLatch) -> None:
         self.name = "its process for a shard"
         self.at_once = True
+        # Called when it is told of a push.
+        self.on_push: Callable[[], None] = lambda: None
         self.queue: deque[tuple[int, int, Operation]] = deque()
         self._host = FollowerHost(latch)
         self._reports: dict[int, Report] = {}
@@ -60,6 +62,8 @@ class FakeLink(FollowerLink):
     @override
     def send(self, place: int, operation: Operation) -> None:
         self._process.queue.append((self._number, place, operation))
+        if isinstance(operation, ApplyPush):
+            self._process.on_push()
         while self._process.at_once and self._process.queue:
             self._process.work()
 

@@ -183,3 +183,24 @@ def test_a_worker_whose_answer_waits_for_a_shard_is_told_of_the_end() -> None:
         run.rig.sharded.wait_until_copied(run.buffers.parameters)
     with pytest.raises(WorkerFailedError, match="shard 1"):
         run.rig.sharded.snapshot()
+
+
+def test_what_comes_in_the_middle_of_an_update_sees_no_half_of_it() -> None:
+    run = Run(2)
+    run.train(1)
+    (process,) = run.rig.processes
+    said: list[str] = []
+
+    def interrupt() -> None:
+        # In the same thread, as a signal's handler does.
+        for ask in (run.rig.sharded.snapshot, lambda: run.rig.sharded.read(run.buffers.parameters)):
+            with pytest.raises(RuntimeError) as error:
+                ask()
+            said.append(str(error.value))
+
+    process.on_push = interrupt
+    run.train(1)
+
+    assert "first shard is one update ahead of the others" in said[0]
+    assert "were to CopyOut while this thread told them something else" in said[1]
+    run.assert_same()

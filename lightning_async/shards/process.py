@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_async.exchange.child_process import START_TIMEOUT_S, ChildProcess
-from lightning_async.runtime.failure import FailureLatch, RunFailure
+from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
 from lightning_async.shards.followers import FollowerLink, Report
 from lightning_async.shards.operations import Operation
 
@@ -83,11 +83,15 @@ class ShardProcess:
 
     def _take_message(self, message: tuple[int, int, str | None, str | None]) -> None:
         number, place, error, answer = message
+        assert self._latch is not None
         if error is not None:
-            assert self._latch is not None
             self._latch.trip(RunFailure(0, f"{self.name} failed: {error}"))
             return
-        self._reports[number](place, answer)
+        try:
+            self._reports[number](place, answer)
+        except Exception as raised:
+            # Workers wait for what would have been sent, and nobody else hears of this shard.
+            self._latch.trip(RunFailure(0, f"the thread that hears of a shard failed: {describe_error(raised)}"))
 
 
 class _Link(FollowerLink):

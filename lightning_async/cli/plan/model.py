@@ -97,7 +97,7 @@ class Costs:
 # where several gradients make an update, or updated.
 _MESSAGE_S, _GATHER_S, _MEAN_S, _UPDATE_S = 60e-6, 0.39e-9, 0.42e-9, 0.9e-9
 # Of what the parts of a holder tell each other for a gradient (benchmarks/shards.py).
-_TELL_S = 100e-6
+_TELL_S = 200e-6
 # Of a value in an all-reduce over Gloo on one host (benchmarks/lock_step.py).
 _REDUCE_S = 3e-9
 

@@ -20,6 +20,8 @@ from lightning_async.runtime.failure import FailureLatch, WorkerFailedError
 from lightning_async.runtime.handshake import HEARTBEAT, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.shards.placement import ShardedPlacement
+from lightning_async.shards.process import ShardProcess
 
 __all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
 
@@ -29,6 +31,7 @@ Shapes = Sequence[tuple[int, ...]]
 SHAPES: dict[str, Shapes] = {
     "44K": [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)],
     "11.2M": [(180_225,)] * 62,
+    "30M": [(300_000,)] * 100,
     "100M": [(1_000_000,)] * 100,
 }
 # More than any benchmark takes.
@@ -46,6 +49,7 @@ def hold(
     tell_address: Callable[[str], object],
     process: HolderProcess | None = None,
     host: str = "127.0.0.1",
+    shards: Sequence[ShardProcess] = (),
     **options: Any,
 ) -> tuple[Engine, RunStats]:
     """Rank 0's side, ready for the others.
@@ -56,6 +60,7 @@ def hold(
         tell_address: called with what the other ranks need to find it.
         process: where the holder is to be; without one, in a thread of rank 0's.
         host: the address that the other ranks find it at.
+        shards: processes for the holder's shards but the first.
         options: see `ExchangeOptions`.
     """
     latch = FailureLatch()
@@ -69,11 +74,12 @@ def hold(
         return holder
 
     place: Any = "thread" if process is None else "process"
+    chosen = ExchangeOptions(max_staleness=None, holder=place, holder_shards=1 + len(shards), **options)
     engine = Engine(
         rank=0,
         world_size=ranks,
         optimizers=[optimizer],
-        options=ExchangeOptions(max_staleness=None, holder=place, **options),
+        options=chosen,
         latch=latch,
         listener=listener,
         stats=stats,
@@ -81,6 +87,7 @@ def hold(
         version=0,
         meet=meet,
         process=process,
+        placement=ShardedPlacement(shards, chosen, ranks) if shards else None,
     )
     assert engine.service is not None
     engine.service.begin_epoch(range(_TICKETS))
@@ -88,7 +95,7 @@ def hold(
     return engine, stats
 
 
-def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer) -> Engine:
+def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optimizer, **options: Any) -> Engine:
     """Another rank's side, which holds parameters already; ``addresses`` is what `hold` has told."""
     listener, holder = json.loads(addresses)
     latch = FailureLatch()
@@ -97,7 +104,7 @@ def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optim
         rank=rank,
         world_size=ranks,
         optimizers=[optimizer],
-        options=ExchangeOptions(),
+        options=ExchangeOptions(**options),
         latch=latch,
         listener=None,
         stats=RunStats(ranks),
@@ -109,7 +116,9 @@ def work_for(addresses: str, rank: int, ranks: int, optimizer: torch.optim.Optim
     return engine
 
 
-def push(addresses: str, rank: int, ranks: int, shapes: Shapes, interval_s: float = 0.0) -> None:
+def push(
+    addresses: str, rank: int, ranks: int, shapes: Shapes, interval_s: float = 0.0, reject_nonfinite: bool = True
+) -> None:
     """Pushes a ready gradient again and again, until killed.
 
     Args:
@@ -118,10 +127,11 @@ def push(addresses: str, rank: int, ranks: int, shapes: Shapes, interval_s: floa
         ranks: number of ranks.
         shapes: of the parameters.
         interval_s: seconds from an answer to the next push.
+        reject_nonfinite: whether it looks for NaN and infinity in each gradient.
     """
     torch.set_num_threads(1)
     optimizer = optimizer_of(shapes)
-    worker = work_for(addresses, rank, ranks, optimizer).worker
+    worker = work_for(addresses, rank, ranks, optimizer, reject_nonfinite=reject_nonfinite).worker
     # One backward, so that the gradients are where a training step leaves them.
     loss: Any = torch.stack(
         [parameter.sum() for group in optimizer.param_groups for parameter in group["params"]]

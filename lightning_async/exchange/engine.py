@@ -57,6 +57,7 @@ class Engine:
             closed on every rank.
         devices: where this rank computes and where the holder lives; the host by default.
         process: the holder's own process, on rank 0; None if the holder is to be in this one.
+        placement: where the holder is in this process; None for what ``devices`` says.
         on_lost: told on rank 0 which worker's connection was lost, and how; None where that ends the run.
         incarnation: how many workers of this rank came before.
 
@@ -87,6 +88,7 @@ class Engine:
         predecessor: Engine | None = None,
         devices: RankDevices | None = None,
         process: HolderProcess | None = None,
+        placement: HolderPlacement | None = None,
         on_lost: OnLost | None = None,
         incarnation: int = 0,
     ) -> None:
@@ -121,9 +123,9 @@ class Engine:
                 listener.on_refused = stats.refuse
                 self.service = process.serve(spec, listener.address, latch, self._observe, stats.refuse, on_lost)
             else:
-                placement = (
-                    HolderPlacement(devices.own, devices.mine) if devices.holder == "cuda" else HolderPlacement()
-                )
+                if placement is None:
+                    on_gpu = devices.holder == "cuda"
+                    placement = HolderPlacement(devices.own, devices.mine) if on_gpu else HolderPlacement()
                 before = None if predecessor is None else predecessor.local_service
                 local = HolderService(spec, latch, listener, self._observe, stats.refuse, placement, before, on_lost)
                 self.service = local

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -54,6 +54,8 @@ class ChannelNegotiator:
         device: of the holder.
         facts: what rank 0 says of its GPU if the holder is there; None otherwise.
         workers: number of ranks.
+        on_segment: told of a worker's rank, slot and shared memory before the worker is told of it.
+        needs_memory: the option for which every worker must have shared memory; empty if none does.
     """
 
     def __init__(
@@ -66,7 +68,11 @@ class ChannelNegotiator:
         device: torch.device | None = None,
         facts: DeviceFacts = None,
         workers: int = 1,
+        on_segment: Callable[[int, int, SharedSegment], None] = lambda worker, slot, segment: None,
+        needs_memory: str = "",
     ) -> None:
+        self._on_segment = on_segment
+        self._needs_memory = needs_memory or ('transport="shm"' if transport == "shm" else "")
         self._wire = wire
         self._address = address
         self._transport = transport
@@ -87,10 +93,10 @@ class ChannelNegotiator:
         Raises:
             HandshakeError: if only shared memory is wanted and the worker is on another host.
         """
-        if self._transport == "shm" and not _shares_memory(peer):
+        if self._needs_memory and not _shares_memory(peer):
             raise HandshakeError(
-                f'transport="shm" was asked for, and rank {peer.rank} cannot map the memory of rank 0: it is on '
-                'another host or in another container. Take transport="auto", which uses TCP for such ranks'
+                f"{self._needs_memory} was asked for, and rank {peer.rank} cannot map the memory of rank 0: it is on "
+                f"another host or in another container. {self._way_out}, which uses TCP for such ranks"
             )
 
     def open(self, peer: PeerInfo, connection: ControlConnection) -> Channel:
@@ -105,6 +111,8 @@ class ChannelNegotiator:
         # The holder takes over what hooks do to rank 0's parameters, and must not take its own rounded ones for that.
         wire = _UNROUNDED if peer.rank == 0 else self._wire
         segment = self._segment(peer)
+        if segment is not None:
+            self._on_segment(peer.rank, peer.slot, segment)
         shortcut = None if segment is None else _make_shortcut()
         try:
             offer = {
@@ -161,9 +169,15 @@ class ChannelNegotiator:
             return None
 
     def _complain(self, problem: str) -> None:
-        if self._transport == "shm":
-            raise HandshakeError(f'{problem}. Free some, or take transport="auto", which uses TCP instead')
+        if self._needs_memory:
+            way_out = self._way_out.lower()
+            raise HandshakeError(f"{problem}. Free some, or {way_out}, which uses TCP instead")
         log.warning("lightning_async: %s; it will use TCP, which is slower", problem)
+
+    @property
+    def _way_out(self) -> str:
+        asked = self._needs_memory.startswith("transport")
+        return 'Take transport="auto"' if asked else f"Leave {self._needs_memory} out"
 
     def _client(self) -> tuple[int, Store]:
         # The store, with its thread and port, exists only if NCCL needs it.

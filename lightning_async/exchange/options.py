@@ -59,6 +59,7 @@ class ExchangeOptions:
     holder_device: HolderDevice = "auto"
     holder: HolderPlace = "thread"
     holder_threads: HolderThreads = "auto"
+    holder_shards: int = 1
     gradients_per_update: int = 1
     staleness_policy: str | StalenessPolicy = "plain"
     momentum_correction: MomentumCorrection = None
@@ -104,6 +105,7 @@ class ExchangeOptions:
                 )
             if not hasattr(os, "memfd_create"):
                 raise ValueError('holder="process" needs Linux (memfd_create); take holder="thread".')
+        self._check_shards()
         limit: object = self.max_rejected_in_a_row
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ValueError(f"max_rejected_in_a_row must be an int of at least 1, not {limit!r}.")
@@ -127,6 +129,36 @@ class ExchangeOptions:
                 f"holder_threads={threads} is for a holder on rank 0's host, and "
                 'transport="nccl" and holder_device="cuda" put it on its GPU: leave one of them out.'
             )
+
+    def _check_shards(self) -> None:
+        shards: object = self.holder_shards
+        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+            raise ValueError(f"holder_shards must be an int of at least 1, not {shards!r}.")
+        if shards == 1:
+            return
+        what = f"holder_shards={shards}"
+        if self.holder_threads not in ("auto", 1):
+            raise ValueError(
+                f"{what} has a process with one thread for each shard, and holder_threads={self.holder_threads} "
+                "is for a holder in one piece: leave one of them out."
+            )
+        if self.holder == "process":
+            raise ValueError(
+                f"{what} has a process for each shard but the first, which gives every gradient its place, and "
+                'holder="process" has one for the whole holder: leave one of them out.'
+            )
+        if self.transport in ("tcp", "nccl") or self.holder_device == "cuda":
+            other = 'holder_device="cuda"' if self.transport not in ("tcp", "nccl") else f'transport="{self.transport}"'
+            raise ValueError(
+                f"{what} has all shards and all ranks on one host, where they share memory, and {other} goes another "
+                "way: leave one of them out."
+            )
+        if not hasattr(os, "memfd_create"):
+            raise ValueError(f"{what} needs Linux (memfd_create); leave it out.")
+
+    def shards(self, world_size: int) -> int:
+        """In how many parts the holder is; one rank has it as a whole."""
+        return self.holder_shards if world_size > 1 else 1
 
     def slots(self, world_size: int) -> int:
         """How many exchanges a rank has under way at once."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lightning_async.exchange.child_process import READY
 from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
@@ -216,7 +217,7 @@ def main(control: int, heartbeat: int) -> None:
     buffer = UpdateBuffer(connection.send)
     rpc_server = RpcServer(buffer, socket.socket(fileno=heartbeat))
     try:
-        connection.send(("ready", 0, None))
+        connection.send(READY)
         threading.Thread(target=buffer.keep_telling, name="updates", daemon=True).start()
         while True:
             name, number, arguments = connection.recv()

@@ -7,26 +7,20 @@ the listener like the others. `remote_main.py` is what runs there.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import os
 import pickle
 import queue
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async.exchange.child_process import START_TIMEOUT_S, ChildProcess
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
@@ -37,38 +31,14 @@ from lightning_async.holder.rebuild import dismantle
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.registry import make_policy
-from lightning_async.runtime.alarms import Alarm
-from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_exit
+from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import Address
-from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.transport.connection import ControlConnection
 
 __all__ = ["HolderProcess", "HolderProcessError", "check_policy_can_travel"]
 
 log = logging.getLogger(__name__)
 
-# An interpreter that imports torch, on a slow disk and a busy machine.
-_START_TIMEOUT_S = 300.0
-_END_TIMEOUT_S = 5.0
 _ANSWER_LASTS_S = 0.05
-# Between a failure and its end, so that it can still tell its workers.
-_GRACE_S = 1.0
-# What a terminal or a job scheduler sends to every process is rank 0's to answer.
-_RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Its own main module is none that a user's script could be run by. Before its imports, which take seconds, it has the
-# kernel kill it when the thread that started it ends, even if it is stopped then (PR_SET_PDEATHSIG of linux/prctl.h).
-# The end of the connection would not do: a process that rank 0 has forked has its end of it too.
-_BOOT = """
-import ctypes, json, os, signal, sys
-libc = ctypes.CDLL(None, use_errno=True)
-if libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
-    raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-if os.getppid() != int(sys.argv[4]):
-    os._exit(1)
-sys.path[:] = json.loads(sys.argv[1])
-from lightning_async.exchange.remote_main import main
-main(*map(int, sys.argv[2:4]))
-"""
 
 
 class HolderProcessError(RuntimeError):
@@ -85,43 +55,26 @@ class HolderProcess(Service):
         start_timeout_s: seconds that it may take to start.
     """
 
-    def __init__(self, start_timeout_s: float = _START_TIMEOUT_S) -> None:
+    def __init__(self, start_timeout_s: float = START_TIMEOUT_S) -> None:
         self._start_timeout_s = start_timeout_s
         self._numbers = itertools.count()
         self._sending = threading.Lock()
         self._sender = 0
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._latch: FailureLatch | None = None
-        self._heartbeats: Heartbeats | None = None
         self._address: Address | None = None
         self._unfinished, self._unfinished_until = 0, 0.0
         self._on_update: UpdateObserver = lambda update, tickets: None
         self._on_refused: Callable[[], None] = lambda: None
         self._on_lost: OnLost | None = None
-        self._ready = threading.Event()
-        self._gone = threading.Event()
-        self._ended = False
-        mine, theirs = socket.socketpair()
-        self._my_heartbeat, their_heartbeat = socket.socketpair()
-        descriptors = (theirs.fileno(), their_heartbeat.fileno())
-        arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
-        # The mask is inherited, so no moment is left in which such a signal would end it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _RANK_0S_SIGNALS)
-        try:
-            self._process = subprocess.Popen([sys.executable, "-c", _BOOT, *arguments], pass_fds=descriptors)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-            their_heartbeat.close()
-        self._killing = Alarm(self._process.kill)
-        self._connection = Connection(mine.detach())
-        self._reader = threading.Thread(target=self._read, name="holder-news", daemon=True)
-        self._reader.start()
+        self._child = ChildProcess(
+            "lightning_async.exchange.remote_main", "its holder process", self._take_message, self._wake
+        )
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._child.pid
 
     @property
     def address(self) -> Address | None:
@@ -155,7 +108,7 @@ class HolderProcess(Service):
         """
         self._on_update, self._on_refused, self._on_lost = on_update, on_refused, on_lost
         with _payload_of(spec) as shared_payload:
-            if self._heartbeats is None:
+            if self._latch is None:
                 self._begin(spec, address, latch)
             self._call("serve", shared_payload.address, on_lost is not None)
         return self
@@ -265,50 +218,29 @@ class HolderProcess(Service):
 
     def end(self) -> None:
         """Ends the process; idempotent."""
-        if self._ended:
-            return
-        self._ended = True
-        self._killing.close()
-        if self._heartbeats is not None:
-            self._heartbeats.close()
-        failed = self._latch is None or self._latch.failure is not None
-        try:
-            if not failed and not self._gone.is_set():
-                self._send(("end", next(self._numbers), ()))
-                self._process.wait(_END_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            log.debug("the holder's process does not end by itself: %s", error)
-        self._process.kill()
-        self._process.wait()
-        # All its descriptors are closed now, so the reader has come to the end.
-        self._reader.join(_END_TIMEOUT_S)
-        self._connection.close()
-        self._my_heartbeat.close()
+        self._child.end(("end", next(self._numbers), ()))
 
     def _begin(self, spec: HolderSpec, address: Address, latch: FailureLatch) -> None:
-        if not self._ready.wait(self._start_timeout_s) or self._gone.is_set():
-            ended = self._describe_end() if self._gone.is_set() else None
-            ended = ended or f"the process of the holder has not started in {self._start_timeout_s:g} s"
+        if (trouble := self._child.wait_until_ready(self._start_timeout_s)) is not None:
             raise HolderProcessError(
-                f'{ended}; what it printed stands above. holder="thread" does without a process of its own'
+                f'{trouble}; what it printed stands above. holder="thread" does without a process of its own'
             )
         timeout_s = spec.options.worker_timeout_s
         self._latch = latch
-        self._heartbeats = Heartbeats(0, latch, timeout_s, lambda rank: self._describe_end(), "its holder process")
-        self._heartbeats.add(0, ControlConnection(self._my_heartbeat))
-        latch.subscribe(lambda failure: self._give_up())
+        self._child.watch(latch, timeout_s)
+        latch.subscribe(lambda failure: self._wake())
         self._address = Address.from_json(
             self._call("begin", replace(address, timeout_s=timeout_s).as_json(), spec.world_size)
         )
 
     def _call(self, name: str, *arguments: Any) -> Any:
         assert self._latch is not None, "nothing is held yet"
-        if threading.current_thread() is self._reader:
+        if self._child.is_read_here:
             raise RuntimeError(f"an observer of the updates may not call {name}: its own thread takes the answers")
         number = next(self._numbers)
         answers = self._waiting[number] = queue.SimpleQueue()
         try:
-            if self._gone.is_set():
+            if self._child.is_gone:
                 self._raise_failure()
             try:
                 self._send((name, number, arguments))
@@ -339,69 +271,45 @@ class HolderProcess(Service):
         with self._sending:
             self._sender = threading.get_ident()
             try:
-                self._connection.send(request)
+                self._child.send(request)
             finally:
                 self._sender = 0
 
     def _raise_failure(self) -> None:
         """Raises what is known of the run's end."""
         assert self._latch is not None
-        self._latch.explain_loss(lambda: RunFailure(0, self._describe_end() or "its holder process no longer answers"))
+        self._latch.explain_loss(
+            lambda: RunFailure(0, self._child.describe_end() or "its holder process no longer answers")
+        )
         self._latch.check()
-
-    def _give_up(self) -> None:
-        self._wake()
-        # It may be stopped; what still waits for its answer is woken by the end of the connection.
-        self._killing.set(_GRACE_S)
 
     def _wake(self) -> None:
         for answers in list(self._waiting.values()):
             answers.put(("woken", None))
 
-    def _read(self) -> None:
+    def _take_message(self, message: tuple[str, int, Any]) -> None:
+        kind, number, value = message
+        if kind == "updates":
+            self._tell(value)
+        elif kind == "lost" and self._on_lost is not None:
+            # It asks for an eviction, whose answer comes by this thread.
+            threading.Thread(target=self._on_lost, args=value, name="lost", daemon=True).start()
+        elif (answers := self._waiting.get(number)) is not None:
+            answers.put((kind, value))
+
+    def _tell(self, news: Sequence[tuple[Any, ...] | None]) -> None:
         try:
-            while (received := self._receive()) is not None:
-                kind, number, value = received
-                if kind == "ready":
-                    self._ready.set()
-                elif kind == "updates":
-                    self._tell(value)
-                elif kind == "lost" and self._on_lost is not None:
-                    # It asks for an eviction, whose answer comes by this thread.
-                    threading.Thread(target=self._on_lost, args=value, name="lost", daemon=True).start()
-                elif (answers := self._waiting.get(number)) is not None:
-                    answers.put((kind, value))
+            for note in news:
+                if note is None:
+                    self._on_refused()
+                    continue
+                push, update, tickets = note
+                self._on_update(Update(Push(*push), *update), tickets)
         except Exception as error:
             # An observer's; its user must not be left to believe that nothing has happened.
             log.error("the news of an update could not be told", exc_info=error)
             if self._latch is not None:
                 self._latch.trip(RunFailure(0, f"an observer of the updates failed: {error!r}"))
-        finally:
-            self._gone.set()
-            self._ready.set()
-            self._wake()
-
-    def _receive(self) -> Any:
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError) as error:
-            log.debug("the holder's process has closed its connection: %s", error)
-            return None
-
-    def _tell(self, news: Sequence[tuple[Any, ...] | None]) -> None:
-        for note in news:
-            if note is None:
-                self._on_refused()
-                continue
-            push, update, tickets = note
-            self._on_update(Update(Push(*push), *update), tickets)
-
-    def _describe_end(self) -> str | None:
-        try:
-            code = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return None
-        return describe_exit(code, "its holder process")
 
 
 def check_policy_can_travel(policy: StalenessPolicy) -> None:

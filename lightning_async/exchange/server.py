@@ -123,6 +123,8 @@ class Server:
                 self._placement.device,
                 self._placement.facts,
                 workers,
+                self._placement.attach,
+                self._placement.needs_memory,
             )
             listener.on_refused = on_refused
             listener.on_control = self._answer_control
@@ -228,7 +230,7 @@ class Server:
 
     def _session(self, worker: int, channel: Channel, slot: int, fence: Fence) -> Session:
         shared = (self._holder, self._ledger, self._layout, self._groups)
-        return Session(worker, channel, *shared, slot, fence, self._steps, self.on_sick)
+        return Session(worker, channel, *shared, slot, fence, self._steps, self.on_sick, self._placement.deliver)
 
     def _answer_control(self, peer: PeerInfo, connection: ControlConnection) -> None:
         theirs = peer.claims.get("model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from lightning_async.transport.fields import (
 from lightning_async.transport.message import Abort, Message, Outcome, kind_of
 
 __all__ = ["Arrived", "Session", "SessionError"]
+
+Deliver: TypeAlias = Callable[[Channel, Message, Tensor], None]
 
 
 class SessionError(WireError):
@@ -72,6 +74,7 @@ class Session:
         fence: keeps the session out once its worker was evicted; all slots of an incarnation have one.
         steps: told when the worker begins and ends a step; None where nobody watches.
         on_sick: called when its steps have become too slow.
+        deliver: sends the message that announces parameters, and the parameters.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class Session:
         fence: Fence | None = None,
         steps: StepWatch | None = None,
         on_sick: Callable[[Sick], object] = lambda sick: None,
+        deliver: Deliver = lambda channel, message, parameters: channel.send(message, parameters),
     ) -> None:
         self.worker = worker
+        self._deliver = deliver
         self.slot = slot
         self.fence = fence or Fence(worker)
         self._steps = steps
@@ -358,7 +363,7 @@ class Session:
             self._parameters.nbytes,
             pack_counts(self._holder.counts) if counted else b"",
         )
-        self._channel.send(message, self._parameters)
+        self._deliver(self._channel, message, self._parameters)
 
     def _acknowledge(self) -> None:
         self._channel.send(wire.Ack(self.worker))

@@ -17,6 +17,8 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.types import Push, Snapshot, Update
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.devices import DeviceFacts
+from lightning_async.transport.message import Message
+from lightning_async.transport.shm import SharedSegment
 from lightning_async.transport.staged import on_device
 
 __all__ = ["CudaHolderStream", "DeviceHolder", "HolderPlacement", "HolderStream"]
@@ -159,7 +161,12 @@ class HolderPlacement:
         device: of the holder's buffers.
         facts: what rank 0 says of its GPU if the holder is there; None otherwise.
         stream: the holder's own; made here if the device is a CUDA device.
+
+    Attributes:
+        needs_memory: the option for which each worker must share memory with rank 0; empty if none does.
     """
+
+    needs_memory = ""
 
     def __init__(
         self, device: torch.device | None = None, facts: DeviceFacts = None, stream: HolderStream | None = None
@@ -189,6 +196,13 @@ class HolderPlacement:
     def stage(self, channel: Channel) -> Channel:
         """The channel with its buffers on this device."""
         return on_device(channel, self.device)
+
+    def attach(self, worker: int, slot: int, segment: SharedSegment) -> None:
+        """Told of the memory of a worker's slot before the worker is served, while the segment can be attached."""
+
+    def deliver(self, channel: Channel, message: Message, parameters: Tensor) -> None:
+        """Sends a worker the message that announces parameters, and the parameters, once they are complete."""
+        channel.send(message, parameters)
 
 
 def _on_host(value: Any) -> Any:

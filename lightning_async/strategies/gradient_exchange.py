@@ -17,10 +17,13 @@ from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.param_views import UnsupportedGradientError
 from lightning_async.exchange.service import Service, UpdateObserver
 from lightning_async.exchange.worker import Worker
+from lightning_async.holder.placement import HolderPlacement
 from lightning_async.loops.buffer_sync import check_ignored
 from lightning_async.loops.protocols import Collectives
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Admission
+from lightning_async.shards.placement import ShardedPlacement
+from lightning_async.shards.template import check_can_be_cut
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.optimizer_proxy import agree_on_optimizers, place_in
 from lightning_async.strategies.supervisor import RunSupervisor
@@ -207,6 +210,8 @@ class GradientExchange:
             check_module(context.module)
             check_ignored(context.module, optimizers)
             check_parameters(context.module, optimizers)
+            if self.options.shards(context.world_size) > 1:
+                check_can_be_cut(optimizers)
             return Engine(
                 rank=context.rank,
                 world_size=context.world_size,
@@ -221,6 +226,7 @@ class GradientExchange:
                 predecessor=predecessor,
                 devices=self._devices(),
                 process=context.supervisor.holder_process,
+                placement=self._placement(),
                 on_lost=context.supervisor.on_lost,
                 incarnation=context.supervisor.membership.incarnation,
             )
@@ -231,13 +237,20 @@ class GradientExchange:
         options = self.options
         if options.holder_threads != "auto":
             return options
-        return replace(options, holder_threads=self._context.spare_threads)
+        in_shards = options.shards(self._context.world_size) > 1
+        return replace(options, holder_threads=1 if in_shards else self._context.spare_threads)
+
+    def _placement(self) -> HolderPlacement | None:
+        """Where the holder is, on rank 0 where it is in several processes; None elsewhere."""
+        processes = self._context.supervisor.shard_processes
+        return ShardedPlacement(processes, self.options, self._context.world_size) if processes else None
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
         options, own = self.options, self._context.device
         mine = describe_device(own)
-        choice = "cpu" if options.holder == "process" else options.holder_device
+        on_host = options.holder == "process" or options.shards(self._context.world_size) > 1
+        choice = "cpu" if on_host else options.holder_device
         everyone = () if mine is None else self._context.collectives.gather_objects(mine)
         try:
             # Asked on every rank, so that all of them refuse what cannot be.

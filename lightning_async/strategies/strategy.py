@@ -126,6 +126,9 @@ class AsyncStrategy(PhasedCollectives):
         holder_threads: how many threads go over the memory of a model of at least a million parameters when the holder
             on rank 0's host updates and copies it. ``"auto"`` is as many as training leaves cores of that host, 8 at
             most. The bits are the same with any number. One thread steps optimizers other than AMSGrad, Adam and AdamW.
+        holder_shards: in how many parts the holder is: the first in rank 0's process, each other one in a process of
+            its own on that host, where all ranks must be. All apply the same gradients in the same order, so the bits
+            are those of one part. Worth it where ranks wait for a large model's update; see docs/tuning.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
             less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
@@ -185,6 +188,7 @@ class AsyncStrategy(PhasedCollectives):
         holder_device: HolderDevice = "auto",
         holder: HolderPlace = "thread",
         holder_threads: HolderThreads = "auto",
+        holder_shards: int = 1,
         gradients_per_update: GradientsPerUpdate = 1,
         staleness_policy: StalenessPolicy | str | None = None,
         momentum_correction: MomentumCorrection = None,
@@ -233,6 +237,7 @@ class AsyncStrategy(PhasedCollectives):
                 holder_device=holder_device,
                 holder=holder,
                 holder_threads=holder_threads,
+                holder_shards=holder_shards,
                 staleness_policy=self._dial.policy,
                 momentum_correction=momentum_correction,
                 reject_nonfinite=reject_nonfinite,
@@ -363,7 +368,7 @@ class AsyncStrategy(PhasedCollectives):
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
         for options in self._dial.possible(self._asked, self.world_size):
-            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size, self.num_nodes)
         try:
             check_module(module)
         except ValueError as error:
@@ -384,9 +389,10 @@ class AsyncStrategy(PhasedCollectives):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
             # Lightning would take the group that an earlier run with one rank has left for this run's.
             dist.destroy_process_group()
-        wants_holder_process = self.is_fitting and self.options.holder == "process"
-        if wants_holder_process and self.is_global_zero and self.world_size > 1:
-            supervisor.start_holder_process()
+        if self.is_fitting and self.is_global_zero and self.world_size > 1:
+            if self.options.holder == "process":
+                supervisor.start_holder_process()
+            supervisor.start_shard_processes(self.options.shards(self.world_size))
         self.meet_by(None)
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
@@ -745,7 +751,7 @@ class AsyncStrategy(PhasedCollectives):
                 self._fit = None
                 fit.exchange.close()
             if self._supervisor is not None:
-                self._supervisor.end_holder_process()
+                self._supervisor.end_holder_processes()
         self.model = self.lightning_module
         # It moves states to the host, which must not ask for those that are on rank 0.
         optimizers, self.optimizers = self.optimizers, with_own_state(self.optimizers)

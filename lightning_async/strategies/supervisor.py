@@ -24,6 +24,7 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
+from lightning_async.shards.process import ShardProcess
 from lightning_async.strategies.launch_errors import describe_refused_peer
 from lightning_async.strategies.owned_launcher import OwnedLauncher
 from lightning_async.strategies.process_launcher import ProcessLauncher
@@ -57,6 +58,7 @@ class RunSupervisor:
     Attributes:
         launcher: what starts the ranks.
         holder_process: the holder's own process, on rank 0, where it has one.
+        shard_processes: those of the holder's shards but the first, on rank 0, where it has more.
         on_failure: called in a spawned rank that fails.
     """
 
@@ -69,6 +71,7 @@ class RunSupervisor:
         self._membership: Membership | None = None
         self._losses_known = 0
         self.holder_process: HolderProcess | None = None
+        self.shard_processes: list[ShardProcess] = []
         self.on_failure: Callable[[], object] = _do_nothing
         if strategy.owner is None:
             refuse_ray_worker(type(strategy).__name__, strategy.cluster_environment)
@@ -110,7 +113,7 @@ class RunSupervisor:
                     self.on_failure()
                 raise
             finally:
-                self.end_holder_process()
+                self.end_holder_processes()
 
     @property
     def goes_on(self) -> bool:
@@ -231,11 +234,18 @@ class RunSupervisor:
         """Starts the holder's own process, which imports while the ranks find each other."""
         self.holder_process = HolderProcess()
 
-    def end_holder_process(self) -> None:
-        """Ends the holder's own process, if there is one."""
+    def start_shard_processes(self, shards: int) -> None:
+        """Starts a process for each of the holder's shards but the first."""
+        self.shard_processes = [ShardProcess(shard) for shard in range(1, shards)]
+
+    def end_holder_processes(self) -> None:
+        """Ends the holder's own process, or those of its shards, if there are any."""
         process, self.holder_process = self.holder_process, None
         if process is not None:
             process.end()
+        shards, self.shard_processes = self.shard_processes, []
+        for shard in shards:
+            shard.end()
 
     def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""

@@ -19,6 +19,7 @@ from lightning_async.holder.layout import all_parameters, exchanged
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.policies.momentum import check_has_momentum
 from lightning_async.policies.registry import make_policy
+from lightning_async.shards.template import check_policy_can_be_cut
 from lightning_async.transport.devices import place_holder
 
 __all__ = [
@@ -116,7 +117,9 @@ def refuse_finders(trainer: Trainer, name: str) -> None:
         )
 
 
-def refuse_options(options: ExchangeOptions, name: str, device: torch.device, world_size: int) -> None:
+def refuse_options(
+    options: ExchangeOptions, name: str, device: torch.device, world_size: int, num_nodes: int = 1
+) -> None:
     """Refuses options that this machine or this number of ranks cannot have.
 
     Args:
@@ -124,6 +127,7 @@ def refuse_options(options: ExchangeOptions, name: str, device: torch.device, wo
         name: the strategy's name.
         device: what this rank computes on.
         world_size: number of ranks.
+        num_nodes: number of hosts that they are on.
 
     Raises:
         MisconfigurationException: if there are such; the message says what can be had.
@@ -137,6 +141,13 @@ def refuse_options(options: ExchangeOptions, name: str, device: torch.device, wo
             check_overlap(bound, readers, 1, options.gradients_per_update)
         if options.holder == "process" and world_size > 1:
             check_policy_can_travel(make_policy(options.staleness_policy))
+        if options.shards(world_size) > 1:
+            if num_nodes > 1:
+                raise ValueError(
+                    f"holder_shards={options.holder_shards} has all shards and all ranks on one host, where they share "
+                    f"memory, and the Trainer has num_nodes={num_nodes}. Leave holder_shards out"
+                )
+            check_policy_can_be_cut(make_policy(options.staleness_policy))
     except ValueError as error:
         raise MisconfigurationException(f"{name} cannot train here: {error}.") from None
 

@@ -30,7 +30,7 @@ RANK_0 = """
 import os, sys, time
 from lightning_async.exchange.remote_service import HolderProcess
 process = HolderProcess()
-process._ready.wait()
+process._child.wait_until_ready(300.0)
 if os.fork() == 0:
     # A loader's worker, say, which has rank 0's descriptors.
     time.sleep(30)

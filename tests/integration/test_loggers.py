@@ -118,6 +118,7 @@ def test_wandb_shows_the_run_over_its_version(tmp_path: Path) -> None:
         "holder": "thread",
         # Three ranks leave no core of the machines that this runs on.
         "holder_threads": config["async"]["holder_threads"],
+        "holder_shards": 1,
         "requested": {"transport": "auto", "holder_device": "auto", "holder_threads": "auto"},
     }
 

@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--update-ms", type=float, metavar="MS", help="of the holder for an update, besides (estimated)"
     )
+    parser.add_argument(
+        "--holder-shards", type=_count, default=1, metavar="S", help="parts of the holder, all on one host (1)"
+    )
     parser.add_argument("--gradients-per-update", type=_count, default=None, metavar="K")
     parser.add_argument("--max-staleness", default=None, metavar="T", help='a number, "auto" or "none"')
     parser.add_argument("--output", type=Path, metavar="FILE", help="a figure: .png, .svg or .pdf")
@@ -110,6 +113,8 @@ def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, 
     bytes_per_s = None if given.bandwidth_gbit is None else given.bandwidth_gbit * 1e9 / 8
     if bytes_per_s is not None and not bytes_per_s > 0:
         raise ValueError(f"--bandwidth-gbit must be positive, not {given.bandwidth_gbit}")
+    if bytes_per_s is not None and given.holder_shards > 1:
+        raise ValueError("--holder-shards are on one host with all workers: leave --bandwidth-gbit or them out")
     parameters, all_reduce_s = given.parameters, None
     if parameters is None:
         if bytes_per_s is not None:
@@ -120,7 +125,7 @@ def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, 
     latency_s = 0.0 if bytes_per_s is None else given.latency_ms / 1e3
     sizes = (parameters, bytes_per_s, latency_s)
     costs = {
-        wire_dtype: Costs.of(*sizes, wire_dtype, gather_s, update_s, all_reduce_s)
+        wire_dtype: Costs.of(*sizes, wire_dtype, gather_s, update_s, all_reduce_s, given.holder_shards)
         for wire_dtype in ("fp32", "bf16", "int8")
     }
     full = costs.pop("fp32")

@@ -69,6 +69,7 @@ class Costs:
         gather_s: float | None = None,
         update_s: float | None = None,
         all_reduce_s: float | None = None,
+        shards: int = 1,
     ) -> Costs:
         """From a model's size.
 
@@ -80,16 +81,18 @@ class Costs:
             gather_s: see `Costs`; estimated if None.
             update_s: see `Costs`; estimated if None.
             all_reduce_s: see `Costs`; estimated if None.
+            shards: parts of the holder, each with a core of its own: what is estimated of it is of one part.
         """
+        held = parameters / shards
         per_value_s = 0.0 if bytes_per_s is None else _WIRE_BYTES[wire_dtype] / bytes_per_s
-        gather_s = _MESSAGE_S + _GATHER_S * parameters if gather_s is None else gather_s
-        gather_s += _ROUNDING_S[wire_dtype] * parameters
-        update_s = _UPDATE_S * parameters if update_s is None else update_s
+        gather_s = _MESSAGE_S + (_TELL_S if shards > 1 else 0.0) + _GATHER_S * held if gather_s is None else gather_s
+        gather_s += _ROUNDING_S[wire_dtype] * held
+        update_s = _UPDATE_S * held if update_s is None else update_s
         if all_reduce_s is None:
             # A ring sends each value twice, in float32; on one host it passes through memory.
             all_reduce_s = parameters * (_REDUCE_S if bytes_per_s is None else 2 * 4 / bytes_per_s)
         size_s = per_value_s * parameters
-        return cls(gather_s, _MEAN_S * parameters, update_s, size_s, size_s, latency_s, all_reduce_s)
+        return cls(gather_s, _MEAN_S * held, update_s, size_s, size_s, latency_s, all_reduce_s)
 
 
 # One core of a host with AMSGrad (benchmarks/update.py): of a message, and of a value that is answered with, added up
@@ -98,6 +101,8 @@ _MESSAGE_S, _GATHER_S, _MEAN_S, _UPDATE_S = 60e-6, 0.39e-9, 0.42e-9, 0.9e-9
 # Bytes of a value with its part of a block's scale, and what the holder needs to round one, and to read one.
 _WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / BLOCK}
 _ROUNDING_S = {"fp32": 0.0, "bf16": 0.1e-9, "int8": 3.7e-9}
+# Of what the parts of a holder tell each other for a gradient (benchmarks/shards.py).
+_TELL_S = 200e-6
 # Of a value in an all-reduce over Gloo on one host (benchmarks/lock_step.py).
 _REDUCE_S = 3e-9
 

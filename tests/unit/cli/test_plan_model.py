@@ -69,6 +69,14 @@ def test_several_gradients_an_update_cost_the_holder_the_adding_of_each() -> Non
     assert four.gradients_per_s == pytest.approx(4 / (4 * 0.015 + 0.03), rel=0.01)
 
 
+def test_parts_of_a_holder_share_what_grows_with_the_model() -> None:
+    whole, parts = (Costs.of(parameters=100e6, shards=shards) for shards in (1, 4))
+
+    assert parts.update_s == whole.update_s / 4 and parts.mean_s == whole.mean_s / 4
+    # And each gradient's messages cost what they did, and a little more.
+    assert whole.gather_s / 4 < parts.gather_s < whole.gather_s / 3
+
+
 def test_a_full_link_carries_what_it_can_and_rank_0_does_not_use_it() -> None:
     costs = Costs.of(parameters=1e6, bytes_per_s=125e6, gather_s=0.0, update_s=0.0)
 

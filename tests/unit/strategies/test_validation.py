@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.exchange.options import ExchangeOptions
+from lightning_async.policies import StalenessPolicy
 from lightning_async.strategies.validation import check_module, refuse_options
 
 
@@ -87,6 +88,53 @@ def test_options_that_cannot_be_had_are_refused_under_the_strategys_name(options
         refuse_options(ExchangeOptions(**options), "async", torch.device("cpu"), world_size=4)
 
     assert said in str(error.value)
+
+
+def test_shards_are_refused_on_several_hosts_and_for_policies_that_need_whole_parameters() -> None:
+    def refuse(nodes: int, policy: str | StalenessPolicy) -> None:
+        options = ExchangeOptions(holder_shards=2, staleness_policy=policy)
+        refuse_options(options, "async", torch.device("cpu"), world_size=4, num_nodes=nodes)
+
+    class Whole(StalenessPolicy):
+        def after_step(self, optimizer: Any, late: Any) -> None:
+            return
+
+    class Local(StalenessPolicy):
+        def gradient_factor(self, arrival: Any) -> float:
+            return 0.5
+
+    refuse(1, "look_ahead")
+    for nodes, policy, said in (
+        (
+            2,
+            "plain",
+            r"has all shards and all ranks on one host.* num_nodes=2\. Leave holder_shards out",
+        ),
+        (1, Whole(), "Whole overrides after_step or look_ahead, which may need whole ones"),
+        (1, Local(), "Local cannot go there: .* Define it in a module that can be imported"),
+    ):
+        with pytest.raises(MisconfigurationException, match=said):
+            refuse(nodes, policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"holder_shards": 0}, "holder_shards must be an int of at least 1, not 0"),
+        ({"holder_shards": True}, "holder_shards must be an int of at least 1, not True"),
+        ({"holder_threads": 2}, "holder_threads=2 is for a holder in one piece: leave one of them out"),
+        ({"holder": "process"}, 'holder="process" has one for the whole holder: leave one of them out'),
+        ({"transport": "tcp"}, 'transport="tcp" goes another way: leave one of them out'),
+        ({"holder_device": "cuda"}, 'holder_device="cuda" goes another way: leave one of them out'),
+    ],
+)
+def test_shards_are_refused_with_what_they_cannot_be_beside(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ExchangeOptions(**({"holder_shards": 2} | options))
+
+
+def test_one_rank_has_a_holder_in_one_part() -> None:
+    assert ExchangeOptions(holder_shards=3).shards(1) == 1
 
 
 def test_options_that_can_be_had_are_not_refused() -> None:

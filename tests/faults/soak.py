@@ -450,6 +450,9 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _is_in_use(name: str) -> bool:
     """Whether the process still runs that has made a segment, as its name says; those of others are in use."""
+    # A lock of multiprocessing's, which has no process in its name and is on its way out.
+    if name.startswith("sem."):
+        return True
     pids = [int(part) for part in name.split("_") if part.isdigit()]
     return not pids or any(os.path.exists(f"/proc/{pid}") for pid in pids)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import weakref
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import lightning_async
 from lightning_async import AsyncAMSGradStrategy, AsyncStrategy
 from lightning_async.strategies.owned_launcher import OwnedLauncher
 
@@ -58,7 +61,8 @@ class Ray:
 
     def get_context(self) -> Context:
         if not self.is_worker:
-            raise self.outside
+            # Not itself, which pytest keeps: its traceback would keep this.
+            raise type(self.outside)(*self.outside.args)
         return Context()
 
     def modules(self) -> dict[str, Any]:
@@ -82,19 +86,31 @@ class ReportCallback:
         self.reports += 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_no_class_behind() -> Iterator[None]:
+    """The command line offers every class of strategy that there is; the tests of other files look at it."""
+    yield
+    gc.collect()
+    assert not [kind for kind in AsyncStrategy.__subclasses__() if kind.__module__ == "lightning_async.ray"]
+    assert not [kind for kind in LightningEnvironment.__subclasses__() if kind.__module__ == "ray.train.lightning"]
+
+
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
     for name, module in ray.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    return ray
+    # pytest keeps what a fixture gives for longer than the test.
+    proxy: Ray = weakref.proxy(ray)
+    return proxy
 
 
 @pytest.fixture
 def for_ray(ray: Ray) -> Iterator[Any]:
     sys.modules.pop("lightning_async.ray", None)
-    yield importlib.import_module("lightning_async.ray")
-    sys.modules.pop("lightning_async.ray", None)
+    module = importlib.import_module("lightning_async.ray")
+    yield weakref.proxy(module)
+    del sys.modules["lightning_async.ray"], vars(lightning_async)["ray"]
 
 
 @pytest.mark.parametrize("name", ["RayAsyncStrategy", "RayAsyncAMSGradStrategy"])

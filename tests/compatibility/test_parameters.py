@@ -84,7 +84,7 @@ def test_a_param_group_that_is_added_in_mid_run_is_trained_and_the_others_keep_t
 
 
 @pytest.mark.compatibility("Optimization", FINETUNING)
-@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize("holder", ["thread", pytest.param("process", marks=pytest.mark.soak)])
 def test_a_run_with_added_param_groups_can_be_resumed(tmp_path: Path, holder: Any) -> None:
     def script(folder: Path) -> None:
         def fit(epochs: int, checkpoint: Path | None) -> None:

@@ -53,7 +53,7 @@ class OnRankZeroOnly(TinyClassifier):
     [
         ("on_train_start", "torch"),
         pytest.param("on_validation_epoch_end", "strategy", marks=pytest.mark.soak),
-        ("on_train_epoch_end", "torch"),
+        pytest.param("on_train_epoch_end", "torch", marks=pytest.mark.soak),
     ],
 )
 def test_a_collective_that_only_rank_0_calls_ends_the_run_by_its_name(tmp_path: Path, hook: str, call: str) -> None:

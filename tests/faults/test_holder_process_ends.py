@@ -40,7 +40,11 @@ def holder_process_of(session: int) -> int:
     [
         pytest.param(Fault(0, 20, "raise"), "InjectedError: injected into training_step", marks=pytest.mark.soak),
         (Fault(2, 20, "raise"), "InjectedError: injected into training_step"),
-        (Fault(2, 3, "raise", "validation_step", after_s=0.3), "InjectedError: injected into validation_step"),
+        pytest.param(
+            Fault(2, 3, "raise", "validation_step", after_s=0.3),
+            "InjectedError: injected into validation_step",
+            marks=pytest.mark.soak,
+        ),
         (Fault(0, 0, "raise", "configure_optimizers"), "InjectedError: injected into configure_optimizers"),
         (Fault(2, 20, "kill"), "its process was killed by SIGKILL"),
         pytest.param(Fault(2, 0, "kill", "on_fit_start"), "its process was killed by SIGKILL", marks=pytest.mark.soak),
@@ -68,7 +72,7 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path) -> None:
     assert explanations(run.output) == ["rank 2 failed: its process was killed by SIGKILL"]
 
 
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("transport", ["auto", pytest.param("tcp", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("number", "reason"),
     [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.models import fork_trainer, loader
 
 pytestmark = pytest.mark.timeout(240)
 
-EPOCHS = 12
+EPOCHS = 4
 SNAPSHOT = Path("lightning_async") / "snapshot.ckpt"
 COUNT = 'echo x >> starts; n=$(wc -l < starts); test "$LIGHTNING_ASYNC_RESTART_COUNT" = $((n - 1)) || exit 99; '
 
@@ -34,14 +34,16 @@ def _here_and_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_async.cli.run.back_off_s", lambda count: 0.0)
 
 
-def run(folder: Path, *arguments: str, timeout_s: float = 60.0) -> Launched:
+def run(
+    folder: Path, *arguments: str, timeout_s: float = 60.0, meanwhile: Callable[[int], object] | None = None
+) -> Launched:
     """Runs the command in a process of its own: it adopts what its command leaves."""
 
     def body(folder: Path) -> None:
         os.environ |= ENVIRONMENT
         sys.exit(run_main(arguments))
 
-    return launch(body, folder, timeout_s)
+    return launch(body, folder, timeout_s, meanwhile)
 
 
 def starts(folder: Path) -> int:
@@ -93,12 +95,13 @@ def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
 
 
 def test_sigterm_ends_the_command_and_is_no_reason_to_start_it_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_async", "run", "--", "sh", "-c", COUNT + "exec sleep 60"]
-    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, cwd=tmp_path)
-    eventually(lambda: (tmp_path / "starts").exists(), timeout_s=60)
-    process.terminate()
+    def terminate(session: int) -> None:
+        assert eventually(lambda: (tmp_path / "starts").exists())
+        os.kill(session, signal.SIGTERM)
 
-    assert process.wait(30) == 128 + signal.SIGTERM
+    found = run(tmp_path, "--", "sh", "-c", COUNT + "exec sleep 60", meanwhile=terminate)
+
+    assert found.returncode == 128 + signal.SIGTERM, found.output
     assert starts(tmp_path) == 1
 
 

@@ -166,7 +166,7 @@ def test_a_lost_rank_comes_back_in_the_middle_of_the_run(tmp_path: Path, argumen
     assert run.report(1)["epochs"][-1] == EPOCHS - 1
 
 
-@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize("holder", ["thread", pytest.param("process", marks=pytest.mark.soak)])
 def test_a_worker_from_elsewhere_joins_beyond_those_that_the_run_began_with(tmp_path: Path, holder: str) -> None:
     file = tmp_path / "join.json"
 

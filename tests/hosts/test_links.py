@@ -84,7 +84,7 @@ def survive(link: Link, cut_s: float, timeout_s: float, unplugged: bool = False)
     run.close()
 
 
-@pytest.mark.parametrize("unplugged", [False, True])
+@pytest.mark.parametrize("unplugged", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_cut_in_the_middle_of_a_payload_is_survived(link: Link, unplugged: bool) -> None:
     survive(link, cut_s=1.5, timeout_s=4.0, unplugged=unplugged)
 

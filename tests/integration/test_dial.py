@@ -134,7 +134,9 @@ class SavesHalfway(Module):
 
 
 @pytest.mark.parametrize(
-    ("holder", "resumed_with"), [("process", 4), ("thread", 1), ("thread", 3)], ids=["same-process", "one", "fewer"]
+    ("holder", "resumed_with"),
+    [pytest.param("process", 4, marks=pytest.mark.soak), ("thread", 1), ("thread", 3)],
+    ids=["same-process", "one", "fewer"],
 )
 def test_gradients_that_wait_for_more_are_part_of_a_checkpoint(tmp_path: Path, holder: Any, resumed_with: int) -> None:
     def go_on(folder: Path, module: Module, per_update: int, path: str | None) -> None:

@@ -368,7 +368,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # `make soak` takes these over TCP and with the holder apart, too: there it does not matter how the batches of a push
 # were chosen.
+_APART_IS_SOAKED = ("auto", "mean")
 _ONCE_IS_ENOUGH = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
+
+
+def is_soaked(case: str, way: str) -> bool:
+    """Whether `make soak` alone takes a case this way."""
+    apart = way == "holder-process" and case in _APART_IS_SOAKED
+    return case == "mean-drop" or apart or (way != "shm" and case in _ONCE_IS_ENOUGH)
 
 
 def replayed_cases() -> list[Any]:
@@ -379,7 +386,7 @@ def replayed_cases() -> list[Any]:
             arguments,
             taken,
             id=f"{case}-{way}",
-            marks=[pytest.mark.soak] if case == "mean-drop" or (way != "shm" and case in _ONCE_IS_ENOUGH) else [],
+            marks=[pytest.mark.soak] if is_soaked(case, way) else [],
         )
         for case, (options, arguments) in CASES.items()
         for way, taken in WAYS.items()

@@ -47,7 +47,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param(["fit", "--config", "missing.yaml"], 2, marks=pytest.mark.soak),
         pytest.param(["compare", "--config", RECIPE], 2, marks=pytest.mark.soak),
         pytest.param(["report"], 2, marks=pytest.mark.soak),
-        (["report", "nowhere"], 2),
+        pytest.param(["report", "nowhere"], 2, marks=pytest.mark.soak),
         pytest.param(["--help"], 0, marks=pytest.mark.soak),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -229,7 +229,7 @@ def test_a_validation_makes_no_row_of_a_few_updates(tmp_path: Path) -> None:
     assert len(versions) < 2 * 13 / 3  # of that many validations
 
 
-@pytest.mark.parametrize("ends_by", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("ends_by", [pytest.param(RuntimeError, marks=pytest.mark.soak), KeyboardInterrupt])
 def test_a_run_that_ends_early_has_a_last_row_of_a_whole_window(ends_by: type[BaseException], tmp_path: Path) -> None:
     run = launch(partial(validating_often, ends_by=ends_by), tmp_path)
     assert run.returncode != 0

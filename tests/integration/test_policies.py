@@ -82,7 +82,7 @@ class Saving(Module):
     saves = True
 
 
-@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize("holder", ["thread", pytest.param("process", marks=pytest.mark.soak)])
 def test_a_run_that_is_resumed_in_the_middle_of_an_epoch_goes_on_with_what_the_policy_has_learned(
     tmp_path: Path, holder: Any
 ) -> None:

@@ -172,7 +172,7 @@ def assert_resumed_exactly(path: Path, rest: Any, accumulate: int = 1, epochs: i
     [
         ("shared", 1, (0,), "thread"),
         ("shared", 2, (0, 1, 2), "thread"),
-        ("sharded", 1, (0, 1, 2), "thread"),
+        pytest.param("sharded", 1, (0, 1, 2), "thread", marks=pytest.mark.soak),
         pytest.param("sharded", 2, (0,), "process", marks=pytest.mark.soak),
         ("sharded", 2, (0,), "thread"),
         ("shared", 1, (0, 1, 2), "process"),

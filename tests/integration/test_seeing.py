@@ -266,7 +266,12 @@ def ending_early(
 )
 @pytest.mark.parametrize(
     ("devices", "strategy", "culprit", "holder"),
-    [(1, "async_amsgrad", 0, "thread"), (2, "", 0, "thread"), (2, "", 1, "thread"), (2, "", 1, "process")],
+    [
+        (1, "async_amsgrad", 0, "thread"),
+        (2, "", 0, "thread"),
+        (2, "", 1, "thread"),
+        pytest.param(2, "", 1, "process", marks=pytest.mark.soak),
+    ],
 )
 def test_a_run_that_ends_early_leaves_its_record_and_timeline(
     devices: int, strategy: str, culprit: int, holder: str, error: type[BaseException], tmp_path: Path

@@ -27,7 +27,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
 pytestmark = pytest.mark.timeout(300)
 
 # What a fit keeps is there once more after each; `make soak` goes on for longer.
-many = pytest.mark.parametrize("fits", [4, pytest.param(20, marks=pytest.mark.soak)])
+many = pytest.mark.parametrize("fits", [6, pytest.param(20, marks=pytest.mark.soak)])
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

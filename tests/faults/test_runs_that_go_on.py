@@ -118,7 +118,7 @@ def check(run: Launched, lost: list[int], joined: tuple[int, ...] = ()) -> dict[
 @pytest.mark.parametrize(
     ("fault", "sizes"),
     [
-        (Fault(1, 7, "kill"), [3, 2, 2, 2]),
+        (Fault(1, 1, "kill"), [2, 2, 2, 2]),
         (Fault(2, 1, "kill", "validation_step"), [2, 2, 2, 2]),
         (Fault(1, 0, "kill", "on_validation_epoch_end", after_s=0.2), [2, 2, 2, 2]),
         (Fault(2, 1, "kill", "on_train_epoch_end"), [3, 3, 2, 2]),

@@ -32,9 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/lightning-async demo
 
-# Three at a time: most tests wait for ranks that sleep.
+# Two at a time: most tests wait for ranks that sleep.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak

@@ -33,6 +33,7 @@ _LEVELS = 127
 _CHUNK = 1 << 16
 _SCALE_BYTES = 4
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_LARGEST_SCALE = torch.finfo(torch.float32).max / _LEVELS * (1 - 2**-22)
 
 
 def wire_bytes(numel: int) -> int:
@@ -232,6 +233,8 @@ def _quantize_blocks(values: Tensor, scales: Tensor, codes: Tensor) -> None:
     if not all_finite:
         scales.masked_fill_(~finite, torch.nan)
         values.masked_fill_(~finite, 0.0)
+    # The largest value of all would overflow when it is read.
+    scales.clamp_(max=_LARGEST_SCALE)
     inverse = scales.reciprocal().masked_fill_(~((scales > 0) & finite), 0.0)
     rounded = (values * inverse).round_()
     codes.copy_(rounded)

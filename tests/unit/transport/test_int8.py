@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -127,6 +127,8 @@ def test_the_smallest_and_the_largest_numbers_are_passed(value: float) -> None:
     assert torch.allclose(arrived + sender.lost, payload, rtol=1e-6, atol=0.0)
 
 
+@example([torch.finfo(torch.float32).max])
+@example([torch.finfo(torch.float32).min, 1.0])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=600))
 def test_codes_and_what_they_lose_make_the_value(values: list[float]) -> None:
     tensor = torch.tensor(values)

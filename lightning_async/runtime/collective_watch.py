@@ -8,7 +8,6 @@ them will ever return. Collectives that the host does not wait in, as NCCL's, ar
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.threads import frame_of
 
 __all__ = ["CollectiveWatch", "Waiting", "judge"]
 
@@ -86,7 +86,7 @@ class CollectiveWatch:
     def look(self) -> str:
         """What this rank is to tell: the collective that it has been in for longer than is to be expected."""
         waiting = None
-        found = _find_collective(sys._current_frames().get(self._thread))
+        found = _find_collective(frame_of(self._thread))
         if found is not self._frame:
             self._frame, self._since = found, time.monotonic()
         elif found is not None and time.monotonic() - self._since >= self._patience_s:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import FrameType
 from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Errands", "PromptSwitching", "use_one_thread"]
+__all__ = ["Errands", "PromptSwitching", "frame_of", "use_one_thread"]
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ _T = TypeVar("_T")
 # Ten times as often as Python does by itself. Each request takes the interpreter's lock several times, and each time
 # has to wait for so long while rank 0's training runs pure Python.
 SWITCH_INTERVAL_S = 0.5e-3
+
+_looking = threading.Lock()
 
 
 def use_one_thread() -> None:
@@ -34,6 +38,26 @@ def use_one_thread() -> None:
     # torch sets the number once per thread, at its first use there; after that the limit stays.
     torch.get_num_threads()
     threadpool_limits(limits=1, user_api="openmp")
+
+
+def frame_of(thread: int | None) -> FrameType | None:
+    """Where a thread is; None if there is no such thread.
+
+    ``sys._current_frames`` holds a lock of the interpreter's that each thread needs to start another one. Before Python
+    3.12.3 (CPython issue 106883) a garbage collection may begin in there; what it frees may let another thread run, and
+    if that starts one the process stands still for good.
+
+    Args:
+        thread: its identity.
+    """
+    with _looking:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(thread or 0)
+        finally:
+            if collects:
+                gc.enable()
 
 
 class PromptSwitching:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFail
 from lightning_async.runtime.meeting import Meeting, MeetingGuest, RanksLostError, receive_object
 from lightning_async.runtime.meeting_host import MeetingHost
 from lightning_async.runtime.roster import Roster
+from lightning_async.runtime.threads import frame_of
 from lightning_async.transport.connection import ControlConnection
 from tests.harness import Call, eventually, socket_pair
 
@@ -527,7 +527,6 @@ def test_a_rank_that_waits_in_a_meeting_is_seen_there(town: Build, waits: int) -
 
     waiting = Call(lambda: two.sides[waits].gather("mine", "turn"))
 
-    assert waiting.ident is not None
-    assert eventually(lambda: find_collective(sys._current_frames()[waiting.ident]) is not None)
+    assert eventually(lambda: find_collective(frame_of(waiting.ident)) is not None)
     two.sides[1 - waits].gather("theirs", "turn")
     assert waiting.outcome() == (["mine", "theirs"] if waits == 0 else ["theirs", "mine"])

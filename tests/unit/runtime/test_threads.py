@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 
 import pytest
 import torch
 
-from lightning_async.runtime.threads import SWITCH_INTERVAL_S, Errands, PromptSwitching, use_one_thread
+from lightning_async.runtime.threads import SWITCH_INTERVAL_S, Errands, PromptSwitching, frame_of, use_one_thread
 
 
 def test_the_limit_on_a_sessions_thread_leaves_the_training_thread_its_own() -> None:
@@ -77,3 +78,43 @@ def test_errands_are_run_in_turn_by_a_thread_that_was_there_before(
     errands.close(5.0)
     errands.close(5.0)
     assert "errands" not in {thread.name for thread in threading.enumerate()}
+
+
+# --- where a thread is ------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_is_found_where_it_waits() -> None:
+    def waits() -> None:
+        is_over.wait(20)
+
+    is_over = threading.Event()
+    thread = threading.Thread(target=waits)
+    thread.start()
+    frame = frame_of(thread.ident)
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    is_over.set()
+    thread.join()
+
+    assert "waits" in names
+    assert frame_of(thread.ident) is None
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_collection_begins_in_a_look_at_the_threads(monkeypatch: pytest.MonkeyPatch, collects: bool) -> None:
+    """Else a thread that starts another one meanwhile may stand still for good; see `frame_of`."""
+    seen: list[bool] = []
+    monkeypatch.setattr(sys, "_current_frames", lambda: seen.append(gc.isenabled()) or {})
+    if not collects:
+        gc.disable()
+    try:
+        frame_of(1)
+        after = gc.isenabled()
+    finally:
+        gc.enable()
+
+    assert seen == [False]
+    assert after == collects

@@ -51,11 +51,13 @@ def run_main(args: Sequence[str] | None = None) -> int:
         parser.error("what is to be run? lightning-async run -- python train.py")
     _adopt_orphans()
     variables = os.environ | {RUN_VARIABLE: os.environ.get(RUN_VARIABLE) or uuid.uuid4().hex}
+    # A scheduler that has started this command again counts, too.
+    before = int(os.environ.get(RESTARTS_VARIABLE) or 0)
     count = 0
     while True:
         started = time.monotonic()
         try:
-            process = subprocess.Popen(command, env=variables | {RESTARTS_VARIABLE: str(count)})
+            process = subprocess.Popen(command, env=variables | {RESTARTS_VARIABLE: str(before + count)})
         except OSError as error:
             parser.error(f"{command[0]} cannot be run: {error.strerror}")
         with passing_signals_on(process) as came:

@@ -81,6 +81,15 @@ def test_all_starts_have_one_name(tmp_path: Path) -> None:
     assert first == second != other
 
 
+def test_the_starts_of_a_scheduler_around_it_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_ASYNC_RUN", "job")
+    monkeypatch.setenv("LIGHTNING_ASYNC_RESTART_COUNT", "4")
+    script = "echo $LIGHTNING_ASYNC_RUN$LIGHTNING_ASYNC_RESTART_COUNT >> starts; exit 1"
+    run(tmp_path, "--max-restarts", "1", "--", "sh", "-c", script)
+
+    assert (tmp_path / "starts").read_text().split() == ["job4", "job5"]
+
+
 def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,11 +6,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-
-import torch.distributed as dist
 
 from lightning_async.runtime.admission import Admission, Invitation, JoinRequest
 from lightning_async.runtime.alarms import Alarm
@@ -29,6 +27,7 @@ from lightning_async.runtime.failure import (
 from lightning_async.runtime.handshake import HEARTBEAT, MEETING, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.losses import Losses, may_be_lost_peer
 from lightning_async.runtime.meeting import Meeting, MeetingGuest
 from lightning_async.runtime.meeting_host import MeetingHost
 from lightning_async.runtime.outward import outward_address
@@ -47,9 +46,6 @@ _GRACE_S = 5.0
 _SHUTDOWN_S = 5.0
 # How much later than this one rank 0 may come to the same failure.
 _COMMON_FAILURE_S = 1.0
-# How long the news of a lost rank may trail the collective that fails because of it.
-_NEWS_TIMEOUT_S = 5.0
-_LOST_PEER_WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "store")
 
 _a_run_has_failed = threading.Event()
 
@@ -76,7 +72,7 @@ class Membership:
         evictions: rank 0's decisions then; None elsewhere.
         admission: takes in ranks that join, on rank 0; None elsewhere.
         joining: the request of a rank that joins a run that is under way; None of others.
-        group: who is in the present process group, or the one that is being formed; None for all that were started.
+        losses: the ranks that the run has gone on without.
     """
 
     def __init__(
@@ -97,10 +93,7 @@ class Membership:
         self._resilience = Resilience()
         self._incarnation = 0
         self._has_left = False
-        # On every rank: the failures of those that the run has gone on without.
-        self._lost: list[RunFailure] = []
-        self._heard = threading.Condition()
-        self.group: Collection[int] | None = None
+        self.losses = Losses()
         self.latch = FailureLatch()
         self.listener: Listener | None = None
         self.address: Address | None = None
@@ -251,32 +244,6 @@ class Membership:
         """How many workers of this rank came before."""
         return self._incarnation
 
-    @property
-    def losses(self) -> int:
-        """How many ranks this rank knows to be lost."""
-        return len(self._lost)
-
-    def has_lost_of_group(self, known: int) -> bool:
-        """Whether a rank of the present process group, or of the one that is being formed, is lost.
-
-        Args:
-            known: how many ranks were known to be lost before it was settled who is in it.
-        """
-        group = self.group
-        return any(group is None or failure.rank in group for failure in self._lost[known:])
-
-    def was_lost(self, error: Exception, known: int) -> bool:
-        """Whether an error comes from a rank that was lost; waits a moment for the news of it.
-
-        Args:
-            error: what a collective has raised.
-            known: how many ranks were known to be lost before.
-        """
-        if not _may_be_lost_peer(error):
-            return False
-        with self._heard:
-            return self._heard.wait_for(lambda: len(self._lost) > known, timeout=_NEWS_TIMEOUT_S)
-
     def _host_meetings(self, world_size: int) -> None:
         roster = Roster(range(world_size), self._resilience.min_ranks)
         evictions = self.evictions = Evictions(roster, self.latch)
@@ -303,13 +270,7 @@ class Membership:
             reason = f"was taken out of the run, which goes on without it: {failure.reason}"
             self.latch.trip(RunFailure(self.rank, reason))
             return
-        with self._heard:
-            self._lost.append(failure)
-            self._heard.notify_all()
-        if self.group is None or failure.rank in self.group:
-            # What waits for that rank in a collective waits in vain. A group that was formed without it goes on, also
-            # where the news of it come late.
-            break_groups()
+        self.losses.hear_of(failure)
 
     def share(self, address: str, broadcast: Callable[[str], str]) -> str:
         """Gives every rank the address of another listener of this run, as JSON; a collective call.
@@ -382,10 +343,10 @@ class Membership:
             # A mistake that all ranks make is told by rank 0.
             common = self.latch.wait(_COMMON_FAILURE_S)
             failure = common if common is not None and common.reason == describe_error(error) else None
-        if failure is None and self._lost and _may_be_lost_peer(error):
-            failure = self._unrepeatable()
+        if failure is None and (lost := self.losses.last) is not None and may_be_lost_peer(error):
+            failure = self._unrepeatable(lost)
             self.latch.trip(failure)
-        if failure is None and _may_be_lost_peer(error):
+        if failure is None and may_be_lost_peer(error):
             failure = self.latch.explain_loss(lambda: RunFailure(self.rank, describe_error(error), announced=True))
         if failure is None or failure.rank == self.rank:
             failure = RunFailure(self.rank, describe_error(error), announced=True)
@@ -405,8 +366,7 @@ class Membership:
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
 
-    def _unrepeatable(self) -> RunFailure:
-        lost = self._lost[-1]
+    def _unrepeatable(self, lost: RunFailure) -> RunFailure:
         return RunFailure(
             lost.rank,
             f"{lost.reason}. The run would have gone on without it, but the others were in a collective of user code "
@@ -427,10 +387,3 @@ def _end_now() -> None:
         sys.stderr.flush()
     finally:
         end_process()
-
-
-def _may_be_lost_peer(error: BaseException) -> bool:
-    # ConnectionError: also of a channel that ends while it is being agreed on.
-    if isinstance(error, (dist.DistError, ConnectionError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in describe_error(error).lower() for word in _LOST_PEER_WORDS)

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_async.loops.collective_guard import asynchronous_call_error
 from lightning_async.loops.phase import Phase
 from lightning_async.loops.tensor_sync import set_meeting
+from lightning_async.runtime.losses import Losses
 from lightning_async.runtime.meeting import Meeting
 from lightning_async.runtime.process_groups import (
     breakable,
@@ -68,9 +69,7 @@ class PhasedCollectives(DDPStrategy):
         self.joins = False
         self._worker_rank: int | None = None
         self._before: tuple[int, int] | None = None
-        self._was_lost: Callable[[Exception], bool]
-        self._on_group_forming: Callable[[Sequence[int] | None], None]
-        self._is_group_outdated: Callable[[], bool]
+        self._losses: Losses
         super().__init__(**arguments)
         self.phase = Phase()
 
@@ -119,24 +118,14 @@ class PhasedCollectives(DDPStrategy):
         # Where an earlier run of this script has lost ranks, the others are all there is.
         self._before, self._members, self._worker_rank = reformed_place(), None, None
 
-    def meet_by(
-        self,
-        meeting: Meeting | None,
-        was_lost: Callable[[Exception], bool] = lambda error: False,
-        on_group_forming: Callable[[Sequence[int] | None], None] = lambda ranks: None,
-        is_group_outdated: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def meet_by(self, meeting: Meeting | None, losses: Losses | None = None) -> None:
         """Runs the strategy's own collectives by way of rank 0 from here on, past torch's process groups.
 
         Args:
             meeting: this rank's side; None for the process groups.
-            was_lost: whether an error of a collective comes from a rank that was lost since its group was formed.
-            on_group_forming: called before it is settled who is in a group that is to be formed, with None, and with
-                its ranks when it is.
-            is_group_outdated: whether one of them was lost since.
+            losses: the ranks that the run has gone on without, where it may.
         """
-        self.meeting, self._was_lost, self._on_group_forming = meeting, was_lost, on_group_forming
-        self._is_group_outdated = is_group_outdated
+        self.meeting, self._losses = meeting, losses or Losses()
         # One that has joined is in no group yet.
         self._members, self._group_generation, self._members_seen = None, -1 if self.joins else 0, 0
         self.joins = False
@@ -164,11 +153,11 @@ class PhasedCollectives(DDPStrategy):
             return
         for attempt in itertools.count():
             # Before the meeting that settles who is in it: who is lost from here on may be one of them.
-            self._on_group_forming(None)
+            self._losses.begin_group()
             own = open_store(meeting.host) if meeting.is_host else None
             port = meeting.gather(0 if own is None else own.port, "the port of a store")[0]
             generation, members = meeting.generation, meeting.ranks
-            self._on_group_forming(members)
+            self._losses.settle_group(members)
             done = self._reform(meeting.host, port, members, forming_timeout(attempt))
             self._store = own
             if all(meeting.gather(done, "a process group")) and meeting.generation == generation:
@@ -178,7 +167,7 @@ class PhasedCollectives(DDPStrategy):
     def _reform(self, host: str, port: int, members: tuple[int, ...], patience: timedelta) -> bool:
         place, size = members.index(self.worker_rank), len(members)
         try:
-            with breakable(self._is_group_outdated):
+            with breakable(self._losses.is_group_outdated):
                 # Rank 0, too, by a connection that was opened for it: one of before would not be broken.
                 store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
                 backend = self._get_process_group_backend()
@@ -205,7 +194,7 @@ class PhasedCollectives(DDPStrategy):
             self.follow_roster()
             body()
 
-        meeting.repeat_until_whole(attempt, restore, self._was_lost)
+        meeting.repeat_until_whole(attempt, restore, self._losses.explain)
 
     # --- the collectives ----------------------------------------------------------------------------------------------
 

@@ -440,8 +440,7 @@ class AsyncStrategy(PhasedCollectives):
         self._meet_by_way_of_rank_0(supervisor)
 
     def _meet_by_way_of_rank_0(self, supervisor: RunSupervisor) -> None:
-        meeting = supervisor.membership.meeting
-        self.meet_by(meeting, supervisor.was_lost, supervisor.note_group_forming, supervisor.is_group_outdated)
+        self.meet_by(supervisor.membership.meeting, supervisor.membership.losses)
 
     # --- setting up a fit --------------------------------------------------------------------------------------------
 

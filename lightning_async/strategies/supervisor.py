@@ -6,7 +6,7 @@ import atexit
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -69,7 +69,6 @@ class RunSupervisor:
         self._ranks = strategy
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
-        self._losses_known = 0
         self.holder_process: HolderProcess | None = None
         self.shard_processes: list[ShardProcess] = []
         self.on_failure: Callable[[], object] = _do_nothing
@@ -164,20 +163,6 @@ class RunSupervisor:
             say(self._ranks.global_rank, f"cannot join the run: {error}")
             raise SystemExit(1) from error
         _prepare_exit()
-
-    def was_lost(self, error: Exception) -> bool:
-        """Whether an error of a collective comes from a rank that was lost since the process group was formed."""
-        return self.membership.was_lost(error, self._losses_known)
-
-    def note_group_forming(self, ranks: Sequence[int] | None) -> None:
-        """Notes that a process group is about to be formed: before it is settled who is in it, and with its ranks."""
-        self.membership.group = ranks
-        if ranks is None:
-            self._losses_known = self.membership.losses
-
-    def is_group_outdated(self) -> bool:
-        """Whether a rank of that group was lost since then."""
-        return self.membership.has_lost_of_group(self._losses_known)
 
     @property
     def ranks(self) -> tuple[int, ...] | None:

@@ -217,28 +217,8 @@ def test_ctrl_c_is_each_ranks_own_whoever_noticed_it_first(rank: int) -> None:
 def broken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each time that this rank's process groups were broken."""
     broken: list[str] = []
-    monkeypatch.setattr(membership, "break_groups", lambda: broken.append("broken"))
+    monkeypatch.setattr("lightning_async.runtime.losses.break_groups", lambda: broken.append("broken"))
     return broken
-
-
-@pytest.mark.parametrize(
-    ("group", "breaks"), [(None, True), ((0, 1, 2), True), ((0, 1), False)], ids=["first", "with-it", "without-it"]
-)
-def test_news_of_a_loss_break_the_group_that_the_lost_rank_is_in_and_no_other(
-    broken: list[str], group: tuple[int, ...] | None, breaks: bool
-) -> None:
-    """A group that was formed since would fail again and again for late news."""
-    mine = member(1)
-    mine.group = group
-
-    mine._hear_of(KILLED)
-
-    assert bool(broken) == breaks
-    # While that group is formed it is broken again and again.
-    assert mine.has_lost_of_group(known=0) == breaks
-    assert not mine.has_lost_of_group(known=1)
-    assert mine.losses == 1
-    assert mine.latch.failure is None
 
 
 def test_a_rank_that_is_taken_out_itself_ends(broken: list[str]) -> None:
@@ -250,24 +230,6 @@ def test_a_rank_that_is_taken_out_itself_ends(broken: list[str]) -> None:
         "rank 2 failed: was taken out of the run, which goes on without it: its process was killed by SIGKILL"
     )
     assert not broken
-
-
-def test_an_error_comes_from_a_lost_rank_if_news_of_one_follow(broken: list[str]) -> None:
-    mine, error = member(1), RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234")
-    threading.Timer(0.2, mine._hear_of, (KILLED,)).start()
-
-    assert mine.was_lost(error, known=0)
-    assert not mine.was_lost(ValueError("no"), known=0)
-
-
-def test_an_error_of_the_kind_without_news_is_none_of_a_lost_rank(
-    broken: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(membership, "_NEWS_TIMEOUT_S", 0.05)
-    mine = member(1)
-    mine._hear_of(KILLED)
-
-    assert not mine.was_lost(RuntimeError("Connection closed by peer"), known=1)
 
 
 def test_a_collective_of_user_code_that_a_loss_breaks_outside_of_a_section_ends_the_run_and_says_why(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -14,17 +15,20 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, describe_exit
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.transport.connection import ControlConnection
 
-__all__ = ["READY", "START_TIMEOUT_S", "ChildProcess"]
+__all__ = ["APART", "READY", "START_TIMEOUT_S", "ChildProcess", "check_policy_can_travel"]
 
 log = logging.getLogger(__name__)
 
 # An interpreter that imports torch, on a slow disk and a busy machine.
 START_TIMEOUT_S = 300.0
+# What asks for the whole holder in a process of its own, and the way out.
+APART = ('holder="process"', 'take holder="thread"')
 # What the process says first.
 READY = "ready"
 _END_TIMEOUT_S = 5.0
@@ -179,3 +183,26 @@ class ChildProcess:
         except (EOFError, OSError) as error:
             log.debug("%s has closed its connection: %s", self.name, error)
             return None
+
+
+def check_policy_can_travel(policy: StalenessPolicy, asked: str, way_out: str) -> None:
+    """Refuses a staleness policy that cannot be sent to another process.
+
+    Args:
+        policy: what is done with a gradient because of its age.
+        asked: the option that has it sent.
+        way_out: what to do without it.
+
+    Raises:
+        ValueError: if it cannot; the message says why, and what to do.
+    """
+    kind = type(policy)
+    try:
+        if kind.__module__ == "__main__":
+            raise pickle.PicklingError("it is defined in the script itself, which is not run there")
+        pickle.dumps(policy)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{asked} sends the staleness policy to another process, and {kind.__name__} cannot go there: {error}. "
+            f"Define it in a module that can be imported, or {way_out}"
+        ) from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.exchange.child_process import START_TIMEOUT_S, ChildProcess
+from lightning_async.exchange.child_process import APART, START_TIMEOUT_S, ChildProcess, check_policy_can_travel
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.server import OnLost
 from lightning_async.exchange.service import HolderSpec, Service, UpdateObserver
@@ -29,12 +29,11 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.rebuild import dismantle
 from lightning_async.holder.types import Push, Snapshot, Update
-from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.registry import make_policy
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import Address
 
-__all__ = ["HolderProcess", "HolderProcessError", "check_policy_can_travel"]
+__all__ = ["HolderProcess", "HolderProcessError"]
 
 log = logging.getLogger(__name__)
 
@@ -312,26 +311,8 @@ class HolderProcess(Service):
                 self._latch.trip(RunFailure(0, f"an observer of the updates failed: {error!r}"))
 
 
-def check_policy_can_travel(policy: StalenessPolicy) -> None:
-    """Refuses a staleness policy that cannot be sent to the holder's own process.
-
-    Raises:
-        ValueError: if it cannot; the message says why, and what to do.
-    """
-    kind = type(policy)
-    try:
-        if kind.__module__ == "__main__":
-            raise pickle.PicklingError("it is defined in the script itself, which is not run there")
-        pickle.dumps(policy)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f'holder="process" sends the staleness policy to another process, and {kind.__name__} cannot go there: '
-            f'{error}. Define it in a module that can be imported, or take holder="thread"'
-        ) from error
-
-
 def _payload_of(spec: HolderSpec) -> SharedPayload:
-    check_policy_can_travel(make_policy(spec.options.staleness_policy))
+    check_policy_can_travel(make_policy(spec.options.staleness_policy), *APART)
     kinds = [type(optimizer) for optimizer in spec.optimizers]
     try:
         if any(kind.__module__ == "__main__" for kind in kinds):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_async.exchange.child_process import check_policy_can_travel
 from lightning_async.holder.held_state import HeldState
 from lightning_async.holder.layout import exchanged, exchanged_parameters
 from lightning_async.holder.rebuild import assemble, is_amsgrad
@@ -77,15 +77,7 @@ def check_policy_can_be_cut(policy: StalenessPolicy) -> None:
             f"holder_shards shows a staleness policy pieces of parameters, and {kind.__name__} overrides after_step or "
             "look_ahead, which may need whole ones. Leave holder_shards out"
         )
-    try:
-        if kind.__module__ == "__main__":
-            raise pickle.PicklingError("it is defined in the script itself, which is not run there")
-        pickle.dumps(policy)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"holder_shards sends the staleness policy to other processes, and {kind.__name__} cannot go there: "
-            f"{error}. Define it in a module that can be imported, or leave holder_shards out"
-        ) from error
+    check_policy_can_travel(policy, "holder_shards", "leave holder_shards out")
 
 
 def optimizer_of_pieces(template: torch.optim.Optimizer, plan: ShardPlan, shard: int) -> torch.optim.Optimizer:

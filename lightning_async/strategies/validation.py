@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_async.exchange.child_process import APART, check_policy_can_travel
 from lightning_async.exchange.engine import check_overlap
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.exchange.remote_service import check_policy_can_travel
 from lightning_async.holder.layout import all_parameters, exchanged
 from lightning_async.holder.staleness import resolve_max_staleness
 from lightning_async.policies.momentum import check_has_momentum
@@ -140,7 +140,7 @@ def refuse_options(
             readers = world_size * options.slots(world_size)
             check_overlap(bound, readers, 1, options.gradients_per_update)
         if options.holder == "process" and world_size > 1:
-            check_policy_can_travel(make_policy(options.staleness_policy))
+            check_policy_can_travel(make_policy(options.staleness_policy), *APART)
         if options.shards(world_size) > 1:
             if num_nodes > 1:
                 raise ValueError(

@@ -51,6 +51,22 @@ def test_the_evidence_is_the_same_on_the_landing_page_and_in_the_readme() -> Non
     assert (DOCS / "_evidence.md").read_text() in (ROOT / "README.md").read_text()
 
 
+def test_nothing_says_to_install_the_project_from_an_index_that_does_not_have_it() -> None:
+    files = [
+        *DOCS.glob("*.md"),
+        ROOT / "README.md",
+        *ROOT.glob("recipes/**/*.*"),
+        *ROOT.glob("lightning_async/**/*.py"),
+    ]
+    # A wheel's file is one that somebody has.
+    asked = re.compile(r"pip install[^\n]*\blightning[-_]async(?!-\d)\b")
+    found = [
+        f"{path.name}: {match[0]}" for path in files if path.is_file() for match in asked.finditer(path.read_text())
+    ]
+
+    assert found == []
+
+
 def test_the_repository_has_one_address() -> None:
     addresses = {
         "mkdocs.yml": re.search(r"^repo_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_async.chaos import Fault
-from tests.faults.soak import Scenario, problems_of_deaths, run
+from tests.faults.scenarios import Scenario
+from tests.faults.soak import problems_of_deaths, run
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -7,10 +7,11 @@ and what it does before, between and after two calls of the trainer.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
+
+from lightning_async.runtime.listening import reserved
 
 __all__ = ["run_on_every_rank"]
 
@@ -22,11 +23,9 @@ def run_on_every_rank(ranks: int, script: Callable[[], None]) -> None:
         ranks: number of processes, one per rank.
         script: what each of them runs.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    processes = [os.fork() or _run_rank(rank, ranks, port, script) for rank in range(ranks)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    with reserved(0) as port:
+        processes = [os.fork() or _run_rank(rank, ranks, port, script) for rank in range(ranks)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if any(codes):
         sys.exit(f"the ranks exited with {codes}")
 

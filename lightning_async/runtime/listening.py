@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["PORTS_VARIABLE", "allowed_ports", "listen"]
+__all__ = ["PORTS_VARIABLE", "allowed_ports", "listen", "reserved"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,34 @@ def listen(host: str, ports: Iterable[int] | None = None) -> list[socket.socket]
             errno.EADDRINUSE, f"no port from {candidates[0]} to {candidates[-1]} is free ({PORTS_VARIABLE})", host
         )
     raise OSError(errno.EADDRNOTAVAIL, "no address to listen at", host)
+
+
+@contextmanager
+def reserved(port: int) -> Iterator[int]:
+    """Keeps a port of this host from being given to others until rank 0 listens at it, which it still may.
+
+    Lightning and torch's launcher look for a free port, let go of it, and start processes that listen at it seconds
+    later; by then the system may have given it to any connection. A socket that is bound and does not listen holds
+    the port, and lets those share it that ask to (``SO_REUSEADDR``), as torch's stores do.
+
+    Args:
+        port: which one; 0 is any that is free. One that is taken is left as it is: who listens at it will say so.
+
+    Yields:
+        the port.
+
+    Examples:
+        >>> with reserved(0) as port, socket.create_server(("", port)) as server:
+        ...     server.getsockname()[1] == port
+        True
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holding:
+        holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holding.bind(("", port))
+        except OSError as error:
+            log.debug("port %d cannot be reserved: %s", port, error)
+        yield holding.getsockname()[1] or port
 
 
 def _addresses(host: str) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from typing_extensions import override
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit, tell_in_one_line
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
+from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
@@ -101,13 +102,14 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
         strategy: Any = self._strategy
-        os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
         results = mp.get_context(self._start_method).SimpleQueue()
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
         self._invitations = mp.get_context(self._start_method).SimpleQueue()
         arguments = [trainer, function, args, kwargs, results, *states]
         error_files: Sequence[str] = ()
+        meeting_place = ExitStack()
         try:
+            meeting_place.enter_context(_main_port(strategy.cluster_environment.main_port))
             with held_back():
                 context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
                     self._wrapping_function,
@@ -130,6 +132,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             raise
         finally:
             self._end_children()
+            meeting_place.close()
             results.close()
             self._invitations.close()
             for path in error_files:
@@ -310,6 +313,23 @@ class ProcessLauncher(_MultiProcessingLauncher):
             # Two pipes, which would be open until the garbage collector comes by.
             process.close()
         self.procs = []
+
+
+@contextmanager
+def _main_port(port: int) -> Iterator[None]:
+    """Tells the ranks where they meet, and keeps the port free for them.
+
+    Lightning leaves ``MASTER_PORT`` set, so that the Trainers after this one would insist on a port that may long be
+    another's by then.
+    """
+    is_given = "MASTER_PORT" in os.environ
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        with reserved(port):
+            yield
+    finally:
+        if not is_given:
+            os.environ.pop("MASTER_PORT", None)
 
 
 def _was_lost(code: int, error_file: str) -> bool:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +33,7 @@ from typing_extensions import override
 from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import WorkerFailedError, describe_exit, tell_in_one_line
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
+from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here, refuse_rank_without_device
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
@@ -81,16 +82,21 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if trainer is not None:
             self._strategy.refuse_before_launch(trainer)
         world_size = self.num_processes * self.num_nodes
-        if self.cluster_environment.creates_processes_externally:
-            if isinstance(self.cluster_environment, LightningEnvironment):
-                _refuse_another_number_of_ranks(world_size, self._strategy)
-        elif world_size > 1:
-            # For one rank there is nobody to start, and the variables that Lightning sets for the others would keep
-            # this process's next run from starting any.
-            os.environ[_STARTED_RANKS] = str(world_size)
-            with held_back():
-                self._call_children_scripts()
-                _started[:] = self.procs
+        with ExitStack() as meeting_place:
+            if self.cluster_environment.creates_processes_externally:
+                if isinstance(self.cluster_environment, LightningEnvironment):
+                    _refuse_another_number_of_ranks(world_size, self._strategy)
+            elif world_size > 1:
+                # For one rank there is nobody to start, and the variables that Lightning sets for the others would
+                # keep this process's next run from starting any.
+                os.environ[_STARTED_RANKS] = str(world_size)
+                meeting_place.enter_context(reserved(self.cluster_environment.main_port))
+                with held_back():
+                    self._call_children_scripts()
+                    _started[:] = self.procs
+            return self._run(function, *args, **kwargs)
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         global _launches
         _launches += 1
         # A script's later Trainers train with the ranks that the first has started, as far as they are left.

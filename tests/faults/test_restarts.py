@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.restarts import Job, kill_ranks_of
 from lightning_async import AsyncAMSGradStrategy
+from lightning_async.runtime.listening import reserved
 from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, assert_resumed_exactly
 from tests.launch import ENVIRONMENT, launch
 from tests.models import fork_trainer, loader
@@ -72,17 +72,11 @@ def torchrun(victims: Sequence[int], *where: str) -> None:
     elastic_launch(config, run_rank)(victims)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.soak)])
 def test_a_job_goes_on_from_its_snapshot_whichever_rank_was_killed(tmp_path: Path, rendezvous: str) -> None:
-    where = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"] if rendezvous == "static" else ["--standalone"]
-
-    job = launch(lambda folder: torchrun((1, 0), *where), tmp_path, timeout_s=150)
+    with reserved(0) as port:
+        where = ["--master-addr=127.0.0.1", f"--master-port={port}"] if rendezvous == "static" else ["--standalone"]
+        job = launch(lambda folder: torchrun((1, 0), *where), tmp_path, timeout_s=150)
 
     assert job.returncode == 0, job.output
     assert job.output.count("This job was restarted by torchrun and goes on from the snapshot") == 2

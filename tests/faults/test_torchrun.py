@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from lightning_async.runtime import elastic
 from lightning_async.runtime.elastic import forget_failure, record_failure
 from lightning_async.runtime.failure import RunFailure
+from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault
 from tests.faults.runs import POPEN, SCRIPT_TIMEOUT_S
 from tests.faults.train import Run, exec_script
@@ -74,9 +74,6 @@ def test_without_torchrun_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.soak
 def test_on_each_host_the_root_cause_names_the_rank_that_failed(tmp_path: Path) -> None:
     """Two hosts with two ranks each; rank 2, which is the first of host 1, fails."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     run = Run((Fault(2, 10, "raise"),), ranks=2, strategy=POPEN, trainer={"max_epochs": 200, "num_nodes": 2})
 
     def script(folder: Path) -> None:
@@ -95,7 +92,8 @@ def test_on_each_host_the_root_cause_names_the_rank_that_failed(tmp_path: Path) 
         codes = [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in (child, host)]
         sys.exit(int(codes == [1, 1]))
 
-    launched = launch(script, tmp_path, SCRIPT_TIMEOUT_S)
+    with reserved(0) as port:
+        launched = launch(script, tmp_path, SCRIPT_TIMEOUT_S)
 
     hosts = [(tmp_path / f"host{node}.txt").read_text() for node in range(2)]
     assert launched.returncode == 1, hosts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault
 from tests.faults.runs import FORK, SCRIPT_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
@@ -23,9 +23,6 @@ HOSTS = 2
 
 def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launched:
     """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
 
     def script(folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -47,7 +44,8 @@ def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launc
         os.waitpid(other, 0)
         sys.exit(code)
 
-    return launch(script, folder, timeout_s)
+    with reserved(0) as port:
+        return launch(script, folder, timeout_s)
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.soak), 3])

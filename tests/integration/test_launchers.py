@@ -15,6 +15,7 @@ import yaml
 
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.cli.app import AsyncCLI, main
+from lightning_async.runtime.listening import reserved
 from tests.launch import ENVIRONMENT, Launched, launch, report, run_as_script
 from tests.models import TinyClassifier, fork_trainer, loader
 
@@ -77,17 +78,11 @@ def run_command(folder: Path, text: str, *runner: str) -> Launched:
     return launch(lambda folder: os.execve(command[0], command, os.environ | ENVIRONMENT), folder, timeout_s=100.0)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, launcher: str) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-
-    run = run_command(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
+    with reserved(0) as port:
+        torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+        run = run_command(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
 
     assert run.returncode == 0, run.output
     first, second = run.reports()
@@ -156,6 +151,21 @@ def test_forked_ranks_give_parameters_and_statistics_to_the_process_that_started
     stats, parameters = torch.load(tmp_path / "after.pt")
     assert stats["updates"] == sum(stats["updates_by_rank"].values()) == BATCHES
     assert all(torch.equal(rank["parameters"], parameters) for rank in run.reports())
+
+
+def test_a_sessions_next_trainer_does_not_insist_on_a_port_that_is_anothers_by_now(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        first = fork_trainer(folder, 2, "async_amsgrad_notebook")
+        first.fit(TinyClassifier(), loader(8))
+        assert "MASTER_PORT" not in os.environ
+        environment = first.strategy.cluster_environment
+        assert environment is not None
+        with socket.create_server(("", environment.main_port)):
+            fork_trainer(folder, 2, "async_amsgrad_notebook").fit(TinyClassifier(), loader(8))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
 
 
 TYPED = """

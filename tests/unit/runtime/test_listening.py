@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lightning_async.runtime import listening
-from lightning_async.runtime.listening import PORTS_VARIABLE, allowed_ports, listen
+from lightning_async.runtime.listening import PORTS_VARIABLE, allowed_ports, listen, reserved
 
 
 @contextmanager
@@ -103,3 +104,20 @@ def test_what_is_no_range_is_refused(text: str, monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(ValueError, match=f"{PORTS_VARIABLE} must be a port or a range"):
         allowed_ports()
+
+
+def test_a_reserved_port_is_given_to_nobody_else_but_rank_0_can_listen_there() -> None:
+    with reserved(0) as port:
+        # One that asks for this port without sharing it, as a connection that needs a port of its own would.
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False).get("key") == b"value"
+
+
+def test_a_port_that_is_taken_is_left_to_who_has_it() -> None:
+    with socket.create_server(("", 0)) as server:
+        taken = server.getsockname()[1]
+        with reserved(taken) as port:
+            assert port == taken

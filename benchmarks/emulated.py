@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_async
-from benchmarks.network import Link
+from benchmarks.network import Link, leave_other_processes
 from lightning_async.monitoring.diagnosis import RunFacts
 
 __all__ = ["LENET5_PARAMETERS", "QUIET", "RESNET18_PARAMETERS", "Step", "hush_lightning", "measure", "sizes_of"]
@@ -138,6 +138,7 @@ def _measure(
     warnings.filterwarnings("ignore")
     ranks, (node, nodes) = len(steps), place
     if nodes > 1:
+        leave_other_processes()
         # The host's name is this machine's, whose addresses it does not have.
         os.environ |= {"MASTER_ADDR": Link.ADDRESS, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
         os.environ["NODE_RANK"] = str(node)

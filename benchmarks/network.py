@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["HostThread", "Link"]
+__all__ = ["HostThread", "Link", "leave_other_processes"]
 
 _T = TypeVar("_T")
 _CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x20000000, 0x40000000
@@ -32,6 +32,20 @@ def _libc() -> ctypes.CDLL:
 def _check(result: int) -> None:
     if result != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def leave_other_processes() -> None:
+    """Lets the only thread of this process go on in a process that sees no other's, as on a host of its own.
+
+    Ranks that see each other's processes take shared memory, whatever network they are on. It does not return in the
+    process that calls it, which waits for the one that goes on, and ends as that does.
+    """
+    _check(_libc().unshare(_CLONE_NEWPID | _CLONE_NEWNS))
+    if first := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
+    _check(_libc().mount(None, b"/", None, _MS_REC_PRIVATE, None))
+    _check(_libc().mount(b"proc", b"/proc", b"proc", 0, None))
 
 
 class HostThread:
@@ -52,16 +66,11 @@ class HostThread:
     def enter(self) -> None:
         """Makes a fork, whose only thread calls this, a process of this host, which sees no other's processes.
 
-        It does not return in the process that calls it, which waits for the one that goes on, and ends as that does.
+        As with `leave_other_processes`, it does not return in the process that calls it.
         """
         with open(f"/proc/{self._pid}/task/{self.tid}/ns/net") as network:
             _check(_libc().setns(network.fileno(), _CLONE_NEWNET))
-        _check(_libc().unshare(_CLONE_NEWPID | _CLONE_NEWNS))
-        if first := os.fork():
-            code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
-            os._exit(code if code >= 0 else 128 - code)
-        _check(_libc().mount(None, b"/", None, _MS_REC_PRIVATE, None))
-        _check(_libc().mount(b"proc", b"/proc", b"proc", 0, None))
+        leave_other_processes()
 
     def ip(self, *arguments: str) -> None:
         """Runs ``ip`` or ``tc`` there; the first argument says which."""

@@ -22,6 +22,7 @@ from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.holder.intake import GradientIntake
 from lightning_async.holder.layout import FlatLayout, exchanged
+from lightning_async.holder.reserve import Reserve
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.team import Team
 from lightning_async.holder.types import HalfUpdatedError, Push, Snapshot, Update, WaitingPush
@@ -381,13 +382,19 @@ class Holder:
             applied: tells the tickets that are applied; called under the lock, as the observer is, so that the tickets
                 are those of the same version.
         """
+        # Memory is made ready first, so that no update waits for it.
+        with self._lock:
+            copied = [self._flat, *(each for optimizer in self._optimizers for each in optimizer.tensors())]
+        reserve = Reserve(copied)
         with self._lock:
             self._check_whole()
-            states = [optimizer.state_dict() for optimizer in self._optimizers]
+            states = [optimizer.state_dict(reserve.copy) for optimizer in self._optimizers]
             adapted = [optimizer.adapted() for optimizer in self._optimizers]
             version, counts = self._barrier.version, tuple(self._counts)
             gathered, policy = self._intake.gathered(self._barrier.filled), self._intake.policy_state()
-            return Snapshot(version, self._flat.clone(), states, adapted, tuple(applied()), counts, gathered, policy)
+            return Snapshot(
+                version, reserve.copy(self._flat), states, adapted, tuple(applied()), counts, gathered, policy
+            )
 
     def restore(
         self,

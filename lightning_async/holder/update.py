@@ -133,14 +133,23 @@ class HeldOptimizer:
             for group, before, now in changed:
                 group.update({key: before[key] for key, value in now.items() if group[key] is value})
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the optimizer's state dict, whose tensors own no more memory than their values take."""
-        copied = copy.deepcopy(self.optimizer.state_dict())
-        for state in copied["state"].values():
-            for key, value in state.items() if isinstance(state, dict) else ():
-                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-                    state[key] = value.clone()
-        return copied
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the optimizer's state that `state_dict` copies one by one."""
+        states = [state for state in self.optimizer.state.values() if isinstance(state, dict)]
+        return [value for state in states for value in state.values() if type(value) is Tensor]
+
+    def state_dict(self, copy_tensor: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
+        """A copy of the optimizer's state dict, whose tensors own no more memory than their values take.
+
+        Args:
+            copy_tensor: makes the copies of `tensors`.
+        """
+        state_dict = self.optimizer.state_dict()
+        states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
+        copies = {
+            id(value): copy_tensor(value) for state in states for value in state.values() if type(value) is Tensor
+        }
+        return copy.deepcopy(state_dict, copies)
 
     def adapted(self) -> list[dict[str, Any]]:
         """For each param group the values that the optimizer's own steps have changed; empty for most optimizers."""

@@ -59,8 +59,13 @@ def private_imports() -> Iterator[tuple[str, str]]:
             yield from ((file, name) for name in names if any(part.startswith("_") for part in name.split(".")))
 
 
-def private_uses() -> Iterator[tuple[str, str]]:
+@cache
+def private_uses() -> tuple[tuple[str, str], ...]:
     """Every ``other._name`` of the package, and every ``self._name`` that the package defines nowhere: file, name."""
+    return tuple(_find_private_uses())
+
+
+def _find_private_uses() -> Iterator[tuple[str, str]]:
     own = {name for tree in sources().values() for name in _defined(tree)}
     seen = set()
     for file, tree in sources().items():

@@ -102,7 +102,7 @@ def test_a_comparison_trains_reports_and_goes_on(
         "common: {trainer.max_epochs: 2, trainer.limit_train_batches: 2, trainer.limit_val_batches: 1}\n"
         "variants:\n"
         "- {name: one process, arguments: {trainer.strategy: auto, trainer.devices: 1}}\n"
-        "- {name: async, arguments: {trainer.strategy: async_amsgrad, trainer.devices: 2}}\n"
+        "- {name: async, arguments: {trainer.strategy: async_amsgrad_fork, trainer.devices: 2}}\n"
         "- {name: wrong, arguments: {trainer.strategy: nosuch}}\n"
     )
 

@@ -162,6 +162,18 @@ PROMISES = {
         seeds=[1, 2, 3],
         plots=["curves"],
     ),
+    "compare_wire_resnet18": Promise(
+        RESNET,
+        {"ranks": 2, "epochs": 5, "lr": 0.001, **ASYNC, "transport": "tcp"},
+        {
+            "variant": {
+                "fp32": {"wire": ("fp32", "fp32")},
+                "int8 gradients and parameters": {"wire": ("int8", "int8")},
+            }
+        },
+        seeds=[1, 2, 3],
+        plots=["curves"],
+    ),
 }
 
 

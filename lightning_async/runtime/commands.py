@@ -31,28 +31,38 @@ def start_or_refuse(
 def passing_signals_on(
     start: Callable[[], subprocess.Popen[bytes]],
 ) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
-    """SIGTERM goes to the command; Ctrl+C has reached it, and what becomes of it is its own.
+    """SIGTERM goes to the command, as do SIGUSR1 and SIGUSR2, by which schedulers ask for a checkpoint.
+
+    Ctrl+C has reached it already, and what becomes of that is its own.
 
     Args:
         start: starts the command. A signal that comes meanwhile would otherwise end this process and leave the command.
 
     Yields:
-        The command's process, and the signals that have come so far.
+        The command's process, and the signals to end that have come so far.
     """
     came: list[int] = []
+    # While the command is being started.
+    early: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: object) -> None:
-        came.append(number)
-        if number == signal.SIGTERM and process is not None:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            came.append(number)
+        if number == signal.SIGINT:
+            return
+        if process is None:
+            early.append(number)
+            return
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         process = start()
-        if signal.SIGTERM in came:
-            process.send_signal(signal.SIGTERM)
+        while early:
+            pass_on(early.pop(0), None)
         yield process, came
     finally:
         for number, handler in before.items():

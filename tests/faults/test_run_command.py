@@ -137,6 +137,22 @@ def test_a_signal_between_two_starts_is_the_end_at_once(
     assert starts(tmp_path) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_asks_for_a_checkpoint_goes_to_the_command_and_ends_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    script = f"trap 'echo asked > asked; exit 0' {number.name[3:]}; echo x > ready; while true; do sleep 0.1; done"
+
+    def ask(session: int) -> None:
+        assert eventually(lambda: (tmp_path / "ready").exists())
+        os.kill(session, number)
+
+    found = run(tmp_path, "--", "sh", "-c", script, timeout_s=20.0, meanwhile=ask)
+
+    assert found.returncode == 0, found.output
+    assert (tmp_path / "asked").exists()
+
+
 def test_a_signal_while_the_command_is_being_started_ends_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

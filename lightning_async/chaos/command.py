@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_async.chaos.striker import SIGNALS, Strike, Striker
-from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status
+from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status, start_or_refuse
 from lightning_async.runtime.whereabouts import FOLDER
 
 __all__ = ["chaos_main", "parse_ranks"]
@@ -42,15 +42,11 @@ def chaos_main(args: Sequence[str] | None = None) -> int:
     if not command:
         parser.error("what is to be run? lightning-async chaos --every 10 -- python train.py")
     with tempfile.TemporaryDirectory(prefix="lightning_async-chaos-") as folder:
-        started = time.monotonic()
-        try:
-            process = subprocess.Popen(command, env=os.environ | {FOLDER: folder})
-        except OSError as error:
-            parser.error(f"{command[0]} cannot be run: {error.strerror}")
-        striker = Striker(
-            process.pid, Path(folder), given.every, given.kind, given.ranks, given.seed, given.until, say=_say
-        )
-        with passing_signals_on(process):
+        started, environment = time.monotonic(), os.environ | {FOLDER: folder}
+        with passing_signals_on(lambda: start_or_refuse(parser, command, environment)) as (process, _):
+            striker = Striker(
+                process.pid, Path(folder), given.every, given.kind, given.ranks, given.seed, given.until, say=_say
+            )
             striker.run(lambda seconds: _ends_within(process, seconds))
             code = process.wait()
         striker.end_stopped()

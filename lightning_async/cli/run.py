@@ -6,15 +6,15 @@ import argparse
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from lightning_async.chaos.processes import descendants, parents
-from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status
+from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status, start_or_refuse
 from lightning_async.runtime.interrupts import INTERRUPTED
 from lightning_async.runtime.job import RESTARTS_VARIABLE, RUN_VARIABLE
 from lightning_async.strategies.launching import END_TIMEOUT_S, back_off_s
@@ -56,29 +56,28 @@ def run_main(args: Sequence[str] | None = None) -> int:
     count = 0
     while True:
         started = time.monotonic()
-        try:
-            process = subprocess.Popen(command, env=variables | {RESTARTS_VARIABLE: str(before + count)})
-        except OSError as error:
-            parser.error(f"{command[0]} cannot be run: {error.strerror}")
-        with passing_signals_on(process) as came:
+        environment = variables | {RESTARTS_VARIABLE: str(before + count)}
+        with passing_signals_on(partial(start_or_refuse, parser, command, environment)) as (process, came):
             code = process.wait()
-        status = shell_status(code)
-        ended = f"the command {describe_code(code)} after {time.monotonic() - started:.0f} s"
-        if code == 0 or came or status in (_WRONG_ARGUMENTS, INTERRUPTED):
-            return status
-        if count == given.max_restarts:
-            _say(f"{ended}, and was started again {count} times (--max-restarts): it is not started any more")
-            return status
-        count += 1
-        delay_s = back_off_s(count)
-        when = f" in {delay_s:g} s" if delay_s else ""
-        _say(f"{ended}; it is started again{when} ({count} of {given.max_restarts})")
-        try:
+            status = shell_status(code)
+            ended = f"the command {describe_code(code)} after {time.monotonic() - started:.0f} s"
+            if code == 0 or came or status in (_WRONG_ARGUMENTS, INTERRUPTED):
+                return status
+            if count == given.max_restarts:
+                _say(f"{ended}, and was started again {count} times (--max-restarts): it is not started any more")
+                return status
+            count += 1
+            delay_s = back_off_s(count)
+            when = f" in {delay_s:g} s" if delay_s else ""
+            _say(f"{ended}; it is started again{when} ({count} of {given.max_restarts})")
             # Ranks that rank 0 has left behind have the GPUs.
-            _end_orphans(END_TIMEOUT_S)
-            time.sleep(delay_s)
-        except KeyboardInterrupt:
-            return INTERRUPTED
+            _end_orphans(END_TIMEOUT_S, came)
+            deadline = time.monotonic() + delay_s
+            while time.monotonic() < deadline and not came:
+                time.sleep(min(_LOOK_S, delay_s))
+            if came:
+                # As the first process of a container this one would not even be ended by it.
+                return shell_status(-came[0])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,13 +105,24 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_orphans(timeout_s: float) -> None:
-    """Gives what the command has left behind ``timeout_s`` to end by itself, then kills it."""
-    deadline = time.monotonic() + timeout_s
-    while left := descendants(os.getpid(), parents()):
-        if time.monotonic() > deadline:
+def _end_orphans(timeout_s: float, came: Sequence[int]) -> None:
+    """Gives what the command has left behind ``timeout_s`` to end by itself, then kills it, and waits as long again.
+
+    Args:
+        timeout_s: the time.
+        came: signals that tell this process to end, which then waits for nobody.
+    """
+    started = time.monotonic()
+    while (left := descendants(os.getpid(), parents())) and not came:
+        waited_s = time.monotonic() - started
+        if waited_s > 2 * timeout_s:
+            pids = ", ".join(map(str, sorted(left)))
+            _say(f"what the command has left does not end, although it was killed: process {pids}. It stays")
+            break
+        if waited_s > timeout_s:
             for pid in left:
-                with suppress(ProcessLookupError):
+                # It may have ended just now, or be another user's.
+                with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(_LOOK_S)
     # They have no other parent that would ask for their status.

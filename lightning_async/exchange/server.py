@@ -20,6 +20,7 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.holder.placement import HolderPlacement
+from lightning_async.holder.types import HalfUpdatedError
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError, describe_error
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
@@ -366,6 +367,9 @@ class Server:
                 self._on_lost(worker, str(error))
             else:
                 self._latch.explain_loss(lambda: RunFailure(worker, str(error)))
+        elif isinstance(error, HalfUpdatedError):
+            # What has broken the update off says so itself, a moment later.
+            self._latch.explain_loss(lambda: RunFailure(0, str(error)))
         else:
             # Whatever goes wrong here must end the run: the worker waits for an answer. First of all, since there may
             # be no memory to log it.

@@ -151,9 +151,11 @@ class Holder:
         Raises:
             ValueError: if the worker does not hold the version that it says it read.
             WorkerFailedError: if the run has failed.
+            HalfUpdatedError: if an update was broken off; what is made of it by another one would look whole.
         """
         with self._lock:
             self._latch.check()
+            self._check_updated()
             reader = (push.worker, push.slot)
             held = self._barrier.held(reader)
             if held != push.version_read:
@@ -209,9 +211,11 @@ class Holder:
 
         Raises:
             WorkerFailedError: if the run has failed.
+            HalfUpdatedError: as by `try_push`.
         """
         with self._lock:
             self._latch.check()
+            self._check_updated()
             joined = self._in_a_row(waiting)
             if len(joined) < 2:
                 return []
@@ -438,11 +442,14 @@ class Holder:
         self._team.close()
 
     def _check_whole(self) -> None:
-        """Refuses to show what is half updated: this thread's own update was interrupted.
+        """Refuses to show what is half updated: this thread's own update was interrupted, or one was broken off.
 
         Raises:
             HalfUpdatedError: if it was.
         """
+        self._check_updated()
+
+    def _check_updated(self) -> None:
         if self._is_changing:
             raise HalfUpdatedError(
                 "parameters and optimizer states are half updated: a signal's handler, or an error, came in the middle "

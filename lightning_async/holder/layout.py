@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.holder.hyperparams import HyperparamLayout
 
-__all__ = ["FlatLayout", "all_parameters", "describe_model", "exchanged", "exchanged_parameters"]
+__all__ = ["FlatLayout", "all_parameters", "describe_model", "exchanged", "exchanged_parameters", "laid_out_like"]
 
 
 def exchanged(parameter: Tensor) -> bool:
@@ -37,6 +37,27 @@ def all_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def exchanged_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """An optimizer's parameters that travel, in the order of its groups."""
     return [parameter for parameter in all_parameters(optimizer) if exchanged(parameter)]
+
+
+def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """What an optimizer keeps for a parameter, in the memory order of the parameter; itself if it is in that order.
+
+    Torch's fused kernels go over both memories in one order, without a look at the strides. A state that was saved for
+    a module in channels_last is in the order of that.
+
+    Args:
+        value: of any shape; one of another shape than the parameter's is left as it is.
+        parameter: whose it is.
+
+    Examples:
+        >>> saved = torch.arange(6.0).view(1, 2, 3, 1).to(memory_format=torch.channels_last)
+        >>> laid_out = laid_out_like(saved, torch.zeros(1, 2, 3, 1))
+        >>> torch.equal(laid_out, saved), laid_out.is_contiguous(), saved.is_contiguous()
+        (True, True, False)
+    """
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 class FlatLayout:

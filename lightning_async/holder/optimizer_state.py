@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.holder.held_state import HeldState, OptimizerStateError, StateByPlace, StateElsewhere
-from lightning_async.holder.layout import exchanged_parameters
+from lightning_async.holder.layout import exchanged_parameters, laid_out_like
 
 __all__ = ["OptimizerStates", "state_by_place"]
 
@@ -188,12 +188,13 @@ def state_by_place(optimizer: torch.optim.Optimizer, owned: Sequence[Tensor] | N
 
 
 def _beside(value: Any, owned: Sequence[Tensor], key: Any) -> Any:
-    """The value with its tensors where the parameter is, but for the step, which is counted on the host."""
+    """The value with its tensors where and as the parameter is, but for the step, which is counted on the host."""
     if not isinstance(value, Mapping) or not isinstance(key, int) or key >= len(owned):
         return value
-    device = owned[key].device
+    own = owned[key]
     return {
-        name: item.to(device) if isinstance(item, Tensor) and name != "step" else item for name, item in value.items()
+        name: laid_out_like(item.to(own.device), own) if isinstance(item, Tensor) and name != "step" else item
+        for name, item in value.items()
     }
 
 

@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from lightning_async.holder.amsgrad import UnsupportedOptimizerError, check_optimizer
 from lightning_async.holder.held_state import HeldState
 from lightning_async.holder.hyperparams import make_plain
-from lightning_async.holder.layout import exchanged
+from lightning_async.holder.layout import exchanged, laid_out_like
 
-__all__ = ["assemble", "check_steppable", "dismantle", "is_amsgrad", "rebuild", "step_without_hooks"]
+__all__ = [
+    "assemble",
+    "check_steppable",
+    "dismantle",
+    "is_amsgrad",
+    "lay_out_state",
+    "rebuild",
+    "step_without_hooks",
+]
 
 # Of the function that torch puts around every optimizer's step.
 _HOOKS_AROUND: Any = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
@@ -116,7 +124,18 @@ def rebuild(template: torch.optim.Optimizer, params: Sequence[Sequence[nn.Parame
                 and value.shape == parameter.shape
             ):
                 state[key] = value.to(parameter.device, parameter.dtype)
+    lay_out_state(optimizer)
     return optimizer
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Puts what an optimizer keeps for its parameters into the memory order of these, in place."""
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = laid_out_like(value, parameter)
 
 
 def dismantle(optimizer: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -15,7 +15,7 @@ __all__ = ["HalfUpdatedError", "Push", "Snapshot", "Update", "WaitingPush"]
 
 
 class HalfUpdatedError(RuntimeError):
-    """The holder was to be read in the middle of an update, by the very thread that makes it."""
+    """The holder was to be read, or updated further, in the middle of an update, or after one that was broken off."""
 
 
 class Push(NamedTuple):

@@ -16,7 +16,7 @@ from lightning_async.holder.amsgrad import AMSGrad, convert_to_amsgrad_state, ho
 from lightning_async.holder.fused import FusedUpdate, Step
 from lightning_async.holder.held_state import StateByPlace, same_state
 from lightning_async.holder.hyperparams import KERNEL_KEYS, HyperparamLayout, make_plain
-from lightning_async.holder.rebuild import is_amsgrad, rebuild
+from lightning_async.holder.rebuild import is_amsgrad, lay_out_state, rebuild
 from lightning_async.holder.step_update import FusedSGDUpdate, StepUpdate
 from lightning_async.holder.team import Team
 from lightning_async.policies.momentum import corrected_group
@@ -190,8 +190,7 @@ class HeldOptimizer:
         wanted = {**own, "state": copy.deepcopy(dict(state))}
         if isinstance(self.optimizer, AMSGrad):
             convert_to_amsgrad_state(wanted)
-        self.optimizer.load_state_dict(wanted)
-        self._update.forget()
+        self._load_state_dict(wanted)
         return True
 
     def load(self, state: Mapping[str, Any]) -> bool:
@@ -207,13 +206,17 @@ class HeldOptimizer:
             loaded.update({key: mine[key] for key in KERNEL_KEYS if key in mine})
             for key in mine.keys() - loaded.keys() - {"params"}:
                 loaded[key] = mine[key]
-        self.optimizer.load_state_dict(own)
+        self._load_state_dict(own)
         for group in self.optimizer.param_groups:
             make_plain(group)
-        self._update.forget()
         self._assigned = self.hyperparams.read(self.optimizer.param_groups)
         self._before_steps = self._own_values()
         return converted
+
+    def _load_state_dict(self, wanted: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(wanted)
+        lay_out_state(self.optimizer)
+        self._update.forget()
 
     def _own_values(self) -> list[dict[str, Any]]:
         skipped = {"params", *KERNEL_KEYS}

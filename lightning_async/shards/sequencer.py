@@ -149,6 +149,7 @@ class SequencingHolder(Holder):
         self, push: Push, parked_s: float = 0.0, reads_next: Callable[[], bool] = lambda: False
     ) -> Update | None:
         with self._lock:
+            self._check_told()
             gradients, present = self._own_gradients(push)
             own = push._replace(gradients=gradients, flat=None if push.flat is None else push.flat[self._plan.part(0)])
             with self._ahead():
@@ -270,6 +271,9 @@ class SequencingHolder(Holder):
     @override
     def _check_whole(self) -> None:
         super()._check_whole()
+        self._check_told()
+
+    def _check_told(self) -> None:
         if self._is_ahead:
             raise HalfUpdatedError(
                 "the holder's first shard is one update ahead of the others: a signal's handler, or an observer, came "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -13,8 +15,11 @@ import torch
 
 __all__ = ["WholeFile"]
 
+log = logging.getLogger(__name__)
+
 # Python's lock is free while a piece is written, so that the workers are served.
 _PIECE_BYTES = 1 << 20
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EISDIR, errno.EACCES)
 
 
 class WholeFile:
@@ -126,8 +131,17 @@ def _is_gone(pid: str) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Has the new name outlive a power cut where the file system can do that; the file is in its place already."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError as error:
+        log.debug("%s may be written to and not read: %s", folder, error)
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Network and FUSE file systems: their folders are no files.
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)

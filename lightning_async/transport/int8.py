@@ -8,7 +8,8 @@ A block of 256 values has one fp32 scale, its largest magnitude over 127: 1.016 
   same copy, so errors do not add up: the next difference has the last one's error in it.
 
 All of it is elementwise, in the flat buffers' dtype, so it is the same on every machine and with any number of threads.
-A block in which a value is not finite arrives as NaN, and is left out of what is sent later.
+A block in which a value is not finite arrives as NaN, and is left out of what is sent later. Of a gradient that will be
+rejected nothing is sent later, and nothing that was lost before goes with it.
 """
 
 from __future__ import annotations
@@ -133,6 +134,9 @@ class GradientWire(Wire):
 
     @override
     def encode(self, payload: Tensor, message: Message) -> Iterator[Tensor]:
+        if isinstance(message, Push) and not message.finite:
+            yield from self._encode_rejected(payload)
+            return
         optimizer = message.optimizer if isinstance(message, Push) else 0
         start = self._starts[optimizer]
         lost = self.lost[start : start + payload.numel()]
@@ -157,6 +161,16 @@ class GradientWire(Wire):
             yield data
             for begin, end, scales, codes in chunks:
                 dequantize(scales, codes, out[begin:end])
+
+    def _encode_rejected(self, payload: Tensor) -> Iterator[Tensor]:
+        """A gradient that will be rejected, NaN where it is not finite: what was lost is not to go with it.
+
+        Nor is what it loses itself to come with a later one: where some of it is infinite, the rest may be huge.
+        """
+        for data, chunks in self._staging.pieces(payload.numel()):
+            for begin, end, scales, codes in chunks:
+                quantize(payload[begin:end].clone(), scales, codes)
+            yield data
 
     def _absent(self, message: Message, optimizer: int) -> list[slice]:
         if not isinstance(message, Push) or not message.present:

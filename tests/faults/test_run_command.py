@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,71 @@ def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
     assert found.returncode == 0, found.output
     assert starts(tmp_path) == 2
     assert not Path(f"/proc/{(tmp_path / 'left').read_text().strip()}").exists()
+
+
+def test_what_cannot_be_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_async.cli.run.END_TIMEOUT_S", 0.1)
+    # In the midst of a driver's call, or another user's.
+    monkeypatch.setattr("lightning_async.cli.run.descendants", lambda root, parents: {1})
+
+    found = run(tmp_path, "--", "sh", "-c", COUNT + "test $n = 2", timeout_s=20.0)
+
+    assert found.returncode == 0, found.output
+    assert "[run] what the command has left does not end, although it was killed: process 1." in found.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_starts_is_the_end_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr("lightning_async.cli.run.back_off_s", lambda count: 60.0)
+
+    def announce(text: str) -> None:
+        (tmp_path / "said").write_text(text)
+
+    monkeypatch.setattr("lightning_async.cli.run._say", announce)
+
+    def send(session: int) -> None:
+        assert eventually(lambda: (tmp_path / "said").exists())
+        os.kill(session, number)
+
+    found = run(tmp_path, "--", "sh", "-c", COUNT + "exit 1", timeout_s=20.0, meanwhile=send)
+
+    # It has ended by itself, as the first process of a container has to.
+    assert found.returncode == 128 + number, found.output
+    assert starts(tmp_path) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_asks_for_a_checkpoint_goes_to_the_command_and_ends_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    script = f"trap 'echo asked > asked; exit 0' {number.name[3:]}; echo x > ready; while true; do sleep 0.1; done"
+
+    def ask(session: int) -> None:
+        assert eventually(lambda: (tmp_path / "ready").exists())
+        os.kill(session, number)
+
+    found = run(tmp_path, "--", "sh", "-c", script, timeout_s=20.0, meanwhile=ask)
+
+    assert found.returncode == 0, found.output
+    assert (tmp_path / "asked").exists()
+
+
+def test_a_signal_while_the_command_is_being_started_ends_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+
+    def terminated_meanwhile(*arguments: Any, **more: Any) -> Any:
+        process = start(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", terminated_meanwhile)
+    found = run(tmp_path, "--", "sleep", "60", timeout_s=20.0)
+
+    assert found.returncode == 128 + signal.SIGTERM, found.output
 
 
 def test_sigterm_ends_the_command_and_is_no_reason_to_start_it_again(tmp_path: Path) -> None:

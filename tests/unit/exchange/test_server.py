@@ -16,7 +16,7 @@ from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.exchange.service import HolderSpec
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.types import Update
-from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.failure import FailureLatch, RunFailure
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.codec import encode
@@ -245,3 +245,30 @@ def test_the_end_of_a_worker_that_is_out_is_no_news(served: Served) -> None:
 
     assert eventually(lambda: served.lost)
     assert [rank for rank, _ in served.lost] == [2]
+
+
+@pytest.mark.parametrize("known", [None, RunFailure(0, "KeyboardInterrupt")])
+def test_after_an_update_that_was_broken_off_the_run_ends_with_what_has_broken_it(
+    monkeypatch: pytest.MonkeyPatch, known: RunFailure | None
+) -> None:
+    monkeypatch.setattr("lightning_async.runtime.failure._NEWS_TIMEOUT_S", 10.0 if known else 0.05)
+    served = Served("shm")
+    peer = served.come(1)
+    ticket, version = peer.draw()[0], peer.pull()
+    served.service.holder._is_changing = True
+
+    waiting = peer.push(version, ticket)
+    if known is not None:
+        # Rank 0's own thread says so once its callbacks have been told.
+        assert not eventually(lambda: served.latch.failure is not None, timeout_s=0.2)
+        served.latch.trip(known)
+
+    assert isinstance(waiting.ended(), ChannelClosedError)
+    assert eventually(lambda: served.latch.failure is not None)
+    failure = served.latch.failure
+    assert failure is not None and (failure == known or "half updated" in failure.reason) and failure.rank == 0
+    assert served.applied == []
+    served.service.close()
+    peer.channel.close()
+    served.entrance.close()
+    served.latch.free_reserve()

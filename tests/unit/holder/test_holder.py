@@ -16,7 +16,7 @@ from lightning_async import AMSGrad
 from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout
-from lightning_async.holder.types import Push, Update
+from lightning_async.holder.types import HalfUpdatedError, Push, Update
 from lightning_async.policies.base import Arrival, StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from tests.harness import Call, Exchange
@@ -409,3 +409,29 @@ def test_a_holder_refuses_other_rules_while_a_worker_computes() -> None:
         exchange.holder.adjust(3, "wait", 1, StalenessPolicy(), None)
     push(exchange, 0, 0)
     assert exchange.holder.version == 1
+
+
+def test_what_an_interrupted_update_has_left_is_no_more_whole_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = build()
+    holder = exchange.holder
+    for worker in (0, 1):
+        pull(exchange, worker)
+    step = holder._intake.take
+
+    def interrupted(*arguments: Any) -> None:
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(holder._intake, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        push(exchange, 0, 0)
+    monkeypatch.undo()
+
+    with pytest.raises(HalfUpdatedError):
+        push(exchange, 1, 0)
+    with pytest.raises(HalfUpdatedError):
+        holder.push_together([])
+    # The gradient is in the parameters, and its batch does not count: as a checkpoint it would be computed again.
+    with pytest.raises(HalfUpdatedError):
+        holder.snapshot()
+    assert holder.version == 0 and exchange.updates == []

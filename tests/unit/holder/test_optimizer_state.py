@@ -350,3 +350,17 @@ def test_what_cannot_have_a_gradient_is_left_out_and_an_empty_group_is_skipped(
     for parameter, other in zip(parameters, twins, strict=True):
         torch.testing.assert_close(parameter, other)
     assert {*optimizer.state} <= {*parameters}
+
+
+def test_a_state_is_shown_in_the_memory_order_of_its_parameter() -> None:
+    # Torch's fused kernels rely on that, of a checkpoint that is gone on with on a single device, too.
+    parameter = nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    optimizer = AMSGrad([parameter])
+    kept = torch.arange(96.0).view(2, 3, 4, 4)
+
+    states = OptimizerStates([optimizer], lambda index: {0: {"step": torch.tensor(1.0), "exp_avg": kept}}, lambda: 1)
+
+    shown = optimizer.state[parameter]["exp_avg"]
+    assert torch.equal(shown, kept) and shown.stride() == parameter.stride() != kept.stride()
+    # To look at it is no change.
+    assert same_state({0: {"step": torch.tensor(1.0), "exp_avg": kept}}, states.changes()[0])

@@ -355,3 +355,50 @@ def test_what_can_be_stepped_is_accepted_and_left_as_it_was(name: str) -> None:
     assert differing(parameters(), params) == []
     assert optimizer.state_dict()["param_groups"] == state["param_groups"]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("way", ["load", "load_state"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True),
+        lambda params: torch.optim.AdamW(params, lr=0.1),
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.5),
+        lambda params: torch.optim.RMSprop(params, lr=0.1),
+    ],
+    ids=["Adam with AMSGrad", "AdamW", "SGD", "Adagrad", "RMSprop"],
+)
+def test_a_state_that_was_saved_in_another_memory_order_is_gone_on_with(make: Make, way: str) -> None:
+    shape, generator = (4, 3, 5, 2), torch.Generator().manual_seed(3)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(6)]
+    # A module in channels_last, on a single device.
+    theirs = nn.Parameter(torch.randn(shape, generator=generator).to(memory_format=torch.channels_last))
+    single = make([theirs])
+    held_by = nn.Parameter(torch.zeros(shape))
+    held = HeldOptimizer(make([nn.Parameter(theirs.detach().clone())]), [[held_by]])
+    for gradient in gradients[:3]:
+        theirs.grad = gradient.to(memory_format=torch.channels_last)
+        single.step()
+    held_by.data.copy_(theirs.detach())
+
+    saved = copy.deepcopy(single.state_dict())
+    assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in saved["state"][0].values())
+    held.load(saved) if way == "load" else held.load_state(saved["state"])
+    for gradient in gradients[3:]:
+        theirs.grad = gradient.to(memory_format=torch.channels_last)
+        single.step()
+        held.apply([gradient], ())
+
+    assert torch.allclose(held_by, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_constructor_has_made_for_a_module_in_channels_last_is_saved_as_it_is() -> None:
+    theirs = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    held_by = nn.Parameter(torch.zeros(2, 3, 4, 5))
+    held = HeldOptimizer(torch.optim.Adagrad([theirs], lr=0.1), [[held_by]])
+    gradient = torch.arange(120.0).view(2, 3, 4, 5)
+
+    held.apply([gradient], ())
+
+    assert torch.equal(held.state_dict()["state"][0]["sum"], gradient**2)

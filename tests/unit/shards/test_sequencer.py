@@ -12,7 +12,7 @@ from lightning_async import AMSGrad
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.holder.held_state import same_state
 from lightning_async.holder.hyperparams import HyperparamLayout
-from lightning_async.holder.types import Push
+from lightning_async.holder.types import HalfUpdatedError, Push
 from lightning_async.policies.damping import AgeDamping
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 from lightning_async.shards import operations as told
@@ -204,3 +204,25 @@ def test_what_comes_in_the_middle_of_an_update_sees_no_half_of_it() -> None:
     assert "first shard is one update ahead of the others" in said[0]
     assert "were to CopyOut while this thread told them something else" in said[1]
     run.assert_same()
+
+
+def test_no_update_comes_after_one_that_the_other_shards_were_not_told_of() -> None:
+    run = Run(2)
+    run.train(1)
+    (process,) = run.rig.processes
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    process.on_push = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.train(1)
+    process.on_push = lambda: None
+
+    sharded = run.rig.sharded
+    version = sharded.try_pull(1, run.buffers.parameters)
+    views: list[Tensor | None] = [*run.rig.layout.views(run.buffers.gradient, 0)]
+    with pytest.raises(HalfUpdatedError, match="ahead of the others"):
+        sharded.try_push(Push(1, 0, version, views, run.groups, flat=run.buffers.gradient))
+    with pytest.raises(HalfUpdatedError, match="ahead of the others"):
+        sharded.snapshot()

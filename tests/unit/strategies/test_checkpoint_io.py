@@ -56,6 +56,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_error_says_so(
     assert torch.load(path) == {"number": 1}
 
 
+@pytest.mark.parametrize("call", ["fsync", "open"])
+def test_a_file_system_that_knows_no_sync_of_folders_is_no_reason_to_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    original = getattr(os, call)
+
+    def refuse_folders(what: Any, *arguments: Any) -> Any:
+        is_folder = os.path.isdir(f"/proc/self/fd/{what}" if call == "fsync" else what)
+        if is_folder and call == "fsync":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if is_folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(what, *arguments)
+
+    monkeypatch.setattr(os, call, refuse_folders)
+    WholeFileIO().save_checkpoint({"number": 1}, tmp_path / "a.ckpt")
+    monkeypatch.undo()
+
+    assert torch.load(tmp_path / "a.ckpt") == {"number": 1}
+    assert files_in(tmp_path) == ["a.ckpt"]
+
+
 def test_what_a_killed_process_has_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
     for name in ("last.ckpt", "hpc_ckpt_1.ckpt"):
         pid = os.fork()

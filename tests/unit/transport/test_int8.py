@@ -117,6 +117,22 @@ def test_what_is_not_finite_arrives_as_nan_and_spoils_nothing_that_is_sent_later
     assert sender.lost.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_rejected_leaves_nothing_behind_and_takes_nothing_with_it(value: float) -> None:
+    sender, receiver = gradients(1000)
+    passed(sender, receiver, normal(1000))
+    lost = sender.lost.clone()
+    # What overflows in one place is seldom small in the others: finite, and a step of theirs is beyond all gradients.
+    exploded = normal(1000, seed=1, scale=1e30)
+    exploded[300] = value
+
+    arrived = passed(sender, receiver, exploded, Push(worker=1, finite=False))
+
+    assert arrived[256:512].isnan().all()
+    assert torch.equal(sender.lost, lost)
+    assert passed(sender, receiver, normal(1000, seed=2)).abs().max() < 10.0
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-30, 3e38])
 def test_the_smallest_and_the_largest_numbers_are_passed(value: float) -> None:
     sender, receiver = gradients(1000)

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -83,7 +84,8 @@ def reserved(port: int) -> Iterator[int]:
 
     Lightning and torch's launcher look for a free port, let go of it, and start processes that listen at it seconds
     later; by then the system may have given it to any connection. A socket that is bound and does not listen holds
-    the port, and lets those share it that ask to (``SO_REUSEADDR``), as torch's stores do.
+    the port, and lets those share it that ask to (``SO_REUSEADDR``), as torch's stores do. Other systems than Linux do
+    not let them, so that the port is only found there.
 
     Args:
         port: which one; 0 is any that is free. One that is taken is left as it is: who listens at it will say so.
@@ -102,7 +104,10 @@ def reserved(port: int) -> Iterator[int]:
             holding.bind(("", port))
         except OSError as error:
             log.debug("port %d cannot be reserved: %s", port, error)
-        yield holding.getsockname()[1] or port
+        found = holding.getsockname()[1] or port
+        if sys.platform != "linux":
+            holding.close()
+        yield found
 
 
 def _addresses(host: str) -> list[tuple[int, str]]:

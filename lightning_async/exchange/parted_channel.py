@@ -53,7 +53,9 @@ class PartConnection:
         self._answer: Future[int] | None = None
         connection.survive_cuts(stall_s)
 
-    def begin(self, number: int, gradient: Tensor | None, parameters: Tensor, on_trouble: Callable[[int, str], None]) -> None:
+    def begin(
+        self, number: int, gradient: Tensor | None, parameters: Tensor, on_trouble: Callable[[int, str], None]
+    ) -> None:
         """Begins to exchange; `take` waits for the end.
 
         Args:
@@ -65,9 +67,13 @@ class PartConnection:
 
         def exchange() -> int:
             try:
-                return self._exchange(number, None if gradient is None else gradient[self.place], parameters[self.place])
+                return self._exchange(
+                    number, None if gradient is None else gradient[self.place], parameters[self.place]
+                )
             except Exception as error:
-                on_trouble(self.shard, describe_error(error) if not isinstance(error, ChannelClosedError) else str(error))
+                on_trouble(
+                    self.shard, describe_error(error) if not isinstance(error, ChannelClosedError) else str(error)
+                )
                 raise
 
         self._answer = self._errands.submit(exchange)

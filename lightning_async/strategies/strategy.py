@@ -60,6 +60,7 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, form_default_group, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
+from lightning_async.shards.spread import shards_of_host
 from lightning_async.strategies.checkpoint_io import WholeFileIO
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
@@ -79,6 +80,7 @@ from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
 from lightning_async.strategies.validation import (
     check_module,
     check_momentum,
+    refuse_beside_spread,
     refuse_finders,
     refuse_options,
     refuse_sync_batchnorm,
@@ -368,7 +370,12 @@ class AsyncStrategy(PhasedCollectives):
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
         for options in self._dial.possible(self._asked, self.world_size):
-            refuse_options(options, self.strategy_name, self.root_device, self.world_size, self.num_nodes)
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
+            if options.spreads(self.world_size, self.num_nodes):
+                measures = self._dial.is_measured(self.world_size, 1)
+                refuse_beside_spread(
+                    options, self.strategy_name, measures, self._resilience.goes_on, self.owner is not None
+                )
         try:
             check_module(module)
         except ValueError as error:
@@ -392,7 +399,11 @@ class AsyncStrategy(PhasedCollectives):
         if self.is_fitting and self.is_global_zero and self.world_size > 1:
             if self.options.holder == "process":
                 supervisor.start_holder_process()
-            supervisor.start_shard_processes(self.options.shards(self.world_size))
+            if not self.options.spreads(self.world_size, self.num_nodes):
+                supervisor.start_shard_processes(self.options.shards(self.world_size))
+        if self.is_fitting and self.local_rank == 0 and self.options.spreads(self.world_size, self.num_nodes):
+            shards = self.options.shards(self.world_size)
+            supervisor.start_shard_servers(shards_of_host(shards, self.node_rank, self.num_nodes))
         self.meet_by(None)
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
@@ -541,6 +552,7 @@ class AsyncStrategy(PhasedCollectives):
             stats=self.stats,
             observers=self.observers,
             spare_threads=self._spare_threads(),
+            num_nodes=self.num_nodes,
         )
         self._fit = set_up_fit(
             context,

@@ -184,6 +184,10 @@ class ShardServer:
             self._listener.close()
         for port in [*self._ports.values()]:
             port.close()
+        if self._sequencer is not None:
+            self._sequencer.shutdown()
+            with self._sending:
+                self._sequencer.close()
 
     # --- rank 0 ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +201,6 @@ class ShardServer:
         threading.Thread(target=self._follow, args=(connection,), name="follower", daemon=True).start()
 
     def _follow(self, connection: ControlConnection) -> None:
-        torch.set_num_threads(1)
         try:
             while (frame := receive_frame(connection, self._stall_s)) is not None:
                 number, place, operation, facts = frame

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from torch.utils.data import DataLoader
 
 from lightning_async import AsyncStrategy
 from lightning_async.runtime.listening import reserved
+from tests.faults.injector import Fault, pid_of
+from tests.faults.runs import FORK, explanations
+from tests.faults.train import Run, train
 from tests.integration.test_shards import Wide
-from tests.launch import launch, report
+from tests.launch import Launched, launch, report, session_processes
 from tests.models import fork_trainer, indexed_data, loader
 
 pytestmark = pytest.mark.timeout(120)
@@ -44,7 +50,7 @@ def differences(one: Path, other: Path) -> list[str]:
         for key, value in entry.items()
         if not torch.equal(value, theirs[place][key])
     ]
-    found += [key for key in ("version", "epoch") if first["async_amsgrad"][key] != second["async_amsgrad"][key]]
+    found += [key for key in ("version",) if first["async_amsgrad"][key] != second["async_amsgrad"][key]]
     return found + ["places"] * (state.keys() != theirs.keys())
 
 
@@ -59,3 +65,74 @@ def test_on_one_host_it_is_the_fit_without_and_is_resumed_with_another_number(tm
 
     assert run.returncode == 0, run.output
     assert run.report(0)["differences"] == []
+
+
+def on_two_hosts(train: Callable[[Path], object], folder: Path, **options: Any) -> Launched:
+    """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
+
+    def script(folder: Path) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        other = os.fork()
+        os.environ["NODE_RANK"] = "1" if other == 0 else "0"
+        if other == 0:
+            descriptor = os.open(folder / "host1.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+        code = 1
+        try:
+            train(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        if other == 0:
+            os._exit(code)
+        os.waitpid(other, 0)
+        sys.exit(code)
+
+    with reserved(0) as port:
+        return launch(script, folder, **options)
+
+
+def test_on_two_hosts_it_is_the_fit_without(tmp_path: Path) -> None:
+    def train(folder: Path) -> None:
+        fit(folder, "whole", epochs=1, nodes=2)
+        fit(folder, "spread", epochs=1, nodes=2, holder_shards=4)
+
+    run = on_two_hosts(train, tmp_path)
+
+    assert run.returncode == 0, run.output + (tmp_path / "host1.txt").read_text()
+    assert differences(tmp_path / "whole.ckpt", tmp_path / "spread.ckpt") == []
+
+
+def shard_servers(session: int) -> list[int]:
+    """The processes of a run's shards, in the order in which they were started."""
+    processes = sorted(session_processes(session))
+    return [pid for pid in processes if b"shard_server_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("strike", "failure"),
+    [
+        ("shard", "rank 1 failed: its process for shard 1 of the holder was killed by SIGKILL"),
+        ("worker", "rank 1 failed: its process was killed by SIGKILL"),
+    ],
+)
+def test_the_end_of_a_shard_or_of_a_rank_on_another_host_is_named_on_both(
+    tmp_path: Path, strike: str, failure: str
+) -> None:
+    faults = (Fault(1, 5, "kill"),) if strike == "worker" else ()
+    run = Run(faults, ranks=1, strategy=FORK | {"holder_shards": 2}, trainer={"max_epochs": 200, "num_nodes": 2})
+
+    def kill(session: int) -> None:
+        pid_of(tmp_path, 1)
+        time.sleep(0.2)
+        (shard,) = shard_servers(session)
+        os.kill(shard, signal.SIGKILL)
+
+    ended = on_two_hosts(lambda folder: train(run, folder), tmp_path, meanwhile=kill if strike == "shard" else None)
+
+    other = (tmp_path / "host1.txt").read_text()
+    assert ended.returncode == 1, ended.output
+    for output in (ended.output, other):
+        assert set(explanations(output)) == {failure}, output

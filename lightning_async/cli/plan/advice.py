@@ -56,7 +56,8 @@ def advise(
     if end is None:
         said.append(f"Neither holder nor link is full with up to {every[-1].workers:,} workers.")
     else:
-        where = "The holder" if end.holder_load >= end.link_load else "Rank 0's link"
+        link = "Rank 0's link" if costs.spread == 1 else "The busiest host's link"
+        where = "The holder" if end.holder_load >= end.link_load else link
         said.append(f"{where} is full with {end.workers:,} workers: more of them bring no more gradients.")
     return said
 

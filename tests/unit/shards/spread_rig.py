@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import queue
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from lightning_async.holder.types import Update
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
 from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.listener import Listener
 from lightning_async.shards.operations import ShardSpec
 from lightning_async.shards.shard_server import ShardServer
 from lightning_async.shards.spread import SpreadShards
-from tests.harness import Entrance
 from tests.unit.shards.rig import parameters_of
 
 SHAPES = [(5, 11), (3,), (40,)]
-TIMEOUT_S = 20.0
+
+_T = TypeVar("_T")
 
 
 class ServedShard:
@@ -43,28 +45,41 @@ class ServedShard:
 
 
 class Spread:
-    """Rank 0 and the other ranks of a run, each with an engine; ``updates`` are the holder's."""
+    """Rank 0 and the other ranks of a run, each with an engine; ``updates`` are the holder's.
 
-    def __init__(self, shards: int, workers: int, starter: int = 1, **options: Any) -> None:
+    Rank 1 starts the shards' processes. ``run`` calls what is given on a rank's host, and ``address`` is rank 0's.
+    """
+
+    def __init__(
+        self,
+        shards: int,
+        workers: int,
+        run: Callable[[int, Callable[[], Any]], Any] = lambda rank, call: call(),
+        address: str = "127.0.0.1",
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+        **options: Any,
+    ) -> None:
+        starter, self._run, self.shapes = 1, run, shapes
         self.options = ExchangeOptions(transport="tcp", holder_shards=shards, **options)
         self.workers = workers
         self.latches = [FailureLatch() for _ in range(workers)]
-        self.entrance = Entrance(workers, self.latches[0])
+        self.heartbeats = run(0, lambda: Heartbeats(0, self.latches[0], 60.0))
+        self.listener = run(0, lambda: Listener(address, workers, self.heartbeats))
         self.shards = [ServedShard(shard, starter) for shard in range(1, shards)]
         self.told = ["[]"] * workers
-        self._addresses: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.updates: list[Update] = []
-        self.parameters = [parameters_of(SHAPES) for _ in range(workers)]
+        self.parameters = [parameters_of(shapes) for _ in range(workers)]
         self.optimizers = [AMSGrad(own, lr=0.05, weight_decay=0.01) for own in self.parameters]
         # The starter of the shards' processes first, since the others are told of them.
         self.spread: dict[int, SpreadShards] = {
-            rank: self._spread(rank) for rank in sorted(range(workers), key=lambda rank: rank != starter)
+            rank: run(rank, lambda rank=rank: self._spread(rank))
+            for rank in sorted(range(workers), key=lambda rank: rank != starter)
         }
         self.engines: dict[int, Engine] = {}
         # A starter offers while rank 0 builds its engine.
         for rank in reversed(range(workers)):
             self.spread[rank].prepare([self.optimizers[rank]], 0)
-        self.engines[0] = self._engine(0)
+        self.join(0)
         assert self.service is not None
         self.service.begin_epoch(range(10**6))
         self.service.open(10**6)
@@ -77,9 +92,7 @@ class Spread:
                 self.told[rank] = text
             return self.told
 
-        return SpreadShards(
-            rank, self.workers, self.options, self.latches[rank], own, self.entrance.listener.address, gather
-        )
+        return SpreadShards(rank, self.workers, self.options, self.latches[rank], own, self.listener.address, gather)
 
     @property
     def service(self) -> Any:
@@ -87,7 +100,7 @@ class Spread:
 
     def join(self, rank: int) -> Engine:
         """Builds another rank's engine."""
-        self.engines[rank] = self._engine(rank)
+        self.engines[rank] = self._run(rank, lambda: self._engine(rank))
         return self.engines[rank]
 
     def _engine(self, rank: int) -> Engine:
@@ -102,7 +115,7 @@ class Spread:
             optimizers=[self.optimizers[rank]],
             options=self.options,
             latch=self.latches[rank],
-            listener=self.entrance.listener if rank == 0 else None,
+            listener=self.listener if rank == 0 else None,
             stats=RunStats(self.workers),
             observers=[lambda update, tickets: self.updates.append(update)] if rank == 0 else [],
             version=0,
@@ -117,7 +130,7 @@ class Spread:
 
     def compute(self, rank: int, step: int) -> None:
         """Gives a rank a gradient that depends on its rank and the step."""
-        for parameter, gradient in zip(self.parameters[rank], gradients_of(rank, step), strict=True):
+        for parameter, gradient in zip(self.parameters[rank], gradients_of(rank, step, self.shapes), strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.copy_(gradient)
@@ -130,10 +143,11 @@ class Spread:
         for shard in self.shards:
             shard.server.wait_until_over()
             shard.server.close()
-        self.entrance.close()
+        self.listener.close()
+        self.heartbeats.close()
 
 
-def gradients_of(rank: int, step: int) -> list[Tensor]:
+def gradients_of(rank: int, step: int, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
     """What `Spread.compute` gives."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator) for shape in shapes]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ from torch import Tensor
 
 from lightning_async import AMSGrad
 from lightning_async.exchange.parted_channel import PartConnection
+from lightning_async.exchange.shared_payload import SharedPayload
 from lightning_async.holder.held_state import same_state
 from lightning_async.runtime import failure as failures
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
+from lightning_async.runtime.handshake import CONTROL, SEQUENCER, HandshakeError, handshake
+from lightning_async.shards.operations import CopyOut, Serve
+from lightning_async.shards.shard_server import _Port
+from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Part
 from tests.harness import Call, eventually
 from tests.unit.shards.rig import parameters_of
@@ -127,3 +134,102 @@ def test_a_worker_that_dies_in_mid_push_leaves_nothing_of_it_in_any_shard(
     failure = spread.latches[0].failure
     assert failure is not None and failure.rank == 1
     assert len(spread.updates) == 2 and spread.service.holder.version == before.version
+
+
+def test_a_gradient_of_which_a_part_is_late_waits_for_it_and_others_go_on(
+    made: list[Spread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = Spread(2, workers=3, max_staleness=None)
+    made.append(spread)
+    late = threading.Event()
+    exchange = PartConnection._exchange
+
+    def wait(self: PartConnection, number: int, gradient: Tensor | None, parameters: Tensor) -> int:
+        if self._worker == 2 and gradient is not None:
+            assert late.wait(20.0)
+        return exchange(self, number, gradient, parameters)
+
+    monkeypatch.setattr(PartConnection, "_exchange", wait)
+    spread.join(1)
+    spread.join(2)
+    held = Call(lambda: train(spread, 2, 1))
+    train(spread, 1, 3)
+
+    assert held.waits()
+    assert [update.push.worker for update in spread.updates] == [1, 1, 1]
+    late.set()
+    held.outcome()
+    assert spread.service.holder.version == 4
+
+
+def test_parameters_of_two_versions_are_no_answer(made: list[Spread], monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = Spread(2, workers=2, max_staleness=None)
+    made.append(spread)
+    spread.join(1)
+    monkeypatch.setattr(_Port, "announce", lambda self, version: self._sender.run(lambda: self._send(version + 1)))
+
+    with pytest.raises(WireError, match="shard 1 of the holder answers with version 1, the first one with 0"):
+        spread.engines[1].worker.pull()
+
+
+def test_a_shard_that_is_lost_ends_the_run_and_is_named(made: list[Spread]) -> None:
+    spread = Spread(2, workers=2, max_staleness=None)
+    made.append(spread)
+    spread.join(1)
+    train(spread, 1, 1)
+
+    spread.shards[0].server.close()
+    spread.compute(1, 1)
+    with pytest.raises(
+        WorkerFailedError, match="rank 1 failed: its process for shard 1 of the holder is lost by rank 1"
+    ):
+        spread.engines[1].worker.step(0)
+
+    failure = spread.latches[0].wait(10.0)
+    assert failure is not None and failure.rank == 1
+    assert "its process for shard 1 of the holder is lost by rank 0" in failure.reason
+    with pytest.raises(WorkerFailedError):
+        spread.service.snapshot()
+
+
+def test_a_shard_that_comes_to_something_else_ends_the_run(made: list[Spread]) -> None:
+    spread = Spread(2, workers=2, max_staleness=None)
+    made.append(spread)
+    spread.join(1)
+    (remote,) = spread.spread[0].remotes
+
+    remote.tell(1, 999, CopyOut(1, 0, version=7, reads=False))
+
+    failure = spread.latches[0].wait(10.0)
+    assert failure is not None
+    assert (
+        "shard 1 of the holder failed: OutOfStepError: rank 1 was to read version 7, and has read 0" in failure.reason
+    )
+
+
+def test_a_host_that_has_made_another_model_is_named(made: list[Spread]) -> None:
+    spread = Spread(2, workers=2, max_staleness=None)
+    made.append(spread)
+    (shard,), (remote,) = spread.shards, spread.spread[0].remotes
+    spec = shard.server._serving[1]
+    shard.offer(2, replace(spec, places=[0]))
+    reported: list[int] = []
+    link = remote.open(lambda place, answer: reported.append(place))
+
+    with SharedPayload(spec) as payload:
+        link.send(1000, Serve(payload.address))
+
+    failure = spread.latches[0].wait(10.0)
+    assert failure is not None and not reported
+    assert "rank 1, on its host, has places [0], and rank 0 has" in failure.reason
+
+
+def test_a_process_that_does_not_know_the_runs_token_is_not_let_in(made: list[Spread]) -> None:
+    spread = Spread(2, workers=2, max_staleness=None)
+    made.append(spread)
+    address = spread.spread[0]._sites[0].address
+
+    with pytest.raises(HandshakeError, match="does not know this run's token"):
+        handshake(replace(address, token="another"), 1, CONTROL, follower=1)
+    with pytest.raises(HandshakeError, match="a shard of the holder follows rank 0, once"):
+        handshake(address, 0, SEQUENCER)

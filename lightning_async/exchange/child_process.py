@@ -150,6 +150,12 @@ class ChildProcess:
             return None
         return describe_exit(code, self.name)
 
+    def kill(self) -> None:
+        """Kills it, which is no failure from here on; `end` is to follow."""
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+        self._process.kill()
+
     def end(self, last_message: Any) -> None:
         """Ends it; idempotent.
 

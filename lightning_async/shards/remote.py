@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
-from lightning_async.runtime.handshake import SEQUENCER, Address, handshake
+from lightning_async.runtime.handshake import SEQUENCER, Address, HandshakeError, handshake
 from lightning_async.shards import operations as told
 from lightning_async.shards.arrivals import Arrivals
 from lightning_async.shards.followers import FollowerLink, Report
@@ -65,7 +65,11 @@ class RemoteShard:
         if self._latch is not None:
             return
         self._latch = latch
-        self._connection, _ = handshake(self._address, 0, SEQUENCER)
+        try:
+            self._connection, _ = handshake(self._address, 0, SEQUENCER)
+        except (HandshakeError, ChannelClosedError) as error:
+            where = f"shard {self.shard} of the holder, on the host of rank {self._rank}"
+            raise type(error)(f"{where}: {error}") from error
         self._connection.survive_cuts(timeout_s)
         self._reader.start()
         latch.subscribe(lambda failure: self._break_off())

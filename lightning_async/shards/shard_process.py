@@ -82,14 +82,19 @@ class ShardServerProcess:
         with SharedPayload(spec) as payload:
             self._ask("offer", number, payload.address)
 
-    def end(self) -> None:
-        """Waits until rank 0 needs it no more, or the run has failed, and ends it; idempotent."""
-        if self._latch is not None and self._latch.failure is None and not self._child.is_gone:
+    def end(self, waits: bool = True) -> None:
+        """Ends it; idempotent.
+
+        Args:
+            waits: whether it goes on until rank 0 needs it no more, or the run has failed.
+        """
+        if waits and self._latch is not None and self._latch.failure is None and not self._child.is_gone:
             with contextlib.suppress(OSError):
                 # If it is gone, its heartbeat says so.
                 self._child.send(None)
             while self._latch.failure is None and not self._child.wait_until_gone(_LOOK_S):
                 continue
+        self._child.kill()
         self._child.end(None)
 
     def _ask(self, *question: Any) -> Any:

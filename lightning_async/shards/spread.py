@@ -34,7 +34,7 @@ from lightning_async.shards.remote import RemoteShard
 from lightning_async.shards.sequencer import SequencingHolder
 from lightning_async.shards.shard_process import ShardServerProcess
 from lightning_async.shards.template import check_can_be_cut, cuts_parameters
-from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.message import Message
 
 __all__ = ["ShardSite", "SpreadPlacement", "SpreadShards", "shards_of_host"]
@@ -214,8 +214,9 @@ class SpreadShards:
         for site in self._sites[: plan.count - 1]:
             try:
                 connection, _ = handshake(site.address, self._rank, CONTROL, follower=self._number)
-            except HandshakeError as error:
-                raise HandshakeError(f"at shard {site.shard} of the holder: {error}") from error
+            except (HandshakeError, ChannelClosedError) as error:
+                where = f"shard {site.shard} of the holder, on the host of rank {site.rank}"
+                raise type(error)(f"{where}: {error}") from error
             place = plan.part(site.shard)
             parts.append(PartConnection(self._rank, site.shard, place, connection, site.address.timeout_s))
         inner = dial()

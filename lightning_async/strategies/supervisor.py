@@ -112,6 +112,9 @@ class RunSupervisor:
             except BaseException as error:
                 # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
                 self._ranks.break_off(error)
+                if not isinstance(error, SIGTERMException):
+                    # Rank 0 still trains with them, and would not let go before it hears of this error.
+                    self._end_shard_servers(waits=False)
                 # Lightning does not tear a spawned rank down that fails.
                 if isinstance(self.launcher, ProcessLauncher):
                     self.on_failure()
@@ -242,9 +245,12 @@ class RunSupervisor:
             shard.end()
         let_go, self.let_go_of_shards = self.let_go_of_shards, _do_nothing
         let_go()
+        self._end_shard_servers(waits=True)
+
+    def _end_shard_servers(self, waits: bool) -> None:
         servers, self.shard_servers = self.shard_servers, []
         for server in servers:
-            server.end()
+            server.end(waits)
 
     def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""

@@ -117,13 +117,14 @@ def shard_servers(session: int) -> list[int]:
     ("strike", "failure"),
     [
         ("shard", "rank 1 failed: its process for shard 1 of the holder was killed by SIGKILL"),
+        ("raise", "rank 1 failed: InjectedError: injected into training_step"),
         pytest.param("worker", "rank 1 failed: its process ", marks=pytest.mark.soak),
     ],
 )
 def test_the_end_of_a_shard_or_of_a_rank_on_another_host_is_named_on_both(
     tmp_path: Path, strike: str, failure: str
 ) -> None:
-    faults = (Fault(1, 5, "kill"),) if strike == "worker" else ()
+    faults = {"worker": (Fault(1, 5, "kill"),), "raise": (Fault(1, 5, "raise"),)}.get(strike, ())
     run = Run(faults, ranks=1, strategy=FORK | {"holder_shards": 2}, trainer={"max_epochs": 200, "num_nodes": 2})
 
     def kill(session: int) -> None:

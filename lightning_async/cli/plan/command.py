@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         "--update-ms", type=float, metavar="MS", help="of the holder for an update, besides (estimated)"
     )
     parser.add_argument(
-        "--holder-shards", type=_count, default=1, metavar="S", help="parts of the holder: on one host, or with --bandwidth-gbit on as many as there are workers (1)"
+        "--holder-shards",
+        type=_count,
+        default=1,
+        metavar="S",
+        help="parts of the holder; with --bandwidth-gbit on several hosts (1)",
     )
     parser.add_argument("--gradients-per-update", type=_count, default=None, metavar="K")
     parser.add_argument("--max-staleness", default=None, metavar="T", help='a number, "auto" or "none"')

@@ -1,8 +1,8 @@
 """Workers, a link and a holder as queues: how many gradients a second, how stale, and what they wait for.
 
 Pure, and without gradients. Every worker computes, sends its gradient over rank 0's link, has it taken by the holder,
-gets parameters back over the link, and computes again. Link and holder serve one at a time, in the order of arrival. Where
-the holder's shards are spread over the workers' hosts, "the link" is that of the busiest host.
+gets parameters back over the link, and computes again. Link and holder serve one at a time, in the order of arrival.
+Where the holder's shards are spread over the workers' hosts, "the link" is that of the busiest host.
 """
 
 from __future__ import annotations

@@ -180,14 +180,12 @@ def test_a_shard_that_is_lost_ends_the_run_and_is_named(made: list[Spread]) -> N
 
     spread.shards[0].server.close()
     spread.compute(1, 1)
-    with pytest.raises(
-        WorkerFailedError, match="rank 1 failed: its process for shard 1 of the holder is lost by rank 1"
-    ):
+    with pytest.raises(WorkerFailedError, match="shard 1 of the holder is lost"):
         spread.engines[1].worker.step(0)
 
     failure = spread.latches[0].wait(10.0)
     assert failure is not None and failure.rank == 1
-    assert "its process for shard 1 of the holder is lost by rank 0" in failure.reason
+    assert "shard 1 of the holder is lost" in failure.reason
     with pytest.raises(WorkerFailedError):
         spread.service.snapshot()
 
@@ -196,15 +194,14 @@ def test_a_shard_that_comes_to_something_else_ends_the_run(made: list[Spread]) -
     spread = Spread(2, workers=2, max_staleness=None)
     made.append(spread)
     spread.join(1)
+    train(spread, 1, 1)
     (remote,) = spread.spread[0].remotes
 
     remote.tell(1, 999, CopyOut(1, 0, version=7, reads=False))
 
     failure = spread.latches[0].wait(10.0)
     assert failure is not None
-    assert (
-        "shard 1 of the holder failed: OutOfStepError: rank 1 was to read version 7, and has read 0" in failure.reason
-    )
+    assert "OutOfStepError: rank 1 was to read version 7, and has read 1" in failure.reason
 
 
 def test_a_host_that_has_made_another_model_is_named(made: list[Spread]) -> None:

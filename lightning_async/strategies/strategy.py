@@ -129,8 +129,9 @@ class AsyncStrategy(PhasedCollectives):
             on rank 0's host updates and copies it. ``"auto"`` is as many as training leaves cores of that host, 8 at
             most. The bits are the same with any number. One thread steps optimizers other than AMSGrad, Adam and AdamW.
         holder_shards: in how many parts the holder is: the first in rank 0's process, each other one in a process of
-            its own on that host, where all ranks must be. All apply the same gradients in the same order, so the bits
-            are those of one part. Worth it where ranks wait for a large model's update; see docs/tuning.md.
+            its own: on that host, or with ``num_nodes`` above 1 (or ``transport="tcp"``) on all hosts in turn. All
+            apply the same gradients in the same order, so the bits are those of one part. Worth it where ranks wait
+            for a large model's update or for rank 0's link; see docs/tuning.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
             less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:

@@ -103,7 +103,17 @@ class Spread:
         self.engines[rank] = self._run(rank, lambda: self._engine(rank))
         return self.engines[rank]
 
-    def _engine(self, rank: int) -> Engine:
+    def rebuild(self) -> None:
+        """Has all ranks build their engines anew, as where user code has changed the optimizers."""
+        former, version = dict(self.engines), self.service.holder.version
+        for rank in sorted(former, reverse=True):
+            former[rank].close()
+        for rank in reversed(range(self.workers)):
+            self.spread[rank].prepare([self.optimizers[rank]], version)
+        for rank in sorted(former):
+            self.engines[rank] = self._engine(rank, former[rank])
+
+    def _engine(self, rank: int, predecessor: Engine | None = None) -> Engine:
         def meet(address: str) -> str:
             if rank == 0:
                 self._address = address
@@ -122,6 +132,7 @@ class Spread:
             meet=meet,
             placement=self.spread[rank].placement(),
             connect=self.spread[rank].connect,
+            predecessor=predecessor,
         )
 
     def values(self, rank: int) -> Tensor:

@@ -106,6 +106,24 @@ def test_what_is_loaded_and_restored_is_in_all_shards(made: list[Spread]) -> Non
     assert same_state(second.service.optimizer_state(0), one.optimizer_states[0]["state"])
 
 
+def test_an_engine_that_takes_anothers_place_goes_on_from_what_its_shards_held(made: list[Spread]) -> None:
+    changed, plain = (Spread(3, workers=2, max_staleness=None) for _ in range(2))
+    made += [changed, plain]
+    for spread in made:
+        spread.join(1)
+        train(spread, 1, 2)
+
+    for optimizer in changed.optimizers:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(7))], "lr": 0.5})
+    changed.rebuild()
+    for spread in made:
+        train(spread, 0, 2)
+
+    one, other = changed.service.snapshot(), plain.service.snapshot()
+    assert torch.equal(one.parameters, torch.cat([other.parameters, torch.ones(7)]))
+    assert same_state(one.optimizer_states[0]["state"], other.optimizer_states[0]["state"])
+
+
 def test_a_worker_that_dies_in_mid_push_leaves_nothing_of_it_in_any_shard(
     made: list[Spread], monkeypatch: pytest.MonkeyPatch
 ) -> None:

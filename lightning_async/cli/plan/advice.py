@@ -78,7 +78,7 @@ def _verdict(focus: Forecast) -> str:
 
 _REASONS = {
     "holder": "holder cannot take so many gradients",
-    "link": "rank 0's link cannot carry so many gradients",
+    "link": "busiest link cannot carry so many gradients",
     "bound": "staleness bound makes workers wait",
     "workers": "workers wait for their answers one by one",
 }

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_async import AsyncStrategy
 from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault, pid_of
-from tests.faults.runs import FORK, explanations
+from tests.faults.runs import FORK, WORKER_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
 from tests.integration.test_shards import Wide
 from tests.launch import Launched, launch, report, session_processes
@@ -119,21 +119,24 @@ def shard_servers(session: int) -> list[int]:
         ("shard", "rank 1 failed: its process for shard 1 of the holder was killed by SIGKILL"),
         ("raise", "rank 1 failed: InjectedError: injected into training_step"),
         pytest.param("worker", "rank 1 failed: its process ", marks=pytest.mark.soak),
+        pytest.param("stop", "rank 1 failed: its process for shard 1 of the holder gave no", marks=pytest.mark.soak),
     ],
 )
 def test_the_end_of_a_shard_or_of_a_rank_on_another_host_is_named_on_both(
     tmp_path: Path, strike: str, failure: str
 ) -> None:
     faults = {"worker": (Fault(1, 5, "kill"),), "raise": (Fault(1, 5, "raise"),)}.get(strike, ())
-    run = Run(faults, ranks=1, strategy=FORK | {"holder_shards": 2}, trainer={"max_epochs": 200, "num_nodes": 2})
+    strategy = FORK | {"holder_shards": 2} | ({"worker_timeout": WORKER_TIMEOUT_S} if strike == "stop" else {})
+    run = Run(faults, ranks=1, strategy=strategy, trainer={"max_epochs": 200, "num_nodes": 2})
 
     def kill(session: int) -> None:
         pid_of(tmp_path, 1)
         time.sleep(0.2)
         (shard,) = shard_servers(session)
-        os.kill(shard, signal.SIGKILL)
+        os.kill(shard, signal.SIGSTOP if strike == "stop" else signal.SIGKILL)
 
-    ended = on_two_hosts(lambda folder: train(run, folder), tmp_path, meanwhile=kill if strike == "shard" else None)
+    meanwhile = None if faults else kill
+    ended = on_two_hosts(lambda folder: train(run, folder), tmp_path, meanwhile=meanwhile)
 
     other = (tmp_path / "host1.txt").read_text()
     assert ended.returncode == 1, ended.output

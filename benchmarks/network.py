@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["HostThread", "Link", "leave_other_processes"]
+__all__ = ["HostThread", "Link", "Network", "leave_other_processes"]
 
 _T = TypeVar("_T")
 _CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x20000000, 0x40000000
@@ -84,19 +84,25 @@ class HostThread:
         self._thread.shutdown()
 
 
-class Link:
-    """Two hosts and a switch between them; ``a`` has ``10.77.0.1`` and ``fd77::1``, ``b`` the addresses ending in 2."""
+class Network:
+    """Hosts and a switch between them; the first has the addresses ``10.77.0.1`` and ``fd77::1``, and so on.
+
+    Args:
+        hosts: their number.
+        v4: whether they have addresses of IPv4.
+    """
 
     ADDRESS = "10.77.0.1"
 
-    def __init__(self, v4: bool = True) -> None:
-        self.a, self.b, self._switch = HostThread(), HostThread(), HostThread()
+    def __init__(self, hosts: int, v4: bool = True) -> None:
+        self.hosts, self._switch = [HostThread() for _ in range(hosts)], HostThread()
         self._switch.ip("ip", "link", "add", "br0", "type", "bridge")
         self._switch.ip("ip", "link", "set", "br0", "up")
-        for number, (port, host) in enumerate((("a", self.a), ("b", self.b)), 1):
+        for number, host in enumerate(self.hosts, 1):
+            port = f"port-{chr(ord('a') + number - 1)}"
             peer = ["peer", "name", "eth0", "netns", str(host.tid)]
-            self._switch.ip("ip", "link", "add", f"port-{port}", "type", "veth", *peer)
-            self._switch.ip("ip", "link", "set", f"port-{port}", "master", "br0", "up")
+            self._switch.ip("ip", "link", "add", port, "type", "veth", *peer)
+            self._switch.ip("ip", "link", "set", port, "master", "br0", "up")
             host.ip("ip", "link", "set", "lo", "up")
             host.ip("ip", "link", "set", "eth0", "up")
             if v4:
@@ -104,10 +110,30 @@ class Link:
             host.ip("ip", "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
 
     def limit(self, megabits: float) -> None:
-        """Gives both directions a rate, with a queue as a router has it."""
-        for host in (self.a, self.b):
+        """Gives each host's way out a rate, with a queue as a router has it."""
+        for host in self.hosts:
             rate = ["rate", f"{megabits}mbit", "burst", "32k", "latency", f"{_QUEUE_MS}ms"]
             host.ip("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
+
+    def carried_bytes(self, host: int = 0) -> tuple[int, int]:
+        """Bytes that a host has sent and received."""
+        table = self.hosts[host].run(lambda: Path(f"/proc/{threading.get_native_id()}/net/dev").read_text())
+        (line,) = (line for line in table.splitlines() if line.strip().startswith("eth0:"))
+        fields = line.split(":")[1].split()
+        return int(fields[8]), int(fields[0])
+
+    def close(self) -> None:
+        """Ends the hosts."""
+        for host in (*self.hosts, self._switch):
+            host.close()
+
+
+class Link(Network):
+    """Two hosts, ``a`` and ``b``, whose link can be cut."""
+
+    def __init__(self, v4: bool = True) -> None:
+        super().__init__(2, v4)
+        self.a, self.b = self.hosts
 
     def cut(self, host: str = "b") -> None:
         """Lets nothing through, and no side is told: the switch has lost ``host``."""
@@ -124,14 +150,3 @@ class Link:
     def plug(self) -> None:
         """Ends `unplug`."""
         self.b.ip("ip", "link", "set", "eth0", "up")
-
-    def carried_bytes(self) -> tuple[int, int]:
-        """Bytes that a has sent and received."""
-        folder = self.a.run(lambda: Path(f"/proc/{threading.get_native_id()}/net/dev").read_text())
-        (line,) = (line for line in folder.splitlines() if line.strip().startswith("eth0:"))
-        fields = line.split(":")[1].split()
-        return int(fields[8]), int(fields[0])
-
-    def close(self) -> None:
-        for host in (self.a, self.b, self._switch):
-            host.close()

@@ -23,19 +23,20 @@ from lightning_async.runtime.listener import Listener
 from lightning_async.shards.placement import ShardedPlacement
 from lightning_async.shards.process import ShardProcess
 
-__all__ = ["SHAPES", "Shapes", "hold", "optimizer_of", "push", "work_for"]
+__all__ = ["SHAPES", "TICKETS", "Shapes", "hold", "optimizer_of", "push", "work_for"]
 
 Shapes = Sequence[tuple[int, ...]]
 
 # Tensors of the paper's models: LeNet-5's, and as many of equal size as ResNet-18 has.
 SHAPES: dict[str, Shapes] = {
     "44K": [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)],
+    "1M": [(100_000,)] * 10,
     "11.2M": [(180_225,)] * 62,
     "30M": [(300_000,)] * 100,
     "100M": [(1_000_000,)] * 100,
 }
 # More than any benchmark takes.
-_TICKETS = 10**9
+TICKETS = 10**9
 
 
 def optimizer_of(shapes: Shapes) -> AMSGrad:
@@ -90,8 +91,8 @@ def hold(
         placement=ShardedPlacement(shards, chosen, ranks) if shards else None,
     )
     assert engine.service is not None
-    engine.service.begin_epoch(range(_TICKETS))
-    engine.service.open(_TICKETS)
+    engine.service.begin_epoch(range(TICKETS))
+    engine.service.open(TICKETS)
     return engine, stats
 
 

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.processes import SHAPES, hold, optimizer_of, push
 from benchmarks.record import save
+from benchmarks.shard_hosts import measure_hosts
 from lightning_async.shards.process import ShardProcess
 
 
@@ -32,8 +33,13 @@ def main() -> None:
     parser.add_argument("--pushing", type=int, default=2, help="ranks that push")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--hosts", type=int, default=1, help="hosts on a network, with a rank each (root, iproute2)")
+    parser.add_argument("--megabits", type=float, default=1000.0, help="rate of each host's interface")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if arguments.hosts > 1:
+        over_hosts(arguments)
+        return
     found = []
     print("parameters  shards  updates/s  busiest process, ms/update  load")
     for size in arguments.sizes:
@@ -56,6 +62,24 @@ def main() -> None:
                 f"busiest process {busiest_ms:.1f} ms/update ({first_ms / busiest_ms:.2f} times less)"
             )
     save("shards", vars(arguments), found)
+
+
+def over_hosts(arguments: argparse.Namespace) -> None:
+    """Measures shards that are spread over hosts, and prints."""
+    found = []
+    print("parameters  hosts  shards  updates/s  MB/update, busiest host  MB/update, rank 0's  load")
+    for size in arguments.sizes:
+        for _ in range(arguments.rounds):
+            for shards in arguments.shards:
+                own = measure_hosts(size, shards, arguments.hosts, arguments.megabits, arguments.seconds)
+                load = os.getloadavg()[0]
+                print(
+                    f"{size:>10} {arguments.hosts:>6} {shards:>7} {own.updates_per_s:>10.2f} {own.busiest_mb:>24.1f} "
+                    f"{own.first_mb:>20.1f} {load:>5.1f}",
+                    flush=True,
+                )
+                found.append({"size": size, "hosts": arguments.hosts, "shards": shards, "load": load} | own._asdict())
+    save("shards-hosts", vars(arguments), found)
 
 
 def measure(size: str, shards: int, pushing: int, seconds: float) -> tuple[float, float]:

@@ -56,19 +56,26 @@ class ChildProcess:
     """Runs ``main(control, heartbeat)`` of a module; both are file descriptors of sockets.
 
     It begins to import when this is made, and ends with `end` or with this process, however that ends. That it ends or
-    stops by itself is a failure of rank 0, once it is watched over.
+    stops by itself is a failure of the rank that has started it, once it is watched over.
 
     Args:
         module: which module.
         name: what it is called in messages, "its holder process".
         on_message: called in the reader's thread with each message but the first; must not raise.
         on_gone: called in the reader's thread when there are no more.
+        rank: the rank that starts it, whose failure its end is.
     """
 
     def __init__(
-        self, module: str, name: str, on_message: Callable[[Any], None], on_gone: Callable[[], None] = lambda: None
+        self,
+        module: str,
+        name: str,
+        on_message: Callable[[Any], None],
+        on_gone: Callable[[], None] = lambda: None,
+        rank: int = 0,
     ) -> None:
         self.name = name
+        self._rank = rank
         self._on_message, self._on_gone = on_message, on_gone
         self._latch: FailureLatch | None = None
         self._heartbeats: Heartbeats | None = None
@@ -116,12 +123,16 @@ class ChildProcess:
         return ended or f"{self.name} has not started in {timeout_s:g} s"
 
     def watch(self, latch: FailureLatch, timeout_s: float) -> None:
-        """From here on its end, or no sign of life for ``timeout_s`` seconds, is a failure of rank 0."""
+        """From here on its end, or no sign of life for ``timeout_s`` seconds, is a failure of this rank."""
         self._latch = latch
-        self._heartbeats = Heartbeats(0, latch, timeout_s, lambda rank: self.describe_end(), self.name)
-        self._heartbeats.add(0, ControlConnection(self._my_heartbeat))
+        self._heartbeats = Heartbeats(self._rank, latch, timeout_s, lambda rank: self.describe_end(), self.name)
+        self._heartbeats.add(self._rank, ControlConnection(self._my_heartbeat))
         # It may be stopped; what still waits for its answer is woken by the end of the connection.
         latch.subscribe(lambda failure: self._killing.set(_GRACE_S))
+
+    def wait_until_gone(self, timeout_s: float) -> bool:
+        """Waits up to ``timeout_s`` seconds for its end; tells whether it has come."""
+        return self._gone.wait(timeout_s)
 
     def send(self, message: Any) -> None:
         """Sends a message; by one thread at a time.
@@ -138,6 +149,12 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             return None
         return describe_exit(code, self.name)
+
+    def kill(self) -> None:
+        """Kills it, which is no failure from here on; `end` is to follow."""
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+        self._process.kill()
 
     def end(self, last_message: Any) -> None:
         """Ends it; idempotent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch, RunFailure, WorkerFailedError
 from lightning_async.runtime.handshake import Address, HandshakeError
 from lightning_async.runtime.listener import Listener
-from lightning_async.transport.base import ChannelClosedError
+from lightning_async.transport.base import Channel, ChannelClosedError
 from lightning_async.transport.devices import RankDevices
 from lightning_async.transport.staged import on_device
 
@@ -60,6 +61,7 @@ class Engine:
         placement: where the holder is in this process; None for what ``devices`` says.
         on_lost: told on rank 0 which worker's connection was lost, and how; None where that ends the run.
         incarnation: how many workers of this rank came before.
+        connect: connects the worker, given what connects it to rank 0: to other parts of the holder, too, if there are.
 
     Attributes:
         optimizers: the optimizers that it was built for.
@@ -91,6 +93,7 @@ class Engine:
         placement: HolderPlacement | None = None,
         on_lost: OnLost | None = None,
         incarnation: int = 0,
+        connect: Callable[[Callable[[], Channel]], Channel] = lambda dial: dial(),
     ) -> None:
         devices = devices or RankDevices()
         self.optimizers = list(optimizers)
@@ -139,14 +142,16 @@ class Engine:
             # Rounded parameters must not become the holder's.
             unrounded = all(parameter.dtype is layout.dtype for of_one in self._owned for parameter in of_one)
             self.shares_parameters = world_size == 1 and unrounded
-            channels = [local.local_channel(alone=self.shares_parameters)]
+            channels = [connect(lambda: local.local_channel(alone=self.shares_parameters))]
         else:
             groups = [HyperparamLayout(optimizer) for optimizer in optimizers]
             wires, overlaps = WorkerWires(layout), slots > 1
-            channels = [
-                dial(Address.from_json(found), rank, layout, groups, incarnation, slot, devices, overlaps, wires)
-                for slot in range(slots)
-            ]
+            holder = Address.from_json(found)
+
+            def open_slot(slot: int) -> Channel:
+                return dial(holder, rank, layout, groups, incarnation, slot, devices, overlaps, wires)
+
+            channels = [connect(functools.partial(open_slot, slot)) for slot in range(slots)]
         self.transport = transport_of(channels[0])
         self.holder_device = devices.holder
         self.holder_threads = (

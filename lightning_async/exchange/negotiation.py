@@ -14,6 +14,7 @@ from torch.distributed import Store, TCPStore
 
 from lightning_async.exchange.nccl_negotiation import NcclNegotiator, accept_nccl
 from lightning_async.exchange.options import Transport, WireDtype
+from lightning_async.exchange.parted_channel import PartedChannel
 from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
@@ -278,6 +279,8 @@ def _open_store(host: str) -> TCPStore:
 
 def transport_of(channel: Channel) -> str:
     """What a channel is called, as in `Transport`; "in process" for one that moves nothing between processes."""
+    if isinstance(channel, PartedChannel):
+        return "tcp"
     for kind, name in ((SharedMemoryChannel, "shm"), (TcpChannel, "tcp"), (NcclChannel, "nccl")):
         if isinstance(channel, kind):
             return name

@@ -147,11 +147,10 @@ class ExchangeOptions:
                 f"{what} has a process for each shard but the first, which gives every gradient its place, and "
                 'holder="process" has one for the whole holder: leave one of them out.'
             )
-        if self.transport in ("tcp", "nccl") or self.holder_device == "cuda":
-            other = 'holder_device="cuda"' if self.transport not in ("tcp", "nccl") else f'transport="{self.transport}"'
+        if self.transport == "nccl" or self.holder_device == "cuda":
+            other = 'holder_device="cuda"' if self.transport != "nccl" else 'transport="nccl"'
             raise ValueError(
-                f"{what} has all shards and all ranks on one host, where they share memory, and {other} goes another "
-                "way: leave one of them out."
+                f"{what} keeps all shards in the memory of hosts, and {other} goes another way: leave one of them out."
             )
         if not hasattr(os, "memfd_create"):
             raise ValueError(f"{what} needs Linux (memfd_create); leave it out.")
@@ -159,6 +158,10 @@ class ExchangeOptions:
     def shards(self, world_size: int) -> int:
         """In how many parts the holder is; one rank has it as a whole."""
         return self.holder_shards if world_size > 1 else 1
+
+    def spreads(self, world_size: int, num_nodes: int) -> bool:
+        """Whether the holder's shards are reached over the network: they are on several hosts, or TCP is asked for."""
+        return self.shards(world_size) > 1 and (num_nodes > 1 or self.transport == "tcp")
 
     def slots(self, world_size: int) -> int:
         """How many exchanges a rank has under way at once."""

@@ -143,7 +143,8 @@ class Server:
         buffers = self._placement.buffers(self._layout.numel, self._layout.dtype)
         if alone:
             buffers = Buffers(buffers.gradient, self._holder.lend())
-        mine, theirs, serve_with = in_process_pair(buffers)
+        mine, end, serve_with = in_process_pair(buffers)
+        theirs = self._placement.stage(end, worker)
         serve_with(self._session(worker, theirs, 0, Fence(worker)).serve_one)
         with self._lock:
             self._channels.append(theirs)
@@ -307,7 +308,7 @@ class Server:
         channel: Channel | None = None
         try:
             self._placement.bind_thread()
-            channel = self._placement.stage(self._negotiator.open(peer, connection))
+            channel = self._placement.stage(self._negotiator.open(peer, connection), peer.rank)
             with self._lock:
                 self._channels.append(channel)
             session = self._session(peer.rank, channel, peer.slot, fence)

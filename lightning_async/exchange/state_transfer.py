@@ -19,11 +19,11 @@ from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError, fit_text
 from lightning_async.transport.message import Refuse, Welcome
 
-__all__ = ["describe_state", "fetch_state", "rebuild_state", "send_state"]
+__all__ = ["DTYPES", "bytes_of", "describe_state", "fetch_state", "rebuild_state", "send_state"]
 
 # Room for a million tensors.
 _MAX_DESCRIPTION_BYTES = 256 << 20
-_DTYPES = {
+DTYPES = {
     str(dtype): dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -56,7 +56,7 @@ def describe_state(value: Any, tensors: list[Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        if value.layout is not torch.strided or str(value.dtype) not in _DTYPES:
+        if value.layout is not torch.strided or str(value.dtype) not in DTYPES:
             raise TypeError(f"a tensor of {value.dtype}, {value.layout}")
         tensors.append(value)
         return {"tensor": str(value.dtype), "shape": list(value.shape)}
@@ -111,7 +111,7 @@ def send_state(connection: ControlConnection, read: Callable[[], StateByPlace], 
         connection.survive_cuts(stall_s)
         connection.send_payload(Welcome(offer=str(len(text))), memoryview(text), stall_s)
         for tensor in tensors:
-            connection.send_payload(None, _bytes_of(tensor.contiguous()), stall_s)
+            connection.send_payload(None, bytes_of(tensor.contiguous()), stall_s)
     finally:
         connection.close()
 
@@ -141,8 +141,8 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
         connection.receive_payload(memoryview(text), address.timeout_s)
 
         def take(dtype: str, shape: list[int]) -> Tensor:
-            tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-            connection.receive_payload(_bytes_of(tensor), address.timeout_s)
+            tensor = torch.empty(shape, dtype=DTYPES[dtype])
+            connection.receive_payload(bytes_of(tensor), address.timeout_s)
             return tensor
 
         state: StateByPlace = rebuild_state(json.loads(text), take)
@@ -153,6 +153,7 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
         connection.close()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

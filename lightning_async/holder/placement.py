@@ -193,8 +193,8 @@ class HolderPlacement:
         """Zeroed buffers on this device."""
         return Buffers.allocate(numel, dtype, self.device)
 
-    def stage(self, channel: Channel) -> Channel:
-        """The channel with its buffers on this device."""
+    def stage(self, channel: Channel, worker: int) -> Channel:
+        """The session's end of a worker's channel with its buffers on this device."""
         return on_device(channel, self.device)
 
     def attach(self, worker: int, slot: int, segment: SharedSegment) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "HEARTBEAT",
     "JOIN",
     "MEETING",
+    "SEQUENCER",
     "STATE",
     "Address",
     "HandshakeError",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 HEARTBEAT, CONTROL, STATE, MEETING, JOIN = "heartbeat", "control", "state", "meeting", "join"
+# To a shard of the holder, of the first one, which gives every gradient its place.
+SEQUENCER = "sequencer"
 
 # How long a stranger may take until it has proven that it is none, and how long a rank tries at least.
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -183,7 +186,7 @@ def handshake(
     Args:
         address: of rank 0's listener.
         rank: this rank.
-        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING` or `JOIN`.
+        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING`, `JOIN` or `SEQUENCER`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["outward_address"]
+__all__ = ["address_towards", "outward_address"]
 
 # Of Linux: the call that tells an interface's IPv4 address, and the scope of an IPv6 address that others can reach.
 _SIOCGIFADDR = 0x8915
@@ -28,6 +28,23 @@ def outward_address() -> str:
             probe.connect((far, 1))
             return str(probe.getsockname()[0])
     return next(_interface_addresses(), "127.0.0.1")
+
+
+def address_towards(host: str) -> str:
+    """This host's own address on the way to another host, which is where that one finds it.
+
+    Args:
+        host: name or address of the other one.
+
+    Raises:
+        OSError: if there is no way to it.
+    """
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            # Sends nothing: it only has the kernel choose the interface.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    return outward_address()
 
 
 def _interface_addresses() -> Iterator[str]:

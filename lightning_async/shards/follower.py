@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from lightning_async.runtime.failure import FailureLatch
 from lightning_async.shards import operations as told
 from lightning_async.transport.shm import SharedSegment
 
-__all__ = ["Follower", "OutOfStepError", "layout_of_pieces", "unpack_spec"]
+__all__ = ["FindMemory", "Follower", "OutOfStepError", "attach_memory", "layout_of_pieces", "unpack_spec"]
+
+# Gives this shard's part of a slot's gradient, and of its parameters.
+FindMemory: TypeAlias = Callable[[told.Attach, told.ShardSpec], tuple[Tensor, Tensor]]
 
 
 class OutOfStepError(RuntimeError):
@@ -44,9 +48,11 @@ class Follower:
     Args:
         spec: what it holds.
         latch: the latch of its process.
+        find_memory: gives the memory of a worker's slot.
     """
 
-    def __init__(self, spec: told.ShardSpec, latch: FailureLatch) -> None:
+    def __init__(self, spec: told.ShardSpec, latch: FailureLatch, find_memory: FindMemory | None = None) -> None:
+        self._find_memory = find_memory or attach_memory
         optimizer = assemble(spec.kind, spec.attributes)
         self._spec = spec
         self._layout = layout_of_pieces(optimizer, spec.parameters.dtype)
@@ -81,8 +87,8 @@ class Follower:
                 self._apply(operation)
             case told.CopyOut():
                 self._copy_out(operation)
-            case told.Attach(worker, slot, memory):
-                self._attach(worker, slot, memory)
+            case told.Attach():
+                self._attach(operation)
             case told.Depart(worker, slot):
                 holder.leave(worker, slot)
             case told.Complete():
@@ -116,11 +122,9 @@ class Follower:
             payload.close()
         self._payloads.clear()
 
-    def _attach(self, worker: int, slot: int, memory: str) -> None:
-        buffers = SharedSegment.attach(memory, self._spec.numel, self._layout.dtype)
-        gradient = buffers.gradient[self._spec.elements]
-        views = self._layout.views(gradient, 0)
-        self._slots[worker, slot] = _Slot(gradient, views, buffers.parameters[self._spec.elements])
+    def _attach(self, attach: told.Attach) -> None:
+        gradient, parameters = self._find_memory(attach, self._spec)
+        self._slots[attach.worker, attach.slot] = _Slot(gradient, self._layout.views(gradient, 0), parameters)
 
     def _apply(self, told_push: told.ApplyPush) -> None:
         slot, present = self._slots[told_push.worker, told_push.slot], told_push.present
@@ -157,6 +161,16 @@ class Follower:
     def _keep(self, place: int, value: Any) -> str:
         payload = self._payloads[place] = SharedPayload(value)
         return payload.address
+
+
+def attach_memory(attach: told.Attach, spec: told.ShardSpec) -> tuple[Tensor, Tensor]:
+    """This shard's part of the memory of a slot on this host, which all shards map.
+
+    Raises:
+        OSError: if it cannot be mapped.
+    """
+    buffers = SharedSegment.attach(attach.memory, spec.numel, spec.parameters.dtype)
+    return buffers.gradient[spec.elements], buffers.parameters[spec.elements]
 
 
 def layout_of_pieces(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> FlatLayout:

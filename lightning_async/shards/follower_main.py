@@ -16,37 +16,14 @@ import torch
 from lightning_async.exchange.child_process import READY
 from lightning_async.runtime.failure import FailureLatch, describe_error
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.shards.follower import Follower, unpack_spec
-from lightning_async.shards.operations import Attach, Operation, Serve, is_reported
+from lightning_async.shards.follower import unpack_spec
+from lightning_async.shards.follower_host import FollowerHost
+from lightning_async.shards.operations import Serve, is_reported
 from lightning_async.transport.connection import ControlConnection
 
-__all__ = ["FollowerHost", "main"]
+__all__ = ["main"]
 
 log = logging.getLogger(__name__)
-
-
-class FollowerHost:
-    """The followers of one process: one, and while another takes its place both.
-
-    Args:
-        latch: the latch of the process.
-    """
-
-    def __init__(self, latch: FailureLatch) -> None:
-        self._latch = latch
-        self._followers: dict[int, Follower] = {}
-
-    def do(self, number: int, place: int, operation: Operation) -> str | None:
-        """Has a follower do what it is told; see `Follower.do`."""
-        if isinstance(operation, Serve):
-            spec = unpack_spec(operation.payload)
-            torch.set_default_dtype(spec.default_dtype)
-            self._followers[number] = Follower(spec, self._latch)
-            return None
-        if isinstance(operation, Attach):
-            for former in [key for key in self._followers if key < number]:
-                self._followers.pop(former).close()
-        return self._followers[number].do(place, operation)
 
 
 def main(control: int, heartbeat: int) -> None:
@@ -70,7 +47,11 @@ def main(control: int, heartbeat: int) -> None:
                 heartbeats.add(0, ControlConnection(socket.socket(fileno=heartbeat)))
                 continue
             try:
-                answer = host.do(number, place, operation)
+                answer = None
+                if isinstance(operation, Serve):
+                    host.serve(number, unpack_spec(operation.payload))
+                else:
+                    answer = host.do(number, place, operation)
             except Exception as error:
                 connection.send((number, place, describe_error(error), None))
             else:

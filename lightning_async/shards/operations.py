@@ -13,6 +13,7 @@ from lightning_async.policies.base import StalenessPolicy
 from lightning_async.policies.momentum import MomentumCorrection
 
 __all__ = [
+    "NUMBERS",
     "Adjust",
     "ApplyPush",
     "Attach",
@@ -72,6 +73,19 @@ class ShardSpec:
     momentum_correction: MomentumCorrection
     workers: int
     default_dtype: torch.dtype
+
+
+# What rank 0 alone knows of a spec, in plain values: the rest is the same on every rank.
+NUMBERS = (
+    "parameters",
+    "state",
+    "max_staleness",
+    "on_stale",
+    "version",
+    "gradients_per_update",
+    "momentum_correction",
+    "workers",
+)
 
 
 class Serve(NamedTuple):

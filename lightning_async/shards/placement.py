@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ from lightning_async.holder.placement import HolderPlacement
 from lightning_async.holder.types import Update
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.shards.followers import Followers
+from lightning_async.shards.followers import FollowerLink, Followers, Report
 from lightning_async.shards.operations import Serve, ShardSpec
 from lightning_async.shards.plan import ShardPlan, plan_shards
-from lightning_async.shards.process import ShardProcess
 from lightning_async.shards.sequencer import SequencingHolder
 from lightning_async.shards.template import (
     attributes_of_pieces,
@@ -35,7 +34,17 @@ from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.message import Message
 from lightning_async.transport.shm import SharedSegment
 
-__all__ = ["ShardedPlacement"]
+__all__ = ["FollowerProcess", "ShardedPlacement", "spec_of"]
+
+
+class FollowerProcess(Protocol):
+    """A process that has a shard, as the placement sees it."""
+
+    def watch(self, latch: FailureLatch, timeout_s: float) -> None:
+        """Waits until it can be told something; from here on its loss is a failure. Idempotent."""
+
+    def open(self, report: Report) -> FollowerLink:
+        """A link to a new follower in it."""
 
 
 class ShardedPlacement(HolderPlacement):
@@ -47,7 +56,7 @@ class ShardedPlacement(HolderPlacement):
         workers: number of ranks.
     """
 
-    def __init__(self, processes: Sequence[ShardProcess], options: ExchangeOptions, workers: int) -> None:
+    def __init__(self, processes: Sequence[FollowerProcess], options: ExchangeOptions, workers: int) -> None:
         super().__init__()
         self._processes = processes
         self._options = options
@@ -86,7 +95,11 @@ class ShardedPlacement(HolderPlacement):
         with ExitStack() as payloads:
             specs = [
                 payloads.enter_context(
-                    SharedPayload(self._spec(plan, shard, parameters, optimizer, barrier, policy, state))
+                    SharedPayload(
+                        spec_of(
+                            plan, shard, parameters, optimizer, barrier, policy, state, self._options, self._workers
+                        )
+                    )
                 )
                 for shard in range(1, plan.count)
             ]
@@ -124,32 +137,47 @@ class ShardedPlacement(HolderPlacement):
         else:
             self._holder.send_when_copied(parameters, channel, message)
 
-    def _spec(
-        self,
-        plan: ShardPlan,
-        shard: int,
-        parameters: Tensor,
-        optimizer: torch.optim.Optimizer,
-        barrier: StalenessBarrier,
-        policy: StalenessPolicy,
-        state: StateByPlace | None,
-    ) -> ShardSpec:
-        cut: dict[int, Any] | None = None if state is None else plan.cut_state(state, shard, copies=True)
-        return ShardSpec(
-            shard,
-            type(optimizer),
-            attributes_of_pieces(optimizer, plan, shard),
-            parameters[plan.part(shard)].clone(),
-            plan.part(shard),
-            plan.numel,
-            [piece.parameter for piece in plan.pieces(shard)],
-            cut,
-            barrier.max_staleness,
-            barrier.on_stale,
-            barrier.version,
-            barrier.gradients_per_update,
-            policy,
-            self._options.momentum_correction,
-            self._workers,
-            torch.get_default_dtype(),
-        )
+
+def spec_of(
+    plan: ShardPlan,
+    shard: int,
+    parameters: Tensor,
+    optimizer: torch.optim.Optimizer,
+    barrier: StalenessBarrier,
+    policy: StalenessPolicy,
+    state: StateByPlace | None,
+    options: ExchangeOptions,
+    workers: int,
+) -> ShardSpec:
+    """What a follower is to hold.
+
+    Args:
+        plan: who holds what.
+        shard: the follower's.
+        parameters: initial values of the whole vector.
+        optimizer: the optimizer to stand in for.
+        barrier: the sequencing holder's.
+        policy: what is done with a gradient because of its age, bound to the run.
+        state: what the optimizer keeps to begin with; None for what it has.
+        options: how gradients are exchanged.
+        workers: number of ranks.
+    """
+    cut: dict[int, Any] | None = None if state is None else plan.cut_state(state, shard, copies=True)
+    return ShardSpec(
+        shard,
+        type(optimizer),
+        attributes_of_pieces(optimizer, plan, shard),
+        parameters[plan.part(shard)].clone(),
+        plan.part(shard),
+        plan.numel,
+        [piece.parameter for piece in plan.pieces(shard)],
+        cut,
+        barrier.max_staleness,
+        barrier.on_stale,
+        barrier.version,
+        barrier.gradients_per_update,
+        policy,
+        options.momentum_correction,
+        workers,
+        torch.get_default_dtype(),
+    )

@@ -63,6 +63,9 @@ class SequencingHolder(Holder):
         state: what the optimizer keeps to begin with; None for what it has.
         policy: see `Holder`.
         momentum_rule: see `Holder`.
+
+    Attributes:
+        plan: who holds what.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class SequencingHolder(Holder):
         policy: StalenessPolicy | None = None,
         momentum_rule: Callable[[float], float] | None = None,
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._followers = followers
         # Whether this shard may have changed, and the others were not told yet.
         self._is_ahead = False
@@ -113,7 +116,7 @@ class SequencingHolder(Holder):
             memory: its address, for other processes.
             buffers: the same memory here.
         """
-        part = self._plan.part(0)
+        part = self.plan.part(0)
         gradient = buffers.gradient[part]
         mine = _Slot(worker, slot, gradient, self._own_layout.views(gradient, 0), buffers.parameters[part])
         with self._lock:
@@ -151,7 +154,7 @@ class SequencingHolder(Holder):
         with self._lock:
             self._check_told()
             gradients, present = self._own_gradients(push)
-            own = push._replace(gradients=gradients, flat=None if push.flat is None else push.flat[self._plan.part(0)])
+            own = push._replace(gradients=gradients, flat=None if push.flat is None else push.flat[self.plan.part(0)])
             with self._ahead():
                 update = super().try_push(own, parked_s, reads_next)
                 if update is not None:
@@ -214,15 +217,15 @@ class SequencingHolder(Holder):
 
     def _load_state(self, state: StateByPlace) -> None:
         with self._ahead():
-            super().load_states([self._plan.cut_state(state, 0)])
-            self._load(tell.LoadStates, lambda shard: self._plan.cut_state(state, shard, copies=True))
+            super().load_states([self.plan.cut_state(state, 0)])
+            self._load(tell.LoadStates, lambda shard: self.plan.cut_state(state, shard, copies=True))
 
     @override
     def optimizer_state(self, index: int) -> StateByPlace:
         with self._lock:
             mine = super().optimizer_state(index)
             place = self._followers.tell(tell.ReadState(), asks=True)
-        return self._plan.join_state([mine, *self._take(place)])
+        return self.plan.join_state([mine, *self._take(place)])
 
     @override
     def take_adapted(self) -> list[list[dict[str, Any]]]:
@@ -296,7 +299,7 @@ class SequencingHolder(Holder):
     def _load(self, operation: Callable[[str], tell.Operation], part: Callable[[int], Any]) -> None:
         """Gives each follower its part, and returns when they have taken it."""
         with ExitStack() as payloads:
-            parts = [payloads.enter_context(SharedPayload(part(shard))) for shard in range(1, self._plan.count)]
+            parts = [payloads.enter_context(SharedPayload(part(shard))) for shard in range(1, self.plan.count)]
             with self._lock:
                 place = self._followers.tell(*(operation(one.address) for one in parts))
             self._followers.wait(place)
@@ -308,17 +311,17 @@ class SequencingHolder(Holder):
         return answers
 
     def _cut(self, tensors: Sequence[Tensor | None], shard: int) -> list[Any]:
-        return self._plan.cut_tensors(tensors, shard, copies=shard > 0)
+        return self.plan.cut_tensors(tensors, shard, copies=shard > 0)
 
     def _cut_dict(self, state: Mapping[str, Any], shard: int) -> dict[str, Any]:
         """A shard's part of a state dict in torch's format."""
-        places = [piece.parameter for piece in self._plan.pieces(shard)]
+        places = [piece.parameter for piece in self.plan.pieces(shard)]
         mine = {place: index for index, place in enumerate(places)}
         groups = [
             {**group, "params": [mine[place] for place in group["params"] if place in mine]}
             for group in state["param_groups"]
         ]
-        return {**state, "state": self._plan.cut_state(state["state"], shard, copies=shard > 0), "param_groups": groups}
+        return {**state, "state": self.plan.cut_state(state["state"], shard, copies=shard > 0), "param_groups": groups}
 
     def _by_place(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict in torch's format, with each parameter's place for its number.
@@ -347,7 +350,7 @@ class SequencingHolder(Holder):
         return dataclasses.replace(gathered, gradients=self._cut(gathered.gradients, shard), late=late)
 
     def _join(self, parts: Sequence[Snapshot]) -> Snapshot:
-        plan, first = self._plan, parts[0]
+        plan, first = self.plan, parts[0]
         state = first.optimizer_states[0]
         joined = plan.join_state([part.optimizer_states[0]["state"] for part in parts])
         groups = self._numbered(state["param_groups"])

@@ -23,11 +23,13 @@ from lightning_async.loops.protocols import Collectives
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.admission import Admission
 from lightning_async.shards.placement import ShardedPlacement
+from lightning_async.shards.spread import SpreadShards
 from lightning_async.shards.template import check_can_be_cut
 from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.optimizer_proxy import agree_on_optimizers, place_in
 from lightning_async.strategies.supervisor import RunSupervisor
 from lightning_async.strategies.validation import check_module, check_parameters, describe_gradient
+from lightning_async.transport.base import Channel
 from lightning_async.transport.devices import RankDevices, describe_device, place_holder
 
 __all__ = ["ExchangeContext", "GradientExchange"]
@@ -50,6 +52,7 @@ class ExchangeContext:
         stats: collects what happens, on rank 0.
         observers: called on rank 0 with each update.
         spare_threads: how many the holder may have beside this host's ranks.
+        num_nodes: number of hosts that the ranks are on.
     """
 
     name: str
@@ -64,6 +67,7 @@ class ExchangeContext:
     stats: RunStats
     observers: Sequence[UpdateObserver]
     spare_threads: int = 1
+    num_nodes: int = 1
 
     @property
     def options(self) -> ExchangeOptions:
@@ -97,6 +101,7 @@ class GradientExchange:
         self._optimizers = optimizers
         self._take = take
         self._by_hand = by_hand
+        self._spread: SpreadShards | None = None
         self.engine = self._build(version)
 
     @property
@@ -212,6 +217,11 @@ class GradientExchange:
             check_parameters(context.module, optimizers)
             if self.options.shards(context.world_size) > 1:
                 check_can_be_cut(optimizers)
+            if self._spread is None and self.options.spreads(context.world_size, context.num_nodes):
+                self._spread = self._spread_shards()
+            spread = self._spread
+            if spread is not None:
+                spread.prepare(optimizers, version)
             return Engine(
                 rank=context.rank,
                 world_size=context.world_size,
@@ -226,24 +236,45 @@ class GradientExchange:
                 predecessor=predecessor,
                 devices=self._devices(),
                 process=context.supervisor.holder_process,
-                placement=self._placement(),
+                placement=self._placement() if spread is None else spread.placement(),
                 on_lost=context.supervisor.on_lost,
                 incarnation=context.supervisor.membership.incarnation,
+                connect=_dial_alone if spread is None else spread.connect,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error
 
     def _resolved_options(self) -> ExchangeOptions:
-        options = self.options
+        options, context = self.options, self._context
+        if options.spreads(context.world_size, context.num_nodes):
+            # On its own host, too, a worker goes to each shard in one way.
+            options = replace(options, transport="tcp")
         if options.holder_threads != "auto":
             return options
-        in_shards = options.shards(self._context.world_size) > 1
+        in_shards = options.shards(context.world_size) > 1
         return replace(options, holder_threads=1 if in_shards else self._context.spare_threads)
 
     def _placement(self) -> HolderPlacement | None:
         """Where the holder is, on rank 0 where it is in several processes; None elsewhere."""
         processes = self._context.supervisor.shard_processes
         return ShardedPlacement(processes, self.options, self._context.world_size) if processes else None
+
+    def _spread_shards(self) -> SpreadShards:
+        """This rank's part in shards that are reached over the network; a collective call."""
+        context, supervisor = self._context, self._context.supervisor
+        address = supervisor.membership.address
+        assert address is not None
+        spread = SpreadShards(
+            context.rank,
+            context.world_size,
+            self.options,
+            supervisor.latch,
+            supervisor.shard_servers,
+            address,
+            context.collectives.gather_objects,
+        )
+        supervisor.let_go_of_shards = spread.end
+        return spread
 
     def _devices(self) -> RankDevices:
         """Where this rank computes and where the holder lives; a collective call if there are GPUs."""
@@ -257,3 +288,7 @@ class GradientExchange:
             return RankDevices(own, mine, place_holder(choice, options.transport, everyone))
         except ValueError as error:
             raise MisconfigurationException(f"{error}.") from error
+
+
+def _dial_alone(dial: Callable[[], Channel]) -> Channel:
+    return dial()

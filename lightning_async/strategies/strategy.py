@@ -60,6 +60,7 @@ from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.process_groups import breakable, form_default_group, open_exchange_group
 from lightning_async.runtime.roster import OnWorkerFailure, Resilience
+from lightning_async.shards.spread import shards_of_host
 from lightning_async.strategies.checkpoint_io import WholeFileIO
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.collectives import PhasedCollectives
@@ -79,6 +80,7 @@ from lightning_async.strategies.supervisor import RunSupervisor, StartMethod
 from lightning_async.strategies.validation import (
     check_module,
     check_momentum,
+    refuse_beside_spread,
     refuse_finders,
     refuse_options,
     refuse_sync_batchnorm,
@@ -127,8 +129,9 @@ class AsyncStrategy(PhasedCollectives):
             on rank 0's host updates and copies it. ``"auto"`` is as many as training leaves cores of that host, 8 at
             most. The bits are the same with any number. One thread steps optimizers other than AMSGrad, Adam and AdamW.
         holder_shards: in how many parts the holder is: the first in rank 0's process, each other one in a process of
-            its own on that host, where all ranks must be. All apply the same gradients in the same order, so the bits
-            are those of one part. Worth it where ranks wait for a large model's update; see docs/tuning.md.
+            its own: on that host, or with ``num_nodes`` above 1 (or ``transport="tcp"``) on all hosts in turn. All
+            apply the same gradients in the same order, so the bits are those of one part. Worth it where ranks wait
+            for a large model's update or for rank 0's link; see docs/tuning.md.
         gradients_per_update: how many gradients rank 0 averages into one update, K. 1 is the paper's method; the number
             of ranks with ``max_staleness=0`` is DDP; what lies between takes larger learning rates than 1 and waits
             less than DDP. Gradients are weighted by their samples. ``"auto"`` takes DDP's learning rate and momentum:
@@ -368,7 +371,16 @@ class AsyncStrategy(PhasedCollectives):
         if trainer.state.fn != TrainerFn.FITTING or module is None:
             return
         for options in self._dial.possible(self._asked, self.world_size):
-            refuse_options(options, self.strategy_name, self.root_device, self.world_size, self.num_nodes)
+            refuse_options(options, self.strategy_name, self.root_device, self.world_size)
+            if options.spreads(self.world_size, self.num_nodes):
+                refuse_beside_spread(
+                    options,
+                    self.strategy_name,
+                    self.root_device,
+                    measures=self._dial.is_measured(self.world_size, 1),
+                    goes_on=self._resilience.goes_on,
+                    is_owned=self.owner is not None,
+                )
         try:
             check_module(module)
         except ValueError as error:
@@ -392,7 +404,11 @@ class AsyncStrategy(PhasedCollectives):
         if self.is_fitting and self.is_global_zero and self.world_size > 1:
             if self.options.holder == "process":
                 supervisor.start_holder_process()
-            supervisor.start_shard_processes(self.options.shards(self.world_size))
+            if not self.options.spreads(self.world_size, self.num_nodes):
+                supervisor.start_shard_processes(self.options.shards(self.world_size))
+        if self.is_fitting and self.local_rank == 0 and self.options.spreads(self.world_size, self.num_nodes):
+            shards = self.options.shards(self.world_size)
+            supervisor.start_shard_servers(shards_of_host(shards, self.node_rank, self.num_nodes))
         self.meet_by(None)
         if (invitation := Invitation.of_this_process()) is not None and self.is_fitting:
             self._join(supervisor, invitation)
@@ -541,6 +557,7 @@ class AsyncStrategy(PhasedCollectives):
             stats=self.stats,
             observers=self.observers,
             spare_threads=self._spare_threads(),
+            num_nodes=self.num_nodes,
         )
         self._fit = set_up_fit(
             context,

@@ -6,7 +6,7 @@ import atexit
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from lightning_async.runtime.membership import Membership, guard_shutdown
 from lightning_async.runtime.roster import Resilience
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.shards.process import ShardProcess
+from lightning_async.shards.shard_process import ShardServerProcess
 from lightning_async.strategies.launch_errors import describe_refused_peer
 from lightning_async.strategies.owned_launcher import OwnedLauncher
 from lightning_async.strategies.process_launcher import ProcessLauncher
@@ -59,6 +60,8 @@ class RunSupervisor:
         launcher: what starts the ranks.
         holder_process: the holder's own process, on rank 0, where it has one.
         shard_processes: those of the holder's shards but the first, on rank 0, where it has more.
+        shard_servers: those of this host's shards, on its first rank, where they are reached over the network.
+        let_go_of_shards: called before they are ended.
         on_failure: called in a spawned rank that fails.
     """
 
@@ -71,6 +74,8 @@ class RunSupervisor:
         self._membership: Membership | None = None
         self.holder_process: HolderProcess | None = None
         self.shard_processes: list[ShardProcess] = []
+        self.shard_servers: list[ShardServerProcess] = []
+        self.let_go_of_shards: Callable[[], object] = _do_nothing
         self.on_failure: Callable[[], object] = _do_nothing
         if strategy.owner is None:
             refuse_ray_worker(type(strategy).__name__, strategy.cluster_environment)
@@ -107,6 +112,9 @@ class RunSupervisor:
             except BaseException as error:
                 # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
                 self._ranks.break_off(error)
+                if not isinstance(error, SIGTERMException):
+                    # Rank 0 still trains with them, and would not let go before it hears of this error.
+                    self._end_shard_servers(waits=False)
                 # Lightning does not tear a spawned rank down that fails.
                 if isinstance(self.launcher, ProcessLauncher):
                     self.on_failure()
@@ -223,6 +231,10 @@ class RunSupervisor:
         """Starts a process for each of the holder's shards but the first."""
         self.shard_processes = [ShardProcess(shard) for shard in range(1, shards)]
 
+    def start_shard_servers(self, shards: Sequence[int]) -> None:
+        """Starts a process for each of these shards, which rank 0 and all workers reach over the network."""
+        self.shard_servers = [ShardServerProcess(shard, self._ranks.global_rank) for shard in shards]
+
     def end_holder_processes(self) -> None:
         """Ends the holder's own process, or those of its shards, if there are any."""
         process, self.holder_process = self.holder_process, None
@@ -231,6 +243,14 @@ class RunSupervisor:
         shards, self.shard_processes = self.shard_processes, []
         for shard in shards:
             shard.end()
+        let_go, self.let_go_of_shards = self.let_go_of_shards, _do_nothing
+        let_go()
+        self._end_shard_servers(waits=True)
+
+    def _end_shard_servers(self, waits: bool) -> None:
+        servers, self.shard_servers = self.shard_servers, []
+        for server in servers:
+            server.end(waits)
 
     def meet(self, broadcast: Callable[[str], str], gather: Callable[[str], list[str]]) -> None:
         """Ties the ranks together, once they have a process group; a collective call."""

@@ -28,6 +28,7 @@ __all__ = [
     "check_parameters",
     "describe_gradient",
     "is_ray_worker",
+    "refuse_beside_spread",
     "refuse_finders",
     "refuse_options",
     "refuse_ray_worker",
@@ -117,9 +118,7 @@ def refuse_finders(trainer: Trainer, name: str) -> None:
         )
 
 
-def refuse_options(
-    options: ExchangeOptions, name: str, device: torch.device, world_size: int, num_nodes: int = 1
-) -> None:
+def refuse_options(options: ExchangeOptions, name: str, device: torch.device, world_size: int) -> None:
     """Refuses options that this machine or this number of ranks cannot have.
 
     Args:
@@ -127,7 +126,6 @@ def refuse_options(
         name: the strategy's name.
         device: what this rank computes on.
         world_size: number of ranks.
-        num_nodes: number of hosts that they are on.
 
     Raises:
         MisconfigurationException: if there are such; the message says what can be had.
@@ -142,14 +140,47 @@ def refuse_options(
         if options.holder == "process" and world_size > 1:
             check_policy_can_travel(make_policy(options.staleness_policy), *APART)
         if options.shards(world_size) > 1:
-            if num_nodes > 1:
-                raise ValueError(
-                    f"holder_shards={options.holder_shards} has all shards and all ranks on one host, where they share "
-                    f"memory, and the Trainer has num_nodes={num_nodes}. Leave holder_shards out"
-                )
             check_policy_can_be_cut(make_policy(options.staleness_policy))
     except ValueError as error:
         raise MisconfigurationException(f"{name} cannot train here: {error}.") from None
+
+
+def refuse_beside_spread(
+    options: ExchangeOptions, name: str, device: torch.device, measures: bool, goes_on: bool, is_owned: bool = False
+) -> None:
+    """Refuses what shards that are reached over the network cannot be beside.
+
+    Args:
+        options: the strategy's.
+        name: the strategy's name.
+        device: what this rank computes on.
+        measures: whether step times decide how many gradients make an update.
+        goes_on: whether the run goes on without ranks that it loses.
+        is_owned: whether an engine owns the processes.
+
+    Raises:
+        MisconfigurationException: if there is such; the message says what to do.
+    """
+    refused = (
+        (options.transport == "shm", 'transport="shm"', "leave transport out, or have all ranks on one host"),
+        (options.overlap, "overlap=True", "leave overlap out"),
+        (options.wire_dtype != "fp32", f'wire_dtype="{options.wire_dtype}"', "leave wire_dtype out"),
+        (
+            options.parameter_wire_dtype != "fp32",
+            f'parameter_wire_dtype="{options.parameter_wire_dtype}"',
+            "leave parameter_wire_dtype out",
+        ),
+        (measures, 'gradients_per_update="auto"', "give a number, such as 1"),
+        (goes_on, 'on_worker_failure="continue"', "leave on_worker_failure out, and let a restart resume"),
+        (device.type != "cpu", f"ranks on {device.type.upper()}", "train on CPUs"),
+        (is_owned, "Ray Train", "start the ranks by torchrun or SLURM"),
+    )
+    for is_asked, what, way_out in refused:
+        if is_asked:
+            raise MisconfigurationException(
+                f"{name} cannot train here: holder_shards={options.holder_shards} with shards that are reached over "
+                f"the network cannot be used with {what}: {way_out}, or leave holder_shards out."
+            )
 
 
 def check_momentum(options: ExchangeOptions, optimizer: torch.optim.Optimizer) -> None:

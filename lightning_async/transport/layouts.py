@@ -29,6 +29,7 @@ from lightning_async.transport.message import (
     Message,
     Outcome,
     Parameters,
+    Part,
     Proof,
     Pull,
     Push,
@@ -276,6 +277,13 @@ layout_of_type: dict[type, Layout] = {
     Beat: _with_text(Beat),
     Abort: _with_text(Abort),
     Evict: _with_text(Evict),
+    Part: _layout(
+        Part,
+        "QQB",
+        (),
+        lambda part: ((part.number, part.payload_bytes, _CODE_OF_DTYPE[part.dtype]), NO_SECTIONS),
+        lambda worker, numbers, sections: Part(worker, numbers[0], _dtype_of(numbers[2]), numbers[1]),
+    ),
     Goodbye: _layout(Goodbye),
 }
 layout_of_code: dict[int, Layout] = {int(layout.kind): layout for layout in layout_of_type.values()}

@@ -29,6 +29,7 @@ __all__ = [
     "Message",
     "Outcome",
     "Parameters",
+    "Part",
     "Proof",
     "Pull",
     "Push",
@@ -65,6 +66,7 @@ class Kind(enum.IntEnum):
     CHALLENGE = 18
     PROOF = 19
     EVICT = 20
+    PART = 21
 
 
 class Outcome(enum.IntEnum):
@@ -324,6 +326,22 @@ class Evict(NamedTuple):
     reason: str = ""
 
 
+class Part(NamedTuple):
+    """Announces a part of a gradient or of the parameters, between a worker and one of the holder's shards.
+
+    Args:
+        worker: the rank whose gradient it is, or that the parameters go to.
+        number: of a gradient which of the worker's pushes it belongs to, from 1; of parameters their version.
+        dtype: element type of the payload.
+        payload_bytes: size of the payload.
+    """
+
+    worker: int
+    number: int = 0
+    dtype: torch.dtype | None = None
+    payload_bytes: int = 0
+
+
 class Goodbye(NamedTuple):
     """The connection ends in order; not answered."""
 
@@ -350,6 +368,7 @@ Message: TypeAlias = (
     | Beat
     | Abort
     | Evict
+    | Part
     | Goodbye
 )
 
@@ -357,7 +376,7 @@ _KINDS: dict[type, Kind] = {
     kind: Kind[kind.__name__.upper()]
     for kind in (
         *(Hello, Challenge, Proof, Welcome, Refuse, Draw, Tickets, Pull, Parameters, Push, Skip),
-        *(Release, Leave, Close, Read, Ack, Beat, Abort, Evict, Goodbye),
+        *(Release, Leave, Close, Read, Ack, Beat, Abort, Evict, Part, Goodbye),
     )
 }
 

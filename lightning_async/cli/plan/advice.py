@@ -56,7 +56,8 @@ def advise(
     if end is None:
         said.append(f"Neither holder nor link is full with up to {every[-1].workers:,} workers.")
     else:
-        where = "The holder" if end.holder_load >= end.link_load else "Rank 0's link"
+        link = "Rank 0's link" if costs.spread == 1 else "The busiest host's link"
+        where = "The holder" if end.holder_load >= end.link_load else link
         said.append(f"{where} is full with {end.workers:,} workers: more of them bring no more gradients.")
     return said
 
@@ -77,7 +78,7 @@ def _verdict(focus: Forecast) -> str:
 
 _REASONS = {
     "holder": "holder cannot take so many gradients",
-    "link": "rank 0's link cannot carry so many gradients",
+    "link": "busiest link cannot carry so many gradients",
     "bound": "staleness bound makes workers wait",
     "workers": "workers wait for their answers one by one",
 }

@@ -81,14 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_count, nargs="+", default=list(_NUMBERS), metavar="N")
     parser.add_argument("--advise-for", type=_count, metavar="N", help="which number of workers the advice is for")
     parser.add_argument("--parameters", type=float, metavar="P", help="trained parameters of the model (11.2e6)")
-    parser.add_argument("--bandwidth-gbit", type=float, metavar="G", help="of rank 0's link; none: all on one host")
+    parser.add_argument("--bandwidth-gbit", type=float, metavar="G", help="of each host's link; none: all on one host")
     parser.add_argument("--latency-ms", type=float, default=0.05, metavar="MS", help="of a message (0.05)")
     parser.add_argument("--gather-ms", type=float, metavar="MS", help="of the holder for a gradient (estimated)")
     parser.add_argument(
         "--update-ms", type=float, metavar="MS", help="of the holder for an update, besides (estimated)"
     )
     parser.add_argument(
-        "--holder-shards", type=_count, default=1, metavar="S", help="parts of the holder, all on one host (1)"
+        "--holder-shards",
+        type=_count,
+        default=1,
+        metavar="S",
+        help="parts of the holder; with --bandwidth-gbit on several hosts (1)",
     )
     parser.add_argument("--gradients-per-update", type=_count, default=None, metavar="K")
     parser.add_argument("--max-staleness", default=None, metavar="T", help='a number, "auto" or "none"')
@@ -113,8 +117,6 @@ def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, 
     bytes_per_s = None if given.bandwidth_gbit is None else given.bandwidth_gbit * 1e9 / 8
     if bytes_per_s is not None and not bytes_per_s > 0:
         raise ValueError(f"--bandwidth-gbit must be positive, not {given.bandwidth_gbit}")
-    if bytes_per_s is not None and given.holder_shards > 1:
-        raise ValueError("--holder-shards are on one host with all workers: leave --bandwidth-gbit or them out")
     parameters, all_reduce_s = given.parameters, None
     if parameters is None:
         if bytes_per_s is not None:
@@ -129,7 +131,8 @@ def _costs(given: argparse.Namespace, record: RunRecord | None) -> tuple[Costs, 
         for wire_dtype in ("fp32", "bf16", "int8")
     }
     full = costs.pop("fp32")
-    return full, {} if bytes_per_s is None else costs
+    # What is spread over hosts travels as it is.
+    return full, {} if bytes_per_s is None or full.spread > 1 else costs
 
 
 def _dial(given: argparse.Namespace) -> tuple[int, Any]:

@@ -2,6 +2,7 @@
 
 Pure, and without gradients. Every worker computes, sends its gradient over rank 0's link, has it taken by the holder,
 gets parameters back over the link, and computes again. Link and holder serve one at a time, in the order of arrival.
+Where the holder's shards are spread over the workers' hosts, "the link" is that of the busiest host.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from lightning_async.holder.barrier import StalenessBarrier
+from lightning_async.shards.traffic import busiest_share
 from lightning_async.simulation.cluster import ExchangeTimes, play
 from lightning_async.simulation.step_times import StepTimes
 from lightning_async.transport.int8 import BLOCK
@@ -44,6 +46,7 @@ class Costs:
         parameters_s: seconds that an answer takes there; the link carries both ways at once.
         latency_s: seconds for a message to get there, however short.
         all_reduce_s: seconds of lock step's exchange, but for its latency.
+        spread: parts of the holder that are spread over the workers' hosts; 1 if it is on rank 0's.
 
     Examples:
         >>> one_gigabit = Costs.of(parameters=1_000_000, bytes_per_s=125e6)
@@ -58,6 +61,22 @@ class Costs:
     parameters_s: float = 0.0
     latency_s: float = 0.0
     all_reduce_s: float = 0.0
+    spread: int = 1
+
+    def busy_part(self, workers: int) -> float:
+        """For how much of a payload's time it keeps the busiest link busy: 1 if that is rank 0's and has all of it.
+
+        Args:
+            workers: their number, each on a host of its own.
+
+        Examples:
+            >>> [Costs(spread=shards).busy_part(workers=4) for shards in (1, 2, 4)]
+            [1.0, 0.6666666666666666, 0.5]
+        """
+        if self.spread == 1 or workers == 1:
+            return 1.0
+        # All but rank 0's own payloads pass rank 0's link where the holder is whole.
+        return busiest_share(self.spread, [1] * workers) / busiest_share(1, [1] * workers)
 
     @classmethod
     def of(
@@ -81,7 +100,8 @@ class Costs:
             gather_s: see `Costs`; estimated if None.
             update_s: see `Costs`; estimated if None.
             all_reduce_s: see `Costs`; estimated if None.
-            shards: parts of the holder, each with a core of its own: what is estimated of it is of one part.
+            shards: parts of the holder, each with a core of its own: what is estimated of it is of one part. With a
+                link they are on as many hosts as there are.
         """
         held = parameters / shards
         per_value_s = 0.0 if bytes_per_s is None else _WIRE_BYTES[wire_dtype] / bytes_per_s
@@ -92,7 +112,8 @@ class Costs:
             # A ring sends each value twice, in float32; on one host it passes through memory.
             all_reduce_s = parameters * (_REDUCE_S if bytes_per_s is None else 2 * 4 / bytes_per_s)
         size_s = per_value_s * parameters
-        return cls(gather_s, _MEAN_S * held, update_s, size_s, size_s, latency_s, all_reduce_s)
+        spread = 1 if bytes_per_s is None else shards
+        return cls(gather_s, _MEAN_S * held, update_s, size_s, size_s, latency_s, all_reduce_s, spread)
 
 
 # One core of a host with AMSGrad (benchmarks/update.py): of a message, and of a value that is answered with, added up
@@ -221,6 +242,9 @@ def _play(steps: StepTimes, costs: Costs, gradients_per_update: int) -> _Played:
     warm_up = min(total // 3, 2 * workers)
     counted_from = last = 0.0
     gather_s = costs.gather_s + (costs.mean_s if gradients_per_update > 1 else 0.0)
+    # A worker's own link carries the whole of its payload, whatever the busiest one does.
+    busy_part = costs.busy_part(workers)
+    in_s, out_s = costs.gradient_s * busy_part, costs.parameters_s * busy_part
     by_link = costs.gradient_s > 0 or costs.latency_s > 0
     while number < total:
         now, at_holder, worker = events[0]
@@ -228,16 +252,16 @@ def _play(steps: StepTimes, costs: Costs, gradients_per_update: int) -> _Played:
         if not at_holder:
             since[worker] = now
             if by_link and worker:
-                in_free = max(now, in_free) + costs.gradient_s
-                heapq.heapreplace(events, (in_free + costs.latency_s, True, worker))
+                in_free = max(now, in_free) + in_s
+                heapq.heapreplace(events, (max(in_free, now + costs.gradient_s) + costs.latency_s, True, worker))
                 continue
         # 2. The holder takes it, and answers.
         makes_update = (number + 1) % gradients_per_update == 0
         service_s = gather_s + (costs.update_s if makes_update else 0.0)
         answered = holder_free = max(now, holder_free) + service_s
         if worker:
-            out_free = max(holder_free, out_free) + costs.parameters_s
-            answered = out_free + costs.latency_s
+            out_free = max(holder_free, out_free) + out_s
+            answered = max(out_free, holder_free + costs.parameters_s) + costs.latency_s
         if number >= warm_up:
             ages[number // gradients_per_update - read[worker]] += 1
             holder_s += service_s
@@ -253,7 +277,7 @@ def _play(steps: StepTimes, costs: Costs, gradients_per_update: int) -> _Played:
         taken[worker] += 1
         heapq.heapreplace(events, (answered + step, False, worker))
     counted, seconds = total - warm_up, max(last - counted_from, 1e-12)
-    on_link_s = sent * max(costs.gradient_s, costs.parameters_s)
+    on_link_s = sent * max(in_s, out_s)
     return _Played(
         rate=counted / seconds,
         staleness=ages,

@@ -89,6 +89,17 @@ def test_a_full_link_carries_what_it_can_and_rank_0_does_not_use_it() -> None:
     assert alone.gradients_per_s == pytest.approx(10)
 
 
+def test_shards_on_several_hosts_share_what_passes_a_full_link() -> None:
+    steps = StepTimes.of([0.01], workers=64)
+    found = [forecast(steps, Costs(gradient_s=0.1, parameters_s=0.1, spread=shards)) for shards in (1, 2, 4)]
+
+    # Rank 0's own gradients pass no link where the holder is whole, and it makes a hundred a second.
+    whole, *parts = (one.gradients_per_s - 100 for one in found)
+    assert all(one.limited_by == "link" for one in found)
+    # Of 64 hosts' gradients 63/64 pass rank 0's link, and where each of four hosts has a part 1/4 + 1/64 - 2/256.
+    assert [part / whole for part in parts] == pytest.approx([1.97, 3.82], rel=0.15)
+
+
 def test_lock_step_waits_for_the_slowest_and_for_the_exchange() -> None:
     found = forecast(StepTimes.of(ONE_SLOW), Costs(all_reduce_s=0.4, latency_s=0.01))
 

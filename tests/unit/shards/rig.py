@@ -16,9 +16,10 @@ from lightning_async.holder.barrier import StalenessBarrier
 from lightning_async.holder.holder import Holder
 from lightning_async.holder.layout import FlatLayout, all_parameters
 from lightning_async.runtime.failure import FailureLatch
-from lightning_async.shards.follower_main import FollowerHost
+from lightning_async.shards.follower import unpack_spec
+from lightning_async.shards.follower_host import FollowerHost
 from lightning_async.shards.followers import FollowerLink, Report
-from lightning_async.shards.operations import ApplyPush, Operation, is_reported
+from lightning_async.shards.operations import ApplyPush, Operation, Serve, is_reported
 from lightning_async.shards.placement import ShardedPlacement
 from lightning_async.transport.base import Buffers, Channel
 from lightning_async.transport.message import Message
@@ -48,7 +49,11 @@ class FakeProcess:
     def work(self) -> None:
         """Does the next thing that it was told."""
         number, place, operation = self.queue.popleft()
-        answer = self._host.do(number, place, operation)
+        answer = None
+        if isinstance(operation, Serve):
+            self._host.serve(number, unpack_spec(operation.payload))
+        else:
+            answer = self._host.do(number, place, operation)
         if is_reported(operation):
             self._reports[number](place, answer)
 

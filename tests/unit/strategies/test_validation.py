@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.exchange.options import ExchangeOptions
 from lightning_async.policies import StalenessPolicy
-from lightning_async.strategies.validation import check_module, refuse_options
+from lightning_async.strategies.validation import check_module, refuse_beside_spread, refuse_options
 
 
 def unbuilt(kind: Any) -> nn.Module:
@@ -90,10 +90,10 @@ def test_options_that_cannot_be_had_are_refused_under_the_strategys_name(options
     assert said in str(error.value)
 
 
-def test_shards_are_refused_on_several_hosts_and_for_policies_that_need_whole_parameters() -> None:
-    def refuse(nodes: int, policy: str | StalenessPolicy) -> None:
+def test_shards_are_refused_for_policies_that_need_whole_parameters() -> None:
+    def refuse(policy: str | StalenessPolicy) -> None:
         options = ExchangeOptions(holder_shards=2, staleness_policy=policy)
-        refuse_options(options, "async", torch.device("cpu"), world_size=4, num_nodes=nodes)
+        refuse_options(options, "async", torch.device("cpu"), world_size=4)
 
     class Whole(StalenessPolicy):
         def after_step(self, optimizer: Any, late: Any) -> None:
@@ -103,18 +103,36 @@ def test_shards_are_refused_on_several_hosts_and_for_policies_that_need_whole_pa
         def gradient_factor(self, arrival: Any) -> float:
             return 0.5
 
-    refuse(1, "look_ahead")
-    for nodes, policy, said in (
-        (
-            2,
-            "plain",
-            r"has all shards and all ranks on one host.* num_nodes=2\. Leave holder_shards out",
-        ),
-        (1, Whole(), "Whole overrides after_step or look_ahead, which may need whole ones"),
-        (1, Local(), "Local cannot go there: .* Define it in a module that can be imported"),
+    refuse("look_ahead")
+    for policy, said in (
+        (Whole(), "Whole overrides after_step or look_ahead, which may need whole ones"),
+        (Local(), "Local cannot go there: .* Define it in a module that can be imported"),
     ):
         with pytest.raises(MisconfigurationException, match=said):
-            refuse(nodes, policy)
+            refuse(policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "facts", "said"),
+    [
+        ({"overlap": True}, {}, "with overlap=True: leave overlap out, or leave holder_shards out"),
+        ({"transport": "shm"}, {}, 'with transport="shm": leave transport out, or have all ranks on one host'),
+        ({"wire_dtype": "int8"}, {}, 'with wire_dtype="int8": leave wire_dtype out'),
+        ({"parameter_wire_dtype": "bf16"}, {}, 'with parameter_wire_dtype="bf16": leave parameter_wire_dtype out'),
+        ({}, {"measures": True}, 'with gradients_per_update="auto": give a number'),
+        ({}, {"goes_on": True}, 'with on_worker_failure="continue": leave on_worker_failure out'),
+        ({}, {"device": torch.device("cuda")}, "with ranks on CUDA: train on CPUs"),
+        ({}, {"is_owned": True}, "with Ray Train: start the ranks by torchrun or SLURM"),
+    ],
+)
+def test_shards_on_several_hosts_are_refused_with_what_they_cannot_be_beside(
+    options: dict[str, Any], facts: dict[str, Any], said: str
+) -> None:
+    alone: dict[str, Any] = {"device": torch.device("cpu"), "measures": False, "goes_on": False}
+    refuse_beside_spread(ExchangeOptions(holder_shards=2), "async", **alone)
+
+    with pytest.raises(MisconfigurationException, match=said):
+        refuse_beside_spread(ExchangeOptions(holder_shards=2, **options), "async", **(alone | facts))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +142,7 @@ def test_shards_are_refused_on_several_hosts_and_for_policies_that_need_whole_pa
         ({"holder_shards": True}, "holder_shards must be an int of at least 1, not True"),
         ({"holder_threads": 2}, "holder_threads=2 is for a holder in one piece: leave one of them out"),
         ({"holder": "process"}, 'holder="process" has one for the whole holder: leave one of them out'),
-        ({"transport": "tcp"}, 'transport="tcp" goes another way: leave one of them out'),
+        ({"transport": "nccl"}, 'transport="nccl" goes another way: leave one of them out'),
         ({"holder_device": "cuda"}, 'holder_device="cuda" goes another way: leave one of them out'),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_holder_on_the_host_needs_nothing_of_its_sessions() -> None:
     placement.bind_thread()
 
     channel, _ = fake_pair(3)
-    assert placement.stage(channel) is channel
+    assert placement.stage(channel, 1) is channel
 
 
 class Group:

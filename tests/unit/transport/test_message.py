@@ -47,6 +47,7 @@ from lightning_async.transport.message import (
     Message,
     Outcome,
     Parameters,
+    Part,
     Proof,
     Pull,
     Push,
@@ -111,6 +112,7 @@ messages_of: dict[type, st.SearchStrategy[Message]] = {
     Beat: st.builds(Beat, workers, texts),
     Abort: st.builds(Abort, workers, texts),
     Evict: st.builds(Evict, workers, texts),
+    Part: st.builds(Part, workers, st.integers(0, UINT64), dtypes, st.integers(0, UINT64)),
     Goodbye: st.builds(Goodbye, workers),
 }
 messages = st.one_of(*messages_of.values())
@@ -216,7 +218,7 @@ def test_the_start_and_the_size_of_a_header_stay_the_same_in_every_version() -> 
 def test_the_numbers_of_the_kinds_stay_the_same() -> None:
     names = (
         "HELLO WELCOME REFUSE DRAW TICKETS PULL PARAMETERS PUSH SKIP LEAVE CLOSE ACK BEAT ABORT GOODBYE READ RELEASE "
-        "CHALLENGE PROOF EVICT"
+        "CHALLENGE PROOF EVICT PART"
     )
 
     assert {kind.name: int(kind) for kind in Kind} == {name: i for i, name in enumerate(names.split(), 1)}

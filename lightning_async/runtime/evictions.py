@@ -28,7 +28,7 @@ class Evictions:
             tells of it.
         steps: the same, for what is done when it is out; in this order.
         lets_go: whether the rank that the steps are about leaves by itself.
-        restart: starts a lost rank again, and says so; None where nobody does.
+        restart: has a lost rank started again, and says what becomes of it; None where nothing does.
     """
 
     def __init__(self, roster: Roster, latch: FailureLatch) -> None:
@@ -37,7 +37,7 @@ class Evictions:
         self.before: list[Callable[[int, str], str | None]] = []
         self.steps: list[Callable[[int, str], str | None]] = []
         self.lets_go = False
-        self.restart: Callable[[int], str | None] | None = None
+        self.restart: Callable[[RunFailure], str | None] | None = None
         self._latch = latch
         self._deciding = threading.RLock()
         self._changed = threading.Condition()
@@ -63,7 +63,7 @@ class Evictions:
             self.roster.remove(rank, reason)
             told += [step(rank, reason) for step in list(self.steps)]
             if not leaves and self.restart is not None:
-                told.append(self.restart(rank))
+                told.append(self.restart(failure))
             ranks = len(self.roster.living)
             go_on = f"{ranks} rank{'s' if ranks > 1 else ''} go{'' if ranks > 1 else 'es'} on without it"
             what = "leaves" if leaves else "is lost"

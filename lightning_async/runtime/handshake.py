@@ -1,7 +1,8 @@
 """How a connection to rank 0 begins: a HELLO that says which rank connects and what for, and rank 0's answer.
 
 A connection is a heartbeat, a worker's control channel, asks for an optimizer's state, is for meetings, or is of a rank
-that asks to join. Both sides prove that they have the run's token, and neither says it:
+that asks to join, or of what has started the ranks of a host. Both sides prove that they have the run's token, and
+neither says it:
 
 | who | says | with |
 |---|---|---|
@@ -31,6 +32,7 @@ __all__ = [
     "HANDSHAKE_TIMEOUT_S",
     "HEARTBEAT",
     "JOIN",
+    "LAUNCHER",
     "MEETING",
     "STATE",
     "Address",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 HEARTBEAT, CONTROL, STATE, MEETING, JOIN = "heartbeat", "control", "state", "meeting", "join"
+LAUNCHER = "launcher"
 
 # How long a stranger may take until it has proven that it is none, and how long a rank tries at least.
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -183,7 +186,7 @@ def handshake(
     Args:
         address: of rank 0's listener.
         rank: this rank.
-        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING` or `JOIN`.
+        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING`, `JOIN` or `LAUNCHER`.
         incarnation: how many workers of this rank came before.
         claims: what else rank 0 should know, JSON values.
 

@@ -22,6 +22,7 @@ from lightning_async.runtime.handshake import (
     HANDSHAKE_TIMEOUT_S,
     HEARTBEAT,
     JOIN,
+    LAUNCHER,
     MEETING,
     STATE,
     Address,
@@ -47,7 +48,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # Less than a rank waits for the answer to its HELLO.
 _LONGEST_TROUBLES_S = 5.0
 _SHORT_HEARING_S = 0.5
-_ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN)
+_ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN, LAUNCHER)
 _REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
 # More ranks than any run has come within a round trip; who is pushed out by strangers tries again.
 _MOST_ARRIVALS = 128
@@ -135,6 +136,8 @@ class Listener:
         self.on_meeting: Callable[[PeerInfo, ControlConnection], None] | None = None
         # Serves those that want to join the run, each in its own thread.
         self.on_join: Callable[[PeerInfo, ControlConnection], None] | None = None
+        # Serves what has started the ranks of a host, each in its own thread.
+        self.on_launcher: Callable[[PeerInfo, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0's own worker comes in here too, as where its training and the updates overlap.
         self.admits_rank_0 = False
@@ -272,7 +275,7 @@ class Listener:
 
     def _welcome(self, peer: PeerInfo, role: str, connection: ControlConnection) -> None:
         try:
-            first = 0 if role == CONTROL and self.admits_rank_0 else 1
+            first = 0 if role == LAUNCHER or (role == CONTROL and self.admits_rank_0) else 1
             if role not in _ROLES or not first <= peer.rank < self._workers:
                 raise HandshakeError(f"there is no {role!r} for rank {peer.rank} among {self._workers} ranks")
             if role == HEARTBEAT:
@@ -284,6 +287,7 @@ class Listener:
                 STATE: self.on_state,
                 MEETING: self.on_meeting,
                 JOIN: self.on_join,
+                LAUNCHER: self.on_launcher,
             }
             answer = answers[role]
             if answer is None:

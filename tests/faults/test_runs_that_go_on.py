@@ -90,10 +90,12 @@ class Watching(Callback):
         )
 
 
-def train(folder: Path, faults: tuple[Fault, ...], ranks: int = 3, epochs: int = EPOCHS, **arguments: Any) -> None:
+def train(
+    folder: Path, faults: tuple[Fault, ...], ranks: int = 3, epochs: int = EPOCHS, hosts: int = 1, **arguments: Any
+) -> None:
     strategy = AsyncAMSGradStrategy(**(CONTINUE | arguments))
     callbacks = [Watching(folder), FaultInjector(faults)]
-    trainer = fork_trainer(folder, ranks, strategy, max_epochs=epochs, callbacks=callbacks)
+    trainer = fork_trainer(folder, ranks, strategy, max_epochs=epochs, callbacks=callbacks, num_nodes=hosts)
     trainer.fit(Counting(), loader(BATCHES * 4), loader(VALIDATED))
 
 

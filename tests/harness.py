@@ -1,8 +1,8 @@
 """Parts of a run that a test puts together in one process: rank 0 without a trainer, ranks without a model.
 
 `Exchange` is rank 0's side (parameters, holder, ledger, latch); `Exchange.serve` gives a worker a session of its own,
-`Entrance` lets ranks in over sockets, `RankZero` launchers. `LoaderRank` and `StreamRank` are a rank's loop over its batches, with a ledger
-in place of the exchange. `Call`, `eventually` and `socket_pair` are for threads and sockets.
+`Entrance` lets ranks in over sockets, `RankZero` launchers. `LoaderRank` and `StreamRank` are a rank's loop over its
+batches, with a ledger in place of the exchange. `Call`, `eventually` and `socket_pair` are for threads and sockets.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class RankZero:
 
     def _let_go(self, rank: int, reason: str) -> None:
         if self.evictions.lets_go:
-            self.launchers.let_go(rank)
+            self.launchers.let_go(rank, reason)
 
     def connect(self, ranks: tuple[int, ...] = (2, 3), unable: str = "") -> LauncherConnection:
         before = len(self.launchers._launchers)

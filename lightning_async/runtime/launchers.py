@@ -55,6 +55,7 @@ class Lost(NamedTuple):
         told: what becomes of it, in words.
         start: which start of it is wanted; 0 for none.
         delay_s: seconds to wait before that.
+        leaves: whether it leaves by itself.
     """
 
     rank: int
@@ -62,6 +63,21 @@ class Lost(NamedTuple):
     told: str
     start: int = 0
     delay_s: float = 0.0
+    leaves: bool = False
+
+    def describe_end(self, code: int | None) -> str:
+        """What happened to it, as its host knows it, where rank 0 has seen no more than that it is gone.
+
+        Args:
+            code: exit status of its process; None if it has not ended.
+
+        Examples:
+            >>> Lost(3, "its process is gone: the connection was closed", "").describe_end(-9)
+            'its process was killed by SIGKILL'
+            >>> Lost(3, "gave no sign of life for 60 s (worker_timeout)", "").describe_end(-9)
+            'gave no sign of life for 60 s (worker_timeout)'
+        """
+        return describe_exit(code) if code not in (None, 0, _ERROR) and "connection" in self.reason else self.reason
 
 
 @dataclass(eq=False)
@@ -176,11 +192,9 @@ class Launchers:
         self._tell(launcher, word)
         return self._say_where(launcher, word)
 
-    def let_go(self, rank: int) -> None:
+    def let_go(self, rank: int, reason: str) -> None:
         """A rank leaves by itself: it is not started again."""
-        with self._changed:
-            self._starts[rank] = _NO_MORE
-            self._words.pop(rank, None)
+        self._end(Lost(rank, reason, "it leaves by itself", leaves=True))
 
     def hear(self, rank: int, code: int, start: int) -> None:
         """A launcher tells how a process of its has ended; for any thread.
@@ -204,7 +218,7 @@ class Launchers:
         elif start and self._latch.failure is None and not self._closed:
             if code == _ERROR:
                 told = "it is not started again: that was an error of its own"
-                self._end(RunFailure(rank, reason), told)
+                self._end(Lost(rank, reason, told))
             else:
                 told = self.replace(RunFailure(rank, reason)) or ""
             say(0, f"rank {rank}, which was about to join, is lost: {reason}; {told}")
@@ -245,12 +259,12 @@ class Launchers:
         start = max(self._starts.get(rank, 0), 0) + 1
         return Lost(rank, reason, f"it is started again{later} ({count} of {self._most})", start, delay_s)
 
-    def _end(self, failure: RunFailure, told: str) -> None:
+    def _end(self, word: Lost) -> None:
         """Has a rank started no more."""
         with self._changed:
-            self._starts[failure.rank] = _NO_MORE
-            word = self._words[failure.rank] = Lost(failure.rank, failure.reason, told)
-            launcher = next((one for one in reversed(self._launchers) if failure.rank in one.ranks), None)
+            self._starts[word.rank] = _NO_MORE
+            self._words[word.rank] = word
+            launcher = next((one for one in reversed(self._launchers) if word.rank in one.ranks), None)
         if launcher is not None:
             self._tell(launcher, word)
 

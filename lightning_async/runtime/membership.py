@@ -262,7 +262,7 @@ class Membership:
         def tell(rank: int, reason: str) -> None:
             host.note_lost(rank, ends=evictions.lets_go)
             if evictions.lets_go:
-                launchers.let_go(rank)
+                launchers.let_go(rank, reason)
             self._hear_of(RunFailure(rank, reason))
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)

@@ -6,11 +6,14 @@ one by one, the first like any other, until rank 0 says that the run is over, or
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,20 @@ from lightning_async.runtime.launchers import LauncherConnection, Lost, say_on_h
 from lightning_async.strategies import launching
 from lightning_async.transport.base import ChannelClosedError
 
-__all__ = ["HostProcesses", "Mailbox"]
+__all__ = ["HostProcesses", "Mailbox", "end_with_parent"]
 
 log = logging.getLogger(__name__)
 
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 # A process that is dying has closed its connections before its status is known.
 _DYING_S = 0.2
+
+
+def end_with_parent(signum: signal.Signals) -> None:
+    """Has the system send a signal to this process when the one that has started it ends; on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
 class Mailbox:
@@ -203,9 +214,11 @@ class HostProcesses:
             return
         self._lost[index] = word
         self._undecided.pop(index, None)
+        if word.leaves:
+            return
         process = self._processes[index]
         process.join(_DYING_S)
-        reason = describe_exit(process.exitcode) if (process.exitcode or 0) not in (0, 1) else word.reason
+        reason = word.describe_end(process.exitcode)
         if index in self._running:
             process.kill()
             process.join()
@@ -270,6 +283,8 @@ class HostProcesses:
         elif self._goes_on and self._lost:
             # Of those that the run has gone on without, nothing counts.
             left = [index for index in range(len(processes)) if index not in self._lost]
+            if not left and all(word.leaves for word in self._lost.values()):
+                raise SIGTERMException
             if not left:
                 raise WorkerFailedError(self._all_lost())
             if 0 in self._lost:
@@ -286,7 +301,7 @@ class HostProcesses:
         return result
 
     def _all_lost(self) -> RunFailure:
-        word = list(self._lost.values())[-1]
+        word = [word for word in self._lost.values() if not word.leaves][-1]
         return RunFailure(word.rank, f"{word.reason}; the run goes on without this host, whose ranks are all lost")
 
     def failure(self, known: RunFailure | None, ended: list[int], stuck: list[int]) -> RunFailure:

@@ -31,7 +31,7 @@ from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_throu
 from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
-from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.strategies.host_processes import HostProcesses, Mailbox, end_with_parent
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
@@ -158,6 +158,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         guard, mailbox = self._guard, rest[2]
         self._is_rank = True
         mailbox.only_write()
+        # torch has SIGINT sent, which ends the run. Where it goes on without this host, its ranks leave it.
+        leaves = guard.goes_on and self._first_rank > 0
+        end_with_parent(signal.SIGTERM if leaves else signal.SIGINT)
         self._told = mailbox if process_idx == 0 else None
 
         def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -163,13 +163,15 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     def restart(self, lost: Lost) -> None:
         """Ends what is left of a rank that is out of the run, and starts it again, if that is wanted."""
-        if lost in self._heard:
+        if lost in self._heard or lost.leaves:
             return
         self._heard.add(lost)
         local_rank = lost.rank - self._first_rank
         process = self.procs[local_rank - 1]
         if self._first_rank:
-            reason = _how_it_died(process) or lost.reason
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_DYING_S)
+            reason = lost.describe_end(process.returncode)
             say(self._first_rank, f"rank {lost.rank} is lost: {reason}; {lost.told}")
         process.kill()
         if lost.start:
@@ -287,13 +289,6 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                         return
                     _lost.add(process.pid)
             over.wait(launching.POLL_S)
-
-
-def _how_it_died(process: subprocess.Popen[bytes]) -> str | None:
-    """How a process has ended, if that says more than that it has."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_DYING_S)
-    return None if process.returncode in (None, 0, 1) else describe_exit(process.returncode)
 
 
 def _refuse_another_number_of_ranks(world_size: int, strategy: LaunchedStrategy) -> None:

@@ -1,27 +1,65 @@
-"""Ranks of another host are lost and started again there: every sample counts once, and both hosts come to their end."""
+"""Ranks of another host are lost and started again there: every sample counts once, and both hosts come to an end."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 
 from lightning_async.runtime.listening import reserved
-from tests.faults.injector import Fault
-from tests.faults.test_runs_that_go_on import check, train
+from tests.faults.injector import Fault, pid_of
+from tests.faults.runs import explanations
+from tests.faults.test_runs_that_go_on import BATCHES, VALIDATED, train
 from tests.launch import Launched, launch
 
 pytestmark = pytest.mark.timeout(120)
 
 HOSTS, ON_EACH = 2, 2
+# Of each rank before it is lost; what is more comes from the one in its place.
+BEFORE = 3
+MOST_EPOCHS = 400
 
 
-def start(folder: Path, *faults: Fault, **arguments: Any) -> Launched:
-    """Runs it on two hosts; the status of host 1 and what it prints are in ``host1.status`` and ``host1.txt``."""
+class Ending(Callback):
+    """Ends the run an epoch after what it is for; no test waits for the time that something takes.
+
+    Args:
+        lost: how many losses that is.
+        trained: the rank that has come back then, and trained.
+    """
+
+    def __init__(self, lost: int, trained: int | None) -> None:
+        self.lost, self.trained = lost, trained
+        self.is_seen = False
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        stats = trainer.strategy.stats
+        trainer.should_stop |= self.is_seen
+        back = self.trained is None or (self.trained in stats.joined and stats.updates_by_rank[self.trained] > BEFORE)
+        self.is_seen = trainer.is_global_zero and len(stats.evicted) >= self.lost and back
+
+
+def start(
+    folder: Path,
+    *faults: Fault,
+    lost: int,
+    trained: int | None = None,
+    meanwhile: Callable[[Path], None] | None = None,
+    **arguments: Any,
+) -> Launched:
+    """Runs it on two hosts until as many ranks were lost, and one has come back and trained.
+
+    The status of host 1 and what it prints are in ``host1.status`` and ``host1.txt``.
+    """
 
     def script(folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -32,13 +70,15 @@ def start(folder: Path, *faults: Fault, **arguments: Any) -> Launched:
             os.dup2(descriptor, 2)
             os._exit(status_of(folder))
         os.environ["NODE_RANK"] = "0"
+        (folder / "host1.pid").write_text(str(other))
         code = status_of(folder)
         (folder / "host1.status").write_text(str(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])))
         sys.exit(code)
 
     def status_of(folder: Path) -> int:
         try:
-            train(folder, faults, ON_EACH, hosts=HOSTS, **arguments)
+            ending = Ending(lost, trained)
+            train(folder, faults, ON_EACH, epochs=MOST_EPOCHS, hosts=HOSTS, callbacks=[ending], **arguments)
         except BaseException:
             traceback.print_exc()
             return 1
@@ -46,17 +86,111 @@ def start(folder: Path, *faults: Fault, **arguments: Any) -> Launched:
             sys.stderr.flush()
         return 0
 
+    act = None if meanwhile is None else (lambda session: meanwhile(folder))
     with reserved(0) as port:
-        return launch(script, folder, timeout_s=60.0)
+        return launch(script, folder, timeout_s=60.0, meanwhile=act)
 
 
 def host_1(run: Launched) -> tuple[int, str]:
     return int((run.folder / "host1.status").read_text()), (run.folder / "host1.txt").read_text()
 
 
-@pytest.mark.parametrize("rank", [2, 3])
-def test_a_lost_rank_of_another_host_comes_back_and_trains(tmp_path: Path, rank: int) -> None:
-    run = start(tmp_path, Fault(rank, 3, "kill"), max_restarts=3)
+def check(run: Launched, lost: list[int], joined: list[int]) -> dict[str, Any]:
+    """Every epoch was trained and validated once, and all ranks that are left ended with the same; rank 0's report."""
+    assert run.returncode == 0, run.output + host_1(run)[1]
+    first = run.report(0)
+    assert (sorted(first["evicted"]), sorted(first["joined"])) == (lost, joined), run.output
+    assert 1 < len(first["tickets"]) < MOST_EPOCHS
+    assert first["tickets"] == [Counter(range(BATCHES))] * len(first["tickets"])
+    assert set(first["counts"]) == {VALIDATED}
+    for other in (run.report(rank) for rank in range(1, 4) if (run.folder / f"rank{rank}.pt").exists()):
+        assert torch.equal(other["parameters"], first["parameters"])
+        assert (other["steps"], other["epochs"][-1]) == (first["steps"], first["epochs"][-1])
+    return first
+
+
+def test_ranks_of_another_host_come_back_and_train_until_they_die_too_often(tmp_path: Path) -> None:
+    """The host's first rank like any other."""
+    faults = [Fault(2, BEFORE, "kill"), *(Fault(3, BEFORE, "kill", incarnation=times) for times in (0, 1))]
+
+    run = start(tmp_path, *faults, lost=3, trained=2, max_restarts=1)
+
     status, said = host_1(run)
-    print(run.output, said)
-    first = check(run, lost=[rank], joined=(rank,))
+    first = check(run, lost=[2, 3, 3], joined=[2, 3])
+    assert status == 0, said
+    # What the one that has come back computes is applied.
+    assert first["updates_by_rank"][2] > BEFORE
+    for rank in (2, 3):
+        assert f"rank {rank} is lost: its process is gone" in run.output
+        assert f"[host 1] lightning_async: rank {rank} is lost: its process was killed by SIGKILL; " in said
+    assert run.output.count("it is started again by host 1 (1 of 1)") == said.count("it is started again (1 of 1)") == 2
+    for output in (run.output, said):
+        assert output.count("it is not started again (max_restarts=1)") == 1
+
+
+def test_a_host_that_loses_all_its_ranks_ends_and_the_other_goes_on(tmp_path: Path) -> None:
+    faults = [Fault(rank, BEFORE, "kill") for rank in (2, 3)]
+
+    run = start(tmp_path, *faults, lost=2, max_restarts=0)
+
+    status, said = host_1(run)
+    assert check(run, lost=[2, 3], joined=[])["world_sizes"][-1] == 2
+    assert status == 1
+    assert "the run goes on without this host, whose ranks are all lost" in said
+
+
+def test_ranks_whose_launcher_is_killed_leave_the_run_which_goes_on(tmp_path: Path) -> None:
+    def strike(folder: Path) -> None:
+        pid_of(folder, 3)
+        os.kill(int((folder / "host1.pid").read_text()), signal.SIGKILL)
+
+    run = start(tmp_path, lost=2, meanwhile=strike, max_restarts=3)
+
+    status, _said = host_1(run)
+    assert check(run, lost=[2, 3], joined=[])["world_sizes"][-1] == 2
+    assert status == -signal.SIGKILL
+    assert "leaves: it was told to end (SIGTERM)" in run.output
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [2, 3])
+def test_one_that_is_stopped_is_ended_and_started_again_where_it_was(tmp_path: Path, rank: int) -> None:
+    run = start(tmp_path, Fault(rank, BEFORE, "stop"), lost=1, trained=rank, max_restarts=1, worker_timeout=2.0)
+
+    status, said = host_1(run)
+    check(run, lost=[rank], joined=[rank])
+    assert status == 0, said
+    assert f"rank {rank} is lost: gave no sign of life for 2 s (worker_timeout); it is started again (1 of 1)" in said
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [2, 3])
+def test_one_that_is_told_to_end_leaves_alone_and_is_not_started_again(tmp_path: Path, rank: int) -> None:
+    run = start(tmp_path, Fault(rank, BEFORE, "sigterm"), lost=1, max_restarts=2)
+
+    status, said = host_1(run)
+    check(run, lost=[rank], joined=[])
+    assert status == 0, said
+    assert "started again" not in run.output + said
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [2, 3])
+def test_one_that_is_out_of_memory_is_started_again(tmp_path: Path, rank: int) -> None:
+    run = start(tmp_path, Fault(rank, BEFORE, "exhaust"), lost=1, trained=rank, max_restarts=1)
+
+    status, said = host_1(run)
+    check(run, lost=[rank], joined=[rank])
+    assert status == 0, said
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("rank", "kind"), [(0, "kill"), (2, "raise"), (3, "raise"), (1, "raise")])
+def test_what_ends_the_run_ends_both_hosts_and_nothing_is_started_again(tmp_path: Path, rank: int, kind: Any) -> None:
+    run = start(tmp_path, Fault(rank, 6, kind), lost=1, max_restarts=3)
+
+    status, said = host_1(run)
+    assert (run.returncode, status) == (1, 1)
+    for output in (run.output, said):
+        assert explanations(output) and all(line.startswith(f"rank {rank} failed") for line in explanations(output))
+        assert "started again" not in output

@@ -73,8 +73,9 @@ def test_a_rank_that_leaves_is_not_started_again_whatever_its_process_ends_with(
     launcher.report(3, SIGKILL, 0)
     rank_0.lose(2)
 
-    word = launcher.receive()
-    assert word and word.rank == 2
+    left, lost = launcher.receive(), launcher.receive()
+    assert left and (left.rank, left.start, left.leaves) == (3, 0, True)
+    assert lost and (lost.rank, lost.start, lost.leaves) == (2, 1, False)
 
 
 def test_one_that_dies_before_it_has_joined_is_started_again_and_counted(

@@ -267,9 +267,29 @@ def test_a_first_rank_that_leaves_by_itself_leaves_the_others_training(host_1: H
     host_1.begin_training()
 
     host_1.processes[0].end(0)
+    host_1.rank_0.evictions.let_go(RunFailure(2, "it was told to end (SIGTERM)"))
 
     assert host_1.waiting.waits()
     host_1.processes[1].end(0)
+    assert host_1.waiting.outcome() is None
+
+
+def test_a_host_that_is_told_to_end_ends_as_one_that_is_told_to(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    for index in (0, 1):
+        host_1.rank_0.evictions.let_go(RunFailure(2 + index, "it was told to end (SIGTERM)"))
+        host_1.processes[index].end(0)
+
+    assert isinstance(host_1.waiting.ended(), SIGTERMException)
+
+
+def test_a_job_that_is_told_to_end_ends_so_on_another_host(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    for process in host_1.processes:
+        process.end(0)
+
     assert isinstance(host_1.waiting.ended(), SIGTERMException)
 
 

@@ -32,7 +32,8 @@ from lightning_async.holder.types import Update
 from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import FailureLatch, RunFailure
 from lightning_async.runtime.heartbeat import Heartbeats
-from lightning_async.runtime.launchers import LauncherConnection, Launchers
+from lightning_async.runtime.launcher_connection import LauncherConnection
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.roster import Roster
 from lightning_async.transport import message as wire

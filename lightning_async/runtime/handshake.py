@@ -179,7 +179,7 @@ class _Newcomer:
 
 
 def handshake(
-    address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
+    address: Address, rank: int, role: str, incarnation: int = 0, patience_s: float | None = None, **claims: Any
 ) -> tuple[ControlConnection, str]:
     """Connects to rank 0's listener and says who is there.
 
@@ -188,6 +188,7 @@ def handshake(
         rank: this rank.
         role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING`, `JOIN` or `LAUNCHER`.
         incarnation: how many workers of this rank came before.
+        patience_s: how many seconds to try; None for as long as the run waits for a sign of life.
         claims: what else rank 0 should know, JSON values.
 
     Returns:
@@ -197,7 +198,8 @@ def handshake(
         HandshakeError: if rank 0 refuses, with its reason, or if it is not rank 0 who answers.
         ChannelClosedError: if rank 0 cannot be reached.
     """
-    deadline = time.monotonic() + max(address.timeout_s, _LEAST_PATIENCE_S)
+    patience_s = max(address.timeout_s, _LEAST_PATIENCE_S) if patience_s is None else patience_s
+    deadline = time.monotonic() + patience_s
     newcomer = _Newcomer(address.token, rank, role, incarnation)
     while True:
         connection = connect(address.host, address.port, _left_s(deadline))

@@ -11,73 +11,30 @@ wants, so what comes late or twice is noticed.
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from typing import Any, NamedTuple
 
 from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_exit, say
-from lightning_async.runtime.handshake import LAUNCHER, Address, HandshakeError, PeerInfo, handshake
+from lightning_async.runtime.handshake import HandshakeError, PeerInfo
+from lightning_async.runtime.launcher_connection import BEAT_S, ERROR, Lost, receive_values, send_values
 from lightning_async.runtime.restarts import Restarts
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Welcome
 
-__all__ = ["LauncherConnection", "Launchers", "Lost", "say_on_host"]
+__all__ = ["Launchers"]
 
 log = logging.getLogger(__name__)
 
-_SIZE = struct.Struct("<I")
-_MOST_BYTES = 1 << 16
-BEAT_S = 2.0
 # A launcher that has said nothing for so long is on a host that may be cut off.
 _SILENCE_S = 4 * BEAT_S
 _CLOSING_S = 1.0
-# The status of a process that ends with an error of its own, which would come again.
-_ERROR = 1
 # Of a rank that is not started any more.
 _NO_MORE = -1
-
-
-class Lost(NamedTuple):
-    """Rank 0's word on a rank that is out of the run.
-
-    Attributes:
-        rank: the rank.
-        reason: what happened to it, as far as rank 0 knows.
-        told: what becomes of it, in words.
-        start: which start of it is wanted; 0 for none.
-        delay_s: seconds to wait before that.
-        leaves: whether it leaves by itself.
-    """
-
-    rank: int
-    reason: str
-    told: str
-    start: int = 0
-    delay_s: float = 0.0
-    leaves: bool = False
-
-    def describe_end(self, code: int | None) -> str:
-        """What happened to it, as its host knows it, where rank 0 has seen no more than that it is gone.
-
-        Args:
-            code: exit status of its process; None if it has not ended.
-
-        Examples:
-            >>> Lost(3, "its process is gone: the connection was closed", "").describe_end(-9)
-            'its process was killed by SIGKILL'
-            >>> Lost(3, "gave no sign of life for 60 s (worker_timeout)", "").describe_end(-9)
-            'gave no sign of life for 60 s (worker_timeout)'
-        """
-        return describe_exit(code) if code not in (None, 0, _ERROR) and "connection" in self.reason else self.reason
 
 
 @dataclass(eq=False)
@@ -112,13 +69,15 @@ class Launchers:
         evictions: takes lost ranks out of the run.
         latch: the run's failure latch.
         most: how often in a row a rank may be started again.
+        timeout_s: `worker_timeout`.
     """
 
-    def __init__(self, evictions: Evictions, latch: FailureLatch, most: int) -> None:
+    def __init__(self, evictions: Evictions, latch: FailureLatch, most: int, timeout_s: float = 60.0) -> None:
         self._evictions = evictions
         self._roster = evictions.roster
         self._latch = latch
         self._most = most
+        self._timeout_s = timeout_s
         self._restarts = Restarts()
         self._changed = threading.Condition()
         self._launchers: list[_Launcher] = []
@@ -150,9 +109,10 @@ class Launchers:
             raise HandshakeError(f"it has started ranks {ranks!r}")
         connection.send(Welcome(peer.rank))
         connection.settimeout(None)
+        connection.survive_cuts(self._timeout_s)
         where = f" by host {host}" if host else ""
         launcher = _Launcher(
-            frozenset(ranks), lambda lost: _send(connection, *lost), where, str(unable or ""), connection
+            frozenset(ranks), lambda lost: send_values(connection, *lost), where, str(unable or ""), connection
         )
         missed = self._add(launcher)
         try:
@@ -161,7 +121,7 @@ class Launchers:
                 if word.start:
                     say(0, f"rank {word.rank}: {self._say_where(launcher, word)}")
             while True:
-                report = _receive(connection)
+                report = receive_values(connection)
                 launcher.heard_at = time.monotonic()
                 if report:
                     self.hear(*report)
@@ -210,13 +170,13 @@ class Launchers:
                 # Of a rank that is known to be lost.
                 return
         if rank in self._roster:
-            if code == _ERROR and self._evictions.under_way:
+            if code == ERROR and self._evictions.under_way:
                 # It has most likely said itself what was wrong.
                 self._evictions.lose_connection(rank, reason)
             else:
                 self._evictions.lose(RunFailure(rank, reason))
         elif start and self._latch.failure is None and not self._closed:
-            if code == _ERROR:
+            if code == ERROR:
                 told = "it is not started again: that was an error of its own"
                 self._end(Lost(rank, reason, told))
             else:
@@ -233,7 +193,7 @@ class Launchers:
                 continue
             try:
                 if self._latch.failure is None:
-                    _send(launcher.connection)
+                    send_values(launcher.connection)
             except ChannelClosedError as error:
                 log.debug("a launcher is gone: %s", error)
             launcher.connection.shutdown()
@@ -280,121 +240,3 @@ class Launchers:
             return word.told
         silent = ", once that is heard of again" if launcher.is_silent else ""
         return word.told.replace("started again", f"started again{launcher.where}", 1) + silent
-
-
-class LauncherConnection:
-    """A launcher's connection to rank 0.
-
-    Args:
-        address: where rank 0 listens.
-        ranks: those that were started from here.
-        host: which host this is, among those of the run.
-        unable: why none of them can be started again, in words; empty if they can.
-
-    Raises:
-        HandshakeError: if rank 0 refuses, with its reason.
-        ChannelClosedError: if rank 0 cannot be reached.
-    """
-
-    def __init__(self, address: Address, ranks: Sequence[int], host: int, unable: str = "") -> None:
-        claims: dict[str, Any] = {"ranks": list(ranks), "host": host, "unable": unable}
-        self._connection, _ = handshake(address, ranks[0], LAUNCHER, **claims)
-        self._connection.survive_cuts(address.timeout_s)
-        self._beaten_at = time.monotonic()
-        self._closing = threading.Event()
-
-    def fileno(self) -> int:
-        """The socket's descriptor, for a selector."""
-        return self._connection.fileno()
-
-    def receive(self) -> Lost | None:
-        """Rank 0's next word; None if the run has come to its end.
-
-        Raises:
-            ChannelClosedError: if rank 0 is gone, or the run has failed.
-        """
-        word = _receive(self._connection)
-        return Lost(*word) if word else None
-
-    def beat(self) -> None:
-        """Gives a sign of life, if one is due; without it, nobody would notice that the link is cut."""
-        now = time.monotonic()
-        if now - self._beaten_at >= BEAT_S:
-            self._beaten_at = now
-            self._say()
-
-    def report(self, rank: int, code: int, start: int) -> None:
-        """Tells how the process of a rank has ended.
-
-        Args:
-            rank: the rank.
-            code: its exit status.
-            start: which start of it that was.
-        """
-        self._say(rank, code, start)
-
-    def _say(self, *values: int) -> None:
-        try:
-            _send(self._connection, *values)
-        except ChannelClosedError as error:
-            # Noticed by the reading side.
-            log.debug("rank 0 is gone: %s", error)
-
-    def heed(self, act: Callable[[Lost], object]) -> None:
-        """Does what rank 0 says until the run is over, or `close` is called; then the connection is closed.
-
-        Args:
-            act: called with each of rank 0's words.
-        """
-        try:
-            while not self._closing.is_set():
-                self.beat()
-                waited_for: list[Any] = [self._connection]
-                if wait(waited_for, timeout=BEAT_S):
-                    if (word := self.receive()) is None:
-                        return
-                    act(word)
-        except ChannelClosedError as error:
-            log.debug("rank 0 is gone: %s", error)
-        finally:
-            self._connection.close()
-
-    def stop(self) -> None:
-        """Has `heed` return."""
-        self._closing.set()
-        self._connection.shutdown()
-
-    def close(self) -> None:
-        """Closes the connection; idempotent."""
-        self._connection.close()
-
-
-def say_on_host(host: int, text: str) -> None:
-    """Prints one line of a launcher that is none of the ranks to stderr, in one write."""
-    sys.stderr.write(f"[host {host}] lightning_async: {text}\n")
-    sys.stderr.flush()
-
-
-def _send(connection: ControlConnection, *values: Any) -> None:
-    data = json.dumps(values).encode()
-    connection.send_encoded(_SIZE.pack(len(data)) + data)
-
-
-def _receive(connection: ControlConnection) -> list[Any]:
-    """Waits for what the other side says.
-
-    Raises:
-        ChannelClosedError: if it is gone, or says what it cannot mean.
-    """
-    head = bytearray(_SIZE.size)
-    connection.receive_bytes(memoryview(head))
-    (size,) = _SIZE.unpack(head)
-    if size > _MOST_BYTES:
-        raise ChannelClosedError(f"{size} bytes were announced, more than the {_MOST_BYTES} allowed")
-    data = bytearray(size)
-    connection.receive_bytes(memoryview(data))
-    try:
-        values = json.loads(data)
-    except ValueError as error:
-        raise ChannelClosedError(f"what was said cannot be read: {error}") from error
-    return values if isinstance(values, list) else []

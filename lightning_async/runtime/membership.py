@@ -267,7 +267,8 @@ class Membership:
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)
 
-        launchers = self.launchers = Launchers(evictions, self.latch, self._resilience.max_restarts)
+        most = self._resilience.max_restarts
+        launchers = self.launchers = Launchers(evictions, self.latch, most, self._worker_timeout_s)
         evictions.steps.append(tell)
         evictions.restart = launchers.replace
         admission = self.admission = Admission(roster, self.latch, lambda: host.counts)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit
 from lightning_async.runtime.handshake import Address, HandshakeError
-from lightning_async.runtime.launchers import LauncherConnection, Lost, say_on_host
+from lightning_async.runtime.launcher_connection import LauncherConnection, Lost, say_on_host
 from lightning_async.strategies import launching
 from lightning_async.transport.base import ChannelClosedError
 
@@ -30,6 +30,8 @@ __all__ = ["HostProcesses", "Mailbox", "end_with_parent"]
 
 log = logging.getLogger(__name__)
 
+# Between two tries to reach rank 0 from a host that was cut off, and for each.
+_TRY_S = 2.0
 # Of linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 # A process that is dying has closed its connections before its status is known.
@@ -119,6 +121,10 @@ class HostProcesses:
         # Of each rank of this host: rank 0's last word on it, if it is lost; which start of it was the last.
         self._lost: dict[int, Lost] = {}
         self._starts = dict.fromkeys(self._running, 0)
+        # Whether rank 0 has said its last; until when it is waited for on a host that is cut off, and the next try.
+        self._is_over = False
+        self._waits_until: float | None = None
+        self._next_try = 0.0
         # When a lost one is started again; when one has ended on which rank 0 has not said anything yet.
         self._due: dict[int, float] = {}
         self._undecided: dict[int, float] = {}
@@ -154,7 +160,25 @@ class HostProcesses:
         self._undecided = {
             index: since_s for index, since_s in self._undecided.items() if now - since_s < launching.END_TIMEOUT_S
         }
-        return bool(self._running or self._due or self._undecided)
+        return bool(self._running or self._due or self._undecided) or self._may_come_back()
+
+    def _may_come_back(self) -> bool:
+        """Whether the ranks have ended since this host is cut off: rank 0, which goes on, may be heard of again."""
+        if self._address is None or self._is_over or self._host == 0 or not self._has_lost_rank_0:
+            return False
+        now, patience_s = time.monotonic(), self._address.timeout_s
+        if self._waits_until is None:
+            self._waits_until = now + patience_s
+            told = f"rank 0 cannot be reached; if it can within {patience_s:g} s, this host's ranks are started again"
+            say_on_host(self._host, told)
+        if self._connection is None and now >= self._next_try:
+            self._next_try = now + _TRY_S
+            self._connect(self._address)
+        return now < self._waits_until and not self._is_over
+
+    @property
+    def _has_lost_rank_0(self) -> bool:
+        return isinstance(self._result, RunFailure) and self._result.rank == 0
 
     def _sleep(self, mailbox: Mailbox) -> None:
         now = time.monotonic()
@@ -167,21 +191,23 @@ class HostProcesses:
     def _take_post(self, mailbox: Mailbox) -> None:
         for value in mailbox.take():
             if isinstance(value, Address):
-                self._connect(value)
+                if self._address is None:
+                    self._address = value
+                    self._connect(value)
             elif self._result is None:
                 self._result = value
 
     # --- what rank 0 says --------------------------------------------------------------------------------------------
 
     def _connect(self, address: Address) -> None:
-        if self._address is not None:
-            return
-        self._address = address
         ranks = [self._first_rank + index for index in range(len(self._processes))]
+        again = self._waits_until is not None
         try:
-            self._connection = LauncherConnection(address, ranks, self._host)
+            self._connection = LauncherConnection(address, ranks, self._host, patience_s=_TRY_S if again else None)
         except (HandshakeError, ChannelClosedError) as error:
-            say_on_host(self._host, f"lost ranks of this host are not started again: {error}")
+            if not again or not _is_cut(error):
+                self._is_over = True
+                say_on_host(self._host, f"lost ranks of this host are not started again: {error}")
 
     def _listen(self) -> None:
         if self._connection is None:
@@ -195,15 +221,18 @@ class HostProcesses:
                     self._hang_up()
                     return
                 self._heed(word)
-        except ChannelClosedError:
-            # Rank 0 is gone, or the run has failed: ranks that live end by themselves.
-            self._hang_up()
-            self._end_soon()
+        except ChannelClosedError as error:
+            # Rank 0 is gone, or the run has failed, or the host is cut off: ranks that live end by themselves.
+            is_cut = _is_cut(error)
+            self._hang_up(is_over=not is_cut)
+            if not is_cut:
+                self._end_soon()
 
-    def _hang_up(self) -> None:
+    def _hang_up(self, is_over: bool = True) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+        self._is_over |= is_over
         self._due.clear()
         self._undecided.clear()
 
@@ -212,7 +241,7 @@ class HostProcesses:
         index = word.rank - self._first_rank
         if self._lost.get(index) == word:
             return
-        self._lost[index] = word
+        self._lost[index], self._waits_until = word, None
         self._undecided.pop(index, None)
         if word.leaves:
             return
@@ -250,7 +279,8 @@ class HostProcesses:
             process.join()
             self._ended.append(index)
             if process.exitcode and self._connection is not None:
-                self._undecided[index] = time.monotonic()
+                if not self._has_lost_rank_0:
+                    self._undecided[index] = time.monotonic()
                 self._connection.report(self._first_rank + index, process.exitcode, self._starts[index])
             if self._is_last_of_run(index, process.exitcode):
                 self._due.clear()
@@ -262,7 +292,7 @@ class HostProcesses:
             return code != 0
         if index != 0:
             return False
-        if self._host == 0 or self._connection is None:
+        if self._host == 0 or self._address is None or self._is_over:
             return True
         # It may be lost, or have left; or it brings the fit's result.
         return code == 0 and self._result is not None
@@ -332,6 +362,11 @@ class HostProcesses:
         with_code = [index for index in ended if codes[index] > 1]
         with_any = [index for index in ended if codes[index]]
         return [*by_signal, *with_error, *with_code, *stuck, *with_any][0]
+
+
+def _is_cut(error: Exception) -> bool:
+    """Whether a connection has ended since the other side cannot be reached, which may yet be there."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ConnectionError)
 
 
 def _error_of(path: str) -> str:

@@ -34,7 +34,8 @@ from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import WorkerFailedError, describe_exit, say, tell_in_one_line
 from lightning_async.runtime.handshake import Address, HandshakeError
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
-from lightning_async.runtime.launchers import LauncherConnection, Launchers, Lost
+from lightning_async.runtime.launcher_connection import LauncherConnection, Lost
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here, refuse_rank_without_device

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,16 @@ from lightning.pytorch import Callback
 
 from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault, pid_of
-from tests.faults.runs import explanations
+from tests.faults.runs import SCRIPT_TIMEOUT_S, explanations
 from tests.faults.test_runs_that_go_on import BATCHES, VALIDATED, train
-from tests.launch import Launched, launch
+from tests.launch import Launched, launch, run_as_script
 
 pytestmark = pytest.mark.timeout(120)
 
 HOSTS, ON_EACH = 2, 2
 # Of each rank before it is lost; what is more comes from the one in its place.
 BEFORE = 3
-MOST_EPOCHS = 400
+MOST_EPOCHS = 4000
 
 
 class Ending(Callback):
@@ -48,12 +51,18 @@ class Ending(Callback):
         self.is_seen = trainer.is_global_zero and len(stats.evicted) >= self.lost and back
 
 
+def train_until(folder: Path, faults: Sequence[Fault], lost: int, trained: int | None, **arguments: Any) -> None:
+    callbacks = [Ending(lost, trained)]
+    train(folder, tuple(faults), ON_EACH, epochs=MOST_EPOCHS, hosts=HOSTS, callbacks=callbacks, **arguments)
+
+
 def start(
     folder: Path,
     *faults: Fault,
     lost: int,
     trained: int | None = None,
     meanwhile: Callable[[Path], None] | None = None,
+    timeout_s: float = 60.0,
     **arguments: Any,
 ) -> Launched:
     """Runs it on two hosts until as many ranks were lost, and one has come back and trained.
@@ -77,8 +86,13 @@ def start(
 
     def status_of(folder: Path) -> int:
         try:
-            ending = Ending(lost, trained)
-            train(folder, faults, ON_EACH, epochs=MOST_EPOCHS, hosts=HOSTS, callbacks=[ending], **arguments)
+            if arguments.get("start_method") == "popen":
+                plan = {"faults": [asdict(fault) for fault in faults], "lost": lost, "trained": trained}
+                run_as_script(Path(__file__), json.dumps(plan | arguments))
+            else:
+                train_until(folder, faults, lost, trained, **arguments)
+        except SystemExit as error:
+            return int(error.code or 0)
         except BaseException:
             traceback.print_exc()
             return 1
@@ -88,7 +102,7 @@ def start(
 
     act = None if meanwhile is None else (lambda session: meanwhile(folder))
     with reserved(0) as port:
-        return launch(script, folder, timeout_s=60.0, meanwhile=act)
+        return launch(script, folder, timeout_s, meanwhile=act)
 
 
 def host_1(run: Launched) -> tuple[int, str]:
@@ -153,6 +167,63 @@ def test_ranks_whose_launcher_is_killed_leave_the_run_which_goes_on(tmp_path: Pa
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(170)
+def test_spawned_ranks_come_back_too(tmp_path: Path) -> None:
+    faults = [Fault(rank, BEFORE, "kill") for rank in (2, 3)]
+
+    run = start(tmp_path, *faults, lost=2, trained=2, start_method="spawn", timeout_s=SCRIPT_TIMEOUT_S, max_restarts=3)
+
+    status, said = host_1(run)
+    check(run, lost=[2, 3], joined=[2, 3])
+    assert status == 0, said
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(170)
+def test_a_script_starts_the_ranks_of_its_host_again(tmp_path: Path) -> None:
+    run = start(
+        tmp_path,
+        *(Fault(3, BEFORE, "kill", incarnation=times) for times in (0, 1)),
+        lost=2,
+        start_method="popen",
+        timeout_s=SCRIPT_TIMEOUT_S,
+        max_restarts=1,
+    )
+
+    status, said = host_1(run)
+    check(run, lost=[3, 3], joined=[3])
+    assert status == 0, said
+    assert "it is started again by host 1 (1 of 1)" in run.output
+    killed = "[rank 2] lightning_async: rank 3 is lost: its process was killed by SIGKILL; it is"
+    assert f"{killed} started again (1 of 1)" in said and f"{killed} not started again (max_restarts=1)" in said
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(170)
+@pytest.mark.parametrize("kind", ["kill", "sigterm"])
+def test_the_ranks_of_a_script_outlive_its_first_and_are_lost_for_good_then(tmp_path: Path, kind: Any) -> None:
+    def strike(folder: Path) -> None:
+        other = pid_of(folder, 3, SCRIPT_TIMEOUT_S)
+        time.sleep(12.0)
+        os.kill(other, signal.SIGKILL)
+
+    run = start(
+        tmp_path,
+        Fault(2, BEFORE, kind),
+        lost=2,
+        meanwhile=strike,
+        start_method="popen",
+        timeout_s=SCRIPT_TIMEOUT_S,
+        max_restarts=1,
+    )
+
+    status, said = host_1(run)
+    check(run, lost=[2, 3], joined=[])
+    assert status == (0 if kind == "sigterm" else -signal.SIGKILL), said
+    assert "it is not started again: what has started it is gone" in run.output
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("rank", [2, 3])
 def test_one_that_is_stopped_is_ended_and_started_again_where_it_was(tmp_path: Path, rank: int) -> None:
     run = start(tmp_path, Fault(rank, BEFORE, "stop"), lost=1, trained=rank, max_restarts=1, worker_timeout=2.0)
@@ -194,3 +265,8 @@ def test_what_ends_the_run_ends_both_hosts_and_nothing_is_started_again(tmp_path
     for output in (run.output, said):
         assert explanations(output) and all(line.startswith(f"rank {rank} failed") for line in explanations(output))
         assert "started again" not in output
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    train_until(Path.cwd(), [Fault(**fault) for fault in plan.pop("faults")], **plan)

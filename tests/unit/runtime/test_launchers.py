@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from lightning_async.runtime import launcher_connection
 from lightning_async.runtime import launchers as room
 from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.handshake import LAUNCHER, HandshakeError, handshake
-from lightning_async.runtime.launchers import Lost
+from lightning_async.runtime.launcher_connection import Lost
 from lightning_async.transport.base import ChannelClosedError
 from tests.harness import Call, RankZero, eventually
 
@@ -178,7 +179,7 @@ def test_signs_of_life_keep_a_launcher_from_being_silent(rank_0: RankZero, monke
     before = known.heard_at
 
     launcher.beat()
-    monkeypatch.setattr(room, "BEAT_S", 0.0)
+    monkeypatch.setattr(launcher_connection, "BEAT_S", 0.0)
     launcher.beat()
 
     assert eventually(lambda: known.heard_at > before)

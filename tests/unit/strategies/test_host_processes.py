@@ -144,9 +144,8 @@ class Host1:
         assert eventually(lambda: self.rank_0.launchers._launchers)
 
     def restarted(self, index: int) -> Process:
-        """The process that is started in the place of another one; waits for it."""
-        before = self.processes[index]
-        assert eventually(lambda: self.processes[index] is not before)
+        """The process that is started in the place of a rank's first; waits for it."""
+        assert eventually(lambda: self.processes[index] is not self.all[index])
         process: Process = self.processes[index]
         return process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async.runtime.handshake import Address
-from lightning_async.runtime.launchers import Lost
+from lightning_async.runtime.launcher_connection import Lost
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launching, script_launcher
 from lightning_async.strategies import supervisor as ranks
@@ -30,7 +31,7 @@ from lightning_async.strategies.host_processes import Mailbox
 from lightning_async.strategies.launch_errors import refuse_rank_without_device
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.script_launcher import ScriptLauncher
-from tests.harness import eventually
+from tests.harness import RankZero, eventually
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -278,6 +279,135 @@ def test_a_rank_that_is_started_again_when_the_run_has_just_ended_is_not_left_ov
     assert process.poll() == -signal.SIGKILL
     # The script's next Trainer does not take its end for a failure.
     assert lost == {process.pid}
+
+
+class HostOfScript:
+    """The first rank of a host, which has started the other one; what is started again only sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+        self.rank_0 = RankZero()
+        strategy: Any = SimpleNamespace(node_rank=node, num_processes=2, num_nodes=2, cluster_environment=object())
+        self.launcher: Any = ScriptLauncher(strategy, GUARD)
+        self.first = child("sleep 60")
+        self.launcher.procs = [self.first]
+        self.launcher._is_over = threading.Event()
+        self.environments: list[dict[str, str]] = []
+        monkeypatch.setattr(script_launcher, "_started", [self.first])
+        monkeypatch.setattr(script_launcher, "_launches", 1)
+        stand_in = SimpleNamespace(Popen=self._start, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setattr(script_launcher, "subprocess", stand_in)
+
+    def _start(self, command: Any, env: dict[str, str], cwd: Any) -> subprocess.Popen[bytes]:
+        self.environments.append(env)
+        return child("sleep 60")
+
+    def serve(self) -> None:
+        own = self.rank_0.launchers if self.launcher._first_rank == 0 else None
+        self.launcher.serve(self.rank_0.address, own)
+        assert eventually(lambda: self.rank_0.launchers._launchers)
+
+    def kill(self) -> None:
+        self.first.kill()
+        self.first.wait()
+
+    def restarted(self) -> bool:
+        return eventually(lambda: self.launcher.procs[0] is not self.first)
+
+    def close(self) -> None:
+        self.launcher._is_over.set()
+        if self.launcher._connection is not None:
+            self.launcher._connection.stop()
+        self.rank_0.close()
+        for process in (self.first, *self.launcher.procs):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(params=[0, 1])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostOfScript]:
+    host = HostOfScript(monkeypatch, request.param)
+    yield host
+    host.close()
+
+
+def test_the_first_rank_of_each_host_starts_its_own_again(
+    host: HostOfScript, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rank = host.launcher._first_rank + 1
+    host.serve()
+    host.serve()
+
+    host.kill()
+    host.rank_0.lose(rank, "its process is gone: the connection was closed")
+
+    assert host.restarted()
+    (environment,) = host.environments
+    invitation = json.loads(environment["LIGHTNING_ASYNC_JOIN"])
+    assert (invitation["rank"], invitation["address"]["port"]) == (rank, host.rank_0.address.port)
+    assert environment["LOCAL_RANK"] == "1"
+    said = capfd.readouterr().err
+    theirs = "[rank 2] lightning_async: rank 3 is lost: its process was killed by SIGKILL; it is started again (1 of 3)"
+    assert (theirs in said) == (rank == 3)
+    assert f"it is started again{' by host 1' if rank == 3 else ''} (1 of 3)" in said
+
+
+def test_a_rank_that_is_only_stopped_is_ended_first(host: HostOfScript) -> None:
+    host.serve()
+    os.kill(host.first.pid, signal.SIGSTOP)
+
+    host.rank_0.lose(host.launcher._first_rank + 1, "gave no sign of life for 2 s (worker_timeout)")
+
+    assert host.restarted()
+    assert host.first.wait(10.0) == -signal.SIGKILL
+
+
+def test_a_process_that_ends_before_it_has_joined_is_reported_with_the_start_that_it_was(
+    host: HostOfScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    rank, over = host.launcher._first_rank + 1, threading.Event()
+    guard = SimpleNamespace(
+        goes_on=True, report_failure=lambda local_rank, code, start: host.rank_0.launchers.hear(rank, code, start)
+    )
+    host.launcher._guard = guard
+    host.serve()
+    host.rank_0.lose(rank)
+    assert host.restarted()
+    second = host.launcher.procs[0]
+    second.kill()
+
+    watch = threading.Thread(target=host.launcher._watch, args=(over,), daemon=True)
+    watch.start()
+
+    # After the back-off of a second start.
+    assert eventually(lambda: host.launcher.procs[0] is not second)
+    over.set()
+    assert [word.start for word in host.rank_0.launchers._words.values()] == [2]
+
+
+def test_a_later_run_of_a_script_starts_no_rank_again_and_says_why(
+    host: HostOfScript, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script_launcher, "_launches", 2)
+    host.serve()
+
+    host.rank_0.lose(host.launcher._first_rank + 1)
+
+    assert host.first.wait(10.0) == -signal.SIGKILL
+    assert "it is not started again, since this is not the script's first run" in capfd.readouterr().err
+    assert host.environments == []
+
+
+@pytest.mark.parametrize("is_out", [False, True])
+def test_the_first_rank_of_another_host_takes_the_others_along_only_if_the_run_ends(
+    host: HostOfScript, is_out: bool
+) -> None:
+    host.launcher._guard = SimpleNamespace(is_out=is_out)
+
+    host.launcher.end_children(0.0)
+
+    left_training = is_out and host.launcher._first_rank > 0
+    assert (host.first.poll() is None) == left_training
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_async.runtime.handshake import Address
 from lightning_async.strategies import host_processes as room
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.transport.base import ChannelClosedError
 from tests.harness import Call, RankZero, eventually
 
 pytestmark = pytest.mark.timeout(30)
@@ -355,3 +357,69 @@ def test_what_is_told_when_nobody_reads_any_more_is_dropped() -> None:
     mailbox.put(bytes(1 << 20))
 
     mailbox.close()
+
+
+SILENT = RunFailure(0, "gave no sign of life for 20 s (worker_timeout)")
+
+
+def lose_sight(host_1: Host1) -> None:
+    """The host is cut off: its ranks end by themselves, and nothing has come from rank 0."""
+    host_1.mailbox.put(SILENT)
+    for process in list(host_1.processes):
+        process.end(1)
+
+
+def test_a_host_that_was_cut_off_takes_part_again_once_it_hears_of_rank_0(host_1: Host1) -> None:
+    host_1.begin_training()
+    lose_sight(host_1)
+    assert host_1.waiting.waits()
+
+    for rank in (2, 3):
+        host_1.rank_0.lose(rank, "gave no sign of life for 20 s (worker_timeout)")
+
+    for index in (0, 1):
+        host_1.restarted(index).end(0)
+    host_1.mailbox.put("result")
+    assert host_1.waiting.outcome() == "result"
+
+
+def test_it_calls_rank_0_again_where_its_connection_has_not_survived(
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_1.begin_training()
+    receive = room.LauncherConnection.receive
+
+    def time_out(connection: Any) -> Any:
+        monkeypatch.setattr(room.LauncherConnection, "receive", receive)
+        raise ChannelClosedError("connection lost while receiving") from TimeoutError()
+
+    monkeypatch.setattr(room.LauncherConnection, "receive", time_out)
+    host_1.rank_0.lose(3, "gave no sign of life for 20 s (worker_timeout)")
+    lose_sight(host_1)
+
+    host_1.restarted(1)
+
+    assert [index for index, _ in host_1.started] == [1]
+
+
+def test_it_does_not_wait_for_rank_0_without_an_end(host_1: Host1, capfd: pytest.CaptureFixture[str]) -> None:
+    host_1.mailbox.put(replace(host_1.rank_0.address, timeout_s=0.3))
+    assert eventually(lambda: host_1.rank_0.launchers._launchers)
+
+    lose_sight(host_1)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure == SILENT
+    told = "rank 0 cannot be reached; if it can within 0.3 s, this host's ranks are started again"
+    assert f"[host 1] lightning_async: {told}" in capfd.readouterr().err
+
+
+def test_a_rank_0_that_is_gone_is_not_waited_for(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.rank_0.latch.trip(SILENT)
+    host_1.rank_0.launchers.close()
+
+    lose_sight(host_1)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure == SILENT

@@ -121,8 +121,9 @@ class HostProcesses:
         # Of each rank of this host: rank 0's last word on it, if it is lost; which start of it was the last.
         self._lost: dict[int, Lost] = {}
         self._starts = dict.fromkeys(self._running, 0)
-        # Whether rank 0 has said its last; until when it is waited for on a host that is cut off, and the next try.
-        self._is_over = False
+        # Whether rank 0 has said its last, and that all was well; until when it is waited for on a host that is cut
+        # off, and the next try.
+        self._is_over = self._ends_well = False
         self._waits_until: float | None = None
         self._next_try = 0.0
         # When a lost one is started again; when one has ended on which rank 0 has not said anything yet.
@@ -218,6 +219,7 @@ class HostProcesses:
             while connection.wait(waited_for, timeout=0.0):
                 word = self._connection.receive()
                 if word is None:
+                    self._ends_well = True
                     self._hang_up()
                     return
                 self._heed(word)
@@ -310,17 +312,17 @@ class HostProcesses:
         if self._goes_on and self._host == 0 and processes[0].exitcode == 0:
             # Rank 0 has come to the end without those that were lost, or were taken out and are only stopped.
             failed = told
-        elif self._goes_on and self._lost:
+        elif self._goes_on and (gone := self._gone()):
             # Of those that the run has gone on without, nothing counts.
-            left = [index for index in range(len(processes)) if index not in self._lost]
-            if not left and all(word.leaves for word in self._lost.values()):
+            left = [index for index in range(len(processes)) if index not in gone]
+            if not left and self._lost and all(word.leaves for word in self._lost.values()):
                 raise SIGTERMException
-            if not left:
+            if not left and len(self._lost) == len(processes):
                 raise WorkerFailedError(self._all_lost())
-            if 0 in self._lost:
+            if 0 in gone:
                 result, told = None, False
             failed = told or any(index in stuck or processes[index].exitcode != 0 for index in left)
-            if not failed and 0 in self._lost:
+            if not failed and 0 in gone:
                 return None
         else:
             failed = told or bool(stuck) or any(process.exitcode != 0 for process in processes)
@@ -329,6 +331,11 @@ class HostProcesses:
         if result is None:
             raise SIGTERMException
         return result
+
+    def _gone(self) -> set[int]:
+        """The ranks that have no part in the run's end: lost ones, and those that have come back too late to join."""
+        late = [index for index, start in self._starts.items() if start and self._processes[index].exitcode]
+        return {*self._lost, *late} if self._ends_well else {*self._lost}
 
     def _all_lost(self) -> RunFailure:
         word = [word for word in self._lost.values() if not word.leaves][-1]

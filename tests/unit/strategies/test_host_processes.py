@@ -264,6 +264,24 @@ def test_what_a_rank_that_was_taken_out_says_of_its_end_is_not_the_runs(host_1: 
     assert host_1.waiting.outcome() == "result"
 
 
+@pytest.mark.parametrize("late", [[1], [0, 1]])
+def test_one_that_comes_back_when_the_run_has_just_ended_well_is_no_failure(host_1: Host1, late: list[int]) -> None:
+    host_1.begin_training()
+    for index in late:
+        host_1.die(index)
+        host_1.restarted(index)
+
+    host_1.rank_0.launchers.close()
+    if 0 not in late:
+        host_1.mailbox.put("result")
+        host_1.processes[0].end(0)
+    for index in late:
+        # It cannot join the run.
+        host_1.processes[index].end(1)
+
+    assert host_1.waiting.outcome() == (None if 0 in late else "result")
+
+
 def test_a_first_rank_that_leaves_by_itself_leaves_the_others_training(host_1: Host1) -> None:
     host_1.begin_training()
 

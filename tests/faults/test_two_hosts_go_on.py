@@ -206,8 +206,7 @@ def test_a_script_starts_the_ranks_of_its_host_again(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(330)
-@pytest.mark.parametrize("kind", ["kill", "sigterm"])
-def test_the_ranks_of_a_script_outlive_its_first_and_are_lost_for_good_then(tmp_path: Path, kind: Any) -> None:
+def test_the_ranks_of_a_script_outlive_its_first_and_are_lost_for_good_then(tmp_path: Path) -> None:
     def strike(folder: Path) -> None:
         other = pid_of(folder, 3, SOAK_TIMEOUT_S)
         # Longer than a launcher that fails gives its ranks to end.
@@ -216,7 +215,7 @@ def test_the_ranks_of_a_script_outlive_its_first_and_are_lost_for_good_then(tmp_
 
     run = start(
         tmp_path,
-        Fault(2, BEFORE, kind),
+        Fault(2, BEFORE, "kill"),
         lost=2,
         meanwhile=strike,
         start_method="popen",
@@ -226,8 +225,26 @@ def test_the_ranks_of_a_script_outlive_its_first_and_are_lost_for_good_then(tmp_
 
     status, said = host_1(run)
     check(run, lost=[2, 3], joined=[])
-    assert status == (0 if kind == "sigterm" else -signal.SIGKILL), said
+    assert status == -signal.SIGKILL, said
     assert "it is not started again: what has started it is gone" in run.output
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(330)
+def test_the_first_rank_of_a_script_that_is_told_to_end_passes_it_on(tmp_path: Path) -> None:
+    run = start(
+        tmp_path,
+        Fault(2, BEFORE, "sigterm"),
+        lost=2,
+        start_method="popen",
+        timeout_s=SOAK_TIMEOUT_S,
+        max_restarts=1,
+    )
+
+    status, said = host_1(run)
+    check(run, lost=[2, 3], joined=[])
+    assert status == 0, said
+    assert run.output.count("leaves: it was told to end (SIGTERM)") == 2
 
 
 @pytest.mark.soak

@@ -28,6 +28,7 @@ class Evictions:
             tells of it.
         steps: the same, for what is done when it is out; in this order.
         lets_go: whether the rank that the steps are about leaves by itself.
+        deciding: held while it is decided what becomes of a rank.
         restart: has a lost rank started again, and says what becomes of it; None where nothing does.
     """
 
@@ -39,7 +40,7 @@ class Evictions:
         self.lets_go = False
         self.restart: Callable[[RunFailure], str | None] | None = None
         self._latch = latch
-        self._deciding = threading.RLock()
+        self.deciding = threading.RLock()
         self._changed = threading.Condition()
         # Who waits for the news of a rank waits no longer than for the run's end.
         latch.subscribe(lambda failure: self._tell())
@@ -51,7 +52,7 @@ class Evictions:
             failure: the rank, and what happened to it.
             leaves: whether it leaves by itself.
         """
-        with self._deciding:
+        with self.deciding:
             rank, reason = failure.rank, failure.reason
             if self._latch.failure is not None or (rank != 0 and rank not in self.roster):
                 return

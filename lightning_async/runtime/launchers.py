@@ -165,23 +165,31 @@ class Launchers:
             start: which start of the rank it was.
         """
         reason = describe_exit(code)
-        with self._changed:
+        with self._evictions.deciding:
             if start != self._starts.get(rank, 0):
                 # Of a rank that is known to be lost.
                 return
+            if rank not in self._roster:
+                self._lose_before_it_was_in(rank, code, start)
+                return
+        # Outside, since the news of a rank may be waited for.
         if rank in self._roster:
             if code == ERROR and self._evictions.under_way:
                 # It has most likely said itself what was wrong.
                 self._evictions.lose_connection(rank, reason)
             else:
                 self._evictions.lose(RunFailure(rank, reason))
-        elif start and self._latch.failure is None and not self._closed:
-            if code == ERROR:
-                told = "it is not started again: that was an error of its own"
-                self._end(Lost(rank, reason, told))
-            else:
-                told = self.replace(RunFailure(rank, reason)) or ""
-            say(0, f"rank {rank}, which was about to join, is lost: {reason}; {told}")
+
+    def _lose_before_it_was_in(self, rank: int, code: int, start: int) -> None:
+        reason = describe_exit(code)
+        if start == 0 or self._latch.failure is not None or self._closed:
+            return
+        if code == ERROR:
+            told = "it is not started again: that was an error of its own"
+            self._end(Lost(rank, reason, told))
+        else:
+            told = self.replace(RunFailure(rank, reason)) or ""
+        say(0, f"rank {rank}, which was about to join, is lost: {reason}; {told}")
 
     def close(self) -> None:
         """The run is over: tells the launchers, unless it has failed; idempotent."""

@@ -241,7 +241,8 @@ class HostProcesses:
     def _heed(self, word: Lost) -> None:
         """Ends what is left of a rank that is out of the run; it is started again later, if that is wanted."""
         index = word.rank - self._first_rank
-        if self._lost.get(index) == word:
+        if self._lost.get(index) == word or 0 < word.start <= self._starts[index]:
+            # Said again, to one that was away.
             return
         self._lost[index], self._waits_until = word, None
         self._undecided.pop(index, None)

@@ -116,6 +116,26 @@ def test_the_end_of_a_process_that_is_known_to_be_lost_is_no_news(rank_0: RankZe
     assert rank_0.evictions.roster.lost == [(3, KILLED), (2, KILLED)]
 
 
+def test_a_report_in_the_middle_of_the_decision_does_not_count_twice(rank_0: RankZero) -> None:
+    """Of a rank that has joined again and died: rank 0 and its launcher see that at the same time."""
+    launcher = rank_0.connect()
+    rank_0.lose(3)
+    assert launcher.receive()
+    rank_0.evictions.roster.add(3)
+    reported: list[Call] = []
+
+    def report(rank: int, reason: str) -> None:
+        reported.append(Call(lambda: rank_0.launchers.hear(3, SIGKILL, 1)))
+        assert reported[-1].waits()
+
+    # When it is out, and nothing was said of its restart.
+    rank_0.evictions.steps.append(report)
+    rank_0.lose(3)
+
+    assert reported[-1].outcome() is None
+    assert rank_0.launchers._starts[3] == 2
+
+
 def test_a_launcher_that_comes_after_the_loss_is_told_of_it(
     rank_0: RankZero, capfd: pytest.CaptureFixture[str]
 ) -> None:

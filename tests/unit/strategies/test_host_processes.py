@@ -420,6 +420,19 @@ def test_it_calls_rank_0_again_where_its_connection_has_not_survived(
     assert [index for index, _ in host_1.started] == [1]
 
 
+def test_what_is_said_again_to_a_host_that_was_away_ends_no_rank_that_was_started_since(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.die(1)
+    again = host_1.restarted(1)
+    (launcher,) = host_1.rank_0.launchers._launchers
+
+    # It is about to join, and not in the run.
+    host_1.rank_0.launchers._tell(launcher, host_1.rank_0.launchers._words[3])
+
+    assert host_1.waiting.waits()
+    assert again.is_alive() and len(host_1.started) == 1
+
+
 def test_it_does_not_wait_for_rank_0_without_an_end(host_1: Host1, capfd: pytest.CaptureFixture[str]) -> None:
     host_1.mailbox.put(replace(host_1.rank_0.address, timeout_s=0.3))
     assert eventually(lambda: host_1.rank_0.launchers._launchers)

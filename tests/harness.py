@@ -1,8 +1,8 @@
 """Parts of a run that a test puts together in one process: rank 0 without a trainer, ranks without a model.
 
 `Exchange` is rank 0's side (parameters, holder, ledger, latch); `Exchange.serve` gives a worker a session of its own,
-`Entrance` lets ranks in over sockets. `LoaderRank` and `StreamRank` are a rank's loop over its batches, with a ledger
-in place of the exchange. `Call`, `eventually` and `socket_pair` are for threads and sockets.
+`Entrance` lets ranks in over sockets, `RankZero` launchers. `LoaderRank` and `StreamRank` are a rank's loop over its
+batches, with a ledger in place of the exchange. `Call`, `eventually` and `socket_pair` are for threads and sockets.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from lightning_async.holder.holder import Holder
 from lightning_async.holder.hyperparams import HyperparamLayout, HyperparamReader
 from lightning_async.holder.layout import FlatLayout
 from lightning_async.holder.types import Update
-from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.evictions import Evictions
+from lightning_async.runtime.failure import FailureLatch, RunFailure
 from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.launcher_connection import LauncherConnection
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.roster import Roster
 from lightning_async.transport import message as wire
 from lightning_async.transport.base import Channel
 from lightning_async.transport.fake import FakeChannel, Fault, fake_pair
@@ -43,6 +47,7 @@ __all__ = [
     "Entrance",
     "Exchange",
     "LoaderRank",
+    "RankZero",
     "ServedSession",
     "StreamRank",
     "eventually",
@@ -205,6 +210,43 @@ class Entrance:
     def close(self) -> None:
         self.listener.close()
         self.heartbeats.close()
+
+
+class RankZero:
+    """Rank 0 of a run of two ranks on each of two hosts that goes on, and the launchers that come to it."""
+
+    def __init__(self, most: int = 3) -> None:
+        self.latch = FailureLatch()
+        self.evictions = Evictions(Roster(range(4)), self.latch)
+        self.evictions.under_way = True
+        self.launchers = Launchers(self.evictions, self.latch, most)
+        self.evictions.restart = self.launchers.replace
+        self.evictions.steps.append(self._let_go)
+        self.entrance = Entrance(4, self.latch)
+        self.entrance.listener.on_launcher = self.launchers.take
+        self.address = self.entrance.listener.address
+        self.connections: list[LauncherConnection] = []
+
+    def _let_go(self, rank: int, reason: str) -> None:
+        if self.evictions.lets_go:
+            self.launchers.let_go(rank, reason)
+
+    def connect(self, ranks: tuple[int, ...] = (2, 3), unable: str = "") -> LauncherConnection:
+        before = len(self.launchers._launchers)
+        connection = LauncherConnection(self.address, ranks, 1, unable)
+        self.connections.append(connection)
+        assert eventually(lambda: len(self.launchers._launchers) > before)
+        return connection
+
+    def lose(self, rank: int, reason: str = "its process was killed by SIGKILL") -> None:
+        self.evictions.lose(RunFailure(rank, reason))
+
+    def close(self) -> None:
+        self.launchers.close()
+        for connection in self.connections:
+            connection.close()
+        self.entrance.close()
+        self.latch.free_reserve()
 
 
 class _Leases:

@@ -240,7 +240,13 @@ def dial(
     """
     numel, dtype, model = layout.numel, layout.dtype, describe_model(layout, groups)
     devices = devices or RankDevices()
-    claims = {"model": model, "host": host_identity(), "slot": slot, "overlaps": overlaps, "device": devices.mine}
+    claims: dict[str, Any] = {
+        "model": model,
+        "host": host_identity(),
+        "slot": slot,
+        "overlaps": overlaps,
+        "device": devices.mine,
+    }
     connection, welcome = handshake(address, worker, CONTROL, incarnation, **claims)
 
     def gpu_buffers() -> Buffers:

@@ -28,7 +28,8 @@ class Evictions:
             tells of it.
         steps: the same, for what is done when it is out; in this order.
         lets_go: whether the rank that the steps are about leaves by itself.
-        restart: starts a lost rank again, and says so; None where nobody does.
+        deciding: held while it is decided what becomes of a rank.
+        restart: has a lost rank started again, and says what becomes of it; None where nothing does.
     """
 
     def __init__(self, roster: Roster, latch: FailureLatch) -> None:
@@ -37,9 +38,9 @@ class Evictions:
         self.before: list[Callable[[int, str], str | None]] = []
         self.steps: list[Callable[[int, str], str | None]] = []
         self.lets_go = False
-        self.restart: Callable[[int], str | None] | None = None
+        self.restart: Callable[[RunFailure], str | None] | None = None
         self._latch = latch
-        self._deciding = threading.RLock()
+        self.deciding = threading.RLock()
         self._changed = threading.Condition()
         # Who waits for the news of a rank waits no longer than for the run's end.
         latch.subscribe(lambda failure: self._tell())
@@ -51,7 +52,7 @@ class Evictions:
             failure: the rank, and what happened to it.
             leaves: whether it leaves by itself.
         """
-        with self._deciding:
+        with self.deciding:
             rank, reason = failure.rank, failure.reason
             if self._latch.failure is not None or (rank != 0 and rank not in self.roster):
                 return
@@ -63,7 +64,7 @@ class Evictions:
             self.roster.remove(rank, reason)
             told += [step(rank, reason) for step in list(self.steps)]
             if not leaves and self.restart is not None:
-                told.append(self.restart(rank))
+                told.append(self.restart(failure))
             ranks = len(self.roster.living)
             go_on = f"{ranks} rank{'s' if ranks > 1 else ''} go{'' if ranks > 1 else 'es'} on without it"
             what = "leaves" if leaves else "is lost"

@@ -1,7 +1,8 @@
 """How a connection to rank 0 begins: a HELLO that says which rank connects and what for, and rank 0's answer.
 
 A connection is a heartbeat, a worker's control channel, asks for an optimizer's state, is for meetings, or is of a rank
-that asks to join. Both sides prove that they have the run's token, and neither says it:
+that asks to join, or of what has started the ranks of a host. Both sides prove that they have the run's token, and
+neither says it:
 
 | who | says | with |
 |---|---|---|
@@ -31,6 +32,7 @@ __all__ = [
     "HANDSHAKE_TIMEOUT_S",
     "HEARTBEAT",
     "JOIN",
+    "LAUNCHER",
     "MEETING",
     "SEQUENCER",
     "STATE",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 HEARTBEAT, CONTROL, STATE, MEETING, JOIN = "heartbeat", "control", "state", "meeting", "join"
+LAUNCHER = "launcher"
 # To a shard of the holder, of the first one, which gives every gradient its place.
 SEQUENCER = "sequencer"
 
@@ -179,15 +182,16 @@ class _Newcomer:
 
 
 def handshake(
-    address: Address, rank: int, role: str, incarnation: int = 0, **claims: Any
+    address: Address, rank: int, role: str, incarnation: int = 0, patience_s: float | None = None, **claims: Any
 ) -> tuple[ControlConnection, str]:
     """Connects to rank 0's listener and says who is there.
 
     Args:
         address: of rank 0's listener.
         rank: this rank.
-        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING`, `JOIN` or `SEQUENCER`.
+        role: `HEARTBEAT`, `CONTROL`, `STATE`, `MEETING`, `JOIN`, `LAUNCHER` or `SEQUENCER`.
         incarnation: how many workers of this rank came before.
+        patience_s: how many seconds to try; None for as long as the run waits for a sign of life.
         claims: what else rank 0 should know, JSON values.
 
     Returns:
@@ -197,7 +201,8 @@ def handshake(
         HandshakeError: if rank 0 refuses, with its reason, or if it is not rank 0 who answers.
         ChannelClosedError: if rank 0 cannot be reached.
     """
-    deadline = time.monotonic() + max(address.timeout_s, _LEAST_PATIENCE_S)
+    patience_s = max(address.timeout_s, _LEAST_PATIENCE_S) if patience_s is None else patience_s
+    deadline = time.monotonic() + patience_s
     newcomer = _Newcomer(address.token, rank, role, incarnation)
     while True:
         connection = connect(address.host, address.port, _left_s(deadline))

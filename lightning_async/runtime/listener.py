@@ -22,6 +22,7 @@ from lightning_async.runtime.handshake import (
     HANDSHAKE_TIMEOUT_S,
     HEARTBEAT,
     JOIN,
+    LAUNCHER,
     MEETING,
     SEQUENCER,
     STATE,
@@ -48,7 +49,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # Less than a rank waits for the answer to its HELLO.
 _LONGEST_TROUBLES_S = 5.0
 _SHORT_HEARING_S = 0.5
-_ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN, SEQUENCER)
+_ROLES = (HEARTBEAT, CONTROL, STATE, MEETING, JOIN, LAUNCHER, SEQUENCER)
 _REMEDY = "Where it is out of file descriptors, raise their limit (ulimit -n), or close what is not needed"
 # More ranks than any run has come within a round trip; who is pushed out by strangers tries again.
 _MOST_ARRIVALS = 128
@@ -138,6 +139,8 @@ class Listener:
         self.on_join: Callable[[PeerInfo, ControlConnection], None] | None = None
         # Takes rank 0's connection, where this listener is that of a shard of the holder.
         self.on_sequencer: Callable[[PeerInfo, ControlConnection], None] | None = None
+        # Serves what has started the ranks of a host, each in its own thread.
+        self.on_launcher: Callable[[PeerInfo, ControlConnection], None] | None = None
         self.on_refused: Callable[[], None] = lambda: None
         # Whether rank 0 comes in here too, as where its training and the updates overlap, or the listener is a shard's.
         self.admits_rank_0 = False
@@ -275,7 +278,8 @@ class Listener:
 
     def _welcome(self, peer: PeerInfo, role: str, connection: ControlConnection) -> None:
         try:
-            first = 0 if role in (CONTROL, SEQUENCER) and self.admits_rank_0 else 1
+            comes_from_rank_0 = role == LAUNCHER or (role in (CONTROL, SEQUENCER) and self.admits_rank_0)
+            first = 0 if comes_from_rank_0 else 1
             if role not in _ROLES or not first <= peer.rank < self._workers:
                 raise HandshakeError(f"there is no {role!r} for rank {peer.rank} among {self._workers} ranks")
             if role == HEARTBEAT:
@@ -288,6 +292,7 @@ class Listener:
                 MEETING: self.on_meeting,
                 JOIN: self.on_join,
                 SEQUENCER: self.on_sequencer,
+                LAUNCHER: self.on_launcher,
             }
             answer = answers[role]
             if answer is None:

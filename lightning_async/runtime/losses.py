@@ -37,6 +37,21 @@ class Losses:
         """The last one."""
         return self._lost[-1] if self._lost else None
 
+    def end_of_run(self, rank: int) -> RunFailure | None:
+        """What ends the run where a lost rank has broken off what cannot be repeated; None if none was lost.
+
+        Args:
+            rank: this rank; rank 0 says so.
+        """
+        if (lost := self.last) is None:
+            return None
+        return RunFailure(
+            lost.rank,
+            f"{lost.reason}. The run would have gone on without it, but the others were in a collective of user code "
+            "outside of validation, which cannot be repeated (docs/faults.md)",
+            announced=rank != 0,
+        )
+
     def hear_of(self, failure: RunFailure) -> None:
         """Notes that the run goes on without a rank, and breaks off what waits for it; for any thread."""
         with self._heard:

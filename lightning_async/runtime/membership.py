@@ -21,11 +21,13 @@ from lightning_async.runtime.failure import (
     RunFailure,
     WorkerFailedError,
     describe_error,
+    describe_exit,
     end_process,
     say,
 )
 from lightning_async.runtime.handshake import HEARTBEAT, MEETING, Address, handshake
 from lightning_async.runtime.heartbeat import Heartbeats
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listener import Listener
 from lightning_async.runtime.losses import Losses, may_be_lost_peer
 from lightning_async.runtime.meeting import Meeting, MeetingGuest
@@ -71,6 +73,7 @@ class Membership:
         meeting: where the ranks meet, if the run goes on without those that it loses; None otherwise.
         evictions: rank 0's decisions then; None elsewhere.
         admission: takes in ranks that join, on rank 0; None elsewhere.
+        launchers: has lost ranks started again, on rank 0; None elsewhere.
         joining: the request of a rank that joins a run that is under way; None of others.
         losses: the ranks that the run has gone on without.
     """
@@ -89,10 +92,11 @@ class Membership:
         self.meeting: Meeting | None = None
         self.evictions: Evictions | None = None
         self.admission: Admission | None = None
+        self.launchers: Launchers | None = None
         self.joining: JoinRequest | None = None
         self._resilience = Resilience()
         self._incarnation = 0
-        self._has_left = False
+        self._has_left = self._was_taken_out = False
         self.losses = Losses()
         self.latch = FailureLatch()
         self.listener: Listener | None = None
@@ -177,6 +181,7 @@ class Membership:
             if isinstance(host_side := self.meeting, MeetingHost) and self.admission is not None:
                 host_side.host, self.admission.expect = host, listener.expect
                 listener.on_meeting, listener.on_join = host_side.take, self.admission.take
+                listener.on_launcher = None if self.launchers is None else self.launchers.take
             return listener.address
 
         self.address = share_address(self.rank, main_address, listen, broadcast, gather)
@@ -231,13 +236,18 @@ class Membership:
         self._heartbeats.say_that_it_leaves(reason)
         self._has_left = True
 
-    def lose(self, failure: RunFailure) -> None:
-        """A rank that was started from here is gone: the run goes on without it, or ends."""
-        if self.evictions is not None:
-            self.evictions.lose(failure)
+    def lose(self, rank: int, code: int, start: int = 0) -> None:
+        """The process of a rank that was started from here has ended; see `Launchers.hear`."""
+        if self.launchers is not None:
+            self.launchers.hear(rank, code, start)
         elif self.rank == 0 or not self._resilience.goes_on or self.meeting is None:
-            self.latch.trip(failure)
+            self.latch.trip(RunFailure(rank, describe_exit(code)))
         # Else rank 0 sees it, too, and decides.
+
+    @property
+    def is_out(self) -> bool:
+        """Whether this rank has left a run, or was taken out of it, that goes on without it."""
+        return self._has_left or self._was_taken_out
 
     @property
     def incarnation(self) -> int:
@@ -251,11 +261,16 @@ class Membership:
 
         def tell(rank: int, reason: str) -> None:
             host.note_lost(rank, ends=evictions.lets_go)
+            if evictions.lets_go:
+                launchers.let_go(rank, reason)
             self._hear_of(RunFailure(rank, reason))
             if self._heartbeats is not None:
                 self._heartbeats.evict(rank, reason)
 
+        most = self._resilience.max_restarts
+        launchers = self.launchers = Launchers(evictions, self.latch, most, self._worker_timeout_s)
         evictions.steps.append(tell)
+        evictions.restart = launchers.replace
         admission = self.admission = Admission(roster, self.latch, lambda: host.counts)
 
         def check(rank: int) -> None:
@@ -267,6 +282,7 @@ class Membership:
     def _hear_of(self, failure: RunFailure) -> None:
         """Another rank was taken out of the run, or this one."""
         if failure.rank == self.rank:
+            self._was_taken_out = True
             reason = f"was taken out of the run, which goes on without it: {failure.reason}"
             self.latch.trip(RunFailure(self.rank, reason))
             return
@@ -309,7 +325,7 @@ class Membership:
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
                 _a_run_has_failed.set()
-            for part in (self.meeting, self.admission, self.joining):
+            for part in (self.meeting, self.admission, self.launchers, self.joining):
                 if part is not None:
                     steps.callback(part.close)
             if self._heartbeats is not None:
@@ -343,8 +359,7 @@ class Membership:
             # A mistake that all ranks make is told by rank 0.
             common = self.latch.wait(_COMMON_FAILURE_S)
             failure = common if common is not None and common.reason == describe_error(error) else None
-        if failure is None and (lost := self.losses.last) is not None and may_be_lost_peer(error):
-            failure = self._unrepeatable(lost)
+        if failure is None and may_be_lost_peer(error) and (failure := self.losses.end_of_run(self.rank)) is not None:
             self.latch.trip(failure)
         if failure is None and may_be_lost_peer(error):
             failure = self.latch.explain_loss(lambda: RunFailure(self.rank, describe_error(error), announced=True))
@@ -365,14 +380,6 @@ class Membership:
         record_failure(self.rank, failure)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
-
-    def _unrepeatable(self, lost: RunFailure) -> RunFailure:
-        return RunFailure(
-            lost.rank,
-            f"{lost.reason}. The run would have gone on without it, but the others were in a collective of user code "
-            "outside of validation, which cannot be repeated (docs/faults.md)",
-            announced=self.rank != 0,
-        )
 
 
 def guard_shutdown() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_async.runtime.admission import Invitation
 from lightning_async.runtime.failure import WorkerFailedError
+from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.strategies.protocols import LaunchedStrategy, ProcessOwner, RunGuard
 
 __all__ = ["OwnedLauncher"]
@@ -52,9 +53,8 @@ class OwnedLauncher:
         """How another rank's process has ended: only the owner knows."""
         return None
 
-    def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
-        """What becomes of a lost rank: its owner decides."""
-        return None
+    def serve(self, address: Address, launchers: Launchers | None) -> None:
+        """Starts no lost rank again: the owner decides."""
 
     def exit_process(self, code: int) -> None:
         """Tells the owner, which ends the process, of the failure that this rank's thread does not come back to."""

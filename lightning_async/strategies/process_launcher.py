@@ -7,14 +7,12 @@ of ranks that left after a SIGTERM. Private API: see the canary tests.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +22,16 @@ from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cud
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_async.runtime.admission import Invitation
-from lightning_async.runtime.failure import RunFailure, WorkerFailedError, describe_exit, tell_in_one_line
+from lightning_async.runtime.failure import WorkerFailedError, tell_in_one_line
+from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
+from lightning_async.strategies.host_processes import HostProcesses, Mailbox, end_with_parent
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
@@ -49,11 +49,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self._guard = guard
         # Whether this is the process of a rank; and where the first of a host's says why the run has failed.
         self._is_rank = False
-        self._told: Any = None
-        # Where rank 0 says how a lost rank joins, and what it has said; how often each was started again.
-        self._invitations: Any = None
-        self._invited: tuple[Invitation, int] | None = None
-        self._restarts = launching.Restarts()
+        self._told: Mailbox | None = None
+        # Whether that process knows where rank 0 says which ranks are started again.
+        self._has_served = False
 
     @property
     @override
@@ -102,10 +100,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
         strategy: Any = self._strategy
-        results = mp.get_context(self._start_method).SimpleQueue()
+        mailbox = Mailbox(mp.get_context(self._start_method))
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
-        self._invitations = mp.get_context(self._start_method).SimpleQueue()
-        arguments = [trainer, function, args, kwargs, results, *states]
+        arguments = [trainer, function, args, kwargs, mailbox, *states]
         error_files: Sequence[str] = ()
         meeting_place = ExitStack()
         try:
@@ -120,7 +117,13 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 )
                 self.procs, error_files = context.processes, context.error_files
             with self._passing_on_sigterm():
-                result = self._wait(results, error_files, arguments)
+                result = HostProcesses(
+                    self.procs,
+                    error_files,
+                    strategy.node_rank,
+                    self._guard.goes_on,
+                    start=lambda index, address: self._start_again(index, address, arguments),
+                ).wait(mailbox)
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
             super().kill(signal.SIGTERM)
@@ -133,11 +136,10 @@ class ProcessLauncher(_MultiProcessingLauncher):
         finally:
             self._end_children()
             meeting_place.close()
-            results.close()
-            self._invitations.close()
+            mailbox.close()
             for path in error_files:
                 Path(path).unlink(missing_ok=True)
-        if trainer is None:
+        if trainer is None or result is None:
             return result
         self._already_fit |= trainer.state.fn == TrainerFn.FITTING
         self._recover_results_in_main_process(result, trainer)
@@ -153,10 +155,13 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
-        guard, results = self._guard, rest[2]
+        guard, mailbox = self._guard, rest[2]
         self._is_rank = True
-        # Only the first writes to the queue: a rank that is killed while it writes leaves it locked.
-        self._told = results if process_idx == 0 else None
+        mailbox.only_write()
+        # torch has SIGINT sent, which ends the run. Where it goes on without this host, its ranks leave it.
+        leaves = guard.goes_on and self._first_rank > 0
+        end_with_parent(signal.SIGTERM if leaves else signal.SIGINT)
+        self._told = mailbox if process_idx == 0 else None
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -170,114 +175,35 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
         super()._wrapping_function(process_idx, trainer, guarded, *rest)
 
-    def invite(self, invitation: Invitation, most: int) -> None:
-        """Tells the process that has started the ranks how one that is lost joins the run; called by rank 0.
+    def serve(self, address: Address, launchers: Launchers | None) -> None:
+        """Tells the process that has started the ranks where rank 0 says which of them are started again.
 
         Args:
-            invitation: what ranks join with; each with its own number.
-            most: how often one may be started again.
+            address: where rank 0 listens.
+            launchers: rank 0's side, in its process; None on other hosts.
         """
-        if self._invitations is not None:
-            self._invitations.put((invitation, most))
+        if self._told is not None and not self._has_served:
+            self._has_served = True
+            self._told.put(address)
 
-    def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
-        """None: the process that has started the ranks starts them again."""
-        return None
-
-    def _start_again(self, index: int, arguments: Sequence[Any]) -> bool:
-        """Starts a lost rank again, if it may be; returns whether it is."""
-        while not self._invitations.empty():
-            self._invited = self._invitations.get()
-        count, delay_s = self._restarts.count(index)
-        if self._invited is None or count > self._invited[1]:
-            return False
-        strategy: Any = self._strategy
-        address, rank = self._invited[0].address, strategy.node_rank * strategy.num_processes + index
+    def _start_again(self, index: int, address: Address, arguments: Sequence[Any]) -> Any:
+        """Starts a lost rank again; returns its process."""
+        invitation = Invitation(address, self._first_rank + index)
         context: Any = mp.get_context(self._start_method)
-        process = context.Process(
-            target=self._run_again,
-            args=(index, Invitation(address, rank), delay_s, *arguments),
-            daemon=False,
-        )
+        process = context.Process(target=self._run_again, args=(index, invitation, *arguments), daemon=False)
         process.start()
-        self.procs[index] = process
-        return True
+        return process
 
-    def _run_again(self, index: int, invitation: Invitation, delay_s: float, *arguments: Any) -> None:
+    @property
+    def _first_rank(self) -> int:
+        strategy: Any = self._strategy
+        return int(strategy.node_rank * strategy.num_processes)
+
+    def _run_again(self, index: int, invitation: Invitation, *arguments: Any) -> None:
         # A fork has the handler of the process that passes the signal on to its children, and has none itself.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(delay_s)
         os.environ |= invitation.variables()
         self._wrapping_function(index, *arguments)
-
-    def _wait(self, results: Any, error_files: Sequence[str], arguments: Sequence[Any] = ()) -> Any:
-        """Waits for rank 0's result.
-
-        Raises:
-            WorkerFailedError: if a rank has failed; all have ended then.
-            SIGTERMException: if the ranks have left together after a SIGTERM.
-        """
-        result: Any = None
-        ended: list[int] = []
-        running = dict(enumerate(self.procs))
-        deadline = float("inf")
-        while running and time.monotonic() < deadline:
-            connection.wait([process.sentinel for process in running.values()], timeout=launching.POLL_S)
-            if result is None and not results.empty():
-                # Also while its sender runs: a result that is larger than a pipe's buffer waits for its reader.
-                result = results.get()
-            for index in [index for index, process in running.items() if not process.is_alive()]:
-                process = running.pop(index)
-                process.join()
-                if index and process.exitcode and self._guard.goes_on and self.procs[0].is_alive():
-                    if _was_lost(process.exitcode, error_files[index]) and self._start_again(index, arguments):
-                        running[index] = self.procs[index]
-                    continue
-                ended.append(index)
-                if index == 0 if self._guard.goes_on else process.exitcode != 0:
-                    deadline = min(deadline, time.monotonic() + launching.END_TIMEOUT_S)
-        if result is None and not results.empty():
-            result = results.get()
-        failed = isinstance(result, RunFailure) or running or any(process.exitcode != 0 for process in self.procs)
-        if failed and self._guard.goes_on and self.procs[0].exitcode == 0:
-            # Rank 0 has come to the end without those that were lost, or were taken out and are only stopped.
-            for process in running.values():
-                process.kill()
-            failed = isinstance(result, RunFailure)
-        if failed:
-            for process in running.values():
-                process.kill()
-            known = result if isinstance(result, RunFailure) else None
-            raise WorkerFailedError(self._failure(known, ended, sorted(running), error_files))
-        if result is None:
-            raise SIGTERMException
-        return result
-
-    def _failure(
-        self, known: RunFailure | None, ended: list[int], stuck: list[int], error_files: Sequence[str]
-    ) -> RunFailure:
-        strategy: Any = self._strategy
-        first_rank = strategy.node_rank * strategy.num_processes
-        if known is not None and known.rank - first_rank not in range(len(self.procs)):
-            # It was started on another host, where its exit status and its traceback are.
-            return known
-        index = self._culprit(ended, stuck, error_files) if known is None else known.rank - first_rank
-        code = self.procs[index].exitcode or 0
-        if known is not None and (index in stuck or code >= 0):
-            reason = known.reason
-        else:
-            reason = "its process did not end" if index in stuck else describe_exit(code)
-        traceback = _error_of(error_files[index])
-        return RunFailure(first_rank + index, f"{reason}\n\n{traceback}" if traceback else reason)
-
-    def _culprit(self, ended: list[int], stuck: list[int], error_files: Sequence[str]) -> int:
-        """The process that most likely began it, if rank 0 could not say: bystanders exit with code 1."""
-        codes = {index: self.procs[index].exitcode or 0 for index in ended}
-        by_signal = [index for index in ended if codes[index] < 0]
-        with_error = [index for index in ended if os.path.exists(error_files[index])]
-        with_code = [index for index in ended if codes[index] > 1]
-        with_any = [index for index in ended if codes[index]]
-        return [*by_signal, *with_error, *with_code, *stuck, *with_any][0]
 
     @contextmanager
     def _passing_on_sigterm(self) -> Iterator[None]:
@@ -330,16 +256,3 @@ def _main_port(port: int) -> Iterator[None]:
     finally:
         if not is_given:
             os.environ.pop("MASTER_PORT", None)
-
-
-def _was_lost(code: int, error_file: str) -> bool:
-    """Whether a process has ended otherwise than by an error of user code, which ends the run."""
-    return code != 1 or "MemoryError" in (error := _error_of(error_file)) or "OutOfMemoryError" in error
-
-
-def _error_of(path: str) -> str:
-    """The traceback that torch has written for a process that ended with an exception."""
-    try:
-        return str(pickle.loads(Path(path).read_bytes()))
-    except FileNotFoundError:
-        return ""

@@ -62,8 +62,18 @@ class RunGuard(Protocol):
     def guard_run(self) -> AbstractContextManager[None]:
         """What the trainer's function runs in: no failure of any rank leaves another one waiting."""
 
-    def report_failure(self, local_rank: int, reason: str) -> None:
-        """Tells this rank that the process of another one on this host has ended with an error."""
+    @property
+    def is_out(self) -> bool:
+        """Whether this rank has left a run, or was taken out of it, that goes on without it."""
+
+    def report_failure(self, local_rank: int, code: int, start: int) -> None:
+        """Tells this rank that the process of another one on this host has ended with an error.
+
+        Args:
+            local_rank: which one.
+            code: its exit status.
+            start: which start of that rank it was: 0 is the first.
+        """
 
 
 class ProcessOwner(Protocol):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,12 +31,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_async.runtime.admission import Invitation
-from lightning_async.runtime.failure import WorkerFailedError, describe_exit, tell_in_one_line
+from lightning_async.runtime.failure import WorkerFailedError, describe_exit, say, tell_in_one_line
+from lightning_async.runtime.handshake import Address, HandshakeError
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
+from lightning_async.runtime.launcher_connection import LauncherConnection, Lost
+from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here, refuse_rank_without_device
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
+from lightning_async.transport.base import ChannelClosedError
 
 __all__ = ["ScriptLauncher"]
 
@@ -51,6 +55,8 @@ _launches = 0
 
 _EXIT_POLL_S = 0.05
 _EXIT_STATUS_TIMEOUT_S = 1.0
+# A process that is dying has closed its connections before its status is known.
+_DYING_S = 0.2
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
@@ -61,9 +67,14 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
         self._guard = guard
-        self._restarts = launching.Restarts()
         # Set up when ranks are started: it cannot be pickled.
         self._is_over: threading.Event | None = None
+        # Where rank 0 says which ranks are started again, once training has begun; what it has said already, and of
+        # each rank which start of it is running.
+        self._address: Address | None = None
+        self._connection: LauncherConnection | None = None
+        self._heard: set[Lost] = set()
+        self._starts: dict[int, int] = {}
 
     @property
     @override
@@ -101,7 +112,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         _launches += 1
         # A script's later Trainers train with the ranks that the first has started, as far as they are left.
         self.procs = [process for process in _started if process.pid not in _lost]
-        self._restarts = launching.Restarts()
+        self._address, self._heard, self._starts = None, set(), {}
         is_over = self._is_over = threading.Event()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
@@ -120,41 +131,64 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         finally:
             is_over.set()
             self._is_over = None
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.stop()
 
-    def restart(self, local_rank: int, invitation: Invitation, most: int) -> str | None:
-        """Starts a lost rank again soon, if it was started from here and not too often before.
+    def serve(self, address: Address, launchers: Launchers | None) -> None:
+        """From here on lost ranks that were started from here are started again, as rank 0 says.
 
         Args:
-            local_rank: which one.
-            invitation: what it joins the run with.
-            most: how often it may be started again.
-
-        Returns:
-            What becomes of it, in words; None if it was not started from here.
+            address: where rank 0 listens.
+            launchers: rank 0's side, in its process; None on other hosts.
         """
-        if not 0 < local_rank <= len(self.procs):
-            return None
-        self.procs[local_rank - 1].kill()
-        if _launches > 1:
-            # It would run the script from its beginning, and take this run for the first one.
-            return "it is not started again, since this is not the script's first run"
-        count, delay_s = self._restarts.count(local_rank)
-        if count > most:
-            return f"it is not started again (max_restarts={most})"
-        args = (local_rank, invitation, delay_s)
-        threading.Thread(target=self._start_again, args=args, name="restart", daemon=True).start()
-        return f"it is started again{f' in {delay_s:g} s' if delay_s else ''} ({count} of {most})"
+        if self._address is not None or not self.procs:
+            return
+        self._address = address
+        # It would run the script from its beginning, and take this run for the first one.
+        unable = "it is not started again, since this is not the script's first run" if _launches > 1 else ""
+        ranks = [self._first_rank + local_rank for local_rank in range(1, len(self.procs) + 1)]
+        if launchers is not None:
+            launchers.add_own(ranks, self.restart, unable)
+            return
+        try:
+            connection = self._connection = LauncherConnection(address, ranks, self._strategy.node_rank, unable)
+        except (HandshakeError, ChannelClosedError) as error:
+            say(self._first_rank, f"lost ranks of this host are not started again: {error}")
+            return
+        threading.Thread(target=connection.heed, args=(self.restart,), name="restarts", daemon=True).start()
 
-    def _start_again(self, local_rank: int, invitation: Invitation, delay_s: float) -> None:
-        is_over = self._is_over
-        if is_over is None or is_over.wait(delay_s):
+    @property
+    def _first_rank(self) -> int:
+        return self._strategy.node_rank * self._strategy.num_processes
+
+    def restart(self, lost: Lost) -> None:
+        """Ends what is left of a rank that is out of the run, and starts it again, if that is wanted."""
+        if lost in self._heard or lost.leaves:
+            return
+        self._heard.add(lost)
+        local_rank = lost.rank - self._first_rank
+        process = self.procs[local_rank - 1]
+        if self._first_rank:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_DYING_S)
+            reason = lost.describe_end(process.returncode)
+            say(self._first_rank, f"rank {lost.rank} is lost: {reason}; {lost.told}")
+        process.kill()
+        if lost.start:
+            threading.Thread(target=self._start_again, args=(local_rank, lost), name="restart", daemon=True).start()
+
+    def _start_again(self, local_rank: int, lost: Lost) -> None:
+        is_over, address = self._is_over, self._address
+        if is_over is None or address is None or is_over.wait(lost.delay_s):
             return
         command, folder = _basic_subprocess_cmd(), None
         if _HYDRA_AVAILABLE and importlib.import_module("hydra.core.hydra_config").HydraConfig.initialized():
             command, folder = _hydra_subprocess_cmd(local_rank)
-        variables = os.environ | invitation.variables() | {"LOCAL_RANK": str(local_rank)}
+        variables = os.environ | Invitation(address, lost.rank).variables() | {"LOCAL_RANK": str(local_rank)}
         process = subprocess.Popen(command, env=variables, cwd=folder)
         _started[_started.index(self.procs[local_rank - 1])] = process
+        self._starts[local_rank] = lost.start
         self.procs[local_rank - 1] = process
         if is_over.is_set():
             # The run has ended meanwhile, and looks for its processes no more.
@@ -203,7 +237,12 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         return describe_own_start(num_nodes)
 
     def end_children(self, timeout_s: float) -> None:
-        """Gives the ranks that were started from here ``timeout_s`` to end, then kills them."""
+        """Gives the ranks that were started from here ``timeout_s`` to end, then kills them.
+
+        Those of a run that goes on without this rank are left to it.
+        """
+        if self._first_rank and self._guard.is_out:
+            return
         deadline = time.monotonic() + timeout_s
         while any(process.poll() is None for process in self.procs) and time.monotonic() < deadline:
             time.sleep(_EXIT_POLL_S)
@@ -226,6 +265,13 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         except subprocess.TimeoutExpired:
             return None
 
+    def _report(self, local_rank: int, code: int) -> None:
+        start = self._starts.get(local_rank, 0)
+        if self._connection is not None:
+            self._connection.report(self._first_rank + local_rank, code, start)
+        else:
+            self._guard.report_failure(local_rank, code, start)
+
     def _watch(self, over: threading.Event) -> None:
         # The heartbeats see most deaths first; this sees those that come before they exist.
         running = True
@@ -239,7 +285,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
                         return
                     reported.add(process.pid)
                     if self.procs[local_rank - 1] is process:
-                        self._guard.report_failure(local_rank, describe_exit(process.returncode))
+                        self._report(local_rank, process.returncode)
                     if not self._guard.goes_on:
                         return
                     _lost.add(process.pid)

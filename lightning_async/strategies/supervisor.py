@@ -72,6 +72,8 @@ class RunSupervisor:
         self._ranks = strategy
         self._worker_timeout_s = worker_timeout_s
         self._membership: Membership | None = None
+        # Whether this rank is none of those that the run was started with.
+        self._is_guest = False
         self.holder_process: HolderProcess | None = None
         self.shard_processes: list[ShardProcess] = []
         self.shard_servers: list[ShardServerProcess] = []
@@ -132,10 +134,21 @@ class RunSupervisor:
         """The first failure of the run, as far as this rank knows; None while there is none."""
         return None if self._membership is None else self._membership.latch.failure
 
-    def report_failure(self, local_rank: int, reason: str) -> None:
-        """Tells this rank that the process of another one on this host has ended with an error."""
+    @property
+    def is_out(self) -> bool:
+        """Whether this rank has left a run, or was taken out of it, that goes on without it."""
+        return self._membership is not None and self._membership.is_out
+
+    def report_failure(self, local_rank: int, code: int, start: int) -> None:
+        """Tells this rank that the process of another one on this host has ended with an error.
+
+        Args:
+            local_rank: which one.
+            code: its exit status.
+            start: which start of that rank it was: 0 is the first.
+        """
         assert self._membership is not None
-        self._membership.lose(RunFailure(self._ranks.node_rank * self._ranks.num_processes + local_rank, reason))
+        self._membership.lose(self._ranks.node_rank * self._ranks.num_processes + local_rank, code, start)
 
     def _describe_end(self, rank: int) -> str | None:
         return self.launcher.describe_end(self._local_rank(rank))
@@ -165,6 +178,7 @@ class RunSupervisor:
 
     def join(self, invitation: Invitation) -> None:
         """Begins to join a run that is under way."""
+        self._is_guest = invitation.rank is None
         try:
             self.membership.join(invitation)
         except (HandshakeError, ChannelClosedError) as error:
@@ -196,22 +210,17 @@ class RunSupervisor:
 
     def begin_training(self) -> None:
         """From here on a rank that is lost does not end a run that is to go on without it."""
-        evictions, address = self.membership.evictions, self.membership.address
+        membership = self.membership
+        evictions, address = membership.evictions, membership.address
         announce_training()
-        if evictions is None or evictions.under_way:
+        if membership.meeting is None or address is None:
             return
-        evictions.under_way = True
-        assert address is not None
-        if self.resilience.join_file is not None:
-            leave_invitation(address, Path(self.resilience.join_file))
-        most = self.resilience.max_restarts
-        if isinstance(self.launcher, ProcessLauncher):
-            self.launcher.invite(Invitation(address, None), most)
-        else:
-            evictions.restart = lambda rank: self._restart(rank, Invitation(address, rank), most)
-
-    def _restart(self, rank: int, invitation: Invitation, most: int) -> str | None:
-        return self.launcher.restart(self._local_rank(rank), invitation, most)
+        if evictions is not None and not evictions.under_way:
+            evictions.under_way = True
+            if self.resilience.join_file is not None:
+                leave_invitation(address, Path(self.resilience.join_file))
+        if not self._is_guest and self._local_rank(membership.rank) == 0:
+            self.launcher.serve(address, membership.launchers)
 
     def end_training(self) -> None:
         """Until here."""

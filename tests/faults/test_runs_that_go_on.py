@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,22 @@ class Watching(Callback):
             evicted=stats.evicted,
             joined=stats.joined,
             updates=stats.updates,
+            updates_by_rank=dict(stats.updates_by_rank),
         )
 
 
-def train(folder: Path, faults: tuple[Fault, ...], ranks: int = 3, epochs: int = EPOCHS, **arguments: Any) -> None:
+def train(
+    folder: Path,
+    faults: tuple[Fault, ...],
+    ranks: int = 3,
+    epochs: int = EPOCHS,
+    hosts: int = 1,
+    callbacks: Sequence[Any] = (),
+    **arguments: Any,
+) -> None:
     strategy = AsyncAMSGradStrategy(**(CONTINUE | arguments))
-    callbacks = [Watching(folder), FaultInjector(faults)]
-    trainer = fork_trainer(folder, ranks, strategy, max_epochs=epochs, callbacks=callbacks)
+    callbacks = [Watching(folder), FaultInjector(faults), *callbacks]
+    trainer = fork_trainer(folder, ranks, strategy, max_epochs=epochs, callbacks=callbacks, num_nodes=hosts)
     trainer.fit(Counting(), loader(BATCHES * 4), loader(VALIDATED))
 
 

@@ -88,9 +88,13 @@ def test_a_worker_is_killed(link: Link, runs: list[TwoHosts], tmp_path: Path, po
         assert_ended(run, "a", {"rank 3"})
         assert_ended(run, "b", {"rank 3"})
     else:
-        # Rank 0 starts those of its own host again.
-        assert run.wait_for(lambda: run.first("rank 3 is lost: its process is gone"), 30.0)
-        assert_goes_on(run, ranks=3)
+        # Its own host starts it again.
+        assert run.wait_for(lambda: run.first("rank 3 is lost: its process is gone", "a"), 30.0)
+        assert run.wait_for(lambda: run.first("rank 3 has joined; 4 ranks train", "a"), 60.0)
+        assert run.first("rank 3 is lost: its process was killed by SIGKILL; it is started again (1 of 3)", "b")
+        assert_goes_on(run, ranks=4)
+        assert run.wait_for(lambda: "b" in run.status, 30.0)
+        assert run.status["b"] == 0, run.output("b")
     row(run, struck, policy, "a worker is killed")
 
 
@@ -133,3 +137,23 @@ def test_a_host_that_is_cut_off_for_longer_is_lost(
         run.wait_for(lambda: run.first("2 ranks go on without it", "a"), END_S)
         assert_goes_on(run, ranks=2)
     row(run, cut, policy, f"host {host} is cut off {'for ever' if cut_s is None else f'for {cut_s:g} s'}")
+
+
+@pytest.mark.parametrize("host", ["a", "b"])
+@pytest.mark.parametrize("late_s", [0.0, 13.0], ids=["at_once", "after_its_connection_has_ended"])
+def test_a_host_that_is_back_soon_after_it_was_lost_takes_part_again(
+    link: Link, runs: list[TwoHosts], tmp_path: Path, host: str, late_s: float
+) -> None:
+    run = start(runs, link, tmp_path, "continue")
+    cut = time.monotonic()
+
+    link.cut(host)
+    run.wait_for(lambda: run.first("rank 0 cannot be reached", "b"), END_S)
+    time.sleep(late_s)
+    link.mend(host)
+
+    run.wait_for(lambda: run.first("4 ranks train", "a", after_s=cut), END_S)
+    assert_goes_on(run, ranks=4)
+    run.wait_for(lambda: "b" in run.status, 30.0)
+    row(run, cut, "continue", f"host {host} is cut off until its ranks have ended")
+    assert run.status["b"] == 0, run.output("b")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,24 +22,28 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async.runtime.admission import Invitation
-from lightning_async.runtime.failure import RunFailure
 from lightning_async.runtime.handshake import Address
+from lightning_async.runtime.launcher_connection import Lost
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launching, script_launcher
 from lightning_async.strategies import supervisor as ranks
+from lightning_async.strategies.host_processes import Mailbox
 from lightning_async.strategies.launch_errors import refuse_rank_without_device
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.script_launcher import ScriptLauncher
-from tests.harness import eventually
+from tests.harness import RankZero, eventually
 
 pytestmark = pytest.mark.timeout(30)
+
+
+GUARD: Any = SimpleNamespace(goes_on=True, is_out=False)
 
 
 @pytest.fixture
 def script() -> Iterator[Any]:
     """A script launcher without a strategy; its children are the test's."""
-    launcher: Any = ScriptLauncher.__new__(ScriptLauncher)
+    strategy: Any = SimpleNamespace(node_rank=0, num_processes=3, num_nodes=1, cluster_environment=object())
+    launcher: Any = ScriptLauncher(strategy, GUARD)
     launcher.procs = []
     yield launcher
     for process in launcher.procs:
@@ -90,15 +93,15 @@ def test_the_first_rank_of_a_host_says_why_it_must_end(
     """Its main thread is stuck in a collective, and what has started it sees a status only."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    queue = multiprocessing.get_context("fork").SimpleQueue()
+    mailbox = Mailbox(multiprocessing.get_context("fork"))
     launcher: Any = ProcessLauncher.__new__(ProcessLauncher)
-    launcher._guard, launcher._told = SimpleNamespace(failure="a failure"), queue if first_of_its_host else None
+    launcher._guard, launcher._told = SimpleNamespace(failure="a failure"), mailbox if first_of_its_host else None
 
     launcher.exit_process(1)
 
     assert codes == [1]
-    assert [queue.get() for _ in told] == told
-    assert queue.empty()
+    assert mailbox.take() == told
+    mailbox.close()
 
 
 @pytest.mark.parametrize("heterogeneous", [False, True])
@@ -130,94 +133,19 @@ def test_a_child_that_runs_has_no_end(script: Any, monkeypatch: pytest.MonkeyPat
     assert script.describe_end(1) is None
 
 
-class Ended:
-    """A process launcher whose processes have ended in a given way; None stands for one that did not."""
-
-    def __init__(self, folder: Path, codes: list[int | None], node: int = 0) -> None:
-        self.launcher: Any = ProcessLauncher.__new__(ProcessLauncher)
-        self.launcher._strategy = SimpleNamespace(node_rank=node, num_processes=len(codes))
-        self.launcher.procs = [SimpleNamespace(exitcode=code) for code in codes]
-        self.files = [str(folder / f"error-{index}") for index in range(len(codes))]
-        self.stuck = [index for index, code in enumerate(codes) if code is None]
-
-    def raised(self, index: int, traceback: str) -> None:
-        Path(self.files[index]).write_bytes(pickle.dumps(traceback))
-
-    def failure(self, order: list[int], known: RunFailure | None = None) -> RunFailure:
-        found: RunFailure = self.launcher._failure(known, order, self.stuck, self.files)
-        return found
-
-
-def test_a_killed_process_is_the_culprit_whoever_ends_first(tmp_path: Path) -> None:
-    ended = Ended(tmp_path, [1, 1, -9])
-
-    assert ended.failure([0, 1, 2]) == RunFailure(2, "its process was killed by SIGKILL")
-
-
-def test_then_one_that_raised(tmp_path: Path) -> None:
-    ended = Ended(tmp_path, [1, 1, 1])
-    ended.raised(1, "Traceback\nValueError: no")
-
-    assert ended.failure([0, 2, 1]) == RunFailure(1, "its process exited with code 1\n\nTraceback\nValueError: no")
-
-
-def test_then_one_with_a_code_of_its_own(tmp_path: Path) -> None:
-    assert Ended(tmp_path, [1, 1, 3]).failure([0, 1, 2]) == RunFailure(2, "its process exited with code 3")
-
-
-def test_then_one_that_had_to_be_killed(tmp_path: Path) -> None:
-    assert Ended(tmp_path, [1, None, 1]).failure([2, 0]) == RunFailure(1, "its process did not end")
-
-
-def test_then_the_first(tmp_path: Path) -> None:
-    assert Ended(tmp_path, [1, 1, 0]).failure([2, 1, 0]) == RunFailure(1, "its process exited with code 1")
-
-
-def test_what_rank_0_knows_is_believed_and_completed(tmp_path: Path) -> None:
-    ended = Ended(tmp_path, [1, 1, 1])
-    ended.raised(0, "Traceback\nWorkerFailedError: rank 2 failed: ValueError: no")
-    ended.raised(2, "Traceback\nValueError: no")
-
-    failure = ended.failure([0, 1, 2], known=RunFailure(2, "ValueError: no"))
-
-    assert failure == RunFailure(2, "ValueError: no\n\nTraceback\nValueError: no")
-
-
-def test_the_signal_says_more_than_a_lost_connection(tmp_path: Path) -> None:
-    known = RunFailure(1, "its process is gone: the connection was closed")
-
-    assert Ended(tmp_path, [1, -11]).failure([0, 1], known) == RunFailure(1, "its process was killed by SIGSEGV")
-    assert Ended(tmp_path, [1, None]).failure([0], known) == known
-
-
-def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
-    ended = Ended(tmp_path, [1, -9], node=2)
-
-    assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")
-
-
-@pytest.mark.parametrize(("node", "rank"), [(0, 2), (0, 3), (1, 0), (1, 1), (1, 4)])
-def test_a_rank_of_another_node_is_named_as_rank_0_knows_it(tmp_path: Path, node: int, rank: int) -> None:
-    ended = Ended(tmp_path, [1, 1], node)
-    ended.raised(0, "Traceback\nWorkerFailedError: another rank failed")
-    known = RunFailure(rank, "ValueError: no")
-
-    assert ended.failure([0, 1], known) == known
-
-
 @pytest.mark.parametrize("others", [[], ["sleep 60"]])
 def test_a_child_that_ended_before_it_was_watched_is_reported(
     script: Any, monkeypatch: pytest.MonkeyPatch, others: list[str]
 ) -> None:
     monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.0)
-    reported: list[tuple[int, str]] = []
-    script._guard = SimpleNamespace(goes_on=False, report_failure=lambda rank, reason: reported.append((rank, reason)))
+    reported: list[tuple[int, ...]] = []
+    script._guard = SimpleNamespace(goes_on=False, report_failure=lambda *end: reported.append(end))
     script.procs = [child("false"), *map(child, others)]
     script.procs[0].wait()
 
     script._watch(threading.Event())
 
-    assert reported == [(1, "its process exited with code 1")]
+    assert reported == [(1, 1, 0)]
 
 
 def test_a_rank_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,7 +233,7 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     monkeypatch.setattr(launching, "POLL_S", 0.01)
     monkeypatch.setenv(script_launcher._STARTED_RANKS, "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    reported: list[tuple[int, str]] = []
+    reported: list[tuple[int, ...]] = []
     heard = threading.Event()
     script.procs = [child("sh -c 'sleep 0.2; exit 3'" if first_fails else "sleep 60")]
     monkeypatch.setattr(script_launcher, "_started", list(script.procs))
@@ -313,7 +241,7 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     guard: Any = SimpleNamespace(
         guard_run=nullcontext,
         goes_on=False,
-        report_failure=lambda rank, reason: (reported.append((rank, reason)), heard.set()),
+        report_failure=lambda *end: (reported.append(end), heard.set()),
     )
     later = ScriptLauncher(strategy, guard)
 
@@ -324,7 +252,7 @@ def test_a_later_trainer_of_a_script_watches_the_ranks_that_the_first_has_starte
     later.launch(part)
 
     assert later.procs == script.procs
-    assert reported == ([(1, "its process exited with code 3")] if first_fails else [])
+    assert reported == ([(1, 3, 0)] if first_fails else [])
     assert eventually(lambda: "child-watch" not in {thread.name for thread in threading.enumerate()})
 
 
@@ -344,12 +272,142 @@ def test_a_rank_that_is_started_again_when_the_run_has_just_ended_is_not_left_ov
 
     monkeypatch.setattr(script_launcher, "subprocess", SimpleNamespace(Popen=start))
 
-    script._start_again(1, Invitation(Address("127.0.0.1", 1, "token"), 1), 0.0)
+    script._address = Address("127.0.0.1", 1, "token")
+    script._start_again(1, Lost(1, "killed", "it is started again", start=1))
 
     (process,) = script.procs
     assert process.poll() == -signal.SIGKILL
     # The script's next Trainer does not take its end for a failure.
     assert lost == {process.pid}
+
+
+class HostOfScript:
+    """The first rank of a host, which has started the other one; what is started again only sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+        self.rank_0 = RankZero()
+        strategy: Any = SimpleNamespace(node_rank=node, num_processes=2, num_nodes=2, cluster_environment=object())
+        self.launcher: Any = ScriptLauncher(strategy, GUARD)
+        self.first = child("sleep 60")
+        self.launcher.procs = [self.first]
+        self.launcher._is_over = threading.Event()
+        self.environments: list[dict[str, str]] = []
+        monkeypatch.setattr(script_launcher, "_started", [self.first])
+        monkeypatch.setattr(script_launcher, "_launches", 1)
+        stand_in = SimpleNamespace(Popen=self._start, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setattr(script_launcher, "subprocess", stand_in)
+
+    def _start(self, command: Any, env: dict[str, str], cwd: Any) -> subprocess.Popen[bytes]:
+        self.environments.append(env)
+        return child("sleep 60")
+
+    def serve(self) -> None:
+        own = self.rank_0.launchers if self.launcher._first_rank == 0 else None
+        self.launcher.serve(self.rank_0.address, own)
+        assert eventually(lambda: self.rank_0.launchers._launchers)
+
+    def kill(self) -> None:
+        self.first.kill()
+        self.first.wait()
+
+    def restarted(self) -> bool:
+        return eventually(lambda: self.launcher.procs[0] is not self.first)
+
+    def close(self) -> None:
+        self.launcher._is_over.set()
+        if self.launcher._connection is not None:
+            self.launcher._connection.stop()
+        self.rank_0.close()
+        for process in (self.first, *self.launcher.procs):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(params=[0, 1])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostOfScript]:
+    host = HostOfScript(monkeypatch, request.param)
+    yield host
+    host.close()
+
+
+def test_the_first_rank_of_each_host_starts_its_own_again(
+    host: HostOfScript, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rank = host.launcher._first_rank + 1
+    host.serve()
+    host.serve()
+
+    host.kill()
+    host.rank_0.lose(rank, "its process is gone: the connection was closed")
+
+    assert host.restarted()
+    (environment,) = host.environments
+    invitation = json.loads(environment["LIGHTNING_ASYNC_JOIN"])
+    assert (invitation["rank"], invitation["address"]["port"]) == (rank, host.rank_0.address.port)
+    assert environment["LOCAL_RANK"] == "1"
+    said = capfd.readouterr().err
+    theirs = "[rank 2] lightning_async: rank 3 is lost: its process was killed by SIGKILL; it is started again (1 of 3)"
+    assert (theirs in said) == (rank == 3)
+    assert f"it is started again{' by host 1' if rank == 3 else ''} (1 of 3)" in said
+
+
+def test_a_rank_that_is_only_stopped_is_ended_first(host: HostOfScript) -> None:
+    host.serve()
+    os.kill(host.first.pid, signal.SIGSTOP)
+
+    host.rank_0.lose(host.launcher._first_rank + 1, "gave no sign of life for 2 s (worker_timeout)")
+
+    assert host.restarted()
+    assert host.first.wait(10.0) == -signal.SIGKILL
+
+
+def test_a_process_that_ends_before_it_has_joined_is_reported_with_the_start_that_it_was(
+    host: HostOfScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script_launcher, "_EXIT_STATUS_TIMEOUT_S", 0.0)
+    rank, over = host.launcher._first_rank + 1, threading.Event()
+    guard = SimpleNamespace(
+        goes_on=True, report_failure=lambda local_rank, code, start: host.rank_0.launchers.hear(rank, code, start)
+    )
+    host.launcher._guard = guard
+    host.serve()
+    host.rank_0.lose(rank)
+    assert host.restarted()
+    second = host.launcher.procs[0]
+    second.kill()
+
+    watch = threading.Thread(target=host.launcher._watch, args=(over,), daemon=True)
+    watch.start()
+
+    # After the back-off of a second start.
+    assert eventually(lambda: host.launcher.procs[0] is not second)
+    over.set()
+    assert [word.start for word in host.rank_0.launchers._words.values()] == [2]
+
+
+def test_a_later_run_of_a_script_starts_no_rank_again_and_says_why(
+    host: HostOfScript, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script_launcher, "_launches", 2)
+    host.serve()
+
+    host.rank_0.lose(host.launcher._first_rank + 1)
+
+    assert host.first.wait(10.0) == -signal.SIGKILL
+    assert "it is not started again, since this is not the script's first run" in capfd.readouterr().err
+    assert host.environments == []
+
+
+@pytest.mark.parametrize("is_out", [False, True])
+def test_the_first_rank_of_another_host_takes_the_others_along_only_if_the_run_ends(
+    host: HostOfScript, is_out: bool
+) -> None:
+    host.launcher._guard = SimpleNamespace(is_out=is_out)
+
+    host.launcher.end_children(0.0)
+
+    left_training = is_out and host.launcher._first_rank > 0
+    assert (host.first.poll() is None) == left_training
 
 
 @pytest.mark.parametrize(("started", "refused"), [(None, False), ("2", True), ("3", False)])

@@ -1,0 +1,456 @@
+"""How long the ranks of a host are waited for, which are started again, and whose fault an end is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_async.runtime.failure import RunFailure, WorkerFailedError
+from lightning_async.runtime.handshake import Address
+from lightning_async.strategies import host_processes as room
+from lightning_async.strategies import launching
+from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.transport.base import ChannelClosedError
+from tests.harness import Call, RankZero, eventually
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Ended:
+    """A host whose processes have ended in a given way; None stands for one that did not."""
+
+    def __init__(self, folder: Path, codes: list[int | None], node: int = 0) -> None:
+        self.files = [str(folder / f"error-{index}") for index in range(len(codes))]
+        self.stuck = [index for index, code in enumerate(codes) if code is None]
+        self.processes = HostProcesses([SimpleNamespace(exitcode=code) for code in codes], self.files, node)
+
+    def raised(self, index: int, traceback: str) -> None:
+        Path(self.files[index]).write_bytes(pickle.dumps(traceback))
+
+    def failure(self, order: list[int], known: RunFailure | None = None) -> RunFailure:
+        return self.processes.failure(known, order, self.stuck)
+
+
+def test_a_killed_process_is_the_culprit_whoever_ends_first(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, -9])
+
+    assert ended.failure([0, 1, 2]) == RunFailure(2, "its process was killed by SIGKILL")
+
+
+def test_then_one_that_raised(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(1, "Traceback\nValueError: no")
+
+    assert ended.failure([0, 2, 1]) == RunFailure(1, "its process exited with code 1\n\nTraceback\nValueError: no")
+
+
+def test_then_one_with_a_code_of_its_own(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 3]).failure([0, 1, 2]) == RunFailure(2, "its process exited with code 3")
+
+
+def test_then_one_that_had_to_be_killed(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, None, 1]).failure([2, 0]) == RunFailure(1, "its process did not end")
+
+
+def test_then_the_first(tmp_path: Path) -> None:
+    assert Ended(tmp_path, [1, 1, 0]).failure([2, 1, 0]) == RunFailure(1, "its process exited with code 1")
+
+
+def test_what_rank_0_knows_is_believed_and_completed(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, 1, 1])
+    ended.raised(0, "Traceback\nWorkerFailedError: rank 2 failed: ValueError: no")
+    ended.raised(2, "Traceback\nValueError: no")
+
+    failure = ended.failure([0, 1, 2], known=RunFailure(2, "ValueError: no"))
+
+    assert failure == RunFailure(2, "ValueError: no\n\nTraceback\nValueError: no")
+
+
+def test_the_signal_says_more_than_a_lost_connection(tmp_path: Path) -> None:
+    known = RunFailure(1, "its process is gone: the connection was closed")
+
+    assert Ended(tmp_path, [1, -11]).failure([0, 1], known) == RunFailure(1, "its process was killed by SIGSEGV")
+    assert Ended(tmp_path, [1, None]).failure([0], known) == known
+
+
+def test_ranks_are_counted_over_all_nodes(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, [1, -9], node=2)
+
+    assert ended.failure([0, 1]) == RunFailure(5, "its process was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(("node", "rank"), [(0, 2), (0, 3), (1, 0), (1, 1), (1, 4)])
+def test_a_rank_of_another_node_is_named_as_rank_0_knows_it(tmp_path: Path, node: int, rank: int) -> None:
+    ended = Ended(tmp_path, [1, 1], node)
+    ended.raised(0, "Traceback\nWorkerFailedError: another rank failed")
+    known = RunFailure(rank, "ValueError: no")
+
+    assert ended.failure([0, 1], known) == known
+
+
+class Process:
+    """A rank's process without one."""
+
+    def __init__(self) -> None:
+        self.exitcode: int | None = None
+        self.sentinel, self._alive = os.pipe()
+
+    def end(self, code: int) -> None:
+        if self.exitcode is None:
+            self.exitcode = code
+            os.close(self._alive)
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, timeout: float | None = None) -> None:
+        return
+
+    def kill(self) -> None:
+        self.end(-9)
+
+    def close(self) -> None:
+        self.end(0)
+        os.close(self.sentinel)
+
+
+class Host1:
+    """What waits for ranks 2 and 3 of a run that goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rank_0 = RankZero(most=1)
+        self.mailbox = Mailbox(multiprocessing.get_context("fork"))
+        self.processes: list[Any] = [Process(), Process()]
+        self.all: list[Process] = list(self.processes)
+        self.started: list[tuple[int, Address]] = []
+        files = [str(folder / f"error-{index}") for index in range(2)]
+        host = HostProcesses(self.processes, files, 1, True, self._start)
+        self.waiting = Call(lambda: host.wait(self.mailbox), "host-1")
+
+    def _start(self, index: int, address: Address) -> Process:
+        self.started.append((index, address))
+        self.all.append(Process())
+        return self.all[-1]
+
+    def begin_training(self) -> None:
+        self.mailbox.put(self.rank_0.address)
+        assert eventually(lambda: self.rank_0.launchers._launchers)
+
+    def restarted(self, index: int) -> Process:
+        """The process that is started in the place of a rank's first; waits for it."""
+        assert eventually(lambda: self.processes[index] is not self.all[index])
+        process: Process = self.processes[index]
+        return process
+
+    def die(self, index: int, code: int = -9) -> None:
+        self.processes[index].end(code)
+        self.rank_0.lose(2 + index)
+
+    def close(self) -> None:
+        self.rank_0.close()
+        for process in self.all:
+            process.end(0)
+        self.waiting.join(10.0)
+        self.mailbox.close()
+        for process in self.all:
+            process.close()
+
+
+@pytest.fixture
+def host_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host1]:
+    monkeypatch.setattr(room, "_DYING_S", 0.0)
+    monkeypatch.setattr(launching, "POLL_S", 0.05)
+    host = Host1(tmp_path)
+    yield host
+    host.close()
+
+
+def test_each_rank_of_another_host_is_started_again_the_first_like_any_other(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    host_1.die(1)
+    second = host_1.restarted(1)
+    host_1.die(0)
+    first = host_1.restarted(0)
+    host_1.mailbox.put("result")
+    second.end(0)
+    first.end(0)
+
+    assert host_1.waiting.outcome() == "result"
+    assert host_1.started == [(1, host_1.rank_0.address), (0, host_1.rank_0.address)]
+
+
+def test_the_host_says_what_rank_0_cannot_see(host_1: Host1, capfd: pytest.CaptureFixture[str]) -> None:
+    host_1.begin_training()
+
+    host_1.processes[1].end(-9)
+    host_1.rank_0.lose(3, "its process is gone: the connection was closed")
+    host_1.restarted(1)
+
+    told = "[host 1] lightning_async: rank 3 is lost: its process was killed by SIGKILL; it is started again (1 of 1)\n"
+    assert told in capfd.readouterr().err
+
+
+def test_one_that_is_only_stopped_is_ended_and_started_again(host_1: Host1) -> None:
+    host_1.begin_training()
+    stopped = host_1.processes[1]
+
+    host_1.rank_0.lose(3, "gave no sign of life for 2 s")
+    host_1.restarted(1)
+
+    assert stopped.exitcode == -9
+
+
+def test_a_rank_that_is_lost_for_good_does_not_keep_the_host_from_its_result(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.die(1)
+    again = host_1.restarted(1)
+    host_1.rank_0.evictions.roster.add(3)
+    again.end(-9)
+    host_1.rank_0.lose(3)
+
+    host_1.mailbox.put("result")
+    host_1.processes[0].end(0)
+
+    assert host_1.waiting.outcome() == "result"
+    assert len(host_1.started) == 1
+
+
+def test_the_others_of_a_host_whose_first_is_lost_for_good_come_to_their_end_without_a_result(host_1: Host1) -> None:
+    host_1.rank_0.launchers._most = 0
+    host_1.begin_training()
+    host_1.mailbox.put(RunFailure(2, "MemoryError: out of memory"))
+    host_1.die(0, code=1)
+    assert host_1.waiting.waits()
+
+    host_1.processes[1].end(0)
+
+    assert host_1.waiting.outcome() is None
+
+
+def test_a_host_that_has_lost_all_its_ranks_ends_and_says_that_the_run_goes_on(host_1: Host1) -> None:
+    host_1.rank_0.launchers._most = 0
+    host_1.begin_training()
+
+    host_1.die(1)
+    host_1.die(0)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError)
+    assert error.failure == RunFailure(
+        2, "its process was killed by SIGKILL; the run goes on without this host, whose ranks are all lost"
+    )
+
+
+def test_what_a_rank_that_was_taken_out_says_of_its_end_is_not_the_runs(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.mailbox.put(RunFailure(2, "was taken out of the run, which goes on without it"))
+    host_1.die(0, code=1)
+    host_1.restarted(0)
+
+    host_1.mailbox.put("result")
+    for process in host_1.processes:
+        process.end(0)
+
+    assert host_1.waiting.outcome() == "result"
+
+
+@pytest.mark.parametrize("late", [[1], [0, 1]])
+def test_one_that_comes_back_when_the_run_has_just_ended_well_is_no_failure(host_1: Host1, late: list[int]) -> None:
+    host_1.begin_training()
+    for index in late:
+        host_1.die(index)
+        host_1.restarted(index)
+
+    host_1.rank_0.launchers.close()
+    if 0 not in late:
+        host_1.mailbox.put("result")
+        host_1.processes[0].end(0)
+    for index in late:
+        # It cannot join the run.
+        host_1.processes[index].end(1)
+
+    assert host_1.waiting.outcome() == (None if 0 in late else "result")
+
+
+def test_a_first_rank_that_leaves_by_itself_leaves_the_others_training(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    host_1.processes[0].end(0)
+    host_1.rank_0.evictions.let_go(RunFailure(2, "it was told to end (SIGTERM)"))
+
+    assert host_1.waiting.waits()
+    host_1.processes[1].end(0)
+    assert host_1.waiting.outcome() is None
+
+
+def test_a_host_that_is_told_to_end_ends_as_one_that_is_told_to(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    for index in (0, 1):
+        host_1.rank_0.evictions.let_go(RunFailure(2 + index, "it was told to end (SIGTERM)"))
+        host_1.processes[index].end(0)
+
+    assert isinstance(host_1.waiting.ended(), SIGTERMException)
+
+
+def test_a_job_that_is_told_to_end_ends_so_on_another_host(host_1: Host1) -> None:
+    host_1.begin_training()
+
+    for process in host_1.processes:
+        process.end(0)
+
+    assert isinstance(host_1.waiting.ended(), SIGTERMException)
+
+
+def test_a_run_that_has_failed_is_told_as_the_first_rank_knows_it(
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 0.3)
+    host_1.begin_training()
+    failure = RunFailure(1, "ValueError: no")
+
+    host_1.rank_0.latch.trip(failure)
+    host_1.rank_0.launchers.close()
+    host_1.mailbox.put(failure)
+    host_1.processes[0].end(1)
+
+    # The other one is stuck, and is ended.
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure == failure
+    assert host_1.processes[1].exitcode == -9
+    assert host_1.started == []
+
+
+def test_a_rank_whose_end_rank_0_never_judges_is_not_waited_for_without_an_end(
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 0.3)
+    host_1.begin_training()
+    host_1.rank_0.latch.trip(RunFailure(0, "ValueError: no"))
+
+    host_1.processes[0].end(1)
+    host_1.processes[1].end(1)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure.reason == "its process exited with code 1"
+
+
+def test_before_training_the_end_of_the_first_rank_is_the_hosts(host_1: Host1, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 0.3)
+
+    host_1.processes[0].end(-9)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError)
+    assert error.failure == RunFailure(2, "its process was killed by SIGKILL")
+
+
+def test_without_rank_0_lost_ranks_are_not_started_again_and_that_is_said(
+    host_1: Host1, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host_1.rank_0.entrance.listener.close()
+
+    host_1.mailbox.put(host_1.rank_0.address)
+
+    lines: list[str] = []
+    told = "[host 1] lightning_async: lost ranks of this host are not started again: no holder answers"
+    assert eventually(lambda: lines.append(capfd.readouterr().err) or told in "".join(lines))
+
+
+def test_what_is_told_when_nobody_reads_any_more_is_dropped() -> None:
+    """Else a rank whose parent was killed would wait in its last write for ever."""
+    mailbox = Mailbox(multiprocessing.get_context("fork"))
+    mailbox.only_write()
+
+    mailbox.put(bytes(1 << 20))
+
+    mailbox.close()
+
+
+SILENT = RunFailure(0, "gave no sign of life for 20 s (worker_timeout)")
+
+
+def lose_sight(host_1: Host1) -> None:
+    """The host is cut off: its ranks end by themselves, and nothing has come from rank 0."""
+    host_1.mailbox.put(SILENT)
+    for process in list(host_1.processes):
+        process.end(1)
+
+
+def test_a_host_that_was_cut_off_takes_part_again_once_it_hears_of_rank_0(host_1: Host1) -> None:
+    host_1.begin_training()
+    lose_sight(host_1)
+    assert host_1.waiting.waits()
+
+    for rank in (2, 3):
+        host_1.rank_0.lose(rank, "gave no sign of life for 20 s (worker_timeout)")
+
+    for index in (0, 1):
+        host_1.restarted(index).end(0)
+    host_1.mailbox.put("result")
+    assert host_1.waiting.outcome() == "result"
+
+
+def test_it_calls_rank_0_again_where_its_connection_has_not_survived(
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_1.begin_training()
+    receive = room.LauncherConnection.receive
+
+    def time_out(connection: Any) -> Any:
+        monkeypatch.setattr(room.LauncherConnection, "receive", receive)
+        raise ChannelClosedError("connection lost while receiving") from TimeoutError()
+
+    monkeypatch.setattr(room.LauncherConnection, "receive", time_out)
+    host_1.rank_0.lose(3, "gave no sign of life for 20 s (worker_timeout)")
+    lose_sight(host_1)
+
+    host_1.restarted(1)
+
+    assert [index for index, _ in host_1.started] == [1]
+
+
+def test_what_is_said_again_to_a_host_that_was_away_ends_no_rank_that_was_started_since(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.die(1)
+    again = host_1.restarted(1)
+    (launcher,) = host_1.rank_0.launchers._launchers
+
+    # It is about to join, and not in the run.
+    host_1.rank_0.launchers._tell(launcher, host_1.rank_0.launchers._words[3])
+
+    assert host_1.waiting.waits()
+    assert again.is_alive() and len(host_1.started) == 1
+
+
+def test_it_does_not_wait_for_rank_0_without_an_end(host_1: Host1, capfd: pytest.CaptureFixture[str]) -> None:
+    host_1.mailbox.put(replace(host_1.rank_0.address, timeout_s=0.3))
+    assert eventually(lambda: host_1.rank_0.launchers._launchers)
+
+    lose_sight(host_1)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure == SILENT
+    told = "rank 0 cannot be reached; if it can within 0.3 s, this host's ranks are started again"
+    assert f"[host 1] lightning_async: {told}" in capfd.readouterr().err
+
+
+def test_a_rank_0_that_is_gone_is_not_waited_for(host_1: Host1) -> None:
+    host_1.begin_training()
+    host_1.rank_0.latch.trip(SILENT)
+    host_1.rank_0.launchers.close()
+
+    lose_sight(host_1)
+
+    error = host_1.waiting.ended()
+    assert isinstance(error, WorkerFailedError) and error.failure == SILENT

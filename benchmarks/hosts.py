@@ -25,6 +25,14 @@ STRATEGIES: dict[str, Any] = {
     "async_amsgrad": partial(AsyncAMSGradStrategy, **_FORK),
     # With overlap a slow rank's gradient is two of its steps old, which "auto" has no room for.
     "overlap": partial(AsyncAMSGradStrategy, **_FORK, overlap=True, max_staleness=64),
+    "overlap, bf16": partial(
+        AsyncAMSGradStrategy,
+        **_FORK,
+        overlap=True,
+        max_staleness=64,
+        wire_dtype="bf16",
+        parameter_wire_dtype="bf16",
+    ),
     "ddp": "ddp_fork",
 }
 
@@ -60,17 +68,21 @@ def main() -> None:
 
 
 def link_bound(step_s: list[float], parameters: int, megabits: float) -> float:
-    """Batches per second that ranks make at best, if those of the second host share the link and hide its time.
+    """Batches per second that ranks make at best with overlap, if those of the second host share the link.
+
+    A rank's push and pull may take as long as its step, and no longer.
 
     Examples:
         >>> link_bound([0.05, 0.05, 0.05, 0.2], 1_000_000, 1000.0)
-        65.0
+        60.625
         >>> round(link_bound([0.05, 0.05, 0.05, 0.2], 1_000_000, 100.0), 1)
         43.1
     """
     half = len(step_s) // 2
-    here, there = (sum(1 / one for one in part) for part in (step_s[:half], step_s[half:]))
-    return here + min(there, megabits * 1e6 / 8 / (4 * parameters))
+    payloads_per_s = megabits * 1e6 / 8 / (4 * parameters)
+    here = sum(1 / one for one in step_s[:half])
+    there = sum(min(1 / one, payloads_per_s / 2) for one in step_s[half:])
+    return here + min(there, payloads_per_s)
 
 
 def compare(name: str, step_s: list[float], parameters: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -318,12 +318,16 @@ OWN_STREAMS: dict[str, Callable[[Noting], Any]] = {
     "max_size": lambda _: CombinedLoader({"a": loader(36), "b": loader(60)}, "max_size"),
     "max_size_cycle": lambda _: {"a": loader(36), "b": loader(60)},
 }
+# Each has a case beside it that differs in little.
+LONG_RUN = ("stream", "iterable that is no loader", "max_size")
 
 
 @pytest.mark.compatibility("Data", "IterableDataset, sized or not")
 @pytest.mark.compatibility("Data", "a DistributedSampler of the user's own, use_distributed_sampler=False")
 @pytest.mark.compatibility("Data", "CombinedLoader: min_size, max_size, max_size_cycle")
-@pytest.mark.parametrize("kind", OWN_STREAMS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.soak] * (kind in LONG_RUN)) for kind in OWN_STREAMS]
+)
 def test_every_rank_walks_the_stream_that_it_walks_under_ddp(tmp_path: Path, kind: str) -> None:
     arguments: dict[str, Any] = {"use_distributed_sampler": kind != "own sampler", "validation": loader(6)}
     reference = fit(tmp_path / "ddp", OWN_STREAMS[kind], batches=None, **arguments)

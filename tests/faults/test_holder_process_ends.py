@@ -39,7 +39,7 @@ def holder_process_of(session: int) -> int:
     ("fault", "reason"),
     [
         pytest.param(Fault(0, 20, "raise"), "InjectedError: injected into training_step", marks=pytest.mark.soak),
-        (Fault(2, 20, "raise"), "InjectedError: injected into training_step"),
+        pytest.param(Fault(2, 20, "raise"), "InjectedError: injected into training_step", marks=pytest.mark.soak),
         pytest.param(
             Fault(2, 3, "raise", "validation_step", after_s=0.3),
             "InjectedError: injected into validation_step",
@@ -135,6 +135,7 @@ def test_an_error_of_rank_0s_own_is_not_buried(tmp_path: Path) -> None:
     assert run.output.count("Traceback") == 1
 
 
+@pytest.mark.soak
 def test_a_script_trains_and_a_killed_rank_of_it_is_named(tmp_path: Path) -> None:
     strategy: dict[str, Any] = POPEN | {"holder": "process"}
     run = start_script(Run((Fault(1, 10, "kill"),), ranks=2, strategy=strategy), tmp_path)

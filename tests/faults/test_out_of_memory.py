@@ -25,8 +25,14 @@ def options(exchange: str) -> dict[str, Any]:
     return FORK | EXCHANGES[exchange] | {"worker_timeout": WORKER_TIMEOUT_S}
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("exchange", "rank"),
+    [
+        *((exchange, rank) for exchange in ("shm", "tcp") for rank in (0, 2)),
+        ("process", 0),
+        pytest.param("process", 2, marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.parametrize("place", ["training_step", pytest.param("validation_step", marks=pytest.mark.soak)])
 def test_a_rank_without_memory_is_named_and_ends_everyone(tmp_path: Path, exchange: str, rank: int, place: str) -> None:
     run = start(Run((Fault(rank, 5, "exhaust", place),), strategy=options(exchange)), tmp_path, timeout_s=40)

@@ -187,6 +187,7 @@ def test_a_killed_rank_of_a_script_is_named_by_rank_0(tmp_path: Path) -> None:
     assert run.output.rstrip().endswith("WorkerFailedError: rank 2 failed: its process was killed by SIGKILL")
 
 
+@pytest.mark.soak
 def test_a_stopped_rank_of_a_script_does_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "END_TIMEOUT_S", 1.0)
     # It holds the only parameters that may be out, so that rank 0 waits at the barrier and can raise.

@@ -48,10 +48,21 @@ def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launc
         return launch(script, folder, timeout_s)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.soak), 3])
 @pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("raise", "InjectedError: injected into training_step"), ("kill", "its process ")],
+    ("kind", "reason", "rank"),
+    [
+        ("raise", "InjectedError: injected into training_step", 1),
+        ("kill", "its process ", 3),
+        *(
+            pytest.param(kind, reason, rank, marks=pytest.mark.soak)
+            for kind, reason, rank in (
+                ("raise", "InjectedError: injected into training_step", 2),
+                ("raise", "InjectedError: injected into training_step", 3),
+                ("kill", "its process ", 1),
+                ("kill", "its process ", 2),
+            )
+        ),
+    ],
 )
 def test_a_rank_of_either_host_is_named_on_both(tmp_path: Path, kind: Any, reason: str, rank: int) -> None:
     fault = Fault(rank, 5, kind)

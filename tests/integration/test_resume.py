@@ -175,7 +175,7 @@ def assert_resumed_exactly(path: Path, rest: Any, accumulate: int = 1, epochs: i
         pytest.param("sharded", 1, (0, 1, 2), "thread", marks=pytest.mark.soak),
         pytest.param("sharded", 2, (0,), "process", marks=pytest.mark.soak),
         ("sharded", 2, (0,), "thread"),
-        ("shared", 1, (0, 1, 2), "process"),
+        pytest.param("shared", 1, (0, 1, 2), "process", marks=pytest.mark.soak),
     ],
     ids=str,
 )

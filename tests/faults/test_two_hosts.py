@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault
 from tests.faults.runs import FORK, SCRIPT_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
-from tests.launch import Launched, launch
+from tests.two_hosts import launch_on_two_hosts, said_on_host_1
 
 pytestmark = pytest.mark.timeout(170)
 
 HOSTS = 2
-
-
-def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launched:
-    """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
-
-    def script(folder: Path) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        other = os.fork()
-        os.environ["NODE_RANK"] = "1" if other == 0 else "0"
-        if other == 0:
-            descriptor = os.open(folder / "host1.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-        code = 1
-        try:
-            train(run, folder)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        if other == 0:
-            os._exit(code)
-        os.waitpid(other, 0)
-        sys.exit(code)
-
-    with reserved(0) as port:
-        return launch(script, folder, timeout_s)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +37,10 @@ def start_on_two_hosts(run: Run, folder: Path, timeout_s: float = 60.0) -> Launc
 def test_a_rank_of_either_host_is_named_on_both(tmp_path: Path, kind: Any, reason: str, rank: int) -> None:
     fault = Fault(rank, 5, kind)
     trainer = {"max_epochs": 200, "num_nodes": HOSTS}
-    run = start_on_two_hosts(Run((fault,), ranks=2, strategy=FORK, trainer=trainer), tmp_path)
+    wanted = Run((fault,), ranks=2, strategy=FORK, trainer=trainer)
+    run = launch_on_two_hosts(partial(train, wanted), tmp_path)
 
-    other = (tmp_path / "host1.txt").read_text()
+    other = said_on_host_1(tmp_path)
     assert run.returncode == 1, run.output
     for output in (run.output, other):
         assert explanations(output), output
@@ -82,9 +53,10 @@ def test_a_rank_of_either_host_is_named_on_both(tmp_path: Path, kind: Any, reaso
 
 def test_rank_0s_host_is_named_on_the_other(tmp_path: Path) -> None:
     trainer = {"max_epochs": 200, "num_nodes": HOSTS}
-    run = start_on_two_hosts(Run((Fault(0, 5, "kill"),), ranks=2, strategy=FORK, trainer=trainer), tmp_path)
+    wanted = Run((Fault(0, 5, "kill"),), ranks=2, strategy=FORK, trainer=trainer)
+    run = launch_on_two_hosts(partial(train, wanted), tmp_path)
 
-    other = (tmp_path / "host1.txt").read_text()
+    other = said_on_host_1(tmp_path)
     assert explanations(run.output)[-1] == "rank 0 failed: its process was killed by SIGKILL"
     assert {line[:14] for line in explanations(other)} == {"rank 0 failed:"}
 
@@ -92,11 +64,10 @@ def test_rank_0s_host_is_named_on_the_other(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_spawned_ranks_of_two_hosts_train_together(tmp_path: Path) -> None:
     spawn = {"start_method": "spawn", "worker_timeout": 600.0}
-    run = start_on_two_hosts(
-        Run((), ranks=2, strategy=spawn, trainer={"max_epochs": 2, "num_nodes": HOSTS}), tmp_path, SCRIPT_TIMEOUT_S
-    )
+    wanted = Run((), ranks=2, strategy=spawn, trainer={"max_epochs": 2, "num_nodes": HOSTS})
+    run = launch_on_two_hosts(partial(train, wanted), tmp_path, timeout_s=SCRIPT_TIMEOUT_S)
 
-    other = (tmp_path / "host1.txt").read_text()
+    other = said_on_host_1(tmp_path)
     assert run.returncode == 0, run.output + other
     # The command that started each host hears of the end, and rank 0 alone has the run's table.
     assert "Traceback" not in run.output + other
@@ -108,11 +79,10 @@ def test_spawned_ranks_of_two_hosts_train_together(tmp_path: Path) -> None:
 def test_a_spawned_rank_that_is_killed_is_named_on_both_hosts(tmp_path: Path) -> None:
     spawn = {"start_method": "spawn", "worker_timeout": 600.0}
     trainer = {"max_epochs": 200, "num_nodes": HOSTS}
-    run = start_on_two_hosts(
-        Run((Fault(3, 5, "kill"),), ranks=2, strategy=spawn, trainer=trainer), tmp_path, SCRIPT_TIMEOUT_S
-    )
+    wanted = Run((Fault(3, 5, "kill"),), ranks=2, strategy=spawn, trainer=trainer)
+    run = launch_on_two_hosts(partial(train, wanted), tmp_path, timeout_s=SCRIPT_TIMEOUT_S)
 
     assert run.returncode == 1, run.output
-    for output in (run.output, (tmp_path / "host1.txt").read_text()):
+    for output in (run.output, said_on_host_1(tmp_path)):
         assert explanations(output), output
         assert all(line.startswith("rank 3 failed: its process ") for line in explanations(output)), output

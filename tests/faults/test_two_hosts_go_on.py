@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,12 +17,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import script_launcher
 from tests.faults.injector import Fault, pid_of
 from tests.faults.runs import SCRIPT_TIMEOUT_S, explanations
 from tests.faults.test_runs_that_go_on import BATCHES, VALIDATED, train
-from tests.launch import Launched, launch, run_as_script
+from tests.launch import Launched, run_as_script
+from tests.two_hosts import launch_on_two_hosts, said_on_host_1, status_of_host_1
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -68,51 +67,24 @@ def start(
     timeout_s: float = 60.0,
     **arguments: Any,
 ) -> Launched:
-    """Runs it on two hosts until as many ranks were lost, and one has come back and trained.
-
-    The status of host 1 and what it prints are in ``host1.status`` and ``host1.txt``.
-    """
+    """Runs it on two hosts until as many ranks were lost, and one has come back and trained."""
 
     def script(folder: Path) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if (other := os.fork()) == 0:
-            os.environ["NODE_RANK"] = "1"
-            descriptor = os.open(folder / "host1.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            os._exit(status_of(folder))
-        os.environ["NODE_RANK"] = "0"
-        (folder / "host1.pid").write_text(str(other))
-        code = status_of(folder)
-        (folder / "host1.status").write_text(str(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])))
-        sys.exit(code)
-
-    def status_of(folder: Path) -> int:
-        try:
-            if arguments.get("start_method") == "popen":
-                plan = {"faults": [asdict(fault) for fault in faults], "lost": lost, "trained": trained}
-                run_as_script(Path(__file__), json.dumps(plan | arguments))
-                for process in script_launcher._started:
-                    # An interpreter takes its time to shut down.
-                    process.wait(SCRIPT_TIMEOUT_S)
-            else:
-                train_until(folder, faults, lost, trained, **arguments)
-        except SystemExit as error:
-            return int(error.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            return 1
-        finally:
-            sys.stderr.flush()
-        return 0
+        if arguments.get("start_method") == "popen":
+            plan = {"faults": [asdict(fault) for fault in faults], "lost": lost, "trained": trained}
+            run_as_script(Path(__file__), json.dumps(plan | arguments))
+            for process in script_launcher._started:
+                # An interpreter takes its time to shut down.
+                process.wait(SCRIPT_TIMEOUT_S)
+        else:
+            train_until(folder, faults, lost, trained, **arguments)
 
     act = None if meanwhile is None else (lambda session: meanwhile(folder))
-    with reserved(0) as port:
-        return launch(script, folder, timeout_s, meanwhile=act)
+    return launch_on_two_hosts(script, folder, timeout_s=timeout_s, meanwhile=act)
 
 
 def host_1(run: Launched) -> tuple[int, str]:
-    return int((run.folder / "host1.status").read_text()), (run.folder / "host1.txt").read_text()
+    return status_of_host_1(run.folder), said_on_host_1(run.folder)
 
 
 def check_training(run: Launched, lost: list[int], joined: list[int]) -> dict[str, Any]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,13 @@ from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_async import AsyncStrategy
-from lightning_async.runtime.listening import reserved
 from tests.faults.injector import Fault, pid_of
 from tests.faults.runs import FORK, WORKER_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
 from tests.integration.test_shards import Wide
-from tests.launch import Launched, launch, report, session_processes
+from tests.launch import launch, report, session_processes
 from tests.models import fork_trainer, indexed_data, loader
+from tests.two_hosts import launch_on_two_hosts, said_on_host_1
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -68,42 +65,15 @@ def test_on_one_host_it_is_the_fit_without_and_is_resumed_with_another_number(tm
     assert run.report(0)["differences"] == []
 
 
-def on_two_hosts(train: Callable[[Path], object], folder: Path, **options: Any) -> Launched:
-    """Runs it as two hosts would that know each other's address; what host 1 prints is in ``host1.txt``."""
-
-    def script(folder: Path) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        other = os.fork()
-        os.environ["NODE_RANK"] = "1" if other == 0 else "0"
-        if other == 0:
-            descriptor = os.open(folder / "host1.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-        code = 1
-        try:
-            train(folder)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        if other == 0:
-            os._exit(code)
-        os.waitpid(other, 0)
-        sys.exit(code)
-
-    with reserved(0) as port:
-        return launch(script, folder, **options)
-
-
 def test_on_two_hosts_it_is_the_fit_without(tmp_path: Path) -> None:
     def train(folder: Path) -> None:
         fit(folder, "whole", epochs=1, nodes=2)
         # A shard on each host beside the first one.
         fit(folder, "spread", epochs=1, nodes=2, holder_shards=3)
 
-    run = on_two_hosts(train, tmp_path, timeout_s=100.0)
+    run = launch_on_two_hosts(train, tmp_path, timeout_s=100.0)
 
-    assert run.returncode == 0, run.output + (tmp_path / "host1.txt").read_text()
+    assert run.returncode == 0, run.output + said_on_host_1(tmp_path)
     assert differences(tmp_path / "whole.ckpt", tmp_path / "spread.ckpt") == []
 
 
@@ -136,9 +106,9 @@ def test_the_end_of_a_shard_or_of_a_rank_on_another_host_is_named_on_both(
         os.kill(shard, signal.SIGSTOP if strike == "stop" else signal.SIGKILL)
 
     meanwhile = None if faults else kill
-    ended = on_two_hosts(lambda folder: train(run, folder), tmp_path, meanwhile=meanwhile)
+    ended = launch_on_two_hosts(lambda folder: train(run, folder), tmp_path, meanwhile=meanwhile)
 
-    other = (tmp_path / "host1.txt").read_text()
+    other = said_on_host_1(tmp_path)
     assert ended.returncode == 1, ended.output
     for output in (ended.output, other):
         assert explanations(output), output

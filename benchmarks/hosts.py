@@ -97,6 +97,10 @@ def compare(name: str, step_s: list[float], parameters: int, arguments: argparse
         link = Link()
         link.limit(arguments.megabits)
         there = measure(STRATEGIES[name], step_s, batches, parameters, link=link)
+        if (carried := min(link.carried_bytes())) < batches * parameters // 10:
+            raise RuntimeError(
+                f"{name}: {carried / 1e6:.0f} MB went each way: these hosts have another way to each other"
+            )
         rates["two_hosts"].append(there["batches_per_second"])
         link.close()
     one, two = median(rates["one_host"]), median(rates["two_hosts"])

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -29,7 +29,6 @@ from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
 from lightning_async.shards.shard_process import ShardServerProcess
 from lightning_async.shards.spread import SpreadShards, shards_of_host
-from lightning_async.transport.base import Channel
 
 __all__ = ["Measured", "measure_hosts"]
 
@@ -120,10 +119,8 @@ def _run_rank(pipe: Connection, size: str, shards: int, ranks: int, rank: int) -
     listener = Listener(Network.ADDRESS, ranks, Heartbeats(0, latch, 60.0)) if rank == 0 else None
     first = Address.from_json(meet("" if listener is None else listener.address.as_json())[0])
     spread = SpreadShards(rank, ranks, options, latch, processes, first, meet)
-    placement, connect = None, _dial_alone
-    if shards > 1:
+    if is_spread := shards > 1:
         spread.prepare([optimizer], 0)
-        placement, connect = spread.placement(), spread.connect
     engine = Engine(
         rank=rank,
         world_size=ranks,
@@ -135,8 +132,8 @@ def _run_rank(pipe: Connection, size: str, shards: int, ranks: int, rank: int) -
         observers=[],
         version=0,
         meet=lambda address: meet(address)[0],
-        placement=placement,
-        connect=connect,
+        placement=spread.placement() if is_spread else None,
+        connect=spread.connect if is_spread else None,
     )
     if engine.service is not None:
         engine.service.begin_epoch(range(TICKETS))
@@ -145,10 +142,6 @@ def _run_rank(pipe: Connection, size: str, shards: int, ranks: int, rank: int) -
     if rank == 0:
         threading.Thread(target=_tell, args=(pipe, engine), daemon=True).start()
     _push(engine, optimizer)
-
-
-def _dial_alone(dial: Callable[[], Channel]) -> Channel:
-    return dial()
 
 
 def _tell(pipe: Connection, engine: Engine) -> None:

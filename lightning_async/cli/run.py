@@ -17,7 +17,7 @@ from lightning_async.chaos.processes import descendants, parents
 from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status, start_or_refuse
 from lightning_async.runtime.interrupts import INTERRUPTED
 from lightning_async.runtime.job import RESTARTS_VARIABLE, RUN_VARIABLE
-from lightning_async.runtime.restarts import back_off_s
+from lightning_async.runtime.restart_counts import back_off_s
 from lightning_async.strategies.launching import END_TIMEOUT_S
 
 __all__ = ["run_main"]

@@ -61,7 +61,7 @@ class Engine:
         placement: where the holder is in this process; None for what ``devices`` says.
         on_lost: told on rank 0 which worker's connection was lost, and how; None where that ends the run.
         incarnation: how many workers of this rank came before.
-        connect: connects the worker, given what connects it to rank 0: to other parts of the holder, too, if there are.
+        connect: connects the worker to a holder in parts, given what connects it to rank 0; None for one in one part.
 
     Attributes:
         optimizers: the optimizers that it was built for.
@@ -93,9 +93,10 @@ class Engine:
         placement: HolderPlacement | None = None,
         on_lost: OnLost | None = None,
         incarnation: int = 0,
-        connect: Callable[[Callable[[], Channel]], Channel] = lambda dial: dial(),
+        connect: Callable[[Callable[[], Channel]], Channel] | None = None,
     ) -> None:
         devices = devices or RankDevices()
+        connect = connect or (lambda dial: dial())
         self.optimizers = list(optimizers)
         self._rank = rank
         self._latch = latch

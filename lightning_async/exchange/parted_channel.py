@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async.exchange.state_transfer import bytes_of
+from lightning_async.exchange.described_values import bytes_of
 from lightning_async.runtime.failure import describe_error
 from lightning_async.runtime.threads import Errands
 from lightning_async.transport.base import Channel, ChannelClosedError

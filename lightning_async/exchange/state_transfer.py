@@ -8,85 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_async.exchange.described_values import bytes_of, describe, rebuild, receive_tensors
 from lightning_async.holder.held_state import StateByPlace
 from lightning_async.runtime.handshake import STATE, Address, handshake
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError, fit_text
 from lightning_async.transport.message import Refuse, Welcome
 
-__all__ = ["DTYPES", "bytes_of", "describe_state", "fetch_state", "rebuild_state", "send_state"]
+__all__ = ["fetch_state", "send_state"]
 
 # Room for a million tensors.
 _MAX_DESCRIPTION_BYTES = 256 << 20
-DTYPES = {
-    str(dtype): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(
-            torch.int64,
-            torch.int32,
-            torch.int16,
-            torch.int8,
-            torch.uint8,
-            torch.bool,
-            torch.complex64,
-            torch.complex128,
-        ),
-    )
-}
-
-
-def describe_state(value: Any, tensors: list[Tensor]) -> Any:
-    """A value as JSON values; its tensors are appended to ``tensors``.
-
-    Raises:
-        TypeError: if there is something in it that is no tensor, number, text, None, dict, list or tuple.
-
-    Examples:
-        >>> tensors = []
-        >>> described = describe_state({0: {"exp_avg": torch.ones(2)}, "calls": (1, None)}, tensors)
-        >>> rebuild_state(json.loads(json.dumps(described)), lambda dtype, shape: tensors.pop(0))
-        {0: {'exp_avg': tensor([1., 1.])}, 'calls': (1, None)}
-    """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or str(value.dtype) not in DTYPES:
-            raise TypeError(f"a tensor of {value.dtype}, {value.layout}")
-        tensors.append(value)
-        return {"tensor": str(value.dtype), "shape": list(value.shape)}
-    if isinstance(value, dict):
-        return {"items": [[describe_state(item, tensors) for item in pair] for pair in value.items()]}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [describe_state(item, tensors) for item in value]}
-    raise TypeError(f"a {type(value).__name__}")
-
-
-def rebuild_state(described: Any, take: Callable[[str, list[int]], Tensor]) -> Any:
-    """Inverse of `describe_state`.
-
-    Args:
-        described: what it returned.
-        take: returns the next tensor, of a dtype and a shape.
-
-    Raises:
-        WireError: if it is no such description.
-    """
-    if not isinstance(described, dict):
-        return described
-    if "tensor" in described:
-        return take(described["tensor"], described["shape"])
-    if "items" in described:
-        return {rebuild_state(key, take): rebuild_state(value, take) for key, value in described["items"]}
-    for kind in (list, tuple):
-        if kind.__name__ in described:
-            return kind(rebuild_state(item, take) for item in described[kind.__name__])
-    raise WireError("the description of an optimizer's state cannot be read")
 
 
 def send_state(connection: ControlConnection, read: Callable[[], StateByPlace], stall_s: float = 60.0) -> None:
@@ -102,7 +37,7 @@ def send_state(connection: ControlConnection, read: Callable[[], StateByPlace], 
     """
     tensors: list[Tensor] = []
     try:
-        text = json.dumps(describe_state(dict(read()), tensors)).encode()
+        text = json.dumps(describe(dict(read()), tensors)).encode()
     except (TypeError, IndexError) as error:
         reason = f"the optimizer's state has {error} in it, which cannot be sent to another rank; read it on rank 0"
         connection.send(Refuse(reason=fit_text(reason)))
@@ -140,20 +75,9 @@ def fetch_state(address: Address, rank: int, optimizer: int) -> StateByPlace:
         text = bytearray(int(size))
         connection.receive_payload(memoryview(text), address.timeout_s)
 
-        def take(dtype: str, shape: list[int]) -> Tensor:
-            tensor = torch.empty(shape, dtype=DTYPES[dtype])
-            connection.receive_payload(bytes_of(tensor), address.timeout_s)
-            return tensor
-
-        state: StateByPlace = rebuild_state(json.loads(text), take)
+        state: StateByPlace = rebuild(json.loads(text), receive_tensors(connection, address.timeout_s))
         return state
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"the holder's answer is no optimizer's state: {error!r}") from error
     finally:
         connection.close()
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the host."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)

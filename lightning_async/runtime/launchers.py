@@ -21,7 +21,7 @@ from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_exit, say
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
 from lightning_async.runtime.launcher_connection import BEAT_S, ERROR, Lost, receive_values, send_values
-from lightning_async.runtime.restarts import Restarts
+from lightning_async.runtime.restart_counts import Restarts
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.message import Welcome

@@ -11,10 +11,9 @@ import json
 import struct
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_async.exchange.state_transfer import DTYPES, bytes_of, describe_state, rebuild_state
+from lightning_async.exchange.described_values import bytes_of, describe, rebuild, receive_tensors
 from lightning_async.holder.gradient_mean import Gathered
 from lightning_async.holder.types import Snapshot
 from lightning_async.shards import operations as told
@@ -48,7 +47,7 @@ def send_frame(connection: ControlConnection, value: Any, stall_s: float) -> Non
         ChannelClosedError: if the other side is gone, or lost.
     """
     tensors: list[Tensor] = []
-    text = json.dumps(describe_state(_plain(value), tensors)).encode()
+    text = json.dumps(describe(_plain(value), tensors)).encode()
     connection.send_payload(None, memoryview(_SIZE.pack(len(text)) + text), stall_s)
     for tensor in tensors:
         connection.send_payload(None, bytes_of(tensor.detach().contiguous()), stall_s)
@@ -73,13 +72,8 @@ def receive_frame(connection: ControlConnection, stall_s: float) -> Any:
     text = bytearray(size)
     connection.receive_payload(memoryview(text), stall_s)
 
-    def take(dtype: str, shape: list[int]) -> Tensor:
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
-        connection.receive_payload(bytes_of(tensor), stall_s)
-        return tensor
-
     try:
-        return _rebuilt(rebuild_state(json.loads(text), take))
+        return _rebuilt(rebuild(json.loads(text), receive_tensors(connection, stall_s)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"a frame that cannot be read: {error!r}") from error
 

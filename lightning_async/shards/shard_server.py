@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async.exchange.described_values import bytes_of
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
-from lightning_async.exchange.state_transfer import bytes_of
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_error
 from lightning_async.runtime.handshake import Address, HandshakeError, PeerInfo
 from lightning_async.runtime.listener import Listener
@@ -25,13 +25,11 @@ from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Goodbye, Part, Welcome, kind_of
 
-__all__ = ["SHARED_FACTS", "ShardServer", "facts_of"]
+__all__ = ["ShardServer", "facts_of"]
 
 log = logging.getLogger(__name__)
 
 _ENDS_S = 1.0
-# What rank 0 and the shard's own host must have made alike of module, optimizer and strategy.
-SHARED_FACTS = ("shard", "elements", "numel", "places", "settings")
 
 
 def facts_of(spec: told.ShardSpec) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.optimizer_proxy import agree_on_optimizers, place_in
 from lightning_async.strategies.supervisor import RunSupervisor
 from lightning_async.strategies.validation import check_module, check_parameters, describe_gradient
-from lightning_async.transport.base import Channel
 from lightning_async.transport.devices import RankDevices, describe_device, place_holder
 
 __all__ = ["ExchangeContext", "GradientExchange"]
@@ -239,7 +238,7 @@ class GradientExchange:
                 placement=self._placement() if spread is None else spread.placement(),
                 on_lost=context.supervisor.on_lost,
                 incarnation=context.supervisor.membership.incarnation,
-                connect=_dial_alone if spread is None else spread.connect,
+                connect=None if spread is None else spread.connect,
             )
         except ValueError as error:
             raise MisconfigurationException(f"{context.name} cannot train this module: {error}") from error
@@ -288,7 +287,3 @@ class GradientExchange:
             return RankDevices(own, mine, place_holder(choice, options.transport, everyone))
         except ValueError as error:
             raise MisconfigurationException(f"{error}.") from error
-
-
-def _dial_alone(dial: Callable[[], Channel]) -> Channel:
-    return dial()

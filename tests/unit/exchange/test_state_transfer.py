@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from lightning_async.exchange.described_values import describe, rebuild
 from lightning_async.exchange.engine import Engine
 from lightning_async.exchange.options import ExchangeOptions
-from lightning_async.exchange.state_transfer import describe_state, fetch_state, rebuild_state, send_state
+from lightning_async.exchange.state_transfer import fetch_state, send_state
 from lightning_async.holder.held_state import same_state
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import FailureLatch
@@ -41,8 +42,8 @@ EVERYTHING = {
 
 def test_every_value_arrives_as_it_was() -> None:
     tensors: list[torch.Tensor] = []
-    described = json.loads(json.dumps(describe_state(EVERYTHING, tensors)))
-    again = rebuild_state(described, lambda dtype, shape: tensors.pop(0))
+    described = json.loads(json.dumps(describe(EVERYTHING, tensors)))
+    again = rebuild(described, lambda dtype, shape: tensors.pop(0))
 
     assert same_state(EVERYTHING, again)
     assert again[0]["history"][1] == (1, 2.5, None)

@@ -21,7 +21,7 @@ class Losses:
     """What one rank has heard of lost ranks.
 
     A collective that waits for a lost rank is broken off. A group that was formed without that rank goes on, also where
-    the news of it come late.
+    the news of it comes late.
     """
 
     def __init__(self) -> None:

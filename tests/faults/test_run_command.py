@@ -104,10 +104,20 @@ def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
     assert not Path(f"/proc/{(tmp_path / 'left').read_text().strip()}").exists()
 
 
-def test_what_cannot_be_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [None, PermissionError, ProcessLookupError])
+def test_what_cannot_be_killed_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError] | None
+) -> None:
+    """It is in the midst of a driver's call, another user's, or ends just now."""
+
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (1, signal.SIGKILL)
+        if error is not None:
+            raise error
+
     monkeypatch.setattr("lightning_async.cli.run.END_TIMEOUT_S", 0.1)
-    # In the midst of a driver's call, or another user's.
     monkeypatch.setattr("lightning_async.cli.run.descendants", lambda root, parents: {1})
+    monkeypatch.setattr("lightning_async.cli.run.os.kill", kill)
 
     found = run(tmp_path, "--", "sh", "-c", COUNT + "test $n = 2", timeout_s=20.0)
 

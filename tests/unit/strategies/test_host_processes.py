@@ -151,12 +151,18 @@ def test_a_rank_that_is_lost_for_good_does_not_keep_the_host_from_its_result(hos
     assert len(host_1.started) == 1
 
 
-def test_the_others_of_a_host_whose_first_is_lost_for_good_come_to_their_end_without_a_result(host_1: Host1) -> None:
+def test_the_others_of_a_host_whose_first_is_lost_for_good_come_to_their_end_without_a_result(
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its end is not that of the run, after which the others would have so long.
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 0.1)
     host_1.rank_0.launchers._most = 0
     host_1.begin_training()
     host_1.mailbox.put(RunFailure(2, "MemoryError: out of memory"))
-    host_1.die(0, code=1)
-    assert host_1.waiting.waits()
+    # Seen here before rank 0 says what becomes of it.
+    host_1.processes[0].end(1)
+    assert all(host_1.waiting.waits() for _ in range(5))
+    host_1.rank_0.lose(2)
 
     host_1.processes[1].end(0)
 

@@ -24,7 +24,7 @@ from benchmarks.emulated import QUIET, hush_lightning
 from benchmarks.record import save
 from lightning_async.chaos import Fault, FaultInjector
 from lightning_async.cli.demo.model import DigitClassifier
-from lightning_async.runtime import restarts
+from lightning_async.runtime import restart_counts
 from recipes.digits import DigitsDataModule
 
 _RANKS = 4
@@ -75,7 +75,7 @@ def _train(queue: Any, seed: int, epochs: int, churned: bool) -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     seed_everything(seed)
     # It is for ranks that fail by themselves.
-    restarts.back_off_s = lambda count: 0.0
+    restart_counts.back_off_s = lambda count: 0.0
     strategy = lightning_async.AsyncAMSGradStrategy(
         start_method="fork", on_worker_failure="continue", max_restarts=_MOST_DEATHS, summary=False
     )

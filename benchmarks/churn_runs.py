@@ -97,7 +97,7 @@ def _train(run: Churned, notebook: Notebook) -> None:
 
     import lightning_async
     from benchmarks.emulated import QUIET, hush_lightning, sizes_of
-    from lightning_async.runtime import restarts
+    from lightning_async.runtime import restart_counts
 
     torch.set_num_threads(1)
     imported_s = time.monotonic()
@@ -146,7 +146,7 @@ def _train(run: Churned, notebook: Notebook) -> None:
             notebook.note("update", rank=update.push.worker, tickets=tickets, applied=update.applied)
 
         # It is for ranks that fail by themselves; here the benchmark says when one is killed.
-        restarts.back_off_s = lambda count: 0.0
+        restart_counts.back_off_s = lambda count: 0.0
         start_method: Any = run.kind
         arguments["strategy"] = strategy = lightning_async.AsyncAMSGradStrategy(
             on_worker_failure="continue", max_restarts=1000, start_method=start_method, summary=False

@@ -30,7 +30,7 @@ from torch import nn
 
 from lightning_async import AMSGrad, AsyncAMSGradStrategy
 from lightning_async.chaos import Fault, FaultInjector
-from lightning_async.runtime import restarts
+from lightning_async.runtime import restart_counts
 from tests.faults.scenarios import Scenario
 from tests.launch import Launched, launch, report, session_processes
 from tests.models import Recorder, TinyClassifier, fork_trainer, loader
@@ -109,7 +109,7 @@ def train(scenario: Scenario, folder: Path) -> None:
     """Trains; called in a process of its own, which starts the ranks."""
     _prepare(folder)
     if not scenario.backs_off:
-        restarts.back_off_s = lambda count: 0.0
+        restart_counts.back_off_s = lambda count: 0.0
     before = _own_resources()
     strategy = AsyncAMSGradStrategy(**scenario.strategy)
     recorder = _Observer()
@@ -171,7 +171,7 @@ def train_with_deaths(deaths: int, folder: Path) -> None:
     """One run, whose ranks but for rank 0 die again and again."""
     _prepare(folder)
     # It is for ranks that fail by themselves.
-    restarts.back_off_s = lambda count: 0.0
+    restart_counts.back_off_s = lambda count: 0.0
     strategy = AsyncAMSGradStrategy(
         start_method="fork", on_worker_failure="continue", max_restarts=10 * deaths, summary=False
     )

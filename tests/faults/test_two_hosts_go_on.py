@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -119,7 +120,8 @@ def test_ranks_of_another_host_come_back_and_train_until_they_die_too_often(tmp_
     # What the one that has come back computes is applied.
     assert first["updates_by_rank"][2] > BEFORE
     for rank in (2, 3):
-        assert f"rank {rank} is lost: its process is gone" in run.output
+        # Whichever is first: its connection ends, or its launcher tells of the end.
+        assert re.search(rf"rank {rank} is lost: its process (is gone|was killed by SIGKILL)", run.output), run.output
         assert f"[host 1] lightning_async: rank {rank} is lost: its process was killed by SIGKILL; " in said
     assert run.output.count("it is started again by host 1 (1 of 1)") == said.count("it is started again (1 of 1)") == 2
     for output in (run.output, said):

@@ -77,7 +77,11 @@ def test_ranks_parked_at_the_barrier_are_woken(tmp_path: Path) -> None:
     ("number", "reason"),
     [
         (signal.SIGKILL, "its holder process was killed by SIGKILL"),
-        (signal.SIGSTOP, "its holder process gave no sign of life for 2 s (worker_timeout)"),
+        pytest.param(
+            signal.SIGSTOP,
+            "its holder process gave no sign of life for 2 s (worker_timeout)",
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=["killed", "stopped"],
 )

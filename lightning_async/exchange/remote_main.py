@@ -15,20 +15,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_async.exchange.child_process import READY
+from lightning_async.exchange.last_state import LastState, LastStateFile
 from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
 from lightning_async.holder.rebuild import assemble
 from lightning_async.holder.types import Update
-from lightning_async.runtime.failure import FailureLatch
+from lightning_async.runtime.failure import FailureLatch, say
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
+from lightning_async.runtime.parent_watch import ParentGoneError, ParentWatch
 from lightning_async.transport.connection import ControlConnection
 
 __all__ = ["RpcServer", "UpdateBuffer", "main"]
@@ -48,7 +51,15 @@ _BY_SHARED_PAYLOAD = (
     "snapshot",
     "forget",
     "restore",
+    "save_on_loss",
 )
+# After these what is held is no more the state that the last snapshots of the run go with.
+_BEGINS_ANEW = (
+    *("serve", "begin_epoch", "regroup", "open", "load_parameters", "load_states", "set_counts"),
+    *("restore", "adjust"),
+)
+# Longer than any disk takes to write what is held.
+_LAST_WRITE_S = 120.0
 
 
 class UpdateBuffer:
@@ -118,15 +129,20 @@ class RpcServer:
     Args:
         buffer: tells rank 0 of updates.
         heartbeat: rank 0's end is watched by it.
+        watch: sees rank 0's end where something is to be done then.
     """
 
-    def __init__(self, buffer: UpdateBuffer, heartbeat: socket.socket) -> None:
+    def __init__(self, buffer: UpdateBuffer, heartbeat: socket.socket, watch: ParentWatch) -> None:
         self._buffer = buffer
         self._heartbeat = heartbeat
+        self._watch = watch
         self._latch = FailureLatch()
         self._listener: Listener | None = None
         self._service: HolderService | None = None
         self._shared_payload: SharedPayload | None = None
+        # Where the last state goes, and the segment that it is named after.
+        self._last: LastStateFile | None = None
+        self._segment: str | None = None
 
     def begin(self, rank_0s: str, world_size: int) -> str:
         """Begins to give signs of life and opens a listener beside rank 0's, of the same run; returns its address."""
@@ -167,6 +183,30 @@ class RpcServer:
         """Takes over the optimizer states in a shared payload."""
         self.service.load_states(unpack(shared_payload))
 
+    def save_on_loss(self, snapshot: str, segment: str) -> bool:
+        """Has what is held left beside ``snapshot`` if rank 0 is lost before it begins anything else."""
+        if self._last is None:
+            self._watch.start()
+            self._last = LastStateFile(Path(snapshot))
+            self._last.claim()
+        self._segment = segment
+        return True
+
+    def leave_state(self) -> None:
+        """Rank 0 is lost: writes what is held, if it has asked for that."""
+        if self._last is None:
+            return
+        if self._segment is not None:
+            service = self.service
+            snapshot = service.snapshot()
+            views = [service.layout.views(snapshot.parameters, index) for index in range(len(snapshot.adapted))]
+            self._last.write(LastState.of(self._segment, snapshot, views))
+
+    def leave_nothing(self) -> None:
+        """The fit has ended with rank 0 in it."""
+        if self._last is not None:
+            self._last.release()
+
     def optimizer_state(self, index: int) -> str:
         """One optimizer's state, as the address of a shared payload, which lasts until `forget`."""
         return self._keep(self.service.optimizer_state(index))
@@ -202,6 +242,8 @@ class RpcServer:
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Does what rank 0 asks for."""
+        if name in _BEGINS_ANEW:
+            self._segment = None
         return getattr(self if name in _BY_SHARED_PAYLOAD else self.service, name)(*arguments)
 
 
@@ -215,20 +257,39 @@ def main(control: int, heartbeat: int) -> None:
     torch.set_num_threads(1)
     connection = Connection(control)
     buffer = UpdateBuffer(connection.send)
-    rpc_server = RpcServer(buffer, socket.socket(fileno=heartbeat))
+    watch = ParentWatch()
+    rpc_server = RpcServer(buffer, socket.socket(fileno=heartbeat), watch)
     try:
         connection.send(READY)
         threading.Thread(target=buffer.keep_telling, name="updates", daemon=True).start()
         while True:
-            name, number, arguments = connection.recv()
+            with watch.waiting():
+                name, number, arguments = connection.recv()
             if name == "end":
+                rpc_server.leave_nothing()
                 break
             _answer(rpc_server, buffer, connection, name, number, arguments)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, ParentGoneError) as error:
         log.debug("rank 0 is gone: %s", error)
+        _leave_state(rpc_server)
     sys.stderr.flush()
     # Threads may be in the middle of torch's code, and would abort the process on its way out.
     os._exit(0)
+
+
+def _leave_state(rpc_server: RpcServer) -> None:
+    # Nobody would end this process if its disk does not answer.
+    threading.Thread(target=_exit_late, name="exit", daemon=True).start()
+    try:
+        rpc_server.leave_state()
+    except Exception as error:
+        # Snapshots of the run are what is left: half an update, say, is nothing to go on with.
+        say(0, f"what the holder's process had is not left for the job's next start: {error!r}")
+
+
+def _exit_late() -> None:
+    time.sleep(_LAST_WRITE_S)
+    os._exit(1)
 
 
 def _answer(

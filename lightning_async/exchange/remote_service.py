@@ -206,6 +206,10 @@ class HolderProcess(Service):
         self._call("set_counts", tuple(counts))
 
     @override
+    def save_on_loss(self, snapshot: str, segment: str) -> bool:
+        return bool(self._call("save_on_loss", snapshot, segment))
+
+    @override
     def close(self) -> None:
         # The process stays, for a successor of what it spec.
         if self._latch is not None and self._latch.failure is None:

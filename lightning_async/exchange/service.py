@@ -124,6 +124,19 @@ class Service(Protocol):
     def set_counts(self, counts: Sequence[int]) -> None:
         """Sets what all workers have counted so far."""
 
+    def save_on_loss(self, snapshot: str, segment: str) -> bool:
+        """Has what is held left for the job's next start if rank 0 is lost; see `LastState`.
+
+        Args:
+            snapshot: the file of the run's snapshots, which it is left beside.
+            segment: a name, of which the snapshots tell, too, for what is held from here until anything but a push
+                changes it.
+
+        Returns:
+            Whether it will be: what is in rank 0's own process is lost with it.
+        """
+        return False
+
     def close(self) -> None:
         """Waits until all workers have said goodbye, a few seconds at most, and serves nobody any more."""
 

@@ -9,15 +9,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["RESTARTS_VARIABLE", "RUN_VARIABLE", "Job"]
+__all__ = ["NEW_STARTS_VARIABLE", "RESTARTS_VARIABLE", "RUN_VARIABLE", "Job"]
 
 # What `lightning-async run` tells its command, and any scheduler can: a name that no other job has, and how often it
 # was started again.
 RUN_VARIABLE, RESTARTS_VARIABLE = "LIGHTNING_ASYNC_RUN", "LIGHTNING_ASYNC_RESTART_COUNT"
+# How often what has started the ranks has started all of them anew.
+NEW_STARTS_VARIABLE = "LIGHTNING_ASYNC_NEW_STARTS"
 
 # What torchrun calls a run that was given no name.
 _NAMELESS = ("", "none")
-_RUN = "lightning-async run"
+_RUN, _LAUNCHER = "lightning-async run", "its launcher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Job:
             "torchrun": "TORCHELASTIC_RESTART_COUNT",
             "SLURM": "SLURM_RESTART_COUNT",
             _RUN: RESTARTS_VARIABLE,
+            _LAUNCHER: NEW_STARTS_VARIABLE,
         }
         return cls(
             torchrun=environment.get("TORCHELASTIC_RUN_ID", ""),
@@ -91,7 +94,8 @@ class Job:
     def continues(self, earlier: Job) -> bool:
         """Whether this process was started to go on with what ``earlier`` has begun."""
         torchrun = self._has_same_agent(earlier) or ("torchrun" in self.restarted_by and self._has_same_run(earlier))
-        named = _RUN in self.restarted_by and bool(self.run) and self.run == earlier.run
+        by_name = _RUN in self.restarted_by or _LAUNCHER in self.restarted_by
+        named = by_name and bool(self.run) and self.run == earlier.run
         return torchrun or named or ("SLURM" in self.restarted_by and bool(self.slurm) and self.slurm == earlier.slurm)
 
     def _has_same_agent(self, earlier: Job) -> bool:

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_async.strategies.whole_file import WholeFile
+from lightning_async.runtime.whole_file import WholeFile
 
 __all__ = ["WholeFileIO"]
 

@@ -20,6 +20,7 @@ from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.frozen import tensors_in
 from lightning_async.strategies.gradient_exchange import GradientExchange
+from lightning_async.strategies.just_in_time import CHECKPOINT_KEY, places_in_checkpoint
 from lightning_async.strategies.optimizer_proxy import (
     checkpointed_state,
     held_state,
@@ -29,9 +30,6 @@ from lightning_async.strategies.optimizer_proxy import (
 from lightning_async.strategies.resume import EpochPlace
 
 __all__ = ["CHECKPOINT_KEY", "Checkpointing"]
-
-# One key for all strategies of this package: their checkpoints load in each other.
-CHECKPOINT_KEY = "async_amsgrad"
 
 
 class Checkpointing:
@@ -122,6 +120,12 @@ class Checkpointing:
         """The identities of those tensors of a checkpoint that nobody else has, until it is completed."""
         states = () if self._snapshot is None else tensors_in(self._snapshot.optimizer_states)
         return {id(tensor) for tensor in (*self._copies, *states)}
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """Where a checkpoint has what the holder holds; see `bring_up_to_date`."""
+        places = places_in_checkpoint(self._module, self._exchange.engine.optimizers)
+        return {"places": places, "counts_steps": self._by_hand.counts_steps}
 
     def complete(self, checkpoint: dict[str, Any], version: int, world_size: int) -> None:
         """Adds what a resumed run needs, to a checkpoint that is about to be written.

@@ -32,6 +32,7 @@ from lightning_async.strategies.gradient_exchange import GradientExchange
 from lightning_async.strategies.joining import Joining, capture_fit
 from lightning_async.strategies.resolved import BatchSource
 from lightning_async.strategies.resume import EpochPlace, agree_on_order
+from lightning_async.strategies.snapshots import Snapshots
 from lightning_async.strategies.supervisor import RunSupervisor
 
 __all__ = ["Coordinator"]
@@ -56,7 +57,7 @@ class Coordinator(protocols.Coordinator):
         supervisor: told when the ranks train.
         joining: this rank's way into a fit that is under way; None of one that begins with it.
         on_joined: called when it is in.
-        take_snapshot: takes one of the run, if it is due.
+        snapshots: those of the run, on rank 0; None elsewhere, or if there are none.
         resolve: told where the batches come from; tells how the run exchanges gradients, for the loggers.
     """
 
@@ -77,7 +78,7 @@ class Coordinator(protocols.Coordinator):
         supervisor: RunSupervisor,
         joining: Joining | None,
         on_joined: Callable[[], None],
-        take_snapshot: Callable[[], None],
+        snapshots: Snapshots | None,
         resolve: Callable[[BatchSource], dict[str, Any]],
     ) -> None:
         self._trainer = trainer
@@ -96,7 +97,7 @@ class Coordinator(protocols.Coordinator):
         self._supervisor = supervisor
         self._joining = joining
         self._on_joined = on_joined
-        self._take_snapshot = take_snapshot
+        self._snapshots = snapshots
         self._resolve = resolve
         self._is_resolved = False
         self._source: BatchSource = "shared order"
@@ -209,6 +210,8 @@ class Coordinator(protocols.Coordinator):
                 engine.service.regroup(*dealt)
             self._dealt = dealt
             engine.service.open(tickets, self._supervisor.ranks)
+            if self._snapshots is not None:
+                self._snapshots.begin_segment(engine.service)
         # Every rank notes where it stands.
         if self._metrics is not None:
             self._metrics.begin(self._clock.log_step - 1)
@@ -278,7 +281,8 @@ class Coordinator(protocols.Coordinator):
 
     @override
     def take_snapshot(self) -> None:
-        self._take_snapshot()
+        if self._snapshots is not None:
+            self._snapshots.take_if_due()
 
     # --- the ranks meet ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from lightning_async.strategies.coordinator import Coordinator
 from lightning_async.strategies.gradient_exchange import ExchangeContext, GradientExchange
 from lightning_async.strategies.joining import Joining
 from lightning_async.strategies.resolved import Resolved
+from lightning_async.strategies.snapshots import Snapshots
 
 __all__ = ["Fit", "set_up_fit"]
 
@@ -60,7 +61,7 @@ def set_up_fit(
     signals: RunSignals,
     resolve: Callable[[Resolved], dict[str, Any]],
     on_joined: Callable[[], None] = lambda: None,
-    take_snapshot: Callable[[], None] = lambda: None,
+    snapshots: Snapshots | None = None,
 ) -> Fit:
     """Gives all ranks one module, and builds the parts of a fit; a collective call.
 
@@ -75,7 +76,7 @@ def set_up_fit(
         signals: what signals have asked for.
         resolve: told what the ranks found when they met; tells how the run exchanges gradients, for the loggers.
         on_joined: called when this rank has joined a fit that is under way.
-        take_snapshot: takes one of the run, if it is due.
+        snapshots: those of the run, on rank 0.
 
     Raises:
         MisconfigurationException: if the ranks have built different modules, or the module cannot be exchanged.
@@ -122,7 +123,7 @@ def set_up_fit(
         supervisor=context.supervisor,
         joining=joining,
         on_joined=on_joined,
-        take_snapshot=take_snapshot,
+        snapshots=snapshots,
         resolve=lambda source: resolve(
             Resolved(transports, exchange.engine.holder_device, source, exchange.engine.holder_threads)
         ),

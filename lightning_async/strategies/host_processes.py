@@ -124,6 +124,8 @@ class HostProcesses:
         # Whether rank 0 has said its last, and that all was well; until when it is waited for on a host that is cut
         # off, and the next try.
         self._is_over = self._ends_well = False
+        # Whether the first rank was killed, or stopped for good, when the run had ended: not by an error of its own.
+        self.has_lost_first = False
         self._waits_until: float | None = None
         self._next_try = 0.0
         # When a lost one is started again; when one has ended on which rank 0 has not said anything yet.
@@ -308,6 +310,7 @@ class HostProcesses:
     def _judge(self) -> Any:
         processes, result = self._processes, self._result
         stuck, told = sorted(self._running), isinstance(result, RunFailure)
+        self.has_lost_first = (0 in stuck and not told) or _was_killed(processes[0].exitcode)
         for process in self._running.values():
             process.kill()
         if self._goes_on and self._host == 0 and processes[0].exitcode == 0:
@@ -370,6 +373,11 @@ class HostProcesses:
         with_code = [index for index in ended if codes[index] > 1]
         with_any = [index for index in ended if codes[index]]
         return [*by_signal, *with_error, *with_code, *stuck, *with_any][0]
+
+
+def _was_killed(code: int | None) -> bool:
+    # The other two ask a process to end.
+    return code is not None and code < 0 and -code not in (signal.SIGTERM, signal.SIGINT)
 
 
 def _is_cut(error: Exception) -> bool:

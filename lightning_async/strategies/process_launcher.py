@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -33,6 +34,7 @@ from lightning_async.runtime.listening import reserved
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses, Mailbox, end_with_parent
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
+from lightning_async.strategies.new_starts import NewStarts
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 
 __all__ = ["ProcessLauncher"]
@@ -99,10 +101,31 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
+        starts = NewStarts(self._guard.resilience, self._outlives_rank_0(trainer))
+        try:
+            with starts.named():
+                while starts.is_wanted:
+                    starts.wait()
+                    result = self._run_ranks([trainer, function, args, kwargs], starts)
+        except KeyboardInterrupt:
+            say_interrupted()
+            # Lightning would exit with status 1.
+            raise SystemExit(INTERRUPTED) from None
+        except WorkerFailedError:
+            tell_in_one_line()
+            raise
+        if trainer is None or result is None:
+            return result
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+        self._recover_results_in_main_process(result, trainer)
+        return result.trainer_results
+
+    def _run_ranks(self, arguments: list[Any], starts: NewStarts) -> Any:
+        """Starts the ranks, and those again that are lost, until the run is over; returns the first rank's result."""
         strategy: Any = self._strategy
         mailbox = Mailbox(mp.get_context(self._start_method))
         states = [_GlobalStateSnapshot.capture()] if self._start_method == "spawn" else []
-        arguments = [trainer, function, args, kwargs, mailbox, *states]
+        arguments = [*arguments, mailbox, *states]
         error_files: Sequence[str] = ()
         meeting_place = ExitStack()
         try:
@@ -116,22 +139,21 @@ class ProcessLauncher(_MultiProcessingLauncher):
                     join=False,
                 )
                 self.procs, error_files = context.processes, context.error_files
-            with self._passing_on_sigterm():
-                result = HostProcesses(
-                    self.procs,
-                    error_files,
-                    strategy.node_rank,
-                    self._guard.goes_on,
-                    start=lambda index, address: self._start_again(index, address, arguments),
-                ).wait(mailbox)
+            processes = HostProcesses(
+                self.procs,
+                error_files,
+                strategy.node_rank,
+                self._guard.goes_on,
+                start=lambda index, address: self._start_again(index, address, arguments),
+            )
+            with (
+                self._passing_on_sigterm() as came,
+                starts.attempt(lambda: processes.has_lost_first and not came),
+            ):
+                return processes.wait(mailbox)
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
             super().kill(signal.SIGTERM)
-            say_interrupted()
-            # Lightning would exit with status 1.
-            raise SystemExit(INTERRUPTED) from None
-        except WorkerFailedError:
-            tell_in_one_line()
             raise
         finally:
             self._end_children()
@@ -139,11 +161,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
             mailbox.close()
             for path in error_files:
                 Path(path).unlink(missing_ok=True)
-        if trainer is None or result is None:
-            return result
-        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
-        self._recover_results_in_main_process(result, trainer)
-        return result.trainer_results
+
+    def _outlives_rank_0(self, trainer: pl.Trainer | None) -> bool:
+        """Whether the ranks can go on from what rank 0 has left, all of which are started here."""
+        strategy: Any = self._strategy
+        is_fit = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        return is_fit and strategy.num_nodes == 1 and strategy.takes_snapshots
 
     @override
     def kill(self, signum: int) -> None:
@@ -206,14 +229,20 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self._wrapping_function(index, *arguments)
 
     @contextmanager
-    def _passing_on_sigterm(self) -> Iterator[None]:
-        """Leaves the stop to the ranks: they end together, and this process after them."""
+    def _passing_on_sigterm(self) -> Iterator[list[int]]:
+        """Leaves the stop to the ranks: they end together, and this process after them; gives the signals that came."""
+        came: list[int] = []
         if threading.current_thread() is not threading.main_thread():
-            yield
+            yield came
             return
-        previous = signal.signal(signal.SIGTERM, lambda signum, frame: self.kill(signum))
+
+        def pass_on(signum: int, frame: FrameType | None) -> None:
+            came.append(signum)
+            self.kill(signum)
+
+        previous = signal.signal(signal.SIGTERM, pass_on)
         try:
-            yield
+            yield came
         finally:
             signal.signal(signal.SIGTERM, previous)
 

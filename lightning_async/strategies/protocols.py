@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning_async.exchange.auto import Choice
 from lightning_async.monitoring.stats import RunStats
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
+from lightning_async.runtime.roster import Resilience
 
 __all__ = ["FitMonitor", "LaunchedStrategy", "ProcessOwner", "Ranks", "RunGuard"]
 
@@ -49,7 +50,13 @@ class Ranks(Protocol):
 
 
 class RunGuard(Protocol):
-    """What a launcher runs the trainer's function in, and tells of the ranks that it has started."""
+    """What a launcher runs the trainer's function in, and tells of the ranks that it has started.
+
+    Attributes:
+        resilience: what becomes of a fit when a rank is lost.
+    """
+
+    resilience: Resilience
 
     @property
     def failure(self) -> RunFailure | None:
@@ -109,6 +116,10 @@ class LaunchedStrategy(Ranks, Protocol):
     @property
     def is_fitting(self) -> bool:
         """Whether the trainer fits, and does not only evaluate."""
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether snapshots of a fit are written, which a job that is started again goes on from."""
 
     def break_off(self, error: BaseException) -> None:
         """Leaves what is known of a fit that ends with an exception; runs no collective, and raises nothing."""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_async.strategies.whole_file import WholeFile
+from lightning_async.runtime.whole_file import WholeFile
 
 __all__ = ["SnapshotFile"]
 

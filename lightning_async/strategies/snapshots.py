@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_async.exchange.last_state import LastState, LastStateFile
+from lightning_async.exchange.service import Service
 from lightning_async.loops import restarts
 from lightning_async.loops.progress_bar import say
 from lightning_async.loops.protocols import Collectives
 from lightning_async.runtime.job import Job
+from lightning_async.runtime.whole_file import WholeFile
 from lightning_async.strategies.checkpointing import CHECKPOINT_KEY
 from lightning_async.strategies.frozen import frozen_copy
+from lightning_async.strategies.just_in_time import bring_up_to_date
 from lightning_async.strategies.snapshot_file import SnapshotFile
 from lightning_async.strategies.snapshot_writer import SnapshotWriter
 
 __all__ = ["SnapshotPlace", "Snapshots"]
 
 _KEY = "snapshot"
+# Until the holder's process of the start before has written what it had.
+_LAST_STATE_S = 60.0
 # How many fits of this process have had their snapshots at a place: a script may fit twice.
 _fits: Counter[Path] = Counter()
 
@@ -61,6 +68,10 @@ class Snapshots(restarts.Snapshots):
         self._job = Job.of_environment() if job is None else job
         self._file = SnapshotFile(path.absolute())
         self._writer = SnapshotWriter(self._file)
+        # What the holder's own process leaves beside it, and what this segment is called there; empty without such a
+        # process.
+        self._last = LastStateFile(self._file.path)
+        self._segment = ""
         _fits[self._file.path] += 1
         self._fit = _fits[self._file.path]
         self._next = time.monotonic() + every_s
@@ -95,7 +106,11 @@ class Snapshots(restarts.Snapshots):
 
     def _decide(self, given: Path | None, is_requeued: bool) -> tuple[Path | None, str]:
         path, own = self._file.path, given is not None and not is_requeued
+        if not self._last.wait(_LAST_STATE_S):
+            rank_zero_info(f"A process of another start of this run still writes to {self._last.path}; it is let be.")
         self._file.remove_leftovers()
+        if (line := self._bring_up_to_date()) is not None:
+            rank_zero_info(line)
         if not path.exists():
             return given, ""
         if own and given is not None and given.exists() and given.samefile(path):
@@ -123,6 +138,32 @@ class Snapshots(restarts.Snapshots):
             f"epoch {note['epoch']}, step {note['step']}, {_age(note['written'])} old."
         )
 
+    def _bring_up_to_date(self) -> str | None:
+        """Puts what the holder's process has left into the snapshot; returns what the user should know of it."""
+        path, left = self._file.path, self._last.path
+        if not (path.exists() and left.exists()):
+            return None
+        try:
+            snapshot = torch.load(path, map_location="cpu", weights_only=False)
+            last, note = self._last.read(), snapshot[CHECKPOINT_KEY][_KEY]
+            if last is None or not (is_of_segment(note, last) and last.version >= snapshot[CHECKPOINT_KEY]["version"]):
+                self._last.remove()
+                return None
+            behind = last.version - snapshot[CHECKPOINT_KEY]["version"]
+            bring_up_to_date(snapshot, last, note["places"], note["counts_steps"])
+            note |= {"step": snapshot["global_step"], "written": left.stat().st_mtime, "segment": ""}
+            WholeFile(path).write(snapshot)
+        except Exception as error:
+            return (
+                f"What the holder's process had when rank 0 was lost cannot be used ({type(error).__name__}: {error}): "
+                f"{left} stays, and the snapshot {path} is as it was."
+            )
+        self._last.remove()
+        return (
+            f"When rank 0 was lost, the holder's process was {behind} updates further than the snapshot {path}, which "
+            "has them now."
+        )
+
     def _mismatch(self, note: dict[str, Any]) -> str | None:
         """Why a snapshot is not this fit's, if it is not."""
         if not self._job.continues(Job.load(note["job"])):
@@ -135,9 +176,17 @@ class Snapshots(restarts.Snapshots):
 
     # --- while it trains ---------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Counts from now on."""
-        self._next = time.monotonic() + self._every_s
+    def begin_segment(self, service: Service) -> None:
+        """The ranks are about to part; a process of the holder's own leaves its state if rank 0 is lost meanwhile.
+
+        Args:
+            service: the holder's side.
+        """
+        name = uuid.uuid4().hex
+        self._segment = name if service.save_on_loss(str(self._file.path), name) else ""
+        if self._segment:
+            # What it leaves belongs to a snapshot of the same segment.
+            self._next = time.monotonic()
 
     def take_if_due(self) -> None:
         """Takes a snapshot, on rank 0 between two batches, if one is due and none is being written; no collective."""
@@ -152,13 +201,16 @@ class Snapshots(restarts.Snapshots):
         finally:
             self.is_taking = False
 
-    def write(self, checkpoint: dict[str, Any], owned: Collection[int], step: int) -> None:
+    def write(
+        self, checkpoint: dict[str, Any], owned: Collection[int], step: int, held: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint in the background.
 
         Args:
             checkpoint: is complete.
             owned: the identities of tensors in it that nobody else has.
             step: of the shared clock.
+            held: where it has what the holder holds; see `Checkpointing.held`.
         """
         checkpoint[CHECKPOINT_KEY][_KEY] = {
             "job": self._job.state(),
@@ -167,6 +219,8 @@ class Snapshots(restarts.Snapshots):
             "epoch": checkpoint["epoch"],
             "step": step,
             "written": time.time(),
+            "segment": self._segment,
+            **(held or {}),
         }
         try:
             frozen = frozen_copy(checkpoint, owned)
@@ -253,6 +307,11 @@ def _note_in(path: Path) -> dict[str, Any] | str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return note
+
+
+def is_of_segment(note: Mapping[str, Any], last: LastState) -> bool:
+    """Whether a snapshot, with this note, and what a holder's process has left are of one segment."""
+    return bool(note.get("segment")) and note["segment"] == last.segment
 
 
 def _fingerprint(module: LightningModule) -> str:

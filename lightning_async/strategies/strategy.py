@@ -570,7 +570,7 @@ class AsyncStrategy(PhasedCollectives):
             signals=self._signals,
             resolve=self._resolve,
             on_joined=self._meet_others,
-            take_snapshot=self._take_snapshot,
+            snapshots=self._snapshots if self.is_global_zero else None,
         )
         self._undo.callback(self._fit.by_hand.release)
         self._ending = FitEnding(
@@ -681,24 +681,20 @@ class AsyncStrategy(PhasedCollectives):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         snapshots = self._snapshots if self._snapshots is not None and self._snapshots.is_taking else None
-        owned, step = set[int](), 0
+        owned, step, held = set[int](), 0, None
         if self._fit is not None:
             checkpointing = self._fit.checkpointing
             if snapshots is not None and (taken := checkpointing.snapshot_between_batches) is not None:
-                owned, step = checkpointing.owned, taken[1]
+                owned, step, held = checkpointing.owned, taken[1], checkpointing.held
             checkpointing.complete(checkpoint, self.version, self.nominal_world_size)
         else:
             checkpoint[CHECKPOINT_KEY] = {"world_size": self.nominal_world_size, **self._note}
         if snapshots is not None:
-            snapshots.write(checkpoint, owned, step)
+            snapshots.write(checkpoint, owned, step, held)
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         if self._fit is not None and self.is_global_zero and self.worker.on_span is not None:
             self.worker.on_span("checkpoint", self._saving_since_ns, time.monotonic_ns())
-
-    def _take_snapshot(self) -> None:
-        if self._snapshots is not None and self.is_global_zero:
-            self._snapshots.take_if_due()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -739,6 +735,11 @@ class AsyncStrategy(PhasedCollectives):
             # A handler may have asked for a checkpoint before it has ended the fit.
             do_each([self._save_late, lambda: self._finish_snapshots(_LAST_SNAPSHOT_S)])
             self._ending.break_off(error)
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether snapshots of a fit are written, which a job that is started again goes on from."""
+        return self._snapshot_place.every_s is not None
 
     def _finish_snapshots(self, timeout_s: float) -> None:
         if self._snapshots is not None:

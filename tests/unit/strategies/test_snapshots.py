@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AsyncStrategy
+from lightning_async.runtime import whole_file
 from lightning_async.runtime.job import Job
-from lightning_async.strategies import snapshots, whole_file
+from lightning_async.strategies import snapshots
 from lightning_async.strategies.snapshot_file import SnapshotFile
 from lightning_async.strategies.snapshots import SnapshotPlace, Snapshots
 from tests.harness import eventually

@@ -1,0 +1,138 @@
+"""With a process of its own the holder outlives rank 0 for a moment, and what it has applied is not lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
+
+from lightning_async import AsyncAMSGradStrategy
+from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, applied_tickets, assert_resumed_exactly
+from tests.launch import Launched, launch
+from tests.models import fork_trainer, loader
+
+pytestmark = pytest.mark.timeout(120)
+
+EPOCHS = 3
+SNAPSHOT = Path("lightning_async") / "snapshot.ckpt"
+JOB = {"LIGHTNING_ASYNC_RUN": "a name"}
+
+
+class KillsRankZero(Callback):
+    """Kills rank 0 in the middle of the second epoch, or in the validation after it, once a snapshot of it is there."""
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self.folder, self.where = folder, where
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.strategy.worker_rank or trainer.current_epoch != 1:
+            return
+        self.batches += 1
+        if self.batches >= 4 and self.where == "training" and self.is_there(trainer):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.strategy.worker_rank == 0 and self.where == "validation":
+            assert self.is_there(trainer)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def is_there(self, trainer: Any) -> bool:
+        """Whether the snapshot of this segment is, for which rank 0 waits while the others go on."""
+        for _ in range(200):
+            if trainer.strategy._snapshots.written == 2:
+                return True
+            time.sleep(0.005)
+        return False
+
+
+class KeepsSnapshot(Callback):
+    """Keeps the snapshot that a run goes on from."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        if trainer.global_rank == 0:
+            shutil.copy(SNAPSHOT, "kept.ckpt")
+
+
+def train(folder: Path, restarts: int, callback: Callback, **options: Any) -> None:
+    """Fits, in the first or a further start of a job."""
+    os.environ |= {**JOB, "LIGHTNING_ASYNC_RESTART_COUNT": str(restarts)}
+    seed_everything(SEED, verbose=False)
+    # But for one in every segment no snapshot comes due.
+    strategy = AsyncAMSGradStrategy(holder="process", start_method="fork", snapshot_every_s=600.0, **options)
+    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=[callback])
+    trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
+
+
+def kill_and_go_on(folder: Path, where: str, **options: Any) -> tuple[Launched, int, dict[str, Any]]:
+    """Returns the second start, the version of the snapshot before it, and what it went on from."""
+    first = launch(lambda folder: train(folder, 0, KillsRankZero(folder, where), **options), folder)
+    assert first.returncode == 1, first.output
+    assert "rank 0 failed: its process was killed by SIGKILL" in first.output
+    version = torch.load(folder / SNAPSHOT)["async_amsgrad"]["version"]
+    again = launch(lambda folder: train(folder, 1, KeepsSnapshot(), **options), folder)
+    assert again.returncode == 0, again.output
+    return again, version, torch.load(folder / "kept.ckpt")
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_nothing_that_was_applied_is_lost_with_rank_0(tmp_path: Path, where: str) -> None:
+    again, version, kept = kill_and_go_on(tmp_path, where)
+
+    noted = kept["async_amsgrad"]
+    assert_resumed_exactly(tmp_path / "kept.ckpt", again.reports(), epochs=EPOCHS)
+    assert noted["version"] > version
+    (told,) = re.findall(r"the holder's process was (\d+) updates further than the snapshot", again.output)
+    assert int(told) == noted["version"] - version
+    if where == "validation":
+        assert applied_tickets(noted) == [*range(-(-SAMPLES // BATCH))]
+    assert {path.name for path in (tmp_path / SNAPSHOT).parent.iterdir()} == {SNAPSHOT.name}
+
+
+def train_through(folder: Path, **options: Any) -> None:
+    """Fits in one go; rank 0 is killed in its first life."""
+    seed_everything(SEED, verbose=False)
+    strategy = AsyncAMSGradStrategy(
+        start_method="fork", on_worker_failure="continue", **({"snapshot_every_s": 600.0} | options)
+    )
+    callbacks = [KillsRankZeroOnce(folder), KeepsSnapshotOnce()]
+    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=callbacks)
+    trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
+
+
+class KillsRankZeroOnce(KillsRankZero):
+    """Does so in the ranks' first start."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "training")
+
+    def is_there(self, trainer: Any) -> bool:
+        return "LIGHTNING_ASYNC_NEW_STARTS" not in os.environ and super().is_there(trainer)
+
+
+class KeepsSnapshotOnce(KeepsSnapshot):
+    """Does so in the second one."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        if "LIGHTNING_ASYNC_NEW_STARTS" in os.environ:
+            super().on_fit_start(trainer, module)
+
+
+def test_a_run_whose_ranks_are_forked_goes_on_by_itself_when_rank_0_is_killed(tmp_path: Path) -> None:
+    found = launch(lambda folder: train_through(folder, holder="process"), tmp_path)
+
+    assert found.returncode == 0, found.output
+    told = "rank 0 is lost: its process was killed by SIGKILL; all ranks are started again, from the newest snapshot"
+    assert f"[host 0] lightning_async: {told} (1 of 3)" in found.output
+    assert "This job was restarted by its launcher and goes on from the snapshot" in found.output
+    assert "Traceback" not in found.output
+    assert_resumed_exactly(tmp_path / "kept.ckpt", found.reports(), epochs=EPOCHS)

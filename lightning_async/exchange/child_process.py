@@ -82,6 +82,7 @@ class ChildProcess:
         self._ready = threading.Event()
         self._gone = threading.Event()
         self._ended = False
+        self._ends_itself = False
         mine, theirs = socket.socketpair()
         self._my_heartbeat, their_heartbeat = socket.socketpair()
         descriptors = (theirs.fileno(), their_heartbeat.fileno())
@@ -150,6 +151,19 @@ class ChildProcess:
             return None
         return describe_exit(code, self.name)
 
+    def let_end(self, last_message: Any) -> None:
+        """Has it end by itself after a failure, when it has done what it is told, also if this process ends before it.
+
+        Args:
+            last_message: what tells it.
+        """
+        self._ends_itself = True
+        self._killing.close()
+        try:
+            self.send(last_message)
+        except OSError as error:
+            log.debug("%s is gone: %s", self.name, error)
+
     def kill(self) -> None:
         """Kills it, which is no failure from here on; `end` is to follow."""
         if self._heartbeats is not None:
@@ -172,11 +186,13 @@ class ChildProcess:
         try:
             if not failed and not self._gone.is_set():
                 self.send(last_message)
+            if not failed or self._ends_itself:
                 self._process.wait(_END_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             log.debug("%s does not end by itself: %s", self.name, error)
-        self._process.kill()
-        self._process.wait()
+        if not self._ends_itself:
+            self._process.kill()
+            self._process.wait()
         # All its descriptors are closed now, so the reader has come to the end.
         self._reader.join(_END_TIMEOUT_S)
         self._connection.close()

@@ -268,6 +268,9 @@ def main(control: int, heartbeat: int) -> None:
             if name == "end":
                 rpc_server.leave_nothing()
                 break
+            if name == "leave":
+                _leave_state(rpc_server)
+                break
             _answer(rpc_server, buffer, connection, name, number, arguments)
     except (EOFError, OSError, ParentGoneError) as error:
         log.debug("rank 0 is gone: %s", error)

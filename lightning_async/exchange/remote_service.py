@@ -66,6 +66,7 @@ class HolderProcess(Service):
         self._on_update: UpdateObserver = lambda update, tickets: None
         self._on_refused: Callable[[], None] = lambda: None
         self._on_lost: OnLost | None = None
+        self._saves = False
         self._child = ChildProcess(
             "lightning_async.exchange.remote_main", "its holder process", self._take_message, self._wake
         )
@@ -207,7 +208,8 @@ class HolderProcess(Service):
 
     @override
     def save_on_loss(self, snapshot: str, segment: str) -> bool:
-        return bool(self._call("save_on_loss", snapshot, segment))
+        self._saves = bool(self._call("save_on_loss", snapshot, segment))
+        return self._saves
 
     @override
     def close(self) -> None:
@@ -232,6 +234,7 @@ class HolderProcess(Service):
         self._latch = latch
         self._child.watch(latch, timeout_s)
         latch.subscribe(lambda failure: self._wake())
+        latch.subscribe(self._leave_state)
         self._address = Address.from_json(
             self._call("begin", replace(address, timeout_s=timeout_s).as_json(), spec.world_size)
         )
@@ -285,6 +288,12 @@ class HolderProcess(Service):
             lambda: RunFailure(0, self._child.describe_end() or "its holder process no longer answers")
         )
         self._latch.check()
+
+    def _leave_state(self, failure: RunFailure) -> None:
+        """The run ends, and this process with it; an error of user code's would come again from what is held."""
+        if self._saves and failure.rank != 0 and not failure.traced:
+            with self._sending:
+                self._child.let_end(("leave", next(self._numbers), ()))
 
     def _wake(self) -> None:
         for answers in list(self._waiting.values()):

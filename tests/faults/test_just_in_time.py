@@ -16,6 +16,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from lightning_async import AsyncAMSGradStrategy
+from tests.harness import eventually
 from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, applied_tickets, assert_resumed_exactly
 from tests.launch import Launched, launch
 from tests.models import fork_trainer, loader
@@ -55,6 +56,23 @@ class KillsRankZero(Callback):
         return False
 
 
+class KillsRankTwo(KillsRankZero):
+    """Does so to another rank, in the middle of the second epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "training")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.strategy.worker_rank == 2 and trainer.current_epoch == 1:
+            self.batches += 1
+            # Rank 0 has had the time to write a snapshot of this segment.
+            assert self.batches > 1 or eventually((self.folder / "second").exists)
+            if self.batches == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif trainer.strategy.worker_rank == 0 and trainer.current_epoch == 1 and self.is_there(trainer):
+            (self.folder / "second").touch()
+
+
 class KeepsSnapshot(Callback):
     """Keeps the snapshot that a run goes on from."""
 
@@ -73,20 +91,21 @@ def train(folder: Path, restarts: int, callback: Callback, **options: Any) -> No
     trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
 
 
-def kill_and_go_on(folder: Path, where: str, **options: Any) -> tuple[Launched, int, dict[str, Any]]:
+def kill_and_go_on(folder: Path, killer: Callback, **options: Any) -> tuple[Launched, int, dict[str, Any]]:
     """Returns the second start, the version of the snapshot before it, and what it went on from."""
-    first = launch(lambda folder: train(folder, 0, KillsRankZero(folder, where), **options), folder)
+    first = launch(lambda folder: train(folder, 0, killer, **options), folder)
     assert first.returncode == 1, first.output
-    assert "rank 0 failed: its process was killed by SIGKILL" in first.output
+    assert "failed: its process was killed by SIGKILL" in first.output
     version = torch.load(folder / SNAPSHOT)["async_amsgrad"]["version"]
     again = launch(lambda folder: train(folder, 1, KeepsSnapshot(), **options), folder)
     assert again.returncode == 0, again.output
     return again, version, torch.load(folder / "kept.ckpt")
 
 
-@pytest.mark.parametrize("where", ["training", "validation"])
-def test_nothing_that_was_applied_is_lost_with_rank_0(tmp_path: Path, where: str) -> None:
-    again, version, kept = kill_and_go_on(tmp_path, where)
+@pytest.mark.parametrize("where", ["training", "validation", "of rank 2"])
+def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str) -> None:
+    killer = KillsRankTwo(tmp_path) if where == "of rank 2" else KillsRankZero(tmp_path, where)
+    again, version, kept = kill_and_go_on(tmp_path, killer)
 
     noted = kept["async_amsgrad"]
     assert_resumed_exactly(tmp_path / "kept.ckpt", again.reports(), epochs=EPOCHS)

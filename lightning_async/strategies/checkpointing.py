@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -20,7 +21,7 @@ from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.frozen import tensors_in
 from lightning_async.strategies.gradient_exchange import GradientExchange
-from lightning_async.strategies.just_in_time import CHECKPOINT_KEY, places_in_checkpoint
+from lightning_async.strategies.just_in_time import CHECKPOINT_KEY, places_in
 from lightning_async.strategies.optimizer_proxy import (
     checkpointed_state,
     held_state,
@@ -64,8 +65,8 @@ class Checkpointing:
         self._phase = phase
         self._scheduled_steps = scheduled_steps
         self._snapshot: Snapshot | None = None
-        # The copies that its parameters are in a checkpoint.
-        self._copies: list[Tensor] = []
+        # The copies that each optimizer's parameters are in a checkpoint.
+        self._copies: list[list[Tensor]] = []
         # The epoch and the order of its batches, as checkpoints record them.
         self._epoch_order: tuple[int, str] | None = None
         # What a checkpoint has said of them.
@@ -119,12 +120,11 @@ class Checkpointing:
     def owned(self) -> set[int]:
         """The identities of those tensors of a checkpoint that nobody else has, until it is completed."""
         states = () if self._snapshot is None else tensors_in(self._snapshot.optimizer_states)
-        return {id(tensor) for tensor in (*self._copies, *states)}
+        return {id(tensor) for tensor in (*chain(*self._copies), *states)}
 
-    @property
-    def held(self) -> dict[str, Any]:
-        """Where a checkpoint has what the holder holds; see `bring_up_to_date`."""
-        places = places_in_checkpoint(self._module, self._exchange.engine.optimizers)
+    def held(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Where a checkpoint, before it is completed, has what the holder holds; see `bring_up_to_date`."""
+        places = places_in(checkpoint, self._copies, self._exchange.engine.optimizers)
         return {"places": places, "counts_steps": self._by_hand.counts_steps}
 
     def complete(self, checkpoint: dict[str, Any], version: int, world_size: int) -> None:

@@ -6,75 +6,80 @@ counts and applied batches are the holder's last ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.exchange.last_state import LastState
 from lightning_async.holder.layout import all_parameters, exchanged
 from lightning_async.holder.tally import STEPS
 
-__all__ = ["CHECKPOINT_KEY", "bring_up_to_date", "places_in_checkpoint"]
+__all__ = ["CHECKPOINT_KEY", "bring_up_to_date", "places_in"]
 
 # One key for all strategies of this package: their checkpoints load in each other.
 CHECKPOINT_KEY = "async_amsgrad"
 
-Place = tuple[int, list[str]]
 
-
-def places_in_checkpoint(module: LightningModule, optimizers: Sequence[Optimizer]) -> list[list[Place]]:
+def places_in(
+    checkpoint: Mapping[str, Any], parameters: Sequence[Sequence[Tensor]], optimizers: Sequence[Optimizer]
+) -> dict[str, Any]:
     """Where a checkpoint has what the holder holds.
 
     Args:
-        module: the module.
-        optimizers: its optimizers.
+        checkpoint: with all that callbacks and hooks have done to it: averages in the place of parameters, say.
+        parameters: for each optimizer the tensors that stand for its parameters there.
+        optimizers: the optimizers.
 
     Returns:
-        For each optimizer, and each parameter that it shares, the parameter's number in the optimizer's state dict and
-        its names in the module's.
+        ``parameters``: for each of them the ways to where it is, as keys; none where a hook has put something else
+        there. ``numbers``: for each optimizer the numbers of its parameters in its state dict.
 
     Examples:
         >>> import torch
-        >>> module = LightningModule()
-        >>> module.layer = torch.nn.Linear(1, 1)
-        >>> places_in_checkpoint(module, [torch.optim.SGD(module.parameters())])
-        [[(0, ['layer.weight']), (1, ['layer.bias'])]]
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> places_in({"state_dict": {"w": weight}}, [[weight]], [torch.optim.SGD([weight])])
+        {'parameters': [[[('state_dict', 'w')]]], 'numbers': [[0]]}
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [
-        [
-            (number, names.get(id(parameter), []))
-            for number, parameter in enumerate(all_parameters(optimizer))
-            if exchanged(parameter)
-        ]
-        for optimizer in optimizers
-    ]
+    found: dict[int, list[tuple[Any, ...]]] = {}
+    for way, tensor in _tensors(checkpoint, ()):
+        found.setdefault(id(tensor), []).append(way)
+    return {
+        "parameters": [[found.get(id(tensor), []) for tensor in of_one] for of_one in parameters],
+        "numbers": [
+            [number for number, parameter in enumerate(all_parameters(optimizer)) if exchanged(parameter)]
+            for optimizer in optimizers
+        ],
+    }
 
 
 def bring_up_to_date(
-    checkpoint: dict[str, Any], last: LastState, places: Sequence[Sequence[Place]], counts_steps: bool
+    checkpoint: dict[str, Any], last: LastState, places: Mapping[str, Any], counts_steps: bool
 ) -> None:
     """Puts what a holder had last into a checkpoint of the same segment, in place.
 
     Args:
         checkpoint: a snapshot of the run.
         last: what the holder had.
-        places: where it goes; see `places_in_checkpoint`.
+        places: where it goes; see `places_in`.
         counts_steps: whether the shared clock goes by what was counted, and not by the version.
+
+    Raises:
+        ValueError: if a hook of user code has left a parameter out of the checkpoint, or changed it.
     """
-    state_dict = checkpoint["state_dict"]
-    for of_one, values in zip(places, last.parameters, strict=True):
-        for (_, names), value in zip(of_one, values, strict=True):
-            for name in names:
-                if name in state_dict:
-                    state_dict[name] = value.to(state_dict[name].dtype)
+    for ways_of_one, values in zip(places["parameters"], last.parameters, strict=True):
+        for ways, value in zip(ways_of_one, values, strict=True):
+            if not ways:
+                raise ValueError("on_save_checkpoint, or state_dict, has put something else in the parameters' place")
+            for *way, name in ways:
+                there = checkpoint
+                for key in way:
+                    there = there[key]
+                there[name] = value.to(there[name].dtype)
     for index, held in enumerate(last.optimizer_states):
         checkpoint["optimizer_states"][index] = _state(
-            checkpoint["optimizer_states"][index], held, [number for number, _ in places[index]], last.adapted[index]
+            checkpoint["optimizer_states"][index], held, places["numbers"][index], last.adapted[index]
         )
     noted = checkpoint[CHECKPOINT_KEY]
     noted |= {"version": last.version, "counts": [*last.counts] or noted["counts"], "policy": last.policy}
@@ -84,6 +89,15 @@ def bring_up_to_date(
         noted["gathered"] = last.gathered
     steps = last.counts[STEPS] if counts_steps and last.counts else last.version
     checkpoint["global_step"] = int(steps) // int(noted["world_size"])
+
+
+def _tensors(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors in nested dicts and lists, with the keys that lead to each."""
+    if isinstance(value, Tensor):
+        yield way, value
+    elif isinstance(value, (dict, list)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(each, (*way, key))
 
 
 def _state(

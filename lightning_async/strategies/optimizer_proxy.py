@@ -133,8 +133,14 @@ def _refuse_change(optimizer: Optimizer, kind: str) -> NoReturn:
     )
 
 
-def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine, snapshot: Snapshot) -> list[Tensor]:
-    """Replaces the parameters in a module's state dict by copies of a snapshot's, in place; returns the copies."""
+def snapshot_parameters(
+    state: dict[str, Any], module: nn.Module, engine: Engine, snapshot: Snapshot
+) -> list[list[Tensor]]:
+    """Replaces the parameters in a module's state dict by copies of a snapshot's, in place.
+
+    Returns:
+        For each optimizer the copies of its parameters.
+    """
     saved: dict[int, Tensor] = {}
     for index in range(len(engine.optimizers)):
         views = engine.layout.views(snapshot.parameters, index)
@@ -143,7 +149,7 @@ def snapshot_parameters(state: dict[str, Any], module: nn.Module, engine: Engine
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in state and id(parameter) in saved:
             state[name] = saved[id(parameter)]
-    return [*saved.values()]
+    return [[saved[id(p)] for p in engine.parameters(index)] for index in range(len(engine.optimizers))]
 
 
 def checkpointed_state(optimizer: Optimizer, engine: Engine, snapshot: Snapshot) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Snapshots(restarts.Snapshots):
         # process.
         self._last = LastStateFile(self._file.path)
         self._segment = ""
+        # The checkpoint that the fit was given.
+        self._given = ""
         _fits[self._file.path] += 1
         self._fit = _fits[self._file.path]
         self._next = time.monotonic() + every_s
@@ -90,6 +92,7 @@ class Snapshots(restarts.Snapshots):
         if self._joins():
             return path
         self._job = self._job.among(self._collectives.gather_objects(self._job))
+        self._given = _name(path)
         mine = self._decide(path, is_requeued) if self._trainer.is_global_zero else (path, "")
         chosen, line = self._collectives.broadcast(mine)
         if line:
@@ -116,9 +119,9 @@ class Snapshots(restarts.Snapshots):
         if own and given is not None and given.exists() and given.samefile(path):
             self._file.take_over()
             return given, ""
-        if own:
-            return given, ""
         note = _note_in(path)
+        if own and (isinstance(note, str) or not self._began_from(given, note)):
+            return given, ""
         if not self._job.restarted_by and (isinstance(note, str) or self._mismatch(note) is not None):
             return given, (
                 f"{path} is the snapshot of an earlier run, {_age(path.stat().st_mtime)} old; "
@@ -130,13 +133,17 @@ class Snapshots(restarts.Snapshots):
         if (reason := self._mismatch(note)) is not None:
             return given, f"The snapshot {path} is left alone: {reason}."
         self._file.take_over()
-        if given is not None and given.stat().st_mtime > note["written"]:
+        if is_requeued and given is not None and given.stat().st_mtime > note["written"]:
             return given, ""
         restarted_by = " and ".join(self._job.restarted_by or ["torchrun"])
         return path, (
             f"This job was restarted by {restarted_by} and goes on from the snapshot {path}: "
             f"epoch {note['epoch']}, step {note['step']}, {_age(note['written'])} old."
         )
+
+    def _began_from(self, given: Path | None, note: Mapping[str, Any]) -> bool:
+        """Whether a snapshot is of a start of this job that was given the same checkpoint, and is further than that."""
+        return bool(self._job.restarted_by) and note.get("given", "") == _name(given) and self._mismatch(note) is None
 
     def _bring_up_to_date(self) -> str | None:
         """Puts what the holder's process has left into the snapshot; returns what the user should know of it."""
@@ -146,7 +153,7 @@ class Snapshots(restarts.Snapshots):
         try:
             snapshot = torch.load(path, map_location="cpu", weights_only=False)
             last, note = self._last.read(), snapshot[CHECKPOINT_KEY][_KEY]
-            if last is None or not (is_of_segment(note, last) and last.version >= snapshot[CHECKPOINT_KEY]["version"]):
+            if last is None or not (_is_of_segment(note, last) and last.version >= snapshot[CHECKPOINT_KEY]["version"]):
                 self._last.remove()
                 return None
             behind = last.version - snapshot[CHECKPOINT_KEY]["version"]
@@ -219,6 +226,7 @@ class Snapshots(restarts.Snapshots):
             "epoch": checkpoint["epoch"],
             "step": step,
             "written": time.time(),
+            "given": self._given,
             "segment": self._segment,
             **(held or {}),
         }
@@ -309,7 +317,11 @@ def _note_in(path: Path) -> dict[str, Any] | str:
     return note
 
 
-def is_of_segment(note: Mapping[str, Any], last: LastState) -> bool:
+def _name(given: Path | None) -> str:
+    return "" if given is None else str(given.absolute())
+
+
+def _is_of_segment(note: Mapping[str, Any], last: LastState) -> bool:
     """Whether a snapshot, with this note, and what a holder's process has left are of one segment."""
     return bool(note.get("segment")) and note["segment"] == last.segment
 

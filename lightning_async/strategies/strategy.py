@@ -685,7 +685,7 @@ class AsyncStrategy(PhasedCollectives):
         if self._fit is not None:
             checkpointing = self._fit.checkpointing
             if snapshots is not None and (taken := checkpointing.snapshot_between_batches) is not None:
-                owned, step, held = checkpointing.owned, taken[1], checkpointing.held
+                owned, step, held = checkpointing.owned, taken[1], checkpointing.held(checkpoint)
             checkpointing.complete(checkpoint, self.version, self.nominal_world_size)
         else:
             checkpoint[CHECKPOINT_KEY] = {"world_size": self.nominal_world_size, **self._note}

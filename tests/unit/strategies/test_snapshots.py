@@ -239,6 +239,22 @@ def test_a_checkpoint_that_the_fit_was_given_goes_first(path: Path, monkeypatch:
     assert not path.with_name("snapshot.previous.ckpt").exists()
 
 
+def test_a_restart_of_a_fit_that_was_given_a_checkpoint_goes_on_from_the_snapshot(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same script with the same ckpt_path runs again: what it has done since would be lost."""
+    pretrained, other = path.with_name("pretrained.ckpt"), path.with_name("last.ckpt")
+    first = Rig(path, monkeypatch)
+    assert first.snapshots.choose(pretrained, is_requeued=False) == pretrained
+    first.take_and_wait()
+
+    again, by_hand = Rig(path, monkeypatch, AGAIN), Rig(path, monkeypatch)
+    assert again.snapshots.choose(other, is_requeued=False) == other
+    assert again.snapshots.choose(None, is_requeued=False) == path
+    assert again.snapshots.choose(pretrained, is_requeued=False) == path
+    assert by_hand.snapshots.choose(pretrained, is_requeued=False) == pretrained
+
+
 def test_of_lightnings_requeue_and_the_snapshot_the_newer_one_is_taken(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

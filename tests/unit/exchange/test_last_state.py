@@ -1,0 +1,122 @@
+"""What a holder's process leaves is waited for, read as it was, and belongs to one segment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_async.exchange.last_state import LastState, LastStateFile
+from tests.harness import eventually
+from tests.launch import ENVIRONMENT, gone
+
+
+def state(version: int) -> LastState:
+    return LastState(
+        segment="one",
+        version=version,
+        parameters=[[torch.ones(2)], []],
+        optimizer_states=[{"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}],
+        adapted=[[{"lr": 0.1}]],
+        applied=((0, 4), (6, 7)),
+        counts=(3, 4),
+        gathered=None,
+        policy={},
+    )
+
+
+def test_what_is_left_comes_back(tmp_path: Path) -> None:
+    file = LastStateFile(tmp_path / "folder" / "snapshot.ckpt")
+    assert file.read() is None
+    file.write(state(1))
+    file.write(state(2))
+
+    found = file.read()
+    assert found is not None
+    assert torch.equal(found.parameters[0][0], torch.ones(2))
+    assert (found.segment, found.version, found.applied, found.counts) == ("one", 2, ((0, 4), (6, 7)), (3, 4))
+    file.remove()
+    file.remove()
+    assert file.read() is None
+
+
+def test_a_start_waits_for_the_process_of_the_one_before(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot.ckpt"
+    code = (
+        "import sys, time; from pathlib import Path; from lightning_async.exchange.last_state import LastStateFile\n"
+        "file = LastStateFile(Path(sys.argv[1])); file.claim(); file.claim(); print('claimed', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(snapshot)], env=os.environ | ENVIRONMENT, **pipes
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"claimed\n"
+        file = LastStateFile(snapshot)
+        assert not file.wait(0.05)
+        process.kill()
+        process.wait()
+        assert file.wait(10.0)
+
+    # Nothing is left, and nothing to wait for.
+    assert [*tmp_path.iterdir()] == []
+    assert file.wait(0.0)
+
+
+def test_a_fit_that_ends_leaves_nothing(tmp_path: Path) -> None:
+    file = LastStateFile(tmp_path / "snapshot.ckpt")
+    file.claim()
+    assert not LastStateFile(tmp_path / "snapshot.ckpt").wait(0.0)
+    file.release()
+    file.release()
+
+    assert [*tmp_path.iterdir()] == []
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from lightning_async.runtime.parent_watch import ParentGoneError, ParentWatch
+watch = ParentWatch()
+watch.start()
+place = Path(sys.argv[1])
+(place / "ready").touch()
+try:
+    with watch.waiting():
+        # Another one's SIGCONT interrupts nothing.
+        time.sleep(60)
+except ParentGoneError:
+    (place / "told").touch()
+"""
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
+def test_a_child_is_told_of_its_parents_end(tmp_path: Path, is_stopped: bool) -> None:
+    environment = os.environ | ENVIRONMENT
+    command = [sys.executable, "-c", PARENT, CHILD, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert eventually((tmp_path / "ready").exists)
+        os.kill(child, signal.SIGCONT)
+        time.sleep(0.1)
+        assert not (tmp_path / "told").exists()
+        if is_stopped:
+            os.kill(child, signal.SIGSTOP)
+        parent.kill()
+        assert gone(child, 10.0)
+
+    assert (tmp_path / "told").exists()

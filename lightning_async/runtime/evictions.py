@@ -30,6 +30,7 @@ class Evictions:
         lets_go: whether the rank that the steps are about leaves by itself.
         deciding: held while it is decided what becomes of a rank.
         restart: has a lost rank started again, and says what becomes of it; None where nothing does.
+        lose_joiner: told of a rank that is lost before it is in the run.
     """
 
     def __init__(self, roster: Roster, latch: FailureLatch) -> None:
@@ -39,6 +40,7 @@ class Evictions:
         self.steps: list[Callable[[int, str], str | None]] = []
         self.lets_go = False
         self.restart: Callable[[RunFailure], str | None] | None = None
+        self.lose_joiner: Callable[[RunFailure], object] = lambda failure: None
         self._latch = latch
         self.deciding = threading.RLock()
         self._changed = threading.Condition()
@@ -70,6 +72,13 @@ class Evictions:
             what = "leaves" if leaves else "is lost"
             say(0, "; ".join(filter(None, (f"rank {rank} {what}: {reason}", go_on, *told))))
         self._tell()
+
+    def lose_peer(self, failure: RunFailure) -> None:
+        """A rank that was watched over is lost, or one that was about to join; for any thread."""
+        if failure.rank != 0 and failure.rank not in self.roster:
+            self.lose_joiner(failure)
+        else:
+            self.lose(failure)
 
     def _tell(self) -> None:
         with self._changed:

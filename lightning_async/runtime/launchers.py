@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # A launcher that has said nothing for so long is on a host that may be cut off.
 _SILENCE_S = 4 * BEAT_S
 _CLOSING_S = 1.0
+# How long a launcher's report of a process may trail the end of its connection.
+_REPORT_S = 3.0
 # Of a rank that is not started any more.
 _NO_MORE = -1
 
@@ -147,6 +149,7 @@ class Launchers:
             launcher = next((one for one in reversed(self._launchers) if rank in one.ranks), None)
             word = self._words[rank] = self._decide(failure, launcher)
             self._starts[rank] = word.start or _NO_MORE
+            self._changed.notify_all()
             if launcher is None:
                 return "it is not started again: what has started it is gone" if rank in self._known else None
         self._tell(launcher, word)
@@ -180,6 +183,26 @@ class Launchers:
             else:
                 self._evictions.lose(RunFailure(rank, reason))
 
+    def lose_joiner(self, failure: RunFailure) -> None:
+        """A rank gives no sign of life, or is gone, before it is in the run; for any thread.
+
+        Its launcher tells in a moment how its process has ended. Where it does not, the process is stopped, or cannot
+        be reached: it is ended, and another one started.
+        """
+        threading.Thread(target=self._replace_joiner, args=(failure,), name="lost-joiner", daemon=True).start()
+
+    def _replace_joiner(self, failure: RunFailure) -> None:
+        rank = failure.rank
+        start = self._starts.get(rank, 0)
+        with self._changed:
+            self._changed.wait_for(lambda: self._starts.get(rank, 0) != start or self._closed, _REPORT_S)
+        with self._evictions.deciding:
+            is_known = self._starts.get(rank, 0) != start or start <= 0 or rank in self._roster
+            if is_known or self._closed or self._latch.failure is not None:
+                return
+            told = self.replace(failure) or ""
+        say(0, f"rank {rank}, which was about to join, is lost: {failure.reason}; {told}")
+
     def _lose_before_it_was_in(self, rank: int, code: int, start: int) -> None:
         reason = describe_exit(code)
         if start == 0 or self._latch.failure is not None or self._closed:
@@ -195,6 +218,7 @@ class Launchers:
         """The run is over: tells the launchers, unless it has failed; idempotent."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
             launchers = list(self._launchers)
         for launcher in launchers:
             if launcher.connection is None:
@@ -231,6 +255,7 @@ class Launchers:
         """Has a rank started no more."""
         with self._changed:
             self._starts[word.rank] = _NO_MORE
+            self._changed.notify_all()
             self._words[word.rank] = word
             launcher = next((one for one in reversed(self._launchers) if word.rank in one.ranks), None)
         if launcher is not None:

@@ -167,7 +167,7 @@ class Membership:
             self._worker_timeout_s,
             self._describe_end,
             watch=watch,
-            on_lost=None if evictions is None else evictions.lose,
+            on_lost=None if evictions is None else evictions.lose_peer,
             on_left=None if evictions is None else evictions.let_go,
             on_failed=None if evictions is None else evictions.fail,
             on_evicted=self._hear_of,
@@ -271,6 +271,7 @@ class Membership:
         launchers = self.launchers = Launchers(evictions, self.latch, most, self._worker_timeout_s)
         evictions.steps.append(tell)
         evictions.restart = launchers.replace
+        evictions.lose_joiner = launchers.lose_joiner
         admission = self.admission = Admission(roster, self.latch, lambda: host.counts)
 
         def check(rank: int) -> None:

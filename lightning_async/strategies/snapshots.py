@@ -171,7 +171,7 @@ class Snapshots(restarts.Snapshots):
             "has them now."
         )
 
-    def _mismatch(self, note: dict[str, Any]) -> str | None:
+    def _mismatch(self, note: Mapping[str, Any]) -> str | None:
         """Why a snapshot is not this fit's, if it is not."""
         if not self._job.continues(Job.load(note["job"])):
             return "it is from another job"

@@ -158,7 +158,9 @@ class AsyncStrategy(PhasedCollectives):
         max_slowdown: how many times as long as before a rank's steps may take, by medians of ten; one that has become
             slower fails. None sets no limit.
         snapshot_every_s: seconds after which rank 0 writes the next snapshot of the run, an ordinary checkpoint, in the
-            background; a job that torchrun or SLURM starts again goes on from it. None writes none.
+            background; a job that torchrun or SLURM starts again goes on from it, and so does a fit of forked or
+            spawned ranks whose rank 0 is lost, with ``on_worker_failure="continue"``. With ``holder="process"`` nothing
+            that was applied is lost. None writes none.
         snapshot_path: its file; None is ``lightning_async/snapshot.ckpt`` in the Trainer's ``default_root_dir``.
         accelerator: see `DDPStrategy`.
         parallel_devices: see `DDPStrategy`.

@@ -92,6 +92,14 @@ class Watching(Callback):
         )
 
 
+class WaitsForRankOne(Callback):
+    """Has the third epoch go on until a lost rank has come back."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.strategy.worker_rank == 0 and trainer.current_epoch == 2:
+            assert eventually(lambda: trainer.strategy.stats.joined == [1], 60.0)
+
+
 def train(
     folder: Path,
     faults: tuple[Fault, ...],
@@ -174,6 +182,20 @@ def test_a_lost_rank_comes_back_in_the_middle_of_the_run(tmp_path: Path, argumen
 
     assert check(run, lost=[1], joined=(1,))["world_sizes"][-1] == 3
     assert run.report(1)["epochs"][-1] == EPOCHS - 1
+
+
+# It has asked, is known to the holder, has been told the state.
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.soak), 2], ids=str
+)
+def test_a_rank_that_is_stopped_while_it_joins_is_replaced(tmp_path: Path, step: int) -> None:
+    joins = Fault(1, step, "stop", place="handshake", incarnation=1)
+    options: dict[str, Any] = {"max_restarts": 2, "worker_timeout": 2.0, "callbacks": [WaitsForRankOne()]}
+    run = start(tmp_path, Fault(1, 6, "kill"), joins, **options)
+
+    check(run, lost=[1], joined=(1,))
+    assert "rank 1, which was about to join, is lost: gave no sign of life for 2 s" in run.output
+    assert "it is started again in 1 s (2 of 2)" in run.output
 
 
 @pytest.mark.parametrize("holder", ["thread", pytest.param("process", marks=pytest.mark.soak)])

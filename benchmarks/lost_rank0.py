@@ -209,7 +209,7 @@ def _train(run: Run) -> None:
         summary=False,
     )
     arguments: dict[str, Any] = {**QUIET, "accelerator": "cpu", "max_epochs": -1, "default_root_dir": run.folder}
-    data = DataLoader(TensorDataset(torch.ones(20_000, 1)), batch_size=1, shuffle=True)
+    data = DataLoader(TensorDataset(torch.ones(4_000, 1)), batch_size=1, shuffle=True)
     pl.Trainer(strategy=strategy, devices=run.ranks, **arguments).fit(Module(), data)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from lightning_async.exchange.forked import ForkedProcess
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.failure import FailureLatch, describe_exit
@@ -64,6 +65,7 @@ class ChildProcess:
         on_message: called in the reader's thread with each message but the first; must not raise.
         on_gone: called in the reader's thread when there are no more.
         rank: the rank that starts it, whose failure its end is.
+        forks: whether it is a fork of this process, which has imported everything, and not a new interpreter.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ChildProcess:
         on_message: Callable[[Any], None],
         on_gone: Callable[[], None] = lambda: None,
         rank: int = 0,
+        forks: bool = False,
     ) -> None:
         self.name = name
         self._rank = rank
@@ -86,12 +89,10 @@ class ChildProcess:
         mine, theirs = socket.socketpair()
         self._my_heartbeat, their_heartbeat = socket.socketpair()
         descriptors = (theirs.fileno(), their_heartbeat.fileno())
-        arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
         # The mask is inherited, so no moment is left in which such a signal would end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _RANK_0S_SIGNALS)
         try:
-            boot = _BOOT.format(module=module)
-            self._process = subprocess.Popen([sys.executable, "-c", boot, *arguments], pass_fds=descriptors)
+            self._process = ForkedProcess(module, descriptors) if forks else _interpreter(module, descriptors)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
@@ -216,6 +217,12 @@ class ChildProcess:
         except (EOFError, OSError) as error:
             log.debug("%s has closed its connection: %s", self.name, error)
             return None
+
+
+def _interpreter(module: str, descriptors: tuple[int, int]) -> subprocess.Popen[bytes]:
+    arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
+    command = [sys.executable, "-c", _BOOT.format(module=module), *arguments]
+    return subprocess.Popen(command, pass_fds=descriptors)
 
 
 def check_policy_can_travel(policy: StalenessPolicy, asked: str, way_out: str) -> None:

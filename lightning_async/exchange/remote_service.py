@@ -52,9 +52,10 @@ class HolderProcess(Service):
 
     Args:
         start_timeout_s: seconds that it may take to start.
+        forks: see `ChildProcess`.
     """
 
-    def __init__(self, start_timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, start_timeout_s: float = START_TIMEOUT_S, forks: bool = False) -> None:
         self._start_timeout_s = start_timeout_s
         self._numbers = itertools.count()
         self._sending = threading.Lock()
@@ -68,7 +69,7 @@ class HolderProcess(Service):
         self._on_lost: OnLost | None = None
         self._saves = False
         self._child = ChildProcess(
-            "lightning_async.exchange.remote_main", "its holder process", self._take_message, self._wake
+            "lightning_async.exchange.remote_main", "its holder process", self._take_message, self._wake, forks=forks
         )
 
     @property

@@ -1,4 +1,4 @@
-"""A child process that outlives its parent for a moment: it is told of its end, and not killed with it."""
+"""How a child process ends with its parent; or outlives it for a moment, and is told of its end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["ParentGoneError", "ParentWatch"]
+__all__ = ["ParentGoneError", "ParentWatch", "end_with_parent"]
 
 # Of linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(signum: signal.Signals) -> None:
+    """Has the system send a signal to this process when the one that has started it ends; on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
 class ParentGoneError(RuntimeError):

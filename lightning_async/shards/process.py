@@ -28,9 +28,10 @@ class ShardProcess:
     Args:
         shard: number of the shard, from 1.
         start_timeout_s: seconds that it may take to start.
+        forks: see `ChildProcess`.
     """
 
-    def __init__(self, shard: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, shard: int, start_timeout_s: float = START_TIMEOUT_S, forks: bool = False) -> None:
         self.shard = shard
         self.name = f"its process for shard {shard} of the holder"
         self._start_timeout_s = start_timeout_s
@@ -38,7 +39,7 @@ class ShardProcess:
         self._reports: dict[int, Report] = {}
         self._sending = threading.Lock()
         self._latch: FailureLatch | None = None
-        self._child = ChildProcess("lightning_async.shards.follower_main", self.name, self._take_message)
+        self._child = ChildProcess("lightning_async.shards.follower_main", self.name, self._take_message, forks=forks)
 
     @property
     def pid(self) -> int:

@@ -28,9 +28,10 @@ class ShardServerProcess:
         shard: number of the shard, from 1.
         rank: this rank.
         start_timeout_s: seconds that it may take to start.
+        forks: see `ChildProcess`.
     """
 
-    def __init__(self, shard: int, rank: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, shard: int, rank: int, start_timeout_s: float = START_TIMEOUT_S, forks: bool = False) -> None:
         self.shard = shard
         self.name = f"its process for shard {shard} of the holder"
         self._rank = rank
@@ -38,7 +39,7 @@ class ShardServerProcess:
         self._latch: FailureLatch | None = None
         self._answers: queue.SimpleQueue[tuple[str | None, Any]] = queue.SimpleQueue()
         self._child = ChildProcess(
-            "lightning_async.shards.shard_server_main", self.name, self._answers.put, self._note_end, rank
+            "lightning_async.shards.shard_server_main", self.name, self._answers.put, self._note_end, rank, forks
         )
 
     @property

@@ -6,14 +6,12 @@ one by one, the first like any other, until rank 0 says that the run is over, or
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -26,22 +24,14 @@ from lightning_async.runtime.launcher_connection import LauncherConnection, Lost
 from lightning_async.strategies import launching
 from lightning_async.transport.base import ChannelClosedError
 
-__all__ = ["HostProcesses", "Mailbox", "end_with_parent"]
+__all__ = ["HostProcesses", "Mailbox"]
 
 log = logging.getLogger(__name__)
 
 # Between two tries to reach rank 0 from a host that was cut off, and for each.
 _TRY_S = 2.0
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 # A process that is dying has closed its connections before its status is known.
 _DYING_S = 0.2
-
-
-def end_with_parent(signum: signal.Signals) -> None:
-    """Has the system send a signal to this process when the one that has started it ends; on Linux."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
 class Mailbox:

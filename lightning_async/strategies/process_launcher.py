@@ -31,8 +31,9 @@ from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
 from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
+from lightning_async.runtime.parent_watch import end_with_parent
 from lightning_async.strategies import launching
-from lightning_async.strategies.host_processes import HostProcesses, Mailbox, end_with_parent
+from lightning_async.strategies.host_processes import HostProcesses, Mailbox
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
 from lightning_async.strategies.new_starts import NewStarts
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
@@ -43,12 +44,17 @@ StartMethod = Literal["spawn", "fork", "forkserver"]
 
 
 class ProcessLauncher(_MultiProcessingLauncher):
-    """Starts the ranks by spawn, fork or forkserver from a process that is none of them."""
+    """Starts the ranks by spawn, fork or forkserver from a process that is none of them.
+
+    Attributes:
+        start_method: which of the three.
+    """
 
     def __init__(self, strategy: LaunchedStrategy, guard: RunGuard, start_method: StartMethod) -> None:
         launched: Any = strategy
         super().__init__(launched, start_method=start_method)
         self._guard = guard
+        self.start_method = start_method
         # Whether this is the process of a rank; and where the first of a host's says why the run has failed.
         self._is_rank = False
         self._told: Mailbox | None = None

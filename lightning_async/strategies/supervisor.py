@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -232,17 +233,24 @@ class RunSupervisor:
         assert self._membership is not None
         return self._membership.share(address, broadcast)
 
+    @property
+    def _forks(self) -> bool:
+        """Whether processes beside this rank's are forks of it, which is one itself and uses no device yet."""
+        is_forked = isinstance(self.launcher, ProcessLauncher) and self.launcher.start_method == "fork"
+        uses_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return is_forked and not uses_gpu
+
     def start_holder_process(self) -> None:
         """Starts the holder's own process, which imports while the ranks find each other."""
-        self.holder_process = HolderProcess()
+        self.holder_process = HolderProcess(forks=self._forks)
 
     def start_shard_processes(self, shards: int) -> None:
         """Starts a process for each of the holder's shards but the first."""
-        self.shard_processes = [ShardProcess(shard) for shard in range(1, shards)]
+        self.shard_processes = [ShardProcess(shard, forks=self._forks) for shard in range(1, shards)]
 
     def start_shard_servers(self, shards: Sequence[int]) -> None:
         """Starts a process for each of these shards, which rank 0 and all workers reach over the network."""
-        self.shard_servers = [ShardServerProcess(shard, self._ranks.global_rank) for shard in shards]
+        self.shard_servers = [ShardServerProcess(shard, self._ranks.global_rank, forks=self._forks) for shard in shards]
 
     def end_holder_processes(self) -> None:
         """Ends the holder's own process, or those of its shards, if there are any."""

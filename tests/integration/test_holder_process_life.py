@@ -19,8 +19,9 @@ PACKAGE = Path(lightning_async.__file__).parent
 pytestmark = pytest.mark.timeout(120)
 
 
-def test_it_ends_when_it_is_told_and_ending_twice_is_ending() -> None:
-    process = HolderProcess()
+@pytest.mark.parametrize("forks", [False, True], ids=["interpreter", "fork"])
+def test_it_ends_when_it_is_told_and_ending_twice_is_ending(forks: bool) -> None:
+    process = HolderProcess(forks=forks)
     process.end()
     process.end()
     assert gone(process.pid, 1.0)
@@ -29,7 +30,7 @@ def test_it_ends_when_it_is_told_and_ending_twice_is_ending() -> None:
 RANK_0 = """
 import os, sys, time
 from lightning_async.exchange.remote_service import HolderProcess
-process = HolderProcess()
+process = HolderProcess(forks=sys.argv[1] == "fork")
 process._child.wait_until_ready(300.0)
 if os.fork() == 0:
     # A loader's worker, say, which has rank 0's descriptors.
@@ -40,8 +41,9 @@ time.sleep(60)
 """
 
 
-def test_it_does_not_outlive_rank_0_whoever_has_inherited_the_connection() -> None:
-    with subprocess.Popen([sys.executable, "-c", RANK_0], stdout=subprocess.PIPE, text=True) as rank_0:
+@pytest.mark.parametrize("how", ["interpreter", "fork"])
+def test_it_does_not_outlive_rank_0_whoever_has_inherited_the_connection(how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", RANK_0, how], stdout=subprocess.PIPE, text=True) as rank_0:
         assert rank_0.stdout is not None
         pid = int(rank_0.stdout.readline())
         os.kill(rank_0.pid, signal.SIGKILL)

@@ -124,8 +124,8 @@ class Run:
 
 
 @contextmanager
-def running(make: MakeOptimizer, holder: str = "process", **options: Any) -> Iterator[Run]:
-    run = Run(make, HolderProcess() if holder == "process" else None, **options)
+def running(make: MakeOptimizer, holder: str = "fork", **options: Any) -> Iterator[Run]:
+    run = Run(make, None if holder == "thread" else HolderProcess(forks=holder == "fork"), **options)
     try:
         yield run
     finally:
@@ -137,18 +137,18 @@ def amsgrad(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("make", "transport"),
+    ("make", "transport", "apart"),
     [
-        (amsgrad, "auto"),
-        (amsgrad, "tcp"),
-        (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "auto"),
-        (lambda parameters: Signs(parameters, lr=0.1), "auto"),
+        (amsgrad, "auto", "process"),
+        (amsgrad, "tcp", "fork"),
+        (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "auto", "fork"),
+        (lambda parameters: Signs(parameters, lr=0.1), "auto", "process"),
     ],
     ids=["AMSGrad", "AMSGrad-tcp", "SGD", "the-users-own"],
 )
-def test_it_computes_the_same_bits_and_tells_the_same(make: MakeOptimizer, transport: Any) -> None:
+def test_it_computes_the_same_bits_and_tells_the_same(make: MakeOptimizer, transport: Any, apart: str) -> None:
     found = []
-    for holder in ("thread", "process"):
+    for holder in ("thread", apart):
         with running(make, holder, transport=transport) as run:
             run.train(steps=9, spoiled=(6,))
             snapshot = run.service.snapshot()
@@ -160,16 +160,16 @@ def test_it_computes_the_same_bits_and_tells_the_same(make: MakeOptimizer, trans
             ]
             parameters = [[parameter.detach().clone() for parameter in own] for own in run.parameters]
             found.append((snapshot, told, parameters, run.stats.counts()))
-    (inside, told, parameters, counts), (apart, told_apart, parameters_apart, counts_apart) = found
-    assert torch.equal(inside.parameters, apart.parameters)
-    assert inside.applied == apart.applied == ((0, 9),)
-    assert inside.version == apart.version == 8
+    (inside, told, parameters, counts), (outside, told_apart, parameters_apart, counts_apart) = found
+    assert torch.equal(inside.parameters, outside.parameters)
+    assert inside.applied == outside.applied == ((0, 9),)
+    assert inside.version == outside.version == 8
     assert told == told_apart
     assert [age for _, _, _, age, *_ in told] == [0, *[1] * 6, 0, 1]
     assert [step for step, (*_, applied, rejected, _) in enumerate(told) if rejected and not applied] == [6]
     for mine, theirs in zip(parameters, parameters_apart, strict=True):
         assert all(map(torch.equal, mine, theirs))
-    states = [taken.optimizer_states[0]["state"] for taken in (inside, apart)]
+    states = [taken.optimizer_states[0]["state"] for taken in (inside, outside)]
     assert states[0].keys() == states[1].keys()
     for index, state in states[0].items():
         for name, value in state.items():
@@ -208,7 +208,7 @@ def test_an_error_there_is_raised_here_and_it_goes_on() -> None:
         assert run.service.snapshot().version == 2
 
 
-@pytest.mark.parametrize("holder", ["thread", "process"])
+@pytest.mark.parametrize("holder", ["thread", "fork"])
 def test_a_successor_has_what_was_there(holder: str) -> None:
     with running(amsgrad, holder) as run:
         run.train(steps=4)

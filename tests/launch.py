@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ import torch
 
 from tests.cuda import forget_cuda
 
-__all__ = ["ENVIRONMENT", "Launched", "gone", "launch", "report", "run_as_script", "session_processes"]
+__all__ = [
+    "ENVIRONMENT",
+    "Launched",
+    "gone",
+    "launch",
+    "processes_named",
+    "report",
+    "run_as_script",
+    "session_processes",
+]
 
 # For interpreters that are started anew.
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
@@ -105,6 +115,15 @@ def gone(pid: int, timeout_s: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def processes_named(session: int, name: str) -> list[int]:
+    """The living processes of a session that call themselves so, in the order in which they were started."""
+    named = []
+    for pid in sorted(session_processes(session)):
+        with suppress(OSError):
+            named += [pid] * (Path(f"/proc/{pid}/comm").read_text().strip() == name[:15])
+    return named
 
 
 def session_processes(session: int) -> dict[int, str]:

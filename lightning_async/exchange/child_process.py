@@ -39,7 +39,8 @@ _GRACE_S = 1.0
 _RANK_0S_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Its own main module is none that a user's script could be run by. Before its imports, which take seconds, it has the
 # kernel kill it when the thread that started it ends, even if it is stopped then (PR_SET_PDEATHSIG of linux/prctl.h).
-# The end of the connection would not do: a process that rank 0 has forked has its end of it too.
+# The end of the connection would not do: a process that rank 0 has forked has its end of it too. Then it takes a name
+# (PR_SET_NAME).
 _BOOT = """
 import ctypes, json, os, signal, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +48,7 @@ if libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
     raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 if os.getppid() != int(sys.argv[4]):
     os._exit(1)
+libc.prctl(15, b"{name}", 0, 0, 0)
 sys.path[:] = json.loads(sys.argv[1])
 from {module} import main
 main(*map(int, sys.argv[2:4]))
@@ -221,7 +223,7 @@ class ChildProcess:
 
 def _interpreter(module: str, descriptors: tuple[int, int]) -> subprocess.Popen[bytes]:
     arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
-    command = [sys.executable, "-c", _BOOT.format(module=module), *arguments]
+    command = [sys.executable, "-c", _BOOT.format(module=module, name=module.rpartition(".")[2]), *arguments]
     return subprocess.Popen(command, pass_fds=descriptors)
 
 

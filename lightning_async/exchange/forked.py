@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Collection
 from contextlib import suppress
 
-from lightning_async.runtime.parent_watch import end_with_parent
+from lightning_async.runtime.parent_watch import end_with_parent, name_process
 
 __all__ = ["ForkedProcess"]
 
@@ -82,6 +82,7 @@ def _run(module: str, descriptors: Collection[int], parent: int) -> None:
         end_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        name_process(module.rpartition(".")[2])
         # What the parent's objects would close when they are collected is nothing by then.
         gc.freeze()
         _let_go_of_all_but(descriptors)

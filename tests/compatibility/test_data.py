@@ -319,7 +319,7 @@ OWN_STREAMS: dict[str, Callable[[Noting], Any]] = {
     "max_size_cycle": lambda _: {"a": loader(36), "b": loader(60)},
 }
 # Each has a case beside it that differs in little.
-LONG_RUN = ("stream", "iterable that is no loader", "max_size")
+LONG_RUN = ("stream", "iterable that is no loader", "max_size", "min_size")
 
 
 @pytest.mark.compatibility("Data", "IterableDataset, sized or not")

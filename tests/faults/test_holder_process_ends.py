@@ -21,7 +21,7 @@ from tests.faults.runs import (
     start_script,
 )
 from tests.faults.train import Run
-from tests.launch import session_processes
+from tests.launch import processes_named
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -30,9 +30,8 @@ APART = FORK | {"holder": "process"}
 
 def holder_process_of(session: int) -> int:
     """The process id of the one process of a run that holds."""
-    found = [pid for pid in session_processes(session) if b"remote_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(found) == 1
-    return found[0]
+    (found,) = processes_named(session, "remote_main")
+    return found
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.faults.runs import FORK, WORKER_TIMEOUT_S, assert_ended_well, explana
 from tests.faults.test_runs_that_go_on import check
 from tests.faults.test_runs_that_go_on import start as start_to_go_on
 from tests.faults.train import Run
-from tests.launch import session_processes
+from tests.launch import processes_named
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -23,9 +23,8 @@ SHARDS = FORK | {"holder_shards": 2}
 
 def shard_process_of(session: int) -> int:
     """The process id of the one shard of a run that is not rank 0's."""
-    found = [pid for pid in session_processes(session) if b"follower_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(found) == 1
-    return found[0]
+    (found,) = processes_named(session, "follower_main")
+    return found
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.faults.injector import Fault, pid_of
 from tests.faults.runs import FORK, WORKER_TIMEOUT_S, explanations
 from tests.faults.train import Run, train
 from tests.integration.test_shards import Wide
-from tests.launch import launch, report, session_processes
+from tests.launch import launch, processes_named, report
 from tests.models import fork_trainer, indexed_data, loader
 from tests.two_hosts import launch_on_two_hosts, said_on_host_1
 
@@ -79,15 +79,14 @@ def test_on_two_hosts_it_is_the_fit_without(tmp_path: Path) -> None:
 
 def shard_servers(session: int) -> list[int]:
     """The processes of a run's shards, in the order in which they were started."""
-    processes = sorted(session_processes(session))
-    return [pid for pid in processes if b"shard_server_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return processes_named(session, "shard_server_main")
 
 
 @pytest.mark.parametrize(
     ("strike", "failure"),
     [
         ("shard", "rank 1 failed: its process for shard 1 of the holder was killed by SIGKILL"),
-        ("raise", "rank 1 failed: InjectedError: injected into training_step"),
+        pytest.param("raise", "rank 1 failed: InjectedError: injected into training_step", marks=pytest.mark.soak),
         pytest.param("worker", "rank 1 failed: its process ", marks=pytest.mark.soak),
         pytest.param("stop", "rank 1 failed: its process for shard 1 of the holder gave no", marks=pytest.mark.soak),
     ],

@@ -11,7 +11,7 @@ import argparse
 import os
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.emulated import LENET5_PARAMETERS, measure
 from benchmarks.network import Link
@@ -21,18 +21,24 @@ from lightning_async import AsyncAMSGradStrategy
 __all__ = ["STRATEGIES", "link_bound"]
 
 _FORK: dict[str, Any] = {"start_method": "fork"}
-STRATEGIES: dict[str, Any] = {
-    "async_amsgrad": partial(AsyncAMSGradStrategy, **_FORK),
-    # With overlap a slow rank's gradient is two of its steps old, which "auto" has no room for.
-    "overlap": partial(AsyncAMSGradStrategy, **_FORK, overlap=True, max_staleness=64),
-    "overlap, bf16": partial(
+
+
+def _overlapping(wire: Literal["bf16", "int8"]) -> Any:
+    return partial(
         AsyncAMSGradStrategy,
         **_FORK,
         overlap=True,
         max_staleness=64,
-        wire_dtype="bf16",
-        parameter_wire_dtype="bf16",
-    ),
+        wire_dtype=wire,
+        parameter_wire_dtype=wire,
+    )
+
+
+STRATEGIES: dict[str, Any] = {
+    "async_amsgrad": partial(AsyncAMSGradStrategy, **_FORK),
+    # With overlap a slow rank's gradient is two of its steps old, which "auto" has no room for.
+    "overlap": partial(AsyncAMSGradStrategy, **_FORK, overlap=True, max_staleness=64),
+    **{f"overlap, {wire}": _overlapping(wire) for wire in ("bf16", "int8")},
     "ddp": "ddp_fork",
 }
 

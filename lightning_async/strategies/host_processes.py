@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Between two tries to reach rank 0 from a host that was cut off, and for each.
 _TRY_S = 2.0
+# For rank 0 to say what becomes of a rank, before training has begun.
+_PATIENCE_S = 60.0
 # A process that is dying has closed its connections before its status is known.
 _DYING_S = 0.2
 
@@ -121,6 +123,8 @@ class HostProcesses:
         # When a lost one is started again; when one has ended on which rank 0 has not said anything yet.
         self._due: dict[int, float] = {}
         self._undecided: dict[int, float] = {}
+        # Since when rank 0 has not said a word on one that has ended with an error, which it does while it lives.
+        self._unanswered: dict[int, float] = {}
 
     def wait(self, mailbox: Mailbox) -> Any:
         """Waits until the run is over here.
@@ -141,6 +145,7 @@ class HostProcesses:
                 self._take_post(mailbox)
                 self._listen()
                 self._note_ends()
+                self._give_rank_0_up()
                 self._start_due(mailbox)
             self._take_post(mailbox)
             return self._judge()
@@ -238,6 +243,7 @@ class HostProcesses:
             return
         self._lost[index], self._waits_until = word, None
         self._undecided.pop(index, None)
+        self._unanswered.pop(index, None)
         if word.leaves:
             return
         process = self._processes[index]
@@ -273,12 +279,22 @@ class HostProcesses:
             process = self._running.pop(index)
             process.join()
             self._ended.append(index)
+            if process.exitcode:
+                self._unanswered.setdefault(index, time.monotonic())
             if process.exitcode and self._connection is not None:
                 if not self._has_lost_rank_0:
                     self._undecided[index] = time.monotonic()
                 self._connection.report(self._first_rank + index, process.exitcode, self._starts[index])
             if self._is_last_of_run(index, process.exitcode):
                 self._due.clear()
+                self._end_soon()
+
+    def _give_rank_0_up(self) -> None:
+        """Ends the wait for a rank 0 that is stopped: the others have ended for that, and it says nothing of their ends."""
+        patience_s = _PATIENCE_S if self._address is None else self._address.timeout_s
+        if self._host == 0 and 0 in self._running and self._unanswered and not self._is_over:
+            silent_s = time.monotonic() - min(self._unanswered.values())
+            if silent_s > max(patience_s, launching.END_TIMEOUT_S):
                 self._end_soon()
 
     def _is_last_of_run(self, index: int, code: int) -> bool:

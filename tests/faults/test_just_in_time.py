@@ -30,6 +30,8 @@ JOB = {"LIGHTNING_ASYNC_RUN": "a name"}
 class KillsRankZero(Callback):
     """Kills rank 0 in the middle of the second epoch, or in the validation after it, once a snapshot of it is there."""
 
+    number = signal.SIGKILL
+
     def __init__(self, where: str) -> None:
         self.where = where
         self.batches = 0
@@ -39,7 +41,7 @@ class KillsRankZero(Callback):
             return
         self.batches += 1
         if self.batches >= 4 and self.where == "training" and self.is_there(trainer):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1 and trainer.strategy.worker_rank == 0 and self.where == "validation":
@@ -49,7 +51,7 @@ class KillsRankZero(Callback):
     def is_there(self, trainer: Any) -> bool:
         """Whether the snapshot of this segment is, for which rank 0 waits while the others go on."""
         for _ in range(200):
-            if trainer.strategy._snapshots.written == 2:
+            if trainer.strategy._snapshots.written >= 2:
                 return True
             time.sleep(0.005)
         return False
@@ -117,13 +119,13 @@ def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str
     assert {path.name for path in (tmp_path / SNAPSHOT).parent.iterdir()} == {SNAPSHOT.name}
 
 
-def train_through(folder: Path, **options: Any) -> None:
+def train_through(folder: Path, killer: Callback | None = None, **options: Any) -> None:
     """Fits in one go; rank 0 is killed in its first life."""
     seed_everything(SEED, verbose=False)
     strategy = AsyncAMSGradStrategy(
         start_method="fork", on_worker_failure="continue", **({"snapshot_every_s": 600.0} | options)
     )
-    callbacks = [KillsRankZeroOnce(), KeepsSnapshotOnce()]
+    callbacks = [killer or KillsRankZeroOnce(), KeepsSnapshotOnce()]
     trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=callbacks)
     trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
 
@@ -155,3 +157,22 @@ def test_a_run_whose_ranks_are_forked_goes_on_by_itself_when_rank_0_is_killed(tm
     assert "This job was restarted by its launcher and goes on from the snapshot" in found.output
     assert "Traceback" not in found.output
     assert_resumed_exactly(tmp_path / "kept.ckpt", found.reports(), epochs=EPOCHS)
+
+
+class StopsRankZeroOnce(KillsRankZeroOnce):
+    """Stops it, so that nobody sees its end."""
+
+    number = signal.SIGSTOP
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("holder", ["thread", "process"])
+def test_a_rank_0_that_is_stopped_for_good_is_ended_and_started_again(tmp_path: Path, holder: str) -> None:
+    every_s = 600.0 if holder == "process" else 0.05
+    options = {"holder": holder, "worker_timeout": 2.0, "snapshot_every_s": every_s, "killer": StopsRankZeroOnce()}
+    found = launch(lambda folder: train_through(folder, **options), tmp_path)
+
+    assert found.returncode == 0, found.output
+    assert "rank 0 is lost: its process did not end; all ranks are started again" in found.output
+    assert_resumed_exactly(tmp_path / "kept.ckpt", found.reports(), epochs=EPOCHS)
+    assert ("updates further than the snapshot" in found.output) == (holder == "process")

@@ -299,6 +299,36 @@ def test_without_rank_0_lost_ranks_are_not_started_again_and_that_is_said(
     assert eventually(lambda: lines.append(capfd.readouterr().err) or told in "".join(lines))
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_rank_0_that_says_nothing_of_the_others_ends_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool
+) -> None:
+    """It is stopped, and they have ended for that; one that saves something when all is over has the time."""
+    monkeypatch.setattr(room, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(launching, "POLL_S", 0.05)
+    monkeypatch.setattr(launching, "END_TIMEOUT_S", 0.2)
+    processes: list[Any] = [Process(), Process()]
+    mailbox = Mailbox(multiprocessing.get_context("fork"))
+    host = HostProcesses(processes, [str(tmp_path / f"error-{index}") for index in range(2)], 0, goes_on=True)
+    host._is_over = is_over
+    waiting = Call(lambda: host.wait(mailbox), "host-0")
+    processes[1].end(1)
+
+    if is_over:
+        waiting.join(0.8)
+        assert waiting.is_alive()
+        mailbox.put("result")
+        processes[0].end(0)
+        assert waiting.outcome(5.0) == "result"
+    else:
+        with pytest.raises(WorkerFailedError, match="rank 0 failed: its process did not end"):
+            waiting.outcome(5.0)
+        assert host.has_lost_first
+    mailbox.close()
+    for process in processes:
+        process.close()
+
+
 def test_what_is_told_when_nobody_reads_any_more_is_dropped() -> None:
     """Else a rank whose parent was killed would wait in its last write for ever."""
     mailbox = Mailbox(multiprocessing.get_context("fork"))

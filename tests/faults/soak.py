@@ -8,6 +8,7 @@ which must need no more memory, descriptors and threads at its end than at its b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import gc
 import logging
@@ -322,6 +323,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each run has the next one")
     parser.add_argument("--runs", type=int, help="how many runs, in place of --faults")
     parser.add_argument("--keep", type=Path, help="a folder for what the runs leave; those that go well leave nothing")
+    parser.add_argument(
+        "--stopped-s",
+        type=float,
+        default=1.5,
+        help="worker_timeout of runs with a stopped rank; 1.5, busy machines need 4",
+    )
     parser.add_argument("--deaths", type=int, help="one run with that many deaths and joins, in place of many runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -333,6 +340,9 @@ def main() -> int:
     places: Counter[str] = Counter()
     while seed - given.seed < given.runs if given.runs else done < given.faults:
         scenario = Scenario.of(seed)
+        if scenario.strategy["worker_timeout"] < given.stopped_s:
+            patient = scenario.strategy | {"worker_timeout": given.stopped_s}
+            scenario = dataclasses.replace(scenario, strategy=patient)
         folder = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-", dir=given.keep))
         found = run(scenario, folder)
         log = folder / "output.txt"

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from lightning_async.chaos.processes import descendants, parents
 from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status, start_or_refuse
@@ -34,6 +35,8 @@ _WRONG_ARGUMENTS = 2
 # Of linux/prctl.h.
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.05
+# For the state of a large model, on a slow disk.
+_WRITING_S = 60.0
 
 
 def run_main(args: Sequence[str] | None = None) -> int:
@@ -110,18 +113,20 @@ def _end_orphans(timeout_s: float, came: Sequence[int]) -> None:
     """Gives what the command has left behind ``timeout_s`` to end by itself, then kills it, and waits as long again.
 
     Args:
-        timeout_s: the time.
+        timeout_s: the time; a holder's process that writes what it has had gets longer.
         came: signals that tell this process to end, which then waits for nobody.
     """
     started = time.monotonic()
     while (left := descendants(os.getpid(), parents())) and not came:
         waited_s = time.monotonic() - started
-        if waited_s > 2 * timeout_s:
+        if waited_s > 2 * timeout_s and not (waited_s < _WRITING_S and any(map(_writes, left))):
             pids = ", ".join(map(str, sorted(left)))
             _say(f"what the command has left does not end, although it was killed: process {pids}. It stays")
             break
         if waited_s > timeout_s:
             for pid in left:
+                if waited_s < _WRITING_S and _writes(pid):
+                    continue
                 # It may have ended just now, or be another user's.
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
@@ -130,6 +135,14 @@ def _end_orphans(timeout_s: float, came: Sequence[int]) -> None:
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+def _writes(pid: int) -> bool:
+    """Whether a process is a holder's, which leaves what it has had for the next start."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "remote_main"
+    except OSError:
+        return False
 
 
 def _say(line: str) -> None:

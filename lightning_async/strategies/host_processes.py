@@ -290,7 +290,7 @@ class HostProcesses:
                 self._end_soon()
 
     def _give_rank_0_up(self) -> None:
-        """Ends the wait for a rank 0 that is stopped: the others have ended for that, and it says nothing of their ends."""
+        """Ends the wait for a rank 0 that is stopped: the others have ended for that, and it says nothing of it."""
         patience_s = _PATIENCE_S if self._address is None else self._address.timeout_s
         if self._host == 0 and 0 in self._running and self._unanswered and not self._is_over:
             silent_s = time.monotonic() - min(self._unanswered.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.cli.run import run_main
+from tests.faults.test_just_in_time import KeepsSnapshot
 from tests.harness import eventually
 from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, assert_resumed_exactly
 from tests.launch import ENVIRONMENT, Launched, launch
@@ -102,6 +102,24 @@ def test_what_a_killed_command_has_left_is_ended_before_it_starts_again(
     assert found.returncode == 0, found.output
     assert starts(tmp_path) == 2
     assert not Path(f"/proc/{(tmp_path / 'left').read_text().strip()}").exists()
+
+
+def test_a_holders_process_that_still_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_async.cli.run.END_TIMEOUT_S", 0.1)
+    writes = f"""{sys.executable} -c '
+import ctypes, time
+from pathlib import Path
+ctypes.CDLL(None).prctl(15, b"remote_main", 0, 0, 0)
+Path("ready").touch()
+time.sleep(1.0)
+Path("written").touch()
+' &
+while ! test -e ready; do sleep 0.02; done
+kill -KILL $$"""
+    found = run(tmp_path, "--", "sh", "-c", COUNT + "test $n = 2 && test -e written && exit 0\n" + writes)
+
+    assert found.returncode == 0, found.output
+    assert starts(tmp_path) == 2
 
 
 @pytest.mark.parametrize("error", [None, PermissionError, ProcessLookupError])
@@ -220,24 +238,24 @@ class KillsRankZero(Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(start_method: Any) -> None:
+def train(start_method: Any, holder: Any) -> None:
     """The script: rank 0 is killed in its first start."""
     folder = Path.cwd()
     seed_everything(SEED, verbose=False)
-    killers = [KillsRankZero(folder / SNAPSHOT)]
-    if os.environ["LIGHTNING_ASYNC_RESTART_COUNT"] != "0":
-        if not (folder / "kept.ckpt").exists():
-            shutil.copy(folder / SNAPSHOT, folder / "kept.ckpt")
-        killers = []
-    strategy = AsyncAMSGradStrategy(start_method=start_method, snapshot_every_s=0.15)
-    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=killers)
+    is_first = os.environ["LIGHTNING_ASYNC_RESTART_COUNT"] == "0"
+    callbacks = [KillsRankZero(folder / SNAPSHOT) if is_first else KeepsSnapshot()]
+    strategy = AsyncAMSGradStrategy(start_method=start_method, snapshot_every_s=0.15, holder=holder)
+    trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=callbacks)
     trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
 
 
-@pytest.mark.parametrize("start_method", ["fork", pytest.param("popen", marks=pytest.mark.soak)])
-def test_a_run_outlives_rank_0_with_every_sample_once(tmp_path: Path, start_method: str) -> None:
+@pytest.mark.parametrize(
+    ("start_method", "holder"), [("fork", "thread"), pytest.param("popen", "process", marks=pytest.mark.soak)]
+)
+def test_a_run_outlives_rank_0_with_every_sample_once(tmp_path: Path, start_method: str, holder: str) -> None:
     script = tmp_path / "train.py"
-    script.write_text(f"if __name__ == '__main__':\n    from {__name__} import train\n    train('{start_method}')\n")
+    call = f"train('{start_method}', '{holder}')"
+    script.write_text(f"if __name__ == '__main__':\n    from {__name__} import train\n    {call}\n")
 
     found = run(tmp_path, "--", sys.executable, str(script), timeout_s=200.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from lightning_async.runtime.threads import use_one_thread
@@ -19,6 +20,8 @@ class SnapshotWriter:
 
     Attributes:
         written: how many were written.
+        rests_until_s: by the monotonic clock, the time at which writing will have taken a fifth of the time since the
+            last one was begun.
     """
 
     def __init__(self, file: SnapshotFile) -> None:
@@ -29,6 +32,7 @@ class SnapshotWriter:
         self._has_failed = False
         self._was_disturbed = False
         self.written = 0
+        self.rests_until_s = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -59,6 +63,7 @@ class SnapshotWriter:
 
     def _write(self, checkpoint: dict[str, Any]) -> None:
         use_one_thread()
+        begun_s = time.monotonic()
         try:
             disturbed = self._file.write(checkpoint)
         except Exception as error:
@@ -78,4 +83,5 @@ class SnapshotWriter:
                 "Give each run a snapshot_path, or a default_root_dir, of its own."
             )
         self._has_failed = False
+        self.rests_until_s = begun_s + 5 * (time.monotonic() - begun_s)
         self.written += 1

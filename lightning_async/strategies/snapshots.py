@@ -192,8 +192,8 @@ class Snapshots(restarts.Snapshots):
         name = uuid.uuid4().hex
         self._segment = name if service.save_on_loss(str(self._file.path), name) else ""
         if self._segment:
-            # What it leaves belongs to a snapshot of the same segment.
-            self._next = time.monotonic()
+            # What it leaves belongs to a snapshot of the same segment. Short ones of a large model go without.
+            self._next = min(self._next, max(time.monotonic(), self._writer.rests_until_s))
 
     def take_if_due(self) -> None:
         """Takes a snapshot, on rank 0 between two batches, if one is due and none is being written; no collective."""

@@ -50,7 +50,7 @@ class KillsRankZero(Callback):
 
     def is_there(self, trainer: Any) -> bool:
         """Whether the snapshot of this segment is, for which rank 0 waits while the others go on."""
-        for _ in range(200):
+        for _ in range(1000):
             if trainer.strategy._snapshots.written >= 2:
                 return True
             time.sleep(0.005)

@@ -89,6 +89,42 @@ def test_a_snapshot_is_taken_when_it_is_due_and_not_before(path: Path, monkeypat
     assert [found.name for found in path.parent.iterdir()] == ["snapshot.ckpt"]
 
 
+class Holder:
+    """The holder's side, in a process of its own or not."""
+
+    def __init__(self, is_apart: bool) -> None:
+        self.is_apart = is_apart
+        self.asked: list[tuple[str, str]] = []
+
+    def save_on_loss(self, snapshot: str, segment: str) -> bool:
+        self.asked.append((snapshot, segment))
+        return self.is_apart
+
+
+def test_a_segment_has_a_snapshot_of_its_own_where_the_holder_outlives_rank_0(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(path, monkeypatch)
+    with_rank_0: Any = Holder(is_apart=False)
+    apart: Any = Holder(is_apart=True)
+    rig.snapshots.begin_segment(with_rank_0)
+    rig.snapshots.take_if_due()
+    assert rig.asked == 0
+
+    rig.snapshots.begin_segment(apart)
+    rig.snapshots.take_if_due()
+    assert eventually(lambda: rig.snapshots.written == 1)
+    assert apart.asked[0][0] == str(path)
+    assert torch.load(path)["async_amsgrad"]["snapshot"]["segment"] == apart.asked[0][1]
+
+    # The writer of a large model would do nothing else.
+    rig.snapshots._writer.rests_until_s = time.monotonic() + 5.0
+    rig.snapshots.begin_segment(apart)
+    rig.snapshots.take_if_due()
+    assert rig.asked == 1
+    assert apart.asked[0][1] != apart.asked[1][1]
+
+
 def test_while_one_is_written_the_next_is_put_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, may_write = Rig(path, monkeypatch), threading.Event()
     sync = os.fsync

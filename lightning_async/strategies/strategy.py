@@ -482,7 +482,7 @@ class AsyncStrategy(PhasedCollectives):
                 self._signals,
                 stats=lambda: self.stats,
                 on_train_loaders=self._note_train_loaders,
-                snapshots=self._snapshots,
+                snapshots=None if self._snapshots is None else self._snapshots.start,
             )
             self._undo.callback(self._loops.remove)
 

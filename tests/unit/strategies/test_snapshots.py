@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_async import AsyncStrategy
 from lightning_async.runtime import whole_file
 from lightning_async.runtime.job import Job
-from lightning_async.strategies import snapshots
+from lightning_async.strategies import snapshots, start_choice
 from lightning_async.strategies.snapshot_file import SnapshotFile
 from lightning_async.strategies.snapshots import SnapshotPlace, Snapshots
 from tests.harness import eventually
@@ -43,7 +43,7 @@ class Rig:
         self.said: list[str] = []
         monkeypatch.setattr(snapshots, "_fits", snapshots.Counter({path: fit - 1}))
         monkeypatch.setattr(snapshots, "say", lambda trainer, line: self.said.append(line))
-        monkeypatch.setattr(snapshots, "rank_zero_info", self.said.append)
+        monkeypatch.setattr(start_choice, "rank_zero_info", self.said.append)
         self.module = torch.nn.Linear(2, 1)
         self.trainer: Any = SimpleNamespace(
             is_global_zero=True, lightning_module=self.module, save_checkpoint=self._save
@@ -200,7 +200,7 @@ def test_a_write_that_outlasts_the_fit_is_given_up(path: Path, monkeypatch: pyte
 def test_a_restarted_job_goes_on_from_its_own_snapshot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Rig(path, monkeypatch).take_and_wait()
     again = Rig(path, monkeypatch, AGAIN)
-    chosen = again.snapshots.choose(None, is_requeued=False)
+    chosen = again.snapshots.start.choose(None, is_requeued=False)
     again.take_and_wait()
 
     assert chosen == path
@@ -227,7 +227,7 @@ def test_another_runs_snapshot_is_left_alone_and_kept(
     first.take_and_wait()
     again = Rig(path, monkeypatch, job, fit)
     again.trainer.lightning_module = torch.nn.Linear(2, width)
-    chosen = again.snapshots.choose(None, is_requeued=False)
+    chosen = again.snapshots.start.choose(None, is_requeued=False)
     again.take_and_wait()
 
     assert chosen is None
@@ -243,7 +243,7 @@ def test_a_run_that_begins_anew_says_that_there_is_a_snapshot_and_keeps_it(
     os.utime(path, (time.time() - 7_260,) * 2)
     anew = Rig(path, monkeypatch)
 
-    assert anew.snapshots.choose(None, is_requeued=False) is None
+    assert anew.snapshots.start.choose(None, is_requeued=False) is None
     assert anew.said == [
         f"{path} is the snapshot of an earlier run, 2 h old; trainer.fit(ckpt_path=...) goes on from it. This run "
         "begins anew, and keeps it as snapshot.previous.ckpt when it writes its own."
@@ -255,7 +255,7 @@ def test_an_unreadable_snapshot_is_left_alone(path: Path, monkeypatch: pytest.Mo
     path.write_bytes(b"no checkpoint")
     again = Rig(path, monkeypatch, AGAIN)
 
-    assert again.snapshots.choose(None, is_requeued=False) is None
+    assert again.snapshots.start.choose(None, is_requeued=False) is None
     assert again.said[0].startswith(f"The snapshot {path} cannot be read and is left alone: ")
 
 
@@ -265,10 +265,10 @@ def test_a_checkpoint_that_the_fit_was_given_goes_first(path: Path, monkeypatch:
     mine.write_bytes(path.read_bytes())
     again = Rig(path, monkeypatch, AGAIN)
     by_hand = Rig(path, monkeypatch)
-    chosen = by_hand.snapshots.choose(path, is_requeued=False)
+    chosen = by_hand.snapshots.start.choose(path, is_requeued=False)
     by_hand.take_and_wait()
 
-    assert again.snapshots.choose(mine, is_requeued=False) == mine
+    assert again.snapshots.start.choose(mine, is_requeued=False) == mine
     assert (again.said, by_hand.said) == ([], [])
     assert chosen == path
     # What it has begun from is its own.
@@ -281,14 +281,14 @@ def test_a_restart_of_a_fit_that_was_given_a_checkpoint_goes_on_from_the_snapsho
     """The same script with the same ckpt_path runs again: what it has done since would be lost."""
     pretrained, other = path.with_name("pretrained.ckpt"), path.with_name("last.ckpt")
     first = Rig(path, monkeypatch)
-    assert first.snapshots.choose(pretrained, is_requeued=False) == pretrained
+    assert first.snapshots.start.choose(pretrained, is_requeued=False) == pretrained
     first.take_and_wait()
 
     again, by_hand = Rig(path, monkeypatch, AGAIN), Rig(path, monkeypatch)
-    assert again.snapshots.choose(other, is_requeued=False) == other
-    assert again.snapshots.choose(None, is_requeued=False) == path
-    assert again.snapshots.choose(pretrained, is_requeued=False) == path
-    assert by_hand.snapshots.choose(pretrained, is_requeued=False) == pretrained
+    assert again.snapshots.start.choose(other, is_requeued=False) == other
+    assert again.snapshots.start.choose(None, is_requeued=False) == path
+    assert again.snapshots.start.choose(pretrained, is_requeued=False) == path
+    assert by_hand.snapshots.start.choose(pretrained, is_requeued=False) == pretrained
 
 
 def test_of_lightnings_requeue_and_the_snapshot_the_newer_one_is_taken(
@@ -298,9 +298,9 @@ def test_of_lightnings_requeue_and_the_snapshot_the_newer_one_is_taken(
     requeued = path.with_name("hpc_ckpt_1.ckpt")
     requeued.write_bytes(path.read_bytes())
     os.utime(requeued, (time.time() + 60,) * 2)
-    newer = Rig(path, monkeypatch, AGAIN).snapshots.choose(requeued, is_requeued=True)
+    newer = Rig(path, monkeypatch, AGAIN).snapshots.start.choose(requeued, is_requeued=True)
     os.utime(requeued, (time.time() - 60,) * 2)
-    older = Rig(path, monkeypatch, AGAIN).snapshots.choose(requeued, is_requeued=True)
+    older = Rig(path, monkeypatch, AGAIN).snapshots.start.choose(requeued, is_requeued=True)
 
     assert (newer, older) == (requeued, path)
 
@@ -321,7 +321,7 @@ def test_leftovers_of_killed_writers_are_removed(path: Path, monkeypatch: pytest
     path.parent.mkdir()
     part = path.with_name(f".async-{whole_file._digest(path.name)}-{whole_file._digest('there')}-7.part")
     part.touch()
-    Rig(path, monkeypatch).snapshots.choose(None, is_requeued=False)
+    Rig(path, monkeypatch).snapshots.start.choose(None, is_requeued=False)
 
     assert not part.exists()
 

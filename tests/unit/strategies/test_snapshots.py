@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AsyncStrategy
+from lightning_async.exchange.last_state import LastState, LastStateFile
 from lightning_async.runtime import whole_file
 from lightning_async.runtime.job import Job
 from lightning_async.strategies import snapshots, start_choice
@@ -289,6 +290,42 @@ def test_a_restart_of_a_fit_that_was_given_a_checkpoint_goes_on_from_the_snapsho
     assert again.snapshots.start.choose(None, is_requeued=False) == path
     assert again.snapshots.start.choose(pretrained, is_requeued=False) == path
     assert by_hand.snapshots.start.choose(pretrained, is_requeued=False) == pretrained
+
+
+def last_state(segment: str, version: int) -> LastState:
+    return LastState(segment, version, [], [], [], (), (), None, {})
+
+
+@pytest.mark.parametrize(("segment", "version"), [("another", 9), ("", 9), ("own", 0)])
+def test_what_a_holder_has_left_of_another_segment_or_of_before_is_not_taken(
+    path: Path, monkeypatch: pytest.MonkeyPatch, segment: str, version: int
+) -> None:
+    rig, apart = Rig(path, monkeypatch), Holder(is_apart=True)
+    holder: Any = apart
+    rig.snapshots.begin_segment(holder)
+    rig.take_and_wait()
+    own = apart.asked[0][1]
+    before = path.read_bytes()
+    LastStateFile(path).write(last_state(own if segment == "own" else segment, version))
+
+    again = Rig(path, monkeypatch, AGAIN)
+    assert again.snapshots.start.choose(None, is_requeued=False) == path
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == ["snapshot.ckpt"]
+
+
+def test_what_a_holder_has_left_and_cannot_be_read_stays_and_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Rig(path, monkeypatch).take_and_wait()
+    left = path.with_name("snapshot.last.pt")
+    left.write_bytes(b"half of it")
+    again = Rig(path, monkeypatch, AGAIN)
+
+    assert again.snapshots.start.choose(None, is_requeued=False) == path
+    assert again.said[0].startswith("What the holder's process had when rank 0 was lost cannot be used (")
+    assert again.said[0].endswith(f"): {left} stays, and the snapshot {path} is as it was.")
+    assert left.exists()
 
 
 def test_of_lightnings_requeue_and_the_snapshot_the_newer_one_is_taken(

@@ -23,13 +23,15 @@ class NewStarts:
     Args:
         resilience: what becomes of the run when a rank is lost.
         is_possible: whether something is left to go on from.
+        hint: what to tell a user of a run that goes on, and loses rank 0, where nothing is.
 
     Attributes:
         is_wanted: whether there is another start to be made.
     """
 
-    def __init__(self, resilience: Resilience, is_possible: bool) -> None:
+    def __init__(self, resilience: Resilience, is_possible: bool, hint: str = "") -> None:
         self._most = resilience.max_restarts
+        self._hint = hint if resilience.goes_on and not is_possible else ""
         self._goes_on = resilience.goes_on and is_possible
         self._restarts = Restarts()
         self._count = 0
@@ -62,9 +64,13 @@ class NewStarts:
         try:
             yield
         except WorkerFailedError as error:
-            if not self._goes_on or error.failure.rank != 0 or not is_lost():
+            if error.failure.rank != 0 or not is_lost():
                 raise
             told = f"rank 0 is lost: {error.failure.reason}"
+            if self._hint:
+                say_on_host(0, f"{told}; {self._hint}")
+            if not self._goes_on:
+                raise
             count, delay_s = self._restarts.count(0)
             if count > self._most:
                 say_on_host(0, f"{told}; it was started again {self._most} times in a row (max_restarts)")

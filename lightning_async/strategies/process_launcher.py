@@ -107,7 +107,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
-        starts = NewStarts(self._guard.resilience, self._outlives_rank_0(trainer))
+        starts = self._starts_of(trainer)
         try:
             with starts.named():
                 while starts.is_wanted:
@@ -168,11 +168,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
             for path in error_files:
                 Path(path).unlink(missing_ok=True)
 
-    def _outlives_rank_0(self, trainer: pl.Trainer | None) -> bool:
-        """Whether the ranks can go on from what rank 0 has left, all of which are started here."""
+    def _starts_of(self, trainer: pl.Trainer | None) -> NewStarts:
+        """Whether the ranks, if all of them are started here, can go on from what a lost rank 0 has left."""
         strategy: Any = self._strategy
-        is_fit = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        return is_fit and strategy.num_nodes == 1 and strategy.takes_snapshots
+        is_fit = trainer is not None and trainer.state.fn == TrainerFn.FITTING and strategy.num_nodes == 1
+        hint = "the run would go on from a snapshot, and there are none: see snapshot_every_s" if is_fit else ""
+        return NewStarts(self._guard.resilience, is_fit and strategy.takes_snapshots, hint)
 
     @override
     def kill(self, signum: int) -> None:

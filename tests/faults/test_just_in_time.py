@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from lightning_async import AsyncAMSGradStrategy
-from tests.integration.test_resume import BATCH, RANKS, SAMPLES, SEED, Module, applied_tickets, assert_resumed_exactly
+from tests.integration.test_resume import (
+    BATCH,
+    RANKS,
+    SAMPLES,
+    SEED,
+    TICKETS,
+    Module,
+    applied_tickets,
+    assert_resumed_exactly,
+    order_of,
+)
 from tests.launch import Launched, launch
 from tests.models import fork_trainer, loader
 
@@ -117,6 +128,34 @@ def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str
     if where == "validation":
         assert applied_tickets(noted) == [*range(-(-SAMPLES // BATCH))]
     assert {path.name for path in (tmp_path / SNAPSHOT).parent.iterdir()} == {SNAPSHOT.name}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlap": True, "max_staleness": 12},
+        {"batches": "sharded", "transport": "tcp"},
+        {"wire_dtype": "int8", "parameter_wire_dtype": "int8", "transport": "tcp"},
+        {"gradients_per_update": 3, "max_staleness": 0},
+        {"gradients_per_update": 2},
+        {"on_stale": "drop", "max_staleness": 2},
+        {"staleness_policy": "delay_adaptive"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_sample_counts_once_however_gradients_are_exchanged(tmp_path: Path, options: dict[str, Any]) -> None:
+    again, version, kept = kill_and_go_on(tmp_path, KillsRankZero("training"), **options)
+
+    noted = kept["async_amsgrad"]
+    done = applied_tickets(noted)
+    assert noted["version"] >= version and noted["epoch"] == 1 and 0 < len(done) < TICKETS
+    rest = Counter(sample for rank in again.reports() for sample in rank["trained"])
+    expected = Counter((2, sample) for sample in range(SAMPLES))
+    expected += Counter(
+        (1, sample) for ticket, batch in enumerate(order_of(1)) if ticket not in done for sample in batch
+    )
+    assert rest == expected
 
 
 def train_through(folder: Path, killer: Callback | None = None, **options: Any) -> None:

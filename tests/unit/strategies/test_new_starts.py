@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,17 @@ def test_any_other_end_is_the_end(
 ) -> None:
     with pytest.raises(WorkerFailedError, match=failure.reason):
         run(NewStarts(resilience, is_possible), [failure], is_lost)
+
+
+@pytest.mark.parametrize(("policy", "said"), [("continue", True), ("stop", False)])
+def test_a_run_that_could_have_gone_on_says_with_what(
+    policy: Any, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkerFailedError):
+        run(NewStarts(Resilience(policy), is_possible=False, hint="see snapshot_every_s"), [KILLED])
+
+    told = "rank 0 is lost: its process was killed by SIGKILL; see snapshot_every_s\n"
+    assert capsys.readouterr().err == (f"[host 0] lightning_async: {told}" if said else "")
 
 
 def test_it_is_given_up_after_as_many_as_are_allowed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,7 @@ _GRACE_S = 5.0
 _SHUTDOWN_S = 5.0
 # How much later than this one rank 0 may come to the same failure.
 _COMMON_FAILURE_S = 1.0
+_LOOK_S = 0.05
 
 _a_run_has_failed = threading.Event()
 
@@ -62,6 +63,7 @@ class Membership:
         graceful: exception types with which all ranks leave together; they are no failure.
         exit_process: see `ExitGuard`.
         has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
+        is_told_to_end: whether this process has had a SIGTERM: what watches over the ranks has seen the failure then.
         is_owned: whether an engine owns the process and takes an error of each rank: all of them raise the failure
             then, and ``exit_process`` tells the engine of it where this rank's thread does not come back to.
 
@@ -87,6 +89,7 @@ class Membership:
         exit_process: Callable[[int], object] = os._exit,
         has_stepped: Callable[[], bool] = lambda: False,
         is_owned: bool = False,
+        is_told_to_end: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank = rank
         self.meeting: Meeting | None = None
@@ -123,6 +126,7 @@ class Membership:
         self._describe_end = describe_end
         self._graceful = graceful
         self._has_stepped = has_stepped
+        self._is_told_to_end = is_told_to_end
 
     def _wake(self, failure: RunFailure) -> None:
         """Ends this rank's collectives, so that its thread comes back and raises the failure."""
@@ -335,6 +339,12 @@ class Membership:
                 steps.callback(self.listener.close)
             self.latch.free_reserve()
 
+    def _let_the_first_be_seen(self) -> None:
+        """Leaves it to the rank at fault to end first: what watches over the ranks takes the first for the cause."""
+        until = time.monotonic() + self._delay_s
+        while time.monotonic() < until and not self._is_told_to_end():
+            time.sleep(_LOOK_S)
+
     def _explain_somehow(self, error: BaseException) -> BaseException:
         try:
             return self._explain(error)
@@ -371,13 +381,13 @@ class Membership:
             return error
         if self.rank == 0 or self._is_owned:
             if failure.announced or not self._is_owned:
-                time.sleep(self._delay_s)
+                self._let_the_first_be_seen()
             record_failure(self.rank, failure)
             return error if isinstance(error, WorkerFailedError) else WorkerFailedError(failure)
         if not failure.announced:
             say(self.rank, str(failure))
         if failure.announced or is_supervised():
-            time.sleep(self._delay_s)
+            self._let_the_first_be_seen()
         record_failure(self.rank, failure)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)

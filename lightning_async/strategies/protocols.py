@@ -118,6 +118,10 @@ class LaunchedStrategy(Ranks, Protocol):
         """Whether the trainer fits, and does not only evaluate."""
 
     @property
+    def is_told_to_end(self) -> bool:
+        """Whether this rank has had a SIGTERM in this fit."""
+
+    @property
     def takes_snapshots(self) -> bool:
         """Whether snapshots of a fit are written, which a job that is started again goes on from."""
 

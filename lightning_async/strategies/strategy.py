@@ -739,6 +739,11 @@ class AsyncStrategy(PhasedCollectives):
             self._ending.break_off(error)
 
     @property
+    def is_told_to_end(self) -> bool:
+        """Whether this rank has had a SIGTERM in this fit."""
+        return self._signals.sigterm_received
+
+    @property
     def takes_snapshots(self) -> bool:
         """Whether snapshots of a fit are written, which a job that is started again goes on from."""
         return self._snapshot_place.every_s is not None

@@ -104,6 +104,7 @@ class RunSupervisor:
             has_stepped=lambda: self._ranks.has_stepped,
             exit_process=self.launcher.exit_process,
             is_owned=self._ranks.owner is not None,
+            is_told_to_end=lambda: self._ranks.is_told_to_end,
         )
         return self._guarded(self._membership)
 

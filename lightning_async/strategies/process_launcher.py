@@ -95,9 +95,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         # As in the base class, but for who waits for the ranks.
+        strategy: Any = self._strategy
         if trainer is not None:
-            strategy_to_ask: Any = self._strategy
-            strategy_to_ask.refuse_before_launch(trainer)
+            strategy.refuse_before_launch(trainer)
         if self._start_method == "spawn":
             _check_missing_main_guard()
         else:
@@ -107,6 +107,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "trainer.fit() cannot be called twice on one Trainer whose ranks are started by spawn or fork. Create "
                 "a new Trainer and pass fit(ckpt_path=...)."
             )
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            strategy.count_fit(trainer)
         starts = self._starts_of(trainer)
         try:
             with starts.named():

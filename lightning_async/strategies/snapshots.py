@@ -26,7 +26,7 @@ from lightning_async.strategies.start_choice import SNAPSHOT_KEY, StartChoice
 
 __all__ = ["SnapshotPlace", "Snapshots"]
 
-# How many fits of this process have had their snapshots at a place: a script may fit twice.
+# How many fits of this script have had their snapshots at a place.
 _fits: Counter[Path] = Counter()
 
 
@@ -35,11 +35,12 @@ class Snapshots:
 
     Args:
         trainer: the trainer.
-        path: where they are, one in the place of the other.
+        path: where they are, one in the place of the other; those of a script's further fits are beside it.
         every_s: seconds from one to the next.
         collectives: the strategy's own.
         joins: whether this rank joins a run that is under way.
         job: of this process.
+        fit: number of the fit, among those of the script that have their snapshots there; None counts it.
 
     Attributes:
         start: chooses where the fit begins.
@@ -53,14 +54,16 @@ class Snapshots:
         collectives: Collectives,
         joins: Callable[[], bool],
         job: Job | None = None,
+        fit: int | None = None,
     ) -> None:
         self._trainer = trainer
         self._every_s = every_s
-        self._file = SnapshotFile(path.absolute())
+        path = path.absolute()
+        fit = _count_fit(path) if fit is None else fit
+        self._file = SnapshotFile(path if fit == 1 else path.with_name(f"{path.stem}.fit{fit}{path.suffix}"))
         self._writer = SnapshotWriter(self._file)
-        _fits[self._file.path] += 1
-        fit, job = _fits[self._file.path], Job.of_environment() if job is None else job
-        self.start = StartChoice(trainer, self._file, fit, collectives, joins, job)
+        job = Job.of_environment() if job is None else job
+        self.start = StartChoice(trainer, self._file, collectives, joins, job)
         # What the segment is called that the holder's own process leaves its state of; empty without such a process.
         self._segment = ""
         self._next = time.monotonic() + every_s
@@ -167,22 +170,37 @@ class SnapshotPlace:
         elif isinstance(self.every_s, bool) or not 0 < self.every_s < math.inf:
             raise ValueError(f"snapshot_every_s={self.every_s!r} must be a number of seconds above 0, or None")
 
-    def open(self, trainer: Trainer, collectives: Collectives, joins: Callable[[], bool]) -> Snapshots | None:
+    def count_fit(self, trainer: Trainer) -> int | None:
+        """Counts a fit whose ranks are about to be started from here, where they cannot count; returns its number."""
+        return None if self.every_s is None else _count_fit(Path(self._place_for(trainer)).absolute())
+
+    def open(
+        self, trainer: Trainer, collectives: Collectives, joins: Callable[[], bool], fit: int | None = None
+    ) -> Snapshots | None:
         """A fit's snapshots; None if there are none.
 
         Args:
             trainer: the trainer.
             collectives: the strategy's own.
             joins: whether this rank joins a run that is under way.
+            fit: what `count_fit` has returned; None where this process makes all fits of the script.
 
         Raises:
             MisconfigurationException: if they would not be in a folder of this host.
         """
         if self.every_s is None:
             return None
-        path = self.path if self.path is not None else f"{trainer.default_root_dir}/lightning_async/snapshot.ckpt"
-        if "://" in str(path):
+        place = self._place_for(trainer)
+        if "://" in place:
             raise MisconfigurationException(
-                f"snapshots are replaced by a rename, which {path} has none of. Pass a snapshot_path in a folder."
+                f"snapshots are replaced by a rename, which {place} has none of. Pass a snapshot_path in a folder."
             )
-        return Snapshots(trainer, Path(path), self.every_s, collectives, joins)
+        return Snapshots(trainer, Path(place), self.every_s, collectives, joins, fit=fit)
+
+    def _place_for(self, trainer: Trainer) -> str:
+        return f"{trainer.default_root_dir}/lightning_async/snapshot.ckpt" if self.path is None else str(self.path)
+
+
+def _count_fit(path: Path) -> int:
+    _fits[path] += 1
+    return _fits[path]

@@ -36,7 +36,6 @@ class StartChoice(restarts.Snapshots):
     Args:
         trainer: the trainer.
         file: where snapshots are.
-        fit: number of the fit in this process, among those that have their snapshots there.
         collectives: the strategy's own.
         joins: whether this rank joins a run that is under way.
         job: of this process.
@@ -50,14 +49,12 @@ class StartChoice(restarts.Snapshots):
         self,
         trainer: Trainer,
         file: SnapshotFile,
-        fit: int,
         collectives: Collectives,
         joins: Callable[[], bool],
         job: Job,
     ) -> None:
         self._trainer = trainer
         self._file = file
-        self._fit = fit
         self._collectives = collectives
         self._joins = joins
         # What the holder's own process leaves beside them.
@@ -93,7 +90,7 @@ class StartChoice(restarts.Snapshots):
     def note(self) -> dict[str, Any]:
         """What a snapshot keeps, to be known again."""
         module = _fingerprint(self._trainer.lightning_module)
-        return {"job": self.job.state(), "fit": self._fit, "module": module, "given": self.given}
+        return {"job": self.job.state(), "module": module, "given": self.given}
 
     def _decide(self, given: Path | None, is_requeued: bool) -> tuple[Path | None, str]:
         path, own = self._file.path, given is not None and not is_requeued
@@ -163,8 +160,6 @@ class StartChoice(restarts.Snapshots):
         """Why a snapshot is not this fit's, if it is not."""
         if not self.job.continues(Job.load(note["job"])):
             return "it is from another job"
-        if note["fit"] != self._fit:
-            return f"it is from fit number {note['fit']} of the script, and this is number {self._fit}"
         if note["module"] != _fingerprint(self._trainer.lightning_module):
             return "its module has parameters of other names or shapes"
         return None

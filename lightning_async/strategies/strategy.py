@@ -270,6 +270,8 @@ class AsyncStrategy(PhasedCollectives):
         self._has_one_train_loader = True
         self._resolved: Resolved | None = None
         self._snapshots: Snapshots | None = None
+        # Of the script's fits, where what has started this process counts them.
+        self._fit_number: int | None = None
         # Of a fit from its setup on, and of the last one.
         self._run_dial: RunDial | None = None
         self._ending: FitEnding | None = None
@@ -473,7 +475,7 @@ class AsyncStrategy(PhasedCollectives):
                 new_folders = NewFolders(log_folders(self._trainer.loggers), are_used=lambda: self.stats.updates > 0)
                 self._supervisor.on_failure = new_folders.remove_empty
                 self._undo.callback(new_folders.remove_empty_if_interrupted, self._trainer)
-            self._snapshots = self._snapshot_place.open(self._trainer, self, lambda: self.joins)
+            self._snapshots = self._snapshot_place.open(self._trainer, self, lambda: self.joins, self._fit_number)
             self._loops = install(
                 self._trainer,
                 self.strategy_name,
@@ -737,6 +739,10 @@ class AsyncStrategy(PhasedCollectives):
             # A handler may have asked for a checkpoint before it has ended the fit.
             do_each([self._save_late, lambda: self._finish_snapshots(_LAST_SNAPSHOT_S)])
             self._ending.break_off(error)
+
+    def count_fit(self, trainer: Trainer) -> None:
+        """A fit is about to be launched from this process, which is none of the ranks."""
+        self._fit_number = self._snapshot_place.count_fit(trainer)
 
     @property
     def is_told_to_end(self) -> bool:

@@ -94,6 +94,43 @@ def test_a_killed_run_goes_on_from_its_snapshot_with_every_sample_once(
     assert_resumed_exactly(kept, again.reports(), epochs=noted["epoch"] + 2)
 
 
+class EndsInSecondFit(Callback):
+    """Kills rank 0 in the middle of the script's second fit, once that has a snapshot."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.strategy.worker_rank == 0 and batch_idx == 5 and trainer.current_epoch == 1:
+            assert eventually(lambda: trainer.strategy._snapshots.written > 0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_twice(folder: Path, variables: dict[str, str], kills: bool) -> None:
+    os.environ |= SLURM | variables
+    for number in (1, 2):
+        strategy = AsyncAMSGradStrategy(start_method="fork", snapshot_every_s=0.05, summary=False)
+        callbacks = [EndsInSecondFit(folder)] if kills and number == 2 else []
+        trainer = fork_trainer(folder, 2, strategy, max_epochs=number, callbacks=callbacks)
+        trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True))
+        print(f"fit {number} has ended at step {trainer.global_step}")
+
+
+def test_a_script_that_fits_twice_goes_on_in_the_fit_that_a_snapshot_is_of(tmp_path: Path) -> None:
+    """Forked ranks cannot count the script's fits: each is the first of its process."""
+    first = launch(lambda folder: fit_twice(folder, {}, kills=True), tmp_path)
+    again = launch(lambda folder: fit_twice(folder, {"SLURM_RESTART_COUNT": "1"}, kills=False), tmp_path)
+
+    assert first.returncode != 0
+    assert "fit 1 has ended" in first.output
+    assert again.returncode == 0, again.output
+    folder = (tmp_path / SNAPSHOT).parent
+    assert {found.name for found in folder.iterdir()} == {"snapshot.ckpt", "snapshot.fit2.ckpt"}
+    for place in ("snapshot.ckpt: epoch 0, step", "snapshot.fit2.ckpt: epoch 1, step"):
+        assert f"goes on from the snapshot {folder}/{place}" in again.output
+    assert "fit 1 has ended" in again.output and "fit 2 has ended" in again.output
+
+
 def test_a_run_goes_on_from_a_snapshot_of_a_whole_epoch_that_was_not_validated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,20 +213,19 @@ def test_a_restarted_job_goes_on_from_its_own_snapshot(path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("job", "fit", "width", "reason"),
+    ("job", "width", "reason"),
     [
-        (Job(slurm="18", restarted_by=("SLURM",)), 1, 1, "it is from another job"),
-        (AGAIN, 2, 1, "it is from fit number 1 of the script, and this is number 2"),
-        (AGAIN, 1, 3, "its module has parameters of other names or shapes"),
+        (Job(slurm="18", restarted_by=("SLURM",)), 1, "it is from another job"),
+        (AGAIN, 3, "its module has parameters of other names or shapes"),
     ],
 )
 def test_another_runs_snapshot_is_left_alone_and_kept(
-    path: Path, monkeypatch: pytest.MonkeyPatch, job: Job, fit: int, width: int, reason: str
+    path: Path, monkeypatch: pytest.MonkeyPatch, job: Job, width: int, reason: str
 ) -> None:
     first = Rig(path, monkeypatch)
     first.take_and_wait()
     first.take_and_wait()
-    again = Rig(path, monkeypatch, job, fit)
+    again = Rig(path, monkeypatch, job)
     again.trainer.lightning_module = torch.nn.Linear(2, width)
     chosen = again.snapshots.start.choose(None, is_requeued=False)
     again.take_and_wait()
@@ -235,6 +234,15 @@ def test_another_runs_snapshot_is_left_alone_and_kept(
     assert again.said == [f"The snapshot {path} is left alone: {reason}."]
     assert version_in(path.with_name("snapshot.previous.ckpt")) == 2
     assert version_in(path) == 1
+
+
+def test_each_fit_of_a_script_goes_on_from_its_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fit in (1, 2):
+        Rig(path, monkeypatch, fit=fit).take_and_wait()
+    again = [Rig(path, monkeypatch, AGAIN, fit).snapshots.start for fit in (1, 2, 3)]
+
+    chosen = [start.choose(None, is_requeued=False) for start in again]
+    assert chosen == [path, path.with_name("snapshot.fit2.ckpt"), None]
 
 
 def test_a_run_that_begins_anew_says_that_there_is_a_snapshot_and_keeps_it(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.evictions import Evictions
 from lightning_async.runtime.failure import FailureLatch, RunFailure, describe_exit, say
 from lightning_async.runtime.handshake import HandshakeError, PeerInfo
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 # A launcher that has said nothing for so long is on a host that may be cut off.
 _SILENCE_S = 4 * BEAT_S
 _CLOSING_S = 1.0
+# Until a rank that is started again has reached rank 0: imports, on a slow disk and a busy machine.
+_IMPORTS_S = 300.0
 # How long a launcher's report of a process may trail the end of its connection.
 _REPORT_S = 3.0
 # Of a rank that is not started any more.
@@ -72,6 +75,9 @@ class Launchers:
         latch: the run's failure latch.
         most: how often in a row a rank may be started again.
         timeout_s: `worker_timeout`.
+
+    Attributes:
+        has_come: tells whether a rank has reached rank 0, and is watched over.
     """
 
     def __init__(self, evictions: Evictions, latch: FailureLatch, most: int, timeout_s: float = 60.0) -> None:
@@ -80,6 +86,8 @@ class Launchers:
         self._latch = latch
         self._most = most
         self._timeout_s = timeout_s
+        self.has_come: Callable[[int], bool] = lambda rank: False
+        self._late: dict[int, Alarm] = {}
         self._restarts = Restarts()
         self._changed = threading.Condition()
         self._launchers: list[_Launcher] = []
@@ -153,7 +161,21 @@ class Launchers:
             if launcher is None:
                 return "it is not started again: what has started it is gone" if rank in self._known else None
         self._tell(launcher, word)
+        if word.start:
+            self._expect(word)
         return self._say_where(launcher, word)
+
+    def _expect(self, word: Lost) -> None:
+        """Has another one started if this one does not come: its disk, say, gives no answer."""
+
+        def look() -> None:
+            if self._starts.get(word.rank) == word.start and not self.has_come(word.rank):
+                self.lose_joiner(RunFailure(word.rank, f"has not reached rank 0 within {_IMPORTS_S:g} s"))
+
+        if (before := self._late.get(word.rank)) is not None:
+            before.close()
+        alarm = self._late[word.rank] = Alarm(look)
+        alarm.set(_IMPORTS_S + word.delay_s)
 
     def let_go(self, rank: int, reason: str) -> None:
         """A rank leaves by itself: it is not started again."""
@@ -219,7 +241,9 @@ class Launchers:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            launchers = list(self._launchers)
+            launchers, late = list(self._launchers), list(self._late.values())
+        for alarm in late:
+            alarm.close()
         for launcher in launchers:
             if launcher.connection is None:
                 continue

@@ -278,11 +278,14 @@ class Membership:
         evictions.lose_joiner = launchers.lose_joiner
         admission = self.admission = Admission(roster, self.latch, lambda: host.counts)
 
+        def has_come(rank: int) -> bool:
+            return self._heartbeats is not None and self._heartbeats.watches(rank)
+
         def check(rank: int) -> None:
-            if self._heartbeats is not None and not self._heartbeats.watches(rank):
+            if self._heartbeats is not None and not has_come(rank):
                 evictions.lose(RunFailure(rank, "its process is gone: it ended while it joined"))
 
-        admission.check = check
+        admission.check, launchers.has_come = check, has_come
 
     def _hear_of(self, failure: RunFailure) -> None:
         """Another rank was taken out of the run, or this one."""

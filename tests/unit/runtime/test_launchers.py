@@ -271,3 +271,63 @@ def test_what_cannot_be_read_ends_the_connection(rank_0: RankZero) -> None:
     launcher._connection.send_encoded(b"\xff\xff\xff\xff")
 
     assert eventually(lambda: not rank_0.launchers._launchers)
+
+
+def test_a_rank_that_falls_silent_while_it_joins_is_replaced(
+    rank_0: RankZero, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_REPORT_S", 0.05)
+    launcher = rank_0.connect()
+    rank_0.lose(3)
+    launcher.receive()
+
+    rank_0.evictions.lose_joiner = rank_0.launchers.lose_joiner
+    rank_0.evictions.lose_peer(RunFailure(3, "gave no sign of life for 2 s"))
+
+    word = launcher.receive()
+    assert word is not None and (word.start, word.delay_s) == (2, 1.0)
+    told = (
+        "rank 3, which was about to join, is lost: gave no sign of life for 2 s; it is started again by host 1 in 1 s"
+    )
+    assert is_said(told, capfd)
+
+
+@pytest.mark.parametrize("known", ["reported", "in the run", "over"])
+def test_one_whose_end_is_known_or_that_has_joined_is_not_replaced_twice(
+    rank_0: RankZero, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    monkeypatch.setattr(room, "_REPORT_S", 0.3)
+    launcher = rank_0.connect()
+    rank_0.lose(3)
+    launcher.receive()
+
+    rank_0.launchers.lose_joiner(RunFailure(3, "its process is gone"))
+    if known == "reported":
+        launcher.report(3, SIGKILL, 1)
+        word = launcher.receive()
+        assert word is not None and word.start == 2
+    elif known == "in the run":
+        rank_0.evictions.roster.add(3)
+    else:
+        rank_0.launchers.close()
+
+    assert not eventually(lambda: rank_0.launchers._starts[3] > (2 if known == "reported" else 1), 0.6)
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_a_rank_that_never_comes_is_replaced(
+    rank_0: RankZero, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    monkeypatch.setattr(room, "_REPORT_S", 0.05)
+    monkeypatch.setattr(room, "_IMPORTS_S", 0.2)
+    launcher = rank_0.connect()
+    rank_0.launchers.has_come = lambda rank: comes
+    rank_0.lose(3)
+    launcher.receive()
+
+    if comes:
+        assert not eventually(lambda: rank_0.launchers._starts[3] > 1, 0.6)
+    else:
+        word = launcher.receive()
+        assert word is not None and word.start == 2
+        assert is_said("rank 3, which was about to join, is lost: has not reached rank 0 within 0.2 s; ", capfd)

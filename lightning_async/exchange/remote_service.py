@@ -286,7 +286,7 @@ class HolderProcess(Service):
         """Raises what is known of the run's end."""
         assert self._latch is not None
         self._latch.explain_loss(
-            lambda: RunFailure(0, self._child.describe_end() or "its holder process no longer answers")
+            lambda: RunFailure(0, self._child.describe_end() or "its holder process no longer answers", lost=True)
         )
         self._latch.check()
 

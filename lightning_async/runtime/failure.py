@@ -51,15 +51,22 @@ class RunFailure:
         reason: what happened to it, in words that stand behind "rank 2 failed: ".
         announced: True if another process already tells the user, so that this one ends quietly.
         traced: True if the rank at fault has said so itself, and shows its traceback.
+        lost: True if a process was killed, stopped or cut off, which need not come again.
     """
 
     rank: int
     reason: str
     announced: bool = False
     traced: bool = field(default=False, compare=False)
+    lost: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"rank {self.rank} failed: {self.reason}"
+
+    @property
+    def in_short(self) -> str:
+        """The reason without a traceback that came with it."""
+        return self.reason.partition(_TRACEBACK)[0]
 
 
 class WorkerFailedError(RuntimeError):

@@ -275,7 +275,7 @@ class Heartbeats:
             if self._peers.get(peer.rank) is not peer:
                 # Taken out meanwhile: another worker may have its place.
                 return
-        failure = RunFailure(peer.rank, reason)
+        failure = RunFailure(peer.rank, reason, lost=True)
         if self._on_lost is None:
             self._forget(peer)
             self._latch.trip(failure)

@@ -116,7 +116,7 @@ class HostProcesses:
         # Whether rank 0 has said its last, and that all was well; until when it is waited for on a host that is cut
         # off, and the next try.
         self._is_over = self._ends_well = False
-        # Whether the first rank was killed, or stopped for good, when the run had ended: not by an error of its own.
+        # Whether the first rank, or a process beside it, was killed or stopped when the run had ended: not an error.
         self.has_lost_first = False
         self._waits_until: float | None = None
         self._next_try = 0.0
@@ -316,7 +316,8 @@ class HostProcesses:
     def _judge(self) -> Any:
         processes, result = self._processes, self._result
         stuck, told = sorted(self._running), isinstance(result, RunFailure)
-        self.has_lost_first = (0 in stuck and not told) or _was_killed(processes[0].exitcode)
+        is_gone = (0 in stuck and not told) or _was_killed(processes[0].exitcode)
+        self.has_lost_first = is_gone or (isinstance(result, RunFailure) and result.rank == 0 and result.lost)
         for process in self._running.values():
             process.kill()
         if self._goes_on and self._host == 0 and processes[0].exitcode == 0:

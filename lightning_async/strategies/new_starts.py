@@ -66,7 +66,7 @@ class NewStarts:
         except WorkerFailedError as error:
             if error.failure.rank != 0 or not is_lost():
                 raise
-            told = f"rank 0 is lost: {error.failure.reason}"
+            told = f"rank 0 is lost: {error.failure.in_short}"
             if self._hint:
                 say_on_host(0, f"{told}; {self._hint}")
             if not self._goes_on:

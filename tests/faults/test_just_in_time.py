@@ -28,7 +28,7 @@ from tests.integration.test_resume import (
     assert_resumed_exactly,
     order_of,
 )
-from tests.launch import Launched, launch
+from tests.launch import Launched, launch, processes_named
 from tests.models import fork_trainer, loader
 
 pytestmark = pytest.mark.timeout(120)
@@ -52,12 +52,16 @@ class KillsRankZero(Callback):
             return
         self.batches += 1
         if self.batches >= 4 and self.where == "training" and self.is_there(trainer):
-            os.kill(os.getpid(), self.number)
+            self.strike()
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1 and trainer.strategy.worker_rank == 0 and self.where == "validation":
             assert self.is_there(trainer)
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.strike()
+
+    def strike(self) -> None:
+        """Does it."""
+        os.kill(os.getpid(), self.number)
 
     def is_there(self, trainer: Any) -> bool:
         """Whether the snapshot of this segment is, for which rank 0 waits while the others go on."""
@@ -205,6 +209,24 @@ def test_a_run_whose_ranks_are_forked_goes_on_by_itself_when_rank_0_is_killed(tm
     assert "This job was restarted by its launcher and goes on from the snapshot" in found.output
     assert "Traceback" not in found.output
     assert_resumed_exactly(tmp_path / "kept.ckpt", found.reports(), epochs=EPOCHS)
+
+
+class KillsHolderOnce(KillsRankZeroOnce):
+    """Kills the holder's process in its place."""
+
+    def strike(self) -> None:
+        (holder,) = processes_named(os.getsid(0), "remote_main")
+        os.kill(holder, signal.SIGKILL)
+
+
+def test_a_run_goes_on_from_its_snapshot_when_the_holders_process_is_killed(tmp_path: Path) -> None:
+    options = {"holder": "process", "snapshot_every_s": 0.05, "killer": KillsHolderOnce()}
+    found = launch(lambda folder: train_through(folder, **options), tmp_path)
+
+    assert found.returncode == 0, found.output
+    told = "rank 0 is lost: its holder process was killed by SIGKILL; all ranks are started again"
+    assert told in found.output
+    assert_each_once(found, torch.load(tmp_path / "kept.ckpt"))
 
 
 class StopsRankZeroOnce(KillsRankZeroOnce):

@@ -26,8 +26,8 @@ from lightning_async.strategies.snapshot_file import SnapshotFile
 __all__ = ["SNAPSHOT_KEY", "StartChoice"]
 
 SNAPSHOT_KEY = "snapshot"
-# Until the holder's process of the start before has written what it had.
-_LAST_STATE_S = 60.0
+# Until the holder's process of the start before has written what it had; of another run, which may live long.
+_LAST_STATE_S, _ANOTHERS_S = 60.0, 5.0
 
 
 class StartChoice(restarts.Snapshots):
@@ -94,8 +94,10 @@ class StartChoice(restarts.Snapshots):
 
     def _decide(self, given: Path | None, is_requeued: bool) -> tuple[Path | None, str]:
         path, own = self._file.path, given is not None and not is_requeued
-        if not self._last.wait(_LAST_STATE_S):
-            rank_zero_info(f"A process of another start of this run still writes to {self._last.path}; it is let be.")
+        if not self._last.wait(_LAST_STATE_S if self.job.restarted_by else _ANOTHERS_S):
+            rank_zero_info(
+                f"Another run has its snapshots in {path.parent}, too, or an earlier start still writes there."
+            )
         self._file.remove_leftovers()
         if (line := self._bring_up_to_date()) is not None:
             rank_zero_info(line)

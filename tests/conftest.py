@@ -11,6 +11,7 @@ And the environment is each test's own: a launcher's variables that one test lea
 wait for others that nobody starts.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -37,6 +38,15 @@ LEFT_BY_LIGHTNING = {
     "KMP_INIT_AT_FORK",
     "KMP_DUPLICATE_LIB_OK",
 }
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Takes what was imported out of the garbage collector's sight, and so out of that of each forked rank.
+
+    A collection would look at a million objects, and a fork's would copy the memory that they are in.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -132,7 +132,7 @@ def assert_each_once(again: Launched, kept: dict[str, Any]) -> None:
     assert rest == expected
 
 
-@pytest.mark.parametrize("where", ["training", "validation", "of rank 2"])
+@pytest.mark.parametrize("where", [pytest.param("training", marks=pytest.mark.soak), "validation", "of rank 2"])
 def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str) -> None:
     killer: Callback = KillsRankTwo() if where == "of rank 2" else KillsRankZero(where)
     again, version, kept = kill_and_go_on(tmp_path, killer)

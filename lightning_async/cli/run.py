@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from lightning_async.chaos.processes import descendants, parents
 from lightning_async.runtime.commands import describe_code, passing_signals_on, shell_status, start_or_refuse
 from lightning_async.runtime.interrupts import INTERRUPTED
 from lightning_async.runtime.job import RESTARTS_VARIABLE, RUN_VARIABLE
+from lightning_async.runtime.prctl import adopt_orphans
 from lightning_async.runtime.restart_counts import back_off_s
 from lightning_async.strategies.launching import END_TIMEOUT_S
 
@@ -32,8 +32,6 @@ by SIGTERM or has wrong arguments (status 2) is not started again. Other ranks t
 need no restart: on_worker_failure="continue" goes on without them.
 """
 _WRONG_ARGUMENTS = 2
-# Of linux/prctl.h.
-_PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.05
 # For the state of a large model, on a slow disk.
 _WRITING_S = 60.0
@@ -53,7 +51,7 @@ def run_main(args: Sequence[str] | None = None) -> int:
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
         parser.error("what is to be run? lightning-async run -- python train.py")
-    _adopt_orphans()
+    adopt_orphans()
     variables = os.environ | {RUN_VARIABLE: os.environ.get(RUN_VARIABLE) or uuid.uuid4().hex}
     # A scheduler that has started this command again counts, too.
     before = int(os.environ.get(RESTARTS_VARIABLE) or 0)
@@ -103,30 +101,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _adopt_orphans() -> None:
-    """Makes what the command leaves behind a child of this process, so that it is found."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def _end_orphans(timeout_s: float, came: Sequence[int]) -> None:
     """Gives what the command has left behind ``timeout_s`` to end by itself, then kills it, and waits as long again.
 
     Args:
-        timeout_s: the time; a holder's process that writes what it has had gets longer.
+        timeout_s: the time; longer while a holder's process among them writes what it has had.
         came: signals that tell this process to end, which then waits for nobody.
     """
     started = time.monotonic()
     while (left := descendants(os.getpid(), parents())) and not came:
         waited_s = time.monotonic() - started
-        if waited_s > 2 * timeout_s and not (waited_s < _WRITING_S and any(map(_writes, left))):
+        patience_s = max(timeout_s, _WRITING_S) if any(map(_writes, left)) else timeout_s
+        if waited_s > 2 * patience_s:
             pids = ", ".join(map(str, sorted(left)))
             _say(f"what the command has left does not end, although it was killed: process {pids}. It stays")
             break
-        if waited_s > timeout_s:
+        if waited_s > patience_s:
             for pid in left:
-                if waited_s < _WRITING_S and _writes(pid):
-                    continue
                 # It may have ended just now, or be another user's.
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)

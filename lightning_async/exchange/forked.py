@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Collection
 from contextlib import suppress
 
-from lightning_async.runtime.parent_watch import end_with_parent, name_process
+from lightning_async.runtime.prctl import name_process, signal_at_parents_end
 
 __all__ = ["ForkedProcess"]
 
@@ -68,7 +68,7 @@ class ForkedProcess:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
             except ChildProcessError:
-                # Somebody else has asked for its status.
+                # Somebody else has asked for its status. What `subprocess` says then.
                 self._code = 0
                 return self._code
             if pid:
@@ -79,7 +79,7 @@ class ForkedProcess:
 def _run(module: str, descriptors: Collection[int], parent: int) -> None:
     code = 1
     try:
-        end_with_parent(signal.SIGKILL)
+        signal_at_parents_end(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
         name_process(module.rpartition(".")[2])
@@ -87,7 +87,7 @@ def _run(module: str, descriptors: Collection[int], parent: int) -> None:
         gc.freeze()
         _let_go_of_all_but(descriptors)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGCONT):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         importlib.import_module(module).main(*descriptors)
         code = 0

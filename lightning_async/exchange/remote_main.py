@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -31,7 +32,7 @@ from lightning_async.runtime.failure import FailureLatch, say
 from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.heartbeat import Heartbeats
 from lightning_async.runtime.listener import Listener
-from lightning_async.runtime.parent_watch import ParentGoneError, ParentWatch
+from lightning_async.runtime.prctl import signal_at_parents_end
 from lightning_async.transport.connection import ControlConnection
 
 __all__ = ["RpcServer", "UpdateBuffer", "main"]
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 
 # Rank 0 takes the news of many updates at once, which costs its training less than each of them by itself.
 _NEWS_EVERY_S = 0.05
-# Calls that are not the service's own: what they take or return is large.
-_BY_SHARED_PAYLOAD = (
+# Calls that are not the service's own: what they take or return is large, or they are about this process.
+_CALLS_OF_ITS_OWN = (
     "begin",
     "serve",
     "load_parameters",
@@ -55,9 +56,17 @@ _BY_SHARED_PAYLOAD = (
 )
 # After these what is held is no more the state that the last snapshots of the run go with.
 _BEGINS_ANEW = (
-    *("serve", "begin_epoch", "regroup", "open", "load_parameters", "load_states", "set_counts"),
-    *("restore", "adjust"),
+    "serve",
+    "begin_epoch",
+    "regroup",
+    "open",
+    "load_parameters",
+    "load_states",
+    "set_counts",
+    "restore",
+    "adjust",
 )
+_LOOK_S = 0.2
 # Longer than any disk takes to write what is held.
 _LAST_WRITE_S = 120.0
 
@@ -129,13 +138,11 @@ class RpcServer:
     Args:
         buffer: tells rank 0 of updates.
         heartbeat: rank 0's end is watched by it.
-        watch: sees rank 0's end where something is to be done then.
     """
 
-    def __init__(self, buffer: UpdateBuffer, heartbeat: socket.socket, watch: ParentWatch) -> None:
+    def __init__(self, buffer: UpdateBuffer, heartbeat: socket.socket) -> None:
         self._buffer = buffer
         self._heartbeat = heartbeat
-        self._watch = watch
         self._latch = FailureLatch()
         self._listener: Listener | None = None
         self._service: HolderService | None = None
@@ -186,7 +193,8 @@ class RpcServer:
     def save_on_loss(self, snapshot: str, segment: str) -> bool:
         """Has what is held left beside ``snapshot`` if rank 0 is lost before it begins anything else."""
         if self._last is None:
-            self._watch.start()
+            # Rank 0's end is not this process's any more, which looks for it itself; also if it is stopped then.
+            signal_at_parents_end(signal.SIGCONT)
             self._last = LastStateFile(Path(snapshot))
             self._last.claim()
         self._segment = segment
@@ -194,9 +202,7 @@ class RpcServer:
 
     def leave_state(self) -> None:
         """Rank 0 is lost: writes what is held, if it has asked for that."""
-        if self._last is None:
-            return
-        if self._segment is not None:
+        if self._last is not None and self._segment is not None:
             service = self.service
             snapshot = service.snapshot()
             views = [service.layout.views(snapshot.parameters, index) for index in range(len(snapshot.adapted))]
@@ -244,7 +250,7 @@ class RpcServer:
         """Does what rank 0 asks for."""
         if name in _BEGINS_ANEW:
             self._segment = None
-        return getattr(self if name in _BY_SHARED_PAYLOAD else self.service, name)(*arguments)
+        return getattr(self if name in _CALLS_OF_ITS_OWN else self.service, name)(*arguments)
 
 
 def main(control: int, heartbeat: int) -> None:
@@ -257,14 +263,16 @@ def main(control: int, heartbeat: int) -> None:
     torch.set_num_threads(1)
     connection = Connection(control)
     buffer = UpdateBuffer(connection.send)
-    watch = ParentWatch()
-    rpc_server = RpcServer(buffer, socket.socket(fileno=heartbeat), watch)
+    rpc_server, rank_0 = RpcServer(buffer, socket.socket(fileno=heartbeat)), os.getppid()
     try:
         connection.send(READY)
         threading.Thread(target=buffer.keep_telling, name="updates", daemon=True).start()
         while True:
-            with watch.waiting():
-                name, number, arguments = connection.recv()
+            while not connection.poll(_LOOK_S):
+                # What rank 0 has forked has its end of the connection, too, which may then stay open.
+                if os.getppid() != rank_0:
+                    raise EOFError("its process is gone")
+            name, number, arguments = connection.recv()
             if name == "end":
                 rpc_server.leave_nothing()
                 break
@@ -272,7 +280,7 @@ def main(control: int, heartbeat: int) -> None:
                 _leave_state(rpc_server)
                 break
             _answer(rpc_server, buffer, connection, name, number, arguments)
-    except (EOFError, OSError, ParentGoneError) as error:
+    except (EOFError, OSError) as error:
         log.debug("rank 0 is gone: %s", error)
         _leave_state(rpc_server)
     sys.stderr.flush()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch.multiprocessing as mp
@@ -31,7 +31,7 @@ from lightning_async.runtime.handshake import Address
 from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_through, say_interrupted
 from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
-from lightning_async.runtime.parent_watch import end_with_parent
+from lightning_async.runtime.prctl import signal_at_parents_end
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses, Mailbox
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
@@ -116,9 +116,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
                     starts.wait()
                     result = self._run_ranks([trainer, function, args, kwargs], starts)
         except KeyboardInterrupt:
-            say_interrupted()
-            # Lightning would exit with status 1.
-            raise SystemExit(INTERRUPTED) from None
+            # Between two starts.
+            _end_interrupted()
         except WorkerFailedError:
             tell_in_one_line()
             raise
@@ -162,7 +161,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         except KeyboardInterrupt:
             # For those that are still importing; the others hear of Ctrl+C themselves.
             super().kill(signal.SIGTERM)
-            raise
+            _end_interrupted()
         finally:
             self._end_children()
             meeting_place.close()
@@ -181,9 +180,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def kill(self, signum: int) -> None:
         super().kill(signum)
         if isinstance(sys.exc_info()[1], KeyboardInterrupt) and not self._is_rank:
-            # Before there were ranks. Lightning, which asks for this last, would exit with status 1.
-            say_interrupted()
-            raise SystemExit(INTERRUPTED)
+            # Before there were ranks; Lightning asks for this last.
+            _end_interrupted()
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
@@ -192,7 +190,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         mailbox.only_write()
         # torch has SIGINT sent, which ends the run. Where it goes on without this host, its ranks leave it.
         leaves = guard.goes_on and self._first_rank > 0
-        end_with_parent(signal.SIGTERM if leaves else signal.SIGINT)
+        signal_at_parents_end(signal.SIGTERM if leaves else signal.SIGINT)
         self._told = mailbox if process_idx == 0 else None
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -277,6 +275,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
             # Two pipes, which would be open until the garbage collector comes by.
             process.close()
         self.procs = []
+
+
+def _end_interrupted() -> NoReturn:
+    say_interrupted()
+    # Lightning would exit with status 1.
+    raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager

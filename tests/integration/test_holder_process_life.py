@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import lightning_async
+from lightning_async.exchange.last_state import LastStateFile
 from lightning_async.exchange.remote_service import HolderProcess
-from tests.launch import gone
+from tests.launch import ENVIRONMENT, gone
 
 PACKAGE = Path(lightning_async.__file__).parent
 
@@ -48,6 +49,40 @@ def test_it_does_not_outlive_rank_0_whoever_has_inherited_the_connection(how: st
         pid = int(rank_0.stdout.readline())
         os.kill(rank_0.pid, signal.SIGKILL)
         assert gone(pid, 5.0)
+
+
+LEAVING_RANK_0 = """
+import os, sys, time
+from lightning_async.exchange.remote_service import HolderProcess
+from tests.unit.exchange.test_remote_service import Run, amsgrad
+run = Run(amsgrad, HolderProcess(forks=True))
+run.train(steps=3)
+assert run.service.save_on_loss(sys.argv[1], "one")
+if os.fork() == 0:
+    time.sleep(30)
+    os._exit(0)
+print(run.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
+def test_it_leaves_what_it_has_whoever_has_inherited_the_connection(tmp_path: Path, is_stopped: bool) -> None:
+    file = LastStateFile(tmp_path / "snapshot.ckpt")
+    command = [sys.executable, "-c", LEAVING_RANK_0, str(tmp_path / "snapshot.ckpt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT) as rank_0:
+        assert rank_0.stdout is not None
+        pid = int(rank_0.stdout.readline())
+        assert not file.wait(0.0)
+        if is_stopped:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(rank_0.pid, signal.SIGKILL)
+        assert gone(pid, 10.0)
+
+    left = file.read()
+    assert left is not None and (left.segment, left.version) == ("one", 3)
+    # Its threads may outlast it by a moment.
+    assert file.wait(5.0)
 
 
 CORE = ("data", "exchange", "holder", "runtime", "transport")

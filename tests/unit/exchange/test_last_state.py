@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
 import torch
 
 from lightning_async.exchange.last_state import LastState, LastStateFile
-from tests.harness import eventually
-from tests.launch import ENVIRONMENT, gone
+from tests.launch import ENVIRONMENT
 
 
 def state(version: int) -> LastState:
@@ -78,45 +74,3 @@ def test_a_fit_that_ends_leaves_nothing(tmp_path: Path) -> None:
     file.release()
 
     assert [*tmp_path.iterdir()] == []
-
-
-PARENT = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
-print(child.pid, flush=True)
-time.sleep(60)
-"""
-CHILD = """
-import os, sys, time
-from pathlib import Path
-from lightning_async.runtime.parent_watch import ParentGoneError, ParentWatch
-watch = ParentWatch()
-watch.start()
-place = Path(sys.argv[1])
-(place / "ready").touch()
-try:
-    with watch.waiting():
-        # Another one's SIGCONT interrupts nothing.
-        time.sleep(60)
-except ParentGoneError:
-    (place / "told").touch()
-"""
-
-
-@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
-def test_a_child_is_told_of_its_parents_end(tmp_path: Path, is_stopped: bool) -> None:
-    environment = os.environ | ENVIRONMENT
-    command = [sys.executable, "-c", PARENT, CHILD, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert eventually((tmp_path / "ready").exists)
-        os.kill(child, signal.SIGCONT)
-        time.sleep(0.1)
-        assert not (tmp_path / "told").exists()
-        if is_stopped:
-            os.kill(child, signal.SIGSTOP)
-        parent.kill()
-        assert gone(child, 10.0)
-
-    assert (tmp_path / "told").exists()

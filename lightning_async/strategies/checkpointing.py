@@ -21,7 +21,7 @@ from lightning_async.strategies.by_hand import ByHand
 from lightning_async.strategies.clock import SharedClock
 from lightning_async.strategies.frozen import tensors_in
 from lightning_async.strategies.gradient_exchange import GradientExchange
-from lightning_async.strategies.just_in_time import CHECKPOINT_KEY, places_in
+from lightning_async.strategies.just_in_time import places_in
 from lightning_async.strategies.optimizer_proxy import (
     checkpointed_state,
     held_state,
@@ -31,6 +31,9 @@ from lightning_async.strategies.optimizer_proxy import (
 from lightning_async.strategies.resume import EpochPlace
 
 __all__ = ["CHECKPOINT_KEY", "Checkpointing"]
+
+# One key for all strategies of this package: their checkpoints load in each other.
+CHECKPOINT_KEY = "async_amsgrad"
 
 
 class Checkpointing:

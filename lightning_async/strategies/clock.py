@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
@@ -12,7 +11,7 @@ from lightning_async.holder.types import Snapshot
 from lightning_async.loops.protocols import Clock
 from lightning_async.strategies.by_hand import ByHand
 
-__all__ = ["SharedClock"]
+__all__ = ["SharedClock", "step_at"]
 
 
 class SharedClock(Clock):
@@ -75,5 +74,20 @@ class SharedClock(Clock):
 
     def step_of(self, snapshot: Snapshot) -> int:
         """The step of what a checkpoint consists of."""
-        steps: Any = snapshot.counts[STEPS] if self._by_hand.counts_steps and snapshot.counts else snapshot.version
-        return int(steps) // self._world_size
+        return step_at(snapshot.version, snapshot.counts, self._by_hand.counts_steps, self._world_size)
+
+
+def step_at(version: int, counts: Sequence[int], counts_steps: bool, world_size: int) -> int:
+    """The shared clock's step where the holder has come to a version.
+
+    Args:
+        version: the version.
+        counts: what all workers have counted by then; empty where nothing but updates is counted.
+        counts_steps: whether steps are counted; else each version is one.
+        world_size: number of ranks N.
+
+    Examples:
+        >>> step_at(12, (), False, 4), step_at(12, (36, 36), True, 4)
+        (3, 9)
+    """
+    return (counts[STEPS] if counts_steps and counts else version) // world_size

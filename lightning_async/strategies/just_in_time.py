@@ -7,6 +7,7 @@ counts and applied batches are the holder's last ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +15,10 @@ from torch.optim import Optimizer
 
 from lightning_async.exchange.last_state import LastState
 from lightning_async.holder.layout import all_parameters, exchanged
-from lightning_async.holder.tally import STEPS
+from lightning_async.strategies.clock import step_at
+from lightning_async.strategies.resume import EpochPlace
 
-__all__ = ["CHECKPOINT_KEY", "bring_up_to_date", "places_in"]
-
-# One key for all strategies of this package: their checkpoints load in each other.
-CHECKPOINT_KEY = "async_amsgrad"
+__all__ = ["bring_up_to_date", "places_in"]
 
 
 def places_in(
@@ -55,12 +54,17 @@ def places_in(
 
 
 def bring_up_to_date(
-    checkpoint: dict[str, Any], last: LastState, places: Mapping[str, Any], counts_steps: bool
+    checkpoint: dict[str, Any],
+    noted: dict[str, Any],
+    last: LastState,
+    places: Mapping[str, Any],
+    counts_steps: bool,
 ) -> None:
     """Puts what a holder had last into a checkpoint of the same segment, in place.
 
     Args:
         checkpoint: a snapshot of the run.
+        noted: what it has under `CHECKPOINT_KEY`.
         last: what the holder had.
         places: where it goes; see `places_in`.
         counts_steps: whether the shared clock goes by what was counted, and not by the version.
@@ -81,14 +85,12 @@ def bring_up_to_date(
         checkpoint["optimizer_states"][index] = _state(
             checkpoint["optimizer_states"][index], held, places["numbers"][index], last.adapted[index]
         )
-    noted = checkpoint[CHECKPOINT_KEY]
-    noted |= {"version": last.version, "counts": [*last.counts] or noted["counts"], "policy": last.policy}
-    noted["applied"] = [bound for pair in last.applied for bound in pair]
+    noted |= {"version": last.version, "counts": [*last.counts], "policy": last.policy}
+    noted |= replace(EpochPlace.load(noted), applied=last.applied).state()
     noted.pop("gathered", None)
     if last.gathered is not None:
         noted["gathered"] = last.gathered
-    steps = last.counts[STEPS] if counts_steps and last.counts else last.version
-    checkpoint["global_step"] = int(steps) // int(noted["world_size"])
+    checkpoint["global_step"] = step_at(last.version, last.counts, counts_steps, noted["world_size"])
 
 
 def _tensors(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

@@ -144,7 +144,7 @@ class StartChoice(restarts.Snapshots):
             if last is None or behind < 0 or not _is_of_segment(note, last):
                 self._last.remove()
                 return None
-            bring_up_to_date(snapshot, last, note["places"], note["counts_steps"])
+            bring_up_to_date(snapshot, noted, last, note["places"], note["counts_steps"])
             note |= {"step": snapshot["global_step"], "written": left.stat().st_mtime, "segment": ""}
             WholeFile(path).write(snapshot)
         except Exception as error:

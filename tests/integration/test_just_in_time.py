@@ -104,8 +104,9 @@ def test_an_old_snapshot_with_the_last_state_is_a_new_one(
     last = LastStateFile(tmp_path / SNAPSHOT).read()
     assert last is not None
 
-    note = old["async_amsgrad"]["snapshot"]
-    bring_up_to_date(old, last, note["places"], note["counts_steps"])
+    noted = old["async_amsgrad"]
+    note = noted["snapshot"]
+    bring_up_to_date(old, noted, last, note["places"], note["counts_steps"])
 
     # Lightning's own, and the callbacks', are of when it was taken.
     unlike = [place for place in differences(old, new) if not place.startswith(RANK_ZEROS)]
@@ -122,6 +123,7 @@ def test_parameters_that_a_hook_has_replaced_are_not_guessed(tmp_path: Path) -> 
     last = LastStateFile(tmp_path / SNAPSHOT).read()
     assert last is not None
 
-    note = old["async_amsgrad"]["snapshot"]
+    noted = old["async_amsgrad"]
+    note = noted["snapshot"]
     with pytest.raises(ValueError, match="has put something else in the parameters' place"):
-        bring_up_to_date(old, last, note["places"], note["counts_steps"])
+        bring_up_to_date(old, noted, last, note["places"], note["counts_steps"])

@@ -120,11 +120,10 @@ class HostProcesses:
         self.has_lost_first = False
         self._waits_until: float | None = None
         self._next_try = 0.0
-        # When a lost one is started again; when one has ended on which rank 0 has not said anything yet.
+        # When a lost one is started again; since when rank 0, which does so while it lives, has not said a word on one
+        # that has ended with an error.
         self._due: dict[int, float] = {}
         self._undecided: dict[int, float] = {}
-        # Since when rank 0 has not said a word on one that has ended with an error, which it does while it lives.
-        self._unanswered: dict[int, float] = {}
 
     def wait(self, mailbox: Mailbox) -> Any:
         """Waits until the run is over here.
@@ -154,11 +153,13 @@ class HostProcesses:
                 self._connection.close()
 
     def _is_under_way(self) -> bool:
-        now = time.monotonic()
-        self._undecided = {
-            index: since_s for index, since_s in self._undecided.items() if now - since_s < launching.END_TIMEOUT_S
-        }
-        return bool(self._running or self._due or self._undecided) or self._may_come_back()
+        return bool(self._running or self._due or self._is_awaited()) or self._may_come_back()
+
+    def _is_awaited(self) -> bool:
+        """Whether rank 0 may yet say that a rank is to be started again which has ended."""
+        if self._connection is None or self._has_lost_rank_0 or not self._undecided:
+            return False
+        return time.monotonic() - max(self._undecided.values()) < launching.END_TIMEOUT_S
 
     def _may_come_back(self) -> bool:
         """Whether the ranks have ended since this host is cut off: rank 0, which goes on, may be heard of again."""
@@ -243,7 +244,6 @@ class HostProcesses:
             return
         self._lost[index], self._waits_until = word, None
         self._undecided.pop(index, None)
-        self._unanswered.pop(index, None)
         if word.leaves:
             return
         process = self._processes[index]
@@ -280,10 +280,8 @@ class HostProcesses:
             process.join()
             self._ended.append(index)
             if process.exitcode:
-                self._unanswered.setdefault(index, time.monotonic())
+                self._undecided[index] = time.monotonic()
             if process.exitcode and self._connection is not None:
-                if not self._has_lost_rank_0:
-                    self._undecided[index] = time.monotonic()
                 self._connection.report(self._first_rank + index, process.exitcode, self._starts[index])
             if self._is_last_of_run(index, process.exitcode):
                 self._due.clear()
@@ -292,8 +290,8 @@ class HostProcesses:
     def _give_rank_0_up(self) -> None:
         """Ends the wait for a rank 0 that is stopped: the others have ended for that, and it says nothing of it."""
         patience_s = _PATIENCE_S if self._address is None else self._address.timeout_s
-        if self._host == 0 and 0 in self._running and self._unanswered and not self._is_over:
-            silent_s = time.monotonic() - min(self._unanswered.values())
+        if self._host == 0 and 0 in self._running and self._undecided and not self._is_over:
+            silent_s = time.monotonic() - min(self._undecided.values())
             if silent_s > max(patience_s, launching.END_TIMEOUT_S):
                 self._end_soon()
 

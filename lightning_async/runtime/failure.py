@@ -88,10 +88,9 @@ def tell(error: WorkerFailedError) -> tuple[str, str]:
         ('', 'rank 1 failed: ValueError: no; its own traceback says where')
     """
     failure = error.failure
-    reason, traceback = failure.reason, ""
-    if (at := reason.find(_TRACEBACK)) >= 0:
-        # Of a process that was started from this one and does not print it.
-        reason, traceback = reason[:at], reason[at:].strip()
+    reason = failure.in_short
+    # Of a process that was started from this one and does not print it.
+    traceback = failure.reason.removeprefix(reason).strip()
     where = "; its own traceback says where" if failure.traced else ""
     return traceback, f"rank {failure.rank} failed: {reason}{'; its traceback is above' if traceback else where}"
 

@@ -223,18 +223,18 @@ class Launchers:
             if is_known or self._closed or self._latch.failure is not None:
                 return
             told = self.replace(failure) or ""
-        say(0, f"rank {rank}, which was about to join, is lost: {failure.reason}; {told}")
+        _say_lost(failure, told)
 
     def _lose_before_it_was_in(self, rank: int, code: int, start: int) -> None:
-        reason = describe_exit(code)
+        failure = RunFailure(rank, describe_exit(code))
         if start == 0 or self._latch.failure is not None or self._closed:
             return
         if code == ERROR:
             told = "it is not started again: that was an error of its own"
-            self._end(Lost(rank, reason, told))
+            self._end(Lost(rank, failure.reason, told))
         else:
-            told = self.replace(RunFailure(rank, reason)) or ""
-        say(0, f"rank {rank}, which was about to join, is lost: {reason}; {told}")
+            told = self.replace(failure) or ""
+        _say_lost(failure, told)
 
     def close(self) -> None:
         """The run is over: tells the launchers, unless it has failed; idempotent."""
@@ -297,3 +297,7 @@ class Launchers:
             return word.told
         silent = ", once that is heard of again" if launcher.is_silent else ""
         return word.told.replace("started again", f"started again{launcher.where}", 1) + silent
+
+
+def _say_lost(failure: RunFailure, told: str) -> None:
+    say(0, f"rank {failure.rank}, which was about to join, is lost: {failure.reason}; {told}")

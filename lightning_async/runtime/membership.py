@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from lightning_async.runtime.admission import Admission, Invitation, JoinRequest
-from lightning_async.runtime.alarms import Alarm
 from lightning_async.runtime.collective_watch import CollectiveWatch
 from lightning_async.runtime.elastic import forget_failure, is_supervised, record_failure
 from lightning_async.runtime.evictions import Evictions
@@ -22,7 +19,6 @@ from lightning_async.runtime.failure import (
     WorkerFailedError,
     describe_error,
     describe_exit,
-    end_process,
     say,
 )
 from lightning_async.runtime.handshake import HEARTBEAT, MEETING, Address, handshake
@@ -37,20 +33,17 @@ from lightning_async.runtime.process_groups import break_groups
 from lightning_async.runtime.process_identity import ProcessIdentity
 from lightning_async.runtime.rendezvous import LOOPBACK, share_address
 from lightning_async.runtime.roster import Resilience, Roster
+from lightning_async.runtime.shutdown import note_failed_run
 
-__all__ = ["Membership", "guard_shutdown"]
+__all__ = ["Membership"]
 
 # What watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
 # at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
 _SURVIVOR_DELAY_S = 2.0
 _GRACE_S = 5.0
-# What the interpreter and Gloo may take to shut down after a failure.
-_SHUTDOWN_S = 5.0
 # How much later than this one rank 0 may come to the same failure.
 _COMMON_FAILURE_S = 1.0
 _LOOK_S = 0.05
-
-_a_run_has_failed = threading.Event()
 
 
 class Membership:
@@ -332,7 +325,7 @@ class Membership:
                 # The error is on its way up to the user's code, which may want to save something, or to the owner.
                 steps.callback(self._guard.disarm)
             if self.latch.failure is not None:
-                _a_run_has_failed.set()
+                note_failed_run()
             for part in (self.meeting, self.admission, self.launchers, self.joining):
                 if part is not None:
                     steps.callback(part.close)
@@ -394,17 +387,3 @@ class Membership:
         record_failure(self.rank, failure)
         # Rank 0, or the rank at fault, tells the user; a traceback from every rank would bury it.
         return SystemExit(1)
-
-
-def guard_shutdown() -> None:
-    """Ends this process if it does not come to its end after a failed run; for ``atexit``."""
-    if _a_run_has_failed.is_set():
-        Alarm(_end_now).set(_SHUTDOWN_S)
-
-
-def _end_now() -> None:
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        end_process()

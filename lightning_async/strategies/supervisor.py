@@ -22,8 +22,9 @@ from lightning_async.runtime.failure import FailureLatch, RunFailure, say
 from lightning_async.runtime.handshake import HandshakeError
 from lightning_async.runtime.interrupts import interruptible
 from lightning_async.runtime.listener import Listener
-from lightning_async.runtime.membership import Membership, guard_shutdown
+from lightning_async.runtime.membership import Membership
 from lightning_async.runtime.roster import Resilience
+from lightning_async.runtime.shutdown import guard_shutdown
 from lightning_async.runtime.whereabouts import announce_rank, announce_training
 from lightning_async.shards.process import ShardProcess
 from lightning_async.shards.shard_process import ShardServerProcess

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +10,13 @@ import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
-from lightning_async.runtime.handshake import Address
 from lightning_async.strategies import host_processes as room
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses, Mailbox
-from lightning_async.transport.base import ChannelClosedError
-from tests.harness import Call, RankZero, eventually
+from tests.harness import Call, eventually
+from tests.launched_host import Host1, Process
 
 pytestmark = pytest.mark.timeout(30)
-
-
-class Process:
-    """A rank's process without one."""
-
-    def __init__(self) -> None:
-        self.exitcode: int | None = None
-        self.sentinel, self._alive = os.pipe()
-
-    def end(self, code: int) -> None:
-        if self.exitcode is None:
-            self.exitcode = code
-            os.close(self._alive)
-
-    def is_alive(self) -> bool:
-        return self.exitcode is None
-
-    def join(self, timeout: float | None = None) -> None:
-        return
-
-    def kill(self) -> None:
-        self.end(-9)
-
-    def close(self) -> None:
-        self.end(0)
-        os.close(self.sentinel)
-
-
-class Host1:
-    """What waits for ranks 2 and 3 of a run that goes on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.rank_0 = RankZero(most=1)
-        self.mailbox = Mailbox(multiprocessing.get_context("fork"))
-        self.processes: list[Any] = [Process(), Process()]
-        self.all: list[Process] = list(self.processes)
-        self.started: list[tuple[int, Address]] = []
-        files = [str(folder / f"error-{index}") for index in range(2)]
-        host = HostProcesses(self.processes, files, 1, True, self._start)
-        self.waiting = Call(lambda: host.wait(self.mailbox), "host-1")
-
-    def _start(self, index: int, address: Address) -> Process:
-        self.started.append((index, address))
-        self.all.append(Process())
-        return self.all[-1]
-
-    def begin_training(self) -> None:
-        self.mailbox.put(self.rank_0.address)
-        assert eventually(lambda: self.rank_0.launchers._launchers)
-
-    def restarted(self, index: int) -> Process:
-        """The process that is started in the place of a rank's first; waits for it."""
-        assert eventually(lambda: self.processes[index] is not self.all[index])
-        process: Process = self.processes[index]
-        return process
-
-    def die(self, index: int, code: int = -9) -> None:
-        self.processes[index].end(code)
-        self.rank_0.lose(2 + index)
-
-    def close(self) -> None:
-        self.rank_0.close()
-        for process in self.all:
-            process.end(0)
-        self.waiting.join(10.0)
-        self.mailbox.close()
-        for process in self.all:
-            process.close()
-
-
-@pytest.fixture
-def host_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host1]:
-    monkeypatch.setattr(room, "_DYING_S", 0.0)
-    monkeypatch.setattr(launching, "POLL_S", 0.05)
-    host = Host1(tmp_path)
-    yield host
-    host.close()
 
 
 def test_each_rank_of_another_host_is_started_again_the_first_like_any_other(host_1: Host1) -> None:
@@ -337,84 +256,3 @@ def test_what_is_told_when_nobody_reads_any_more_is_dropped() -> None:
     mailbox.put(bytes(1 << 20))
 
     mailbox.close()
-
-
-SILENT = RunFailure(0, "gave no sign of life for 20 s (worker_timeout)")
-
-
-def lose_sight(host_1: Host1) -> None:
-    """The host is cut off: its ranks end by themselves, and nothing has come from rank 0."""
-    host_1.mailbox.put(SILENT)
-    for process in list(host_1.processes):
-        process.end(1)
-
-
-def test_a_host_that_was_cut_off_takes_part_again_once_it_hears_of_rank_0(host_1: Host1) -> None:
-    host_1.begin_training()
-    lose_sight(host_1)
-    assert host_1.waiting.waits()
-
-    for rank in (2, 3):
-        host_1.rank_0.lose(rank, "gave no sign of life for 20 s (worker_timeout)")
-
-    restarted = [host_1.restarted(index) for index in (0, 1)]
-    # As a rank does: its end without a word would be that of one that was told to end.
-    host_1.mailbox.put("result")
-    for process in restarted:
-        process.end(0)
-    assert host_1.waiting.outcome() == "result"
-
-
-def test_it_calls_rank_0_again_where_its_connection_has_not_survived(
-    host_1: Host1, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host_1.begin_training()
-    receive = room.LauncherConnection.receive
-
-    def time_out(connection: Any) -> Any:
-        monkeypatch.setattr(room.LauncherConnection, "receive", receive)
-        raise ChannelClosedError("connection lost while receiving") from TimeoutError()
-
-    monkeypatch.setattr(room.LauncherConnection, "receive", time_out)
-    host_1.rank_0.lose(3, "gave no sign of life for 20 s (worker_timeout)")
-    lose_sight(host_1)
-
-    host_1.restarted(1)
-
-    assert [index for index, _ in host_1.started] == [1]
-
-
-def test_what_is_said_again_to_a_host_that_was_away_ends_no_rank_that_was_started_since(host_1: Host1) -> None:
-    host_1.begin_training()
-    host_1.die(1)
-    again = host_1.restarted(1)
-    (launcher,) = host_1.rank_0.launchers._launchers
-
-    # It is about to join, and not in the run.
-    host_1.rank_0.launchers._tell(launcher, host_1.rank_0.launchers._words[3])
-
-    assert host_1.waiting.waits()
-    assert again.is_alive() and len(host_1.started) == 1
-
-
-def test_it_does_not_wait_for_rank_0_without_an_end(host_1: Host1, capfd: pytest.CaptureFixture[str]) -> None:
-    host_1.mailbox.put(replace(host_1.rank_0.address, timeout_s=0.3))
-    assert eventually(lambda: host_1.rank_0.launchers._launchers)
-
-    lose_sight(host_1)
-
-    error = host_1.waiting.ended()
-    assert isinstance(error, WorkerFailedError) and error.failure == SILENT
-    told = "rank 0 cannot be reached; if it can within 0.3 s, this host's ranks are started again"
-    assert f"[host 1] lightning_async: {told}" in capfd.readouterr().err
-
-
-def test_a_rank_0_that_is_gone_is_not_waited_for(host_1: Host1) -> None:
-    host_1.begin_training()
-    host_1.rank_0.latch.trip(SILENT)
-    host_1.rank_0.launchers.close()
-
-    lose_sight(host_1)
-
-    error = host_1.waiting.ended()
-    assert isinstance(error, WorkerFailedError) and error.failure == SILENT

@@ -157,7 +157,7 @@ class LastStateFile:
         if not self.path.exists():
             return None
         # Written by this run's own process, beside a snapshot that is read in the same way.
-        return LastState(**torch.load(self.path, map_location="cpu", weights_only=False))
+        return LastState(**torch.load(self.path, map_location="cpu", mmap=True, weights_only=False))
 
     def remove(self) -> None:
         """Removes what was left."""

@@ -226,11 +226,7 @@ def accept_nccl(
     """
     if "nccl" not in offer:
         return offer
-    try:
-        return _connect_worker(connection, offer["nccl"], address, worker, buffers, device, overlaps)
-    except BaseException:
-        connection.close()
-        raise
+    return _connect_worker(connection, offer["nccl"], address, worker, buffers, device, overlaps)
 
 
 def _connect_worker(

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from lightning_async.holder.hyperparams import HyperparamLayout
 from lightning_async.holder.layout import FlatLayout, describe_model
 from lightning_async.runtime.handshake import CONTROL, Address, HandshakeError, PeerInfo, handshake
 from lightning_async.runtime.listening import allowed_ports
-from lightning_async.transport.base import Buffers, Channel
+from lightning_async.transport.base import Buffers, Channel, ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.devices import DeviceFacts, RankDevices
 from lightning_async.transport.fields import fit_text
@@ -111,11 +111,13 @@ class ChannelNegotiator:
             return channel
         # The holder takes over what hooks do to rank 0's parameters, and must not take its own rounded ones for that.
         wire = _UNROUNDED if peer.rank == 0 else self._wire
-        segment = self._segment(peer)
-        if segment is not None:
-            self._on_segment(peer.rank, peer.slot, segment)
-        shortcut = None if segment is None else _make_shortcut()
-        try:
+        with ExitStack() as offered:
+            segment, shortcut = self._segment(peer), None
+            if segment is not None:
+                offered.callback(segment.release)
+                self._on_segment(peer.rank, peer.slot, segment)
+                if (shortcut := _make_shortcut()) is not None:
+                    offered.callback(shortcut.close)
             offer = {
                 "segment": segment.address if segment else None,
                 "shortcut": shortcut.name if shortcut else None,
@@ -133,11 +135,6 @@ class ChannelNegotiator:
                 self._complain(f"rank {peer.rank} could not map shared memory: {reason}")
                 fallback = offer | {"segment": None}
                 connection.send(Welcome(peer.rank, json.dumps(fallback)))
-        finally:
-            if segment is not None:
-                segment.release()
-            if shortcut is not None:
-                shortcut.close()
         buffers = Buffers.allocate(self._numel, self._dtype)
         gradients, parameters = wire
         incoming = GradientWire(self._numel, self._dtype) if gradients == "int8" else None
@@ -252,9 +249,26 @@ def dial(
     def gpu_buffers() -> Buffers:
         return Buffers.allocate(numel, dtype, devices.own)
 
-    offer = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own, overlaps)
-    if isinstance(offer, Channel):
-        return offer
+    with ExitStack() as on_error:
+        on_error.callback(connection.close)
+        channel = accept_nccl(connection, json.loads(welcome), address, worker, gpu_buffers, devices.own, overlaps)
+        if not isinstance(channel, Channel):
+            channel = _accept(connection, channel, address, layout, worker, overlaps, wires or WorkerWires(layout))
+        on_error.pop_all()
+    return channel
+
+
+def _accept(
+    connection: ControlConnection,
+    offer: dict[str, Any],
+    address: Address,
+    layout: FlatLayout,
+    worker: int,
+    overlaps: bool,
+    wires: WorkerWires,
+) -> Channel:
+    """The worker's side: takes what it can have of an offer of shared memory and TCP."""
+    numel, dtype = layout.numel, layout.dtype
     if offer["segment"] is not None:
         try:
             buffers = SharedSegment.attach(offer["segment"], numel, dtype)
@@ -263,15 +277,21 @@ def dial(
             offer = json.loads(_expect_welcome(connection.receive()).offer)
         else:
             shortcut = find_shortcut(offer["shortcut"]) if offer["shortcut"] else None
-            connection.send(Ack(worker, takes_shortcut=shortcut is not None))
+            try:
+                connection.send(Ack(worker, takes_shortcut=shortcut is not None))
+            except ChannelClosedError:
+                if shortcut is not None:
+                    shortcut.close()
+                raise
             if shortcut is not None:
                 connection.move_to(shortcut)
             return SharedMemoryChannel(connection, buffers)
     buffers = Buffers.allocate(numel, dtype)
     gradients, parameters = offer["wire"]
-    outgoing = (wires or WorkerWires(layout)).gradients(gradients)
     incoming = _parameter_wire(parameters, numel, dtype)
-    return TcpChannel(connection, buffers, address.timeout_s, outgoing, incoming, late_reader=overlaps)
+    return TcpChannel(
+        connection, buffers, address.timeout_s, wires.gradients(gradients), incoming, late_reader=overlaps
+    )
 
 
 def _open_store(host: str) -> TCPStore:

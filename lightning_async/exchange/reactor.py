@@ -17,6 +17,7 @@ from lightning_async.exchange.fence import EvictedError
 from lightning_async.exchange.joint_service import serve_together
 from lightning_async.exchange.session import Arrived, Session
 from lightning_async.holder.holder import Holder
+from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
 from lightning_async.transport.fields import WireError
 from lightning_async.transport.message import Push, kind_of
@@ -68,9 +69,15 @@ class Reactor:
         holder.subscribe(self._on_change)
 
     def add(self, session: Session, connection: ControlConnection) -> None:
-        """Serves another session until its worker says goodbye or is lost."""
+        """Serves another session until its worker says goodbye or is lost.
+
+        Raises:
+            ChannelClosedError: if the reactor is about to stop.
+        """
         client = _Client(session, connection)
         with self._lock:
+            if self._closing:
+                raise ChannelClosedError("the run is over")
             self._clients.add(client)
             self._selector.register(connection.fileno(), selectors.EVENT_READ, client)
             if self._thread.ident is None:
@@ -222,9 +229,11 @@ class Reactor:
                 self._try_to_advance(client, client.held_back)
 
     def _end(self, client: _Client, error: Exception | None) -> None:
-        with self._lock:
-            self._clients.discard(client)
-            self._held_back.pop(client, None)
-            self._selector.unregister(client.connection.fileno())
-        self._on_ended(client.session, error)
-        client.connection.close()
+        try:
+            with self._lock:
+                self._clients.discard(client)
+                self._held_back.pop(client, None)
+                self._selector.unregister(client.connection.fileno())
+            self._on_ended(client.session, error)
+        finally:
+            client.connection.close()

@@ -320,11 +320,13 @@ class Server:
                 session.serve_one()
         except Exception as raised:
             error = raised
-        self._end(fence, peer.slot, error)
-        if isinstance(error, (SessionError, EvictedError)) and channel is not None:
-            # The worker may be waiting for the payload of the refused request to be taken.
-            channel.close()
-        connection.close()
+        try:
+            self._end(fence, peer.slot, error)
+        finally:
+            if isinstance(error, (SessionError, EvictedError)) and channel is not None:
+                # The worker may be waiting for the payload of the refused request to be taken.
+                channel.close()
+            connection.close()
 
     def _end_served(self, session: Session, error: BaseException | None) -> None:
         self._ends.run(functools.partial(self._end, session.fence, session.slot, error))

@@ -141,9 +141,11 @@ class HostProcesses:
         try:
             while self._is_under_way() and time.monotonic() < self._deadline:
                 self._sleep(mailbox)
+                # What a process has said before its end is read by the time that its end counts.
+                ended = [index for index, process in self._running.items() if not process.is_alive()]
                 self._take_post(mailbox)
                 self._listen()
-                self._note_ends()
+                self._note_ends(ended)
                 self._give_rank_0_up()
                 self._start_due(mailbox)
             self._take_post(mailbox)
@@ -274,8 +276,9 @@ class HostProcesses:
 
     # --- the ends of processes ---------------------------------------------------------------------------------------
 
-    def _note_ends(self) -> None:
-        for index in [index for index, process in self._running.items() if not process.is_alive()]:
+    def _note_ends(self, ended: Sequence[int]) -> None:
+        # Others of them are known by rank 0's word by now.
+        for index in [index for index in ended if index in self._running]:
             process = self._running.pop(index)
             process.join()
             self._ended.append(index)

@@ -138,7 +138,7 @@ class StartChoice(restarts.Snapshots):
         if not (path.exists() and left.exists()):
             return None
         try:
-            snapshot, last = torch.load(path, map_location="cpu", weights_only=False), self._last.read()
+            snapshot, last = _load(path), self._last.read()
             noted = snapshot[CHECKPOINT_KEY]
             note, behind = noted[SNAPSHOT_KEY], 0 if last is None else last.version - noted["version"]
             if last is None or behind < 0 or not _is_of_segment(note, last):
@@ -167,11 +167,16 @@ class StartChoice(restarts.Snapshots):
         return None
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """A snapshot, whose tensors are in memory once they are looked at."""
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return checkpoint
+
+
 def _note_in(path: Path) -> dict[str, Any] | str:
     """What a snapshot notes of its run, or why it cannot be read."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        note: dict[str, Any] = checkpoint[CHECKPOINT_KEY][SNAPSHOT_KEY]
+        note: dict[str, Any] = _load(path)[CHECKPOINT_KEY][SNAPSHOT_KEY]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return note

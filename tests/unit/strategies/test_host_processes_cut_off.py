@@ -11,7 +11,7 @@ from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 from lightning_async.strategies import host_processes as room
 from lightning_async.transport.base import ChannelClosedError
 from tests.harness import eventually
-from tests.launched_host import Host1
+from tests.launched_host import Host1, Process
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -41,19 +41,29 @@ def test_a_host_that_was_cut_off_takes_part_again_once_it_hears_of_rank_0(host_1
     assert host_1.waiting.outcome() == "result"
 
 
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "while they are looked at"])
 def test_it_calls_rank_0_again_where_its_connection_has_not_survived(
-    host_1: Host1, monkeypatch: pytest.MonkeyPatch
+    host_1: Host1, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
 ) -> None:
+    """Whenever its ranks end: what they have said of it is heard before their end counts."""
     host_1.begin_training()
-    receive = room.LauncherConnection.receive
+    receive, is_alive = room.LauncherConnection.receive, Process.is_alive
+
+    def end(process: Process) -> bool:
+        monkeypatch.setattr(Process, "is_alive", is_alive)
+        lose_sight(host_1)
+        return process.is_alive()
 
     def time_out(connection: Any) -> Any:
         monkeypatch.setattr(room.LauncherConnection, "receive", receive)
+        if meanwhile:
+            monkeypatch.setattr(Process, "is_alive", end)
         raise ChannelClosedError("connection lost while receiving") from TimeoutError()
 
     monkeypatch.setattr(room.LauncherConnection, "receive", time_out)
     host_1.rank_0.lose(3, "gave no sign of life for 20 s (worker_timeout)")
-    lose_sight(host_1)
+    if not meanwhile:
+        lose_sight(host_1)
 
     host_1.restarted(1)
 

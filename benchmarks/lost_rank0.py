@@ -79,13 +79,18 @@ def losses_in(events: list[Event], kills: list[float], ranks: int) -> list[Loss]
         ranks: number of ranks.
 
     Examples:
-        >>> told = [{"what": "batch", "at_s": 1.0, "version": 8}, {"what": "begins", "at_s": 4.0, "version": 5}]
-        >>> losses_in(told, [2.0], ranks=1)
-        [Loss(first_s=2.0, all_s=2.0, updates=3)]
+        >>> told = [
+        ...     {"what": "batch", "at_s": 1.0, "version": 8},
+        ...     {"what": "begins", "at_s": 4.0, "version": 5},
+        ...     {"what": "batch", "at_s": 5.0, "version": 6},
+        ...     {"what": "begins", "at_s": 7.0, "version": 6},
+        ... ]
+        >>> losses_in(told, [2.0, 6.0], ranks=1)
+        [Loss(first_s=2.0, all_s=2.0, updates=3), Loss(first_s=1.0, all_s=1.0, updates=0)]
     """
     found = []
-    for kill, until in zip(kills, [*kills[1:], float("inf")], strict=True):
-        told = [event["version"] for event in events if event["what"] == "batch" and event["at_s"] <= kill]
+    for since, kill, until in zip([0.0, *kills], kills, [*kills[1:], float("inf")], strict=False):
+        told = [event["version"] for event in events if event["what"] == "batch" and since < event["at_s"] <= kill]
         begun = [event for event in events if event["what"] == "begins" and kill < event["at_s"] <= until]
         from_version = min(event["version"] for event in begun)
         first_s, all_s = begun[0]["at_s"] - kill, begun[ranks - 1]["at_s"] - kill
@@ -98,8 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=[*SIZES], default=["44K", "11.2M"])
     parser.add_argument("--holders", nargs="+", choices=HOLDERS, default=list(HOLDERS))
-    parser.add_argument("--kills", type=int, default=5, help="of each run")
-    parser.add_argument("--every", type=float, default=7.0, help="seconds from when all train until the kill")
+    parser.add_argument("--kills", type=int, default=4, help="of each run")
+    parser.add_argument("--every", type=float, default=14.0, help="seconds from when all train until the kill")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run is not None:

@@ -37,8 +37,8 @@ from lightning_async.runtime.shutdown import note_failed_run
 
 __all__ = ["Membership"]
 
-# What watches over the ranks (torchrun, the spawning process) takes the first that exits for the culprit: the rank
-# at fault or, on rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
+# What watches over the ranks (torchrun, say) takes the first that exits for the culprit: the rank at fault or, on
+# rank 0's host, rank 0, which says who it was. Under torchrun the others wait for twice as long.
 _SURVIVOR_DELAY_S = 2.0
 _GRACE_S = 5.0
 # How much later than this one rank 0 may come to the same failure.
@@ -57,6 +57,7 @@ class Membership:
         exit_process: see `ExitGuard`.
         has_stepped: whether this rank has trained on a batch: a mistake that all ranks make comes before.
         is_told_to_end: whether this process has had a SIGTERM: what watches over the ranks has seen the failure then.
+        is_judged_last: whether what has started the ranks finds the culprit when all have ended, in whatever order.
         is_owned: whether an engine owns the process and takes an error of each rank: all of them raise the failure
             then, and ``exit_process`` tells the engine of it where this rank's thread does not come back to.
 
@@ -83,6 +84,7 @@ class Membership:
         has_stepped: Callable[[], bool] = lambda: False,
         is_owned: bool = False,
         is_told_to_end: Callable[[], bool] = lambda: False,
+        is_judged_last: bool = False,
     ) -> None:
         self.rank = rank
         self.meeting: Meeting | None = None
@@ -103,7 +105,7 @@ class Membership:
         self._is_owned = is_owned
         # Whether what watches over the ranks takes the first error for the cause.
         patient = is_owned or (is_supervised() and rank > 0)
-        self._delay_s = _SURVIVOR_DELAY_S * (2 if patient else 1)
+        self._delay_s = 0.0 if is_judged_last else _SURVIVOR_DELAY_S * (2 if patient else 1)
         self._guard = ExitGuard(
             rank,
             self.latch,

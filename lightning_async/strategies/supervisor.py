@@ -106,6 +106,7 @@ class RunSupervisor:
             exit_process=self.launcher.exit_process,
             is_owned=self._ranks.owner is not None,
             is_told_to_end=lambda: self._ranks.is_told_to_end,
+            is_judged_last=isinstance(self.launcher, ProcessLauncher),
         )
         return self._guarded(self._membership)
 

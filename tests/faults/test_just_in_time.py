@@ -98,14 +98,31 @@ class KeepsSnapshot(Callback):
             shutil.copy(SNAPSHOT, "kept.ckpt")
 
 
-def train(folder: Path, restarts: int, callback: Callback, **options: Any) -> None:
+class ByHand(Module):
+    """Optimizes by hand, and steps its schedule in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.began["scheduled"] = schedule.last_epoch
+
+
+def train(folder: Path, restarts: int, callback: Callback, module: type[Module] = Module, **options: Any) -> None:
     """Fits, in the first or a further start of a job."""
     os.environ |= {**JOB, "LIGHTNING_ASYNC_RESTART_COUNT": str(restarts)}
     seed_everything(SEED, verbose=False)
     # But for one in every segment no snapshot comes due.
     strategy = AsyncAMSGradStrategy(holder="process", start_method="fork", snapshot_every_s=600.0, **options)
     trainer = fork_trainer(folder, RANKS, strategy, max_epochs=EPOCHS, callbacks=[callback])
-    trainer.fit(Module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
+    trainer.fit(module(), loader(SAMPLES, BATCH, shuffle=True), loader(12))
 
 
 def kill_and_go_on(folder: Path, killer: Callback, **options: Any) -> tuple[Launched, int, dict[str, Any]]:
@@ -169,6 +186,17 @@ def test_every_sample_counts_once_however_gradients_are_exchanged(tmp_path: Path
 
     assert kept["async_amsgrad"]["version"] >= version
     assert_each_once(again, kept)
+
+
+def test_a_schedule_that_is_stepped_by_hand_goes_on_where_it_was(tmp_path: Path) -> None:
+    again, version, kept = kill_and_go_on(tmp_path, KillsRankZero("training"), module=ByHand)
+
+    assert kept["async_amsgrad"]["version"] >= version + 2 * RANKS
+    assert_each_once(again, kept)
+    # Calls since a rank's last push are not known to the holder.
+    steps = EPOCHS * TICKETS // RANKS
+    scheduled = [rank["began"]["scheduled"] for rank in again.reports()]
+    assert {*scheduled} <= {steps - 1, steps}, scheduled
 
 
 def train_through(folder: Path, killer: Callback | None = None, **options: Any) -> None:

@@ -38,11 +38,22 @@ def form(port: int, place: int, size: int) -> None:
 def broken_off(folder: Path, name: str, wait: object) -> str:
     """What a call that waits in vain ends with, once this rank's groups are broken from another thread."""
     assert callable(wait)
-    threading.Timer(0.3, break_groups).start()
+    over = threading.Event()
+
+    def break_off() -> None:
+        # On a busy machine the first may come before there is something to break.
+        while not over.wait(0.3):
+            break_groups()
+
+    breaking = threading.Thread(target=break_off, daemon=True)
+    breaking.start()
     try:
         wait()
     except RuntimeError as error:
         return f"{name}: {type(error).__name__}"
+    finally:
+        over.set()
+        breaking.join()
     return f"{name}: nothing"
 
 

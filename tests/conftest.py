@@ -23,7 +23,12 @@ import hypothesis
 import pytest
 import torch  # after the environment is set
 
+from tests.warm_up import warm_up
+
 torch.set_num_threads(1)
+
+# Until all tests are collected little that is made is garbage, and very much is made.
+gc.disable()
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -45,8 +50,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     A collection would look at a million objects, and a fork's would copy the memory that they are in.
     """
+    if session.items and not session.config.option.collectonly:
+        warm_up()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

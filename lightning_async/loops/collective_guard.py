@@ -10,6 +10,7 @@ Process-wide while it is in place.
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import FrameType
 from typing import Any
@@ -64,11 +65,12 @@ def allow_collectives() -> None:
         distributed_c10d._new_group_with_tag = _new_group
 
 
-def collective_operators() -> list[str]:
+@functools.cache
+def collective_operators() -> tuple[str, ...]:
     """The operators of torch's dispatcher that run on a process group, send and receive included."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("c10d::")]
     operators = [name.removeprefix("c10d::") for name in names]
-    return sorted(name for name in operators if "ProcessGroup" in str(_overload(name)._schema))
+    return tuple(sorted(name for name in operators if "ProcessGroup" in str(_overload(name)._schema)))
 
 
 def _overload(name: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from lightning_async.runtime.attempts import agree_on_attempt
@@ -28,6 +29,7 @@ __all__ = [
     "break_groups",
     "breakable",
     "exchange_group",
+    "forget_inherited_groups",
     "form_default_group",
     "forming_timeout",
     "open_exchange_group",
@@ -45,6 +47,9 @@ _Group: TypeAlias = "dist.ProcessGroup"
 # The default group and the group that was opened beside it. Weak: torch alone decides how long they live, and Gloo's
 # threads must be gone before the interpreter is.
 _pair: tuple[weakref.ref[_Group], weakref.ref[_Group]] | None = None
+
+# What must never come to an end in this process.
+_inherited: list[_Group] = []
 
 # The default group, if it was formed by ranks that have outlived others, and not by all that were started.
 _reformed: weakref.ref[_Group] | None = None
@@ -136,6 +141,16 @@ def time_all_reduce(elements: int, device: torch.device, repetitions: int = 7) -
         values[0].item()
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:]) * max(elements, 1) / part
+
+
+def forget_inherited_groups() -> None:
+    """Leaves the groups that a forked process has from the one before it, such as that of a fit with one rank.
+
+    Neither can they be used nor come to an end here: Gloo's threads, which that waits for, are in the other process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        _inherited.extend(distributed_c10d._world.pg_map)
+        dist.destroy_process_group()
 
 
 def _default_group() -> _Group:

@@ -32,6 +32,7 @@ from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_throu
 from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.runtime.prctl import signal_at_parents_end
+from lightning_async.runtime.process_groups import forget_inherited_groups
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses, Mailbox
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
@@ -187,6 +188,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Callable[..., Any], *rest: Any) -> None:
         guard, mailbox = self._guard, rest[2]
         self._is_rank = True
+        forget_inherited_groups()
         mailbox.only_write()
         # torch has SIGINT sent, which ends the run. Where it goes on without this host, its ranks leave it.
         leaves = guard.goes_on and self._first_rank > 0

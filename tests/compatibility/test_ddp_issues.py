@@ -101,6 +101,7 @@ def test_a_loss_of_zero_that_depends_on_no_parameter_holds_nobody_up(tmp_path: P
     assert sum(update["worker"] == 1 for update in updates) == ranks[1]["batches"] - constant
 
 
+@pytest.mark.soak
 def test_an_error_in_a_script_ranks_validation_ends_the_script_and_names_the_rank(tmp_path: Path) -> None:
     # Lightning #8130, whose first comment has a validation_step that raises on rank 1, with ranks that are scripts.
     run = start_script(Run((Fault(1, 3, "raise", "validation_step"),), ranks=2, strategy=POPEN), tmp_path)

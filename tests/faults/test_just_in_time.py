@@ -112,7 +112,11 @@ class ByHand(Module):
         optimizer.step()
         schedule: Any = self.lr_schedulers()
         schedule.step()
+
+    def on_train_end(self) -> None:
+        schedule: Any = self.lr_schedulers()
         self.began["scheduled"] = schedule.last_epoch
+        super().on_train_end()
 
 
 def train(folder: Path, restarts: int, callback: Callback, module: type[Module] = Module, **options: Any) -> None:

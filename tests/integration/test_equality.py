@@ -366,16 +366,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"accumulate_grad_batches": 2},
     ),
 }
-# `make soak` takes these over TCP and with the holder apart, too: there it does not matter how the batches of a push
-# were chosen.
-_APART_IS_SOAKED = ("auto", "mean")
-_ONCE_IS_ENOUGH = ("accumulated", "sharded", "overlap-accumulated", "overlap-drop", "mean-overlap-accumulated")
+# `make soak` takes the others over TCP and with the holder apart, too: there it does not matter how the batches of a
+# push were chosen.
+_BY_EVERY_WAY = ("in-turns", "overlap")
 
 
 def is_soaked(case: str, way: str) -> bool:
     """Whether `make soak` alone takes a case this way."""
-    apart = way == "holder-process" and case in _APART_IS_SOAKED
-    return case == "mean-drop" or apart or (way != "shm" and case in _ONCE_IS_ENOUGH)
+    return case == "mean-drop" or (way != "shm" and case not in _BY_EVERY_WAY)
 
 
 def replayed_cases() -> list[Any]:
@@ -417,8 +415,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 @pytest.mark.parametrize(
     ("names", "wire"),
     [
-        (("bf16", "fp32"), (BF16, torch.float32)),
-        (("fp16", "fp32"), (FP16, torch.float32)),
+        pytest.param(("bf16", "fp32"), (BF16, torch.float32), marks=pytest.mark.soak),
+        pytest.param(("fp16", "fp32"), (FP16, torch.float32), marks=pytest.mark.soak),
         (("bf16", "bf16"), (BF16, BF16)),
         (("fp16", "fp16"), (FP16, FP16)),
     ],

@@ -73,7 +73,7 @@ def run_command(folder: Path, text: str, *runner: str) -> Launched:
     return launch(lambda folder: os.execve(command[0], command, os.environ | ENVIRONMENT), folder, timeout_s=100.0)
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, launcher: str) -> None:
     with reserved(0) as port:
         torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
@@ -156,6 +156,25 @@ def test_forked_ranks_give_parameters_and_statistics_to_the_process_that_started
     stats, parameters = torch.load(tmp_path / "after.pt")
     assert stats["updates"] == sum(stats["updates_by_rank"].values()) == BATCHES
     assert all(torch.equal(rank["parameters"], parameters) for rank in run.reports())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("before", ["async_amsgrad", "ddp"])
+def test_ranks_are_forked_from_a_process_that_has_fit_alone(tmp_path: Path, before: str, ranks: int) -> None:
+    """It has a process group, whose threads no fork has."""
+
+    def script(folder: Path) -> None:
+        alone = fork_trainer(folder, 1, before)
+        alone.fit(TinyClassifier(), loader(8))
+        forked = fork_trainer(folder, ranks)
+        forked.fit(TinyClassifier(), loader(96), loader(24))
+        torch.save((forked.strategy.stats.updates, torch.distributed.is_initialized()), folder / "after.pt")
+        alone.validate(TinyClassifier(), loader(8))
+
+    run = launch(script, tmp_path)
+
+    assert run.returncode == 0, run.output
+    assert torch.load(tmp_path / "after.pt") == (24, True)
 
 
 def test_a_sessions_next_trainer_does_not_insist_on_a_port_that_is_anothers_by_now(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from tests.models import TinyClassifier, fork_trainer, loader
     "options",
     [
         {"staleness_policy": AgeDamping(0.4)},
-        {"staleness_policy": "delay_adaptive", "gradients_per_update": 2},
+        pytest.param({"staleness_policy": "delay_adaptive", "gradients_per_update": 2}, marks=pytest.mark.soak),
         {"staleness_policy": "rescaled", "max_staleness": 1, "on_stale": "drop"},
         {"staleness_policy": "ordered_momentum", "max_staleness": 5, "overlap": True},
         {"staleness_policy": "ordered_momentum", "gradients_per_update": 2, "momentum_correction": "auto"},
         {"staleness_policy": "look_ahead", "transport": "tcp", "momentum_correction": "auto"},
-        {"gradients_per_update": "auto", "holder": "process"},
+        pytest.param({"gradients_per_update": "auto", "holder": "process"}, marks=pytest.mark.soak),
         {"gradients_per_update": "auto"},
     ],
     ids=[

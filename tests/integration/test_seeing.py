@@ -285,7 +285,8 @@ def test_a_run_that_ends_early_leaves_its_record_and_timeline(
     # On another rank than the culprit the name is that of the failure.
     assert culprit > 0 or record.about["ended_by"].startswith(error.__name__)
     assert record.stats["updates"] >= 16
-    assert record.series[-1].updates == record.stats["updates"]
+    # The others push on until they hear of it.
+    assert 0 <= record.stats["updates"] - record.series[-1].updates <= devices - 1
     assert record.configuration["transport"] in ("shm", "in process")
     trace = json.loads((tmp_path / "run.json").read_text())
     check_trace(trace["traceEvents"])

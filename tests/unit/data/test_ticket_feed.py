@@ -59,7 +59,7 @@ def test_ranks_of_unlike_speed_see_every_sample_once_over_several_segments(mode:
 
 
 @modes
-@pytest.mark.parametrize("workers", [WORKERS[0], WORKERS[1], WORKERS[2]], ids=str)
+@pytest.mark.parametrize("workers", [*WORKERS[:2], pytest.param(WORKERS[2], marks=pytest.mark.soak)], ids=str)
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_loader_that_iterates_in_its_own_way_covers_every_sample_once(
     kind: type[DataLoader[Any]], mode: Mode, workers: Any

@@ -74,6 +74,7 @@ USES = {
     "_logger_connector": ["trainer"],
     "_mode": ["lightning.pytorch.utilities.combined_loader.CombinedLoader"],
     "_new_group_with_tag": ["torch.distributed.distributed_c10d"],
+    "_world": ["torch.distributed.distributed_c10d"],
     "_on_after_step": ["lightning.pytorch.core.optimizer.LightningOptimizer"],
     "_opt_called": [SCHEDULER],
     "_option_string_actions": ["argparse.ArgumentParser"],

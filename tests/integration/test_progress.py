@@ -16,7 +16,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
 
 RANKS, BATCHES = 3, 30
 # Rank 0 is fast: alone it computes more batches than its share.
-SLEEP_S = (0.002, 0.02, 0.02)
+SLEEP_S = (0.002, 0.002, 0.04)
 
 
 def bar_of(name: str) -> ProgressBar:

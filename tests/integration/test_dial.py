@@ -105,7 +105,7 @@ def test_a_gradient_of_each_rank_and_a_bound_of_zero_is_ddp(tmp_path: Path, kind
             assert mine_then == theirs_then
 
 
-@pytest.mark.parametrize("gradients_per_update", [1, 2, RANKS])
+@pytest.mark.parametrize("gradients_per_update", [1, pytest.param(2, marks=pytest.mark.soak), RANKS])
 @pytest.mark.parametrize("arguments", [{}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
 def test_the_clock_counts_gradients_whatever_a_version_is_made_of(
     tmp_path: Path, gradients_per_update: int, arguments: dict[str, Any]

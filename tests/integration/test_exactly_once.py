@@ -13,7 +13,14 @@ from tests.models import TinyClassifier, fork_trainer, loader
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 @pytest.mark.parametrize(
     ("ranks", "workers", "overlap"),
-    [(2, 0, False), (2, 2, False), (4, 0, False), (4, 2, False), (4, 0, True), (2, 2, True)],
+    [
+        (2, 0, False),
+        (2, 2, False),
+        pytest.param(4, 0, False, marks=pytest.mark.soak),
+        (4, 2, False),
+        (4, 0, True),
+        pytest.param(2, 2, True, marks=pytest.mark.soak),
+    ],
 )
 def test_an_epoch_covers_every_sample_once(
     tmp_path: Path, ranks: int, workers: int, overlap: bool, batches: str

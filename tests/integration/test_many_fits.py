@@ -141,6 +141,7 @@ fit_many_times(Path.cwd(), 2, int(sys.argv[1]))
 """
 
 
+@pytest.mark.soak
 @many
 def test_ranks_of_a_script_keep_nothing(tmp_path: Path, fits: int) -> None:
     """The first of its trainers starts the ranks, and watches over them."""

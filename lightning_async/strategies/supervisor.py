@@ -112,21 +112,23 @@ class RunSupervisor:
 
     @contextmanager
     def _guarded(self, membership: Membership) -> Iterator[None]:
-        with membership.guard():
-            try:
-                yield
-            except BaseException as error:
-                # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
-                self._ranks.break_off(error)
-                if not isinstance(error, SIGTERMException):
-                    # Rank 0 still trains with them, and would not let go before it hears of this error.
-                    self._end_shard_servers(waits=False)
-                # Lightning does not tear a spawned rank down that fails.
-                if isinstance(self.launcher, ProcessLauncher):
-                    self.on_failure()
-                raise
-            finally:
-                self.end_holder_processes()
+        try:
+            with membership.guard():
+                try:
+                    yield
+                except BaseException as error:
+                    # Here on every rank, however it was started: Lightning tells callbacks nothing in forked ranks.
+                    self._ranks.break_off(error)
+                    if not isinstance(error, SIGTERMException):
+                        # Rank 0 still trains with them, and would not let go before it hears of this error.
+                        self._end_shard_servers(waits=False)
+                    # Lightning does not tear a spawned rank down that fails.
+                    if isinstance(self.launcher, ProcessLauncher):
+                        self.on_failure()
+                    raise
+        finally:
+            # Once the failure is known, for which the holder's process leaves its state.
+            self.end_holder_processes()
 
     @property
     def goes_on(self) -> bool:

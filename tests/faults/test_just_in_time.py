@@ -90,6 +90,17 @@ class KillsRankTwo(Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KillsRankTwoAsTheyMeet(KillsRankTwo):
+    """Kills it at the end of the epoch, where rank 0 waits for it in a collective."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Not here."""
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.strategy.worker_rank == 2 and self.before is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class KeepsSnapshot(Callback):
     """Keeps the snapshot that a run goes on from."""
 
@@ -153,14 +164,17 @@ def assert_each_once(again: Launched, kept: dict[str, Any]) -> None:
     assert rest == expected
 
 
-@pytest.mark.parametrize("where", [pytest.param("training", marks=pytest.mark.soak), "validation", "of rank 2"])
+OF_RANK_2 = {"of rank 2": KillsRankTwo, "of rank 2, as they meet": KillsRankTwoAsTheyMeet}
+
+
+@pytest.mark.parametrize("where", [pytest.param("training", marks=pytest.mark.soak), "validation", *OF_RANK_2])
 def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str) -> None:
-    killer: Callback = KillsRankTwo() if where == "of rank 2" else KillsRankZero(where)
+    killer: Callback = OF_RANK_2[where]() if where in OF_RANK_2 else KillsRankZero(where)
     again, version, kept = kill_and_go_on(tmp_path, killer)
 
     noted = kept["async_amsgrad"]
     assert_each_once(again, kept)
-    if where != "of rank 2":
+    if where not in OF_RANK_2:
         # Which may be killed when so little is left of the epoch that a rank gets none of it.
         assert_resumed_exactly(tmp_path / "kept.ckpt", again.reports(), epochs=EPOCHS)
     assert noted["version"] > version, again.output

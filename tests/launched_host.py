@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_async.runtime.handshake import Address
-from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.strategies.host_processes import HostProcesses
+from lightning_async.strategies.mailbox import Mailbox
 from tests.harness import Call, RankZero, eventually
 
 __all__ = ["Host1", "Process"]

@@ -9,11 +9,10 @@ import importlib
 import logging
 import tempfile
 import warnings
-
-import lightning.pytorch as pl
+from pathlib import Path
 
 from lightning_async.loops.collective_guard import collective_operators
-from tests.models import TinyClassifier, loader
+from tests.models import TinyClassifier, fork_trainer, loader
 
 __all__ = ["warm_up"]
 
@@ -22,24 +21,15 @@ _LATE = ("torch.distributed.algorithms.ddp_comm_hooks", "encodings.idna")
 
 
 def warm_up() -> None:
-    """Trains for two batches, on the CPU and without a strategy of this package."""
+    """Trains for two batches, on the CPU and without a strategy of this package: its process group has threads."""
     for name in _LATE:
         importlib.import_module(name)
     collective_operators()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            limit_train_batches=2,
-            limit_val_batches=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(TinyClassifier(), loader(16), loader(16))
-    logging.disable(logging.NOTSET)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = fork_trainer(Path(folder), 1, "auto", limit_train_batches=2, limit_val_batches=1)
+            trainer.fit(TinyClassifier(), loader(16), loader(16))
+    finally:
+        logging.disable(logging.NOTSET)

@@ -6,7 +6,6 @@ one by one, the first like any other, until rank 0 says that the run is over, or
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import signal
@@ -22,11 +21,10 @@ from lightning_async.runtime.failure import RunFailure, WorkerFailedError, descr
 from lightning_async.runtime.handshake import Address, HandshakeError
 from lightning_async.runtime.launcher_connection import LauncherConnection, Lost, say_on_host
 from lightning_async.strategies import launching
+from lightning_async.strategies.mailbox import Mailbox
 from lightning_async.transport.base import ChannelClosedError
 
-__all__ = ["HostProcesses", "Mailbox"]
-
-log = logging.getLogger(__name__)
+__all__ = ["HostProcesses"]
 
 # Between two tries to reach rank 0 from a host that was cut off, and for each.
 _TRY_S = 2.0
@@ -34,48 +32,6 @@ _TRY_S = 2.0
 _PATIENCE_S = 60.0
 # A process that is dying has closed its connections before its status is known.
 _DYING_S = 0.2
-
-
-class Mailbox:
-    """Where the first rank of a host tells the process that has started it what that needs to know.
-
-    It may be killed at any moment, and another one take its place: so there is no lock that it could leave locked, and
-    nobody else writes. What is written when the reader is gone is dropped.
-
-    Args:
-        context: of multiprocessing, that the ranks are started in.
-    """
-
-    def __init__(self, context: Any) -> None:
-        self.reader, self._writer = context.Pipe(duplex=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_writer": self._writer, "reader": None}
-
-    def put(self, value: object) -> None:
-        """Tells the address of rank 0, when training begins; why the run has failed; or the fit's result."""
-        try:
-            self._writer.send(value)
-        except BrokenPipeError:
-            log.debug("what has started this rank is gone")
-
-    def only_write(self) -> None:
-        """Called by each rank: as long as it could read itself, it could not see that the reader is gone."""
-        if self.reader is not None:
-            self.reader.close()
-
-    def take(self) -> list[Any]:
-        """What has come since the last time."""
-        values = []
-        while self.reader.poll():
-            # Also while its sender runs: a result that is larger than a pipe's buffer waits for its reader.
-            values.append(self.reader.recv())
-        return values
-
-    def close(self) -> None:
-        """Reads no more."""
-        self.reader.close()
-        self._writer.close()
 
 
 class HostProcesses:

@@ -34,8 +34,9 @@ from lightning_async.runtime.listening import reserved
 from lightning_async.runtime.prctl import signal_at_parents_end
 from lightning_async.runtime.process_groups import forget_inherited_groups
 from lightning_async.strategies import launching
-from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.strategies.host_processes import HostProcesses
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
+from lightning_async.strategies.mailbox import Mailbox
 from lightning_async.strategies.new_starts import NewStarts
 from lightning_async.strategies.protocols import LaunchedStrategy, RunGuard
 

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_async.runtime.failure import RunFailure, WorkerFailedError
 from lightning_async.strategies import host_processes as room
 from lightning_async.strategies import launching
-from lightning_async.strategies.host_processes import HostProcesses, Mailbox
+from lightning_async.strategies.host_processes import HostProcesses
+from lightning_async.strategies.mailbox import Mailbox
 from tests.harness import Call, eventually
 from tests.launched_host import Host1, Process
 

@@ -27,8 +27,8 @@ from lightning_async.runtime.launcher_connection import Lost
 from lightning_async.runtime.roster import Resilience
 from lightning_async.strategies import launching, script_launcher
 from lightning_async.strategies import supervisor as ranks
-from lightning_async.strategies.host_processes import Mailbox
 from lightning_async.strategies.launch_errors import refuse_rank_without_device
+from lightning_async.strategies.mailbox import Mailbox
 from lightning_async.strategies.process_launcher import ProcessLauncher
 from lightning_async.strategies.script_launcher import ScriptLauncher
 from tests.harness import RankZero, eventually

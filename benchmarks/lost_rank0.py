@@ -45,6 +45,7 @@ class Run:
         ranks: number of ranks.
         step_s: seconds that a step sleeps.
         snapshot_s: seconds between two snapshots.
+        batches: of an epoch.
     """
 
     holder: Literal["thread", "process"]
@@ -53,6 +54,7 @@ class Run:
     ranks: int = 4
     step_s: float = 0.05
     snapshot_s: float = 10.0
+    batches: int = 4_000
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--holders", nargs="+", choices=HOLDERS, default=list(HOLDERS))
     parser.add_argument("--kills", type=int, default=4, help="of each run")
     parser.add_argument("--every", type=float, default=14.0, help="seconds from when all train until the kill")
+    parser.add_argument("--batches", type=int, default=4_000, help="of an epoch; each begins with a snapshot")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run is not None:
@@ -116,7 +119,8 @@ def main() -> None:
     table = []
     for size in arguments.sizes:
         for holder in arguments.holders:
-            losses = kill_rank_0(holder, size, arguments.kills, arguments.every)
+            run = Run(holder, size, tempfile.mkdtemp(prefix="lost-rank0-"), batches=arguments.batches)
+            losses = kill_rank_0(run, arguments.kills, arguments.every)
             row = {
                 "size": size,
                 "holder": holder,
@@ -136,10 +140,9 @@ def main() -> None:
     save("lost-rank0", {name: value for name, value in vars(arguments).items() if name != "run"}, table)
 
 
-def kill_rank_0(holder: Literal["thread", "process"], size: str, kills: int, every_s: float) -> list[Loss]:
+def kill_rank_0(run: Run, kills: int, every_s: float) -> list[Loss]:
     """Runs one training and kills its rank 0 some times."""
-    folder = tempfile.mkdtemp(prefix="lost-rank0-")
-    run = Run(holder, size, folder)
+    folder = run.folder
     killed: list[float] = []
     command = [sys.executable, "-m", "benchmarks.lost_rank0", "--run", json.dumps(asdict(run))]
     with (Path(folder) / "output.txt").open("w") as output:
@@ -217,7 +220,7 @@ def _train(run: Run) -> None:
         summary=False,
     )
     arguments: dict[str, Any] = {**QUIET, "accelerator": "cpu", "max_epochs": -1, "default_root_dir": run.folder}
-    data = DataLoader(TensorDataset(torch.ones(4_000, 1)), batch_size=1, shuffle=True)
+    data = DataLoader(TensorDataset(torch.ones(run.batches, 1)), batch_size=1, shuffle=True)
     pl.Trainer(strategy=strategy, devices=run.ranks, **arguments).fit(Module(), data)
 
 

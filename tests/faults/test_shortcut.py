@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from lightning_async.exchange.negotiation import dial
 from lightning_async.transport import unix_socket as shortcut
 from lightning_async.transport.base import ChannelClosedError
 from lightning_async.transport.connection import ControlConnection
-from lightning_async.transport.message import Beat, Draw, Tickets
+from lightning_async.transport.message import Ack, Beat, Draw, Tickets
 from lightning_async.transport.shm import SharedMemoryChannel
 from lightning_async.transport.unix_socket import Shortcut, find_shortcut
 from tests.faults.host import Host
@@ -71,6 +72,33 @@ def test_a_worker_that_cannot_reach_it_stays_with_tcp(host: Host, monkeypatch: p
     channel.send(Draw(worker=1))
     assert isinstance(channel.receive(), Tickets)
     channel.close()
+
+
+def test_a_worker_that_loses_rank_0_while_they_agree_leaves_no_socket_open(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, find, send = channels.handshake, channels.find_shortcut, ControlConnection.send
+    connections: list[ControlConnection] = []
+    shortcuts: list[Any] = []
+
+    def keep(*args: Any, **claims: Any) -> Any:
+        connection, offer = connect(*args, **claims)
+        connections.append(connection)
+        return connection, offer
+
+    def lose(connection: ControlConnection, message: Any) -> None:
+        if isinstance(message, Ack):
+            raise ChannelClosedError("rank 0 is gone")
+        send(connection, message)
+
+    monkeypatch.setattr(channels, "handshake", keep)
+    monkeypatch.setattr(channels, "find_shortcut", lambda name: (shortcuts.append(find(name)), shortcuts[-1])[1])
+    monkeypatch.setattr(ControlConnection, "send", lose)
+
+    with pytest.raises(ChannelClosedError, match="rank 0 is gone"):
+        dial(host.listener.address, 1, host.layout, host.groups)
+
+    assert [end.fileno() for end in (*connections, *shortcuts)] == [-1, -1]
 
 
 def test_another_user_is_sent_away_and_the_worker_is_let_in(

@@ -184,3 +184,29 @@ def test_a_reactor_that_fails_says_so(served: Served, monkeypatch: pytest.Monkey
 
     assert eventually(lambda: served.failed)
     assert [type(error) for error in served.failed] == [MemoryError]
+
+
+@pytest.mark.parametrize("served", [(1, None)], indirect=True)
+def test_who_comes_while_it_stops_is_sent_away(served: Served) -> None:
+    served.reactor.close(0.2)
+    mine, accepted = socket_pair()
+    late = ControlConnection(accepted)
+    session = served.exchange.session(0, SharedMemoryChannel(late, Buffers.allocate(4, torch.float32)))
+
+    with pytest.raises(ChannelClosedError, match="the run is over"):
+        served.reactor.add(session, late)
+
+    late.close()
+    mine.close()
+
+
+@pytest.mark.parametrize("served", [(1, None)], indirect=True)
+def test_a_session_whose_end_fails_leaves_no_socket_open(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(session: Any, error: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(served.reactor, "_on_ended", fail)
+    served.ends[0].send(Goodbye(worker=0))
+
+    assert served.sockets[0].recv(1) == b""
+    assert eventually(lambda: served.failed)

@@ -38,6 +38,12 @@ SNAPSHOT = Path("lightning_async") / "snapshot.ckpt"
 JOB = {"LIGHTNING_ASYNC_RUN": "a name"}
 
 
+def noted_in(snapshot: Path) -> dict[str, Any]:
+    """What the package has noted in a snapshot."""
+    noted: dict[str, Any] = torch.load(snapshot)["async_amsgrad"]
+    return noted
+
+
 class KillsRankZero(Callback):
     """Kills rank 0 in the middle of the second epoch, or in the validation after it, once a snapshot of it is there."""
 
@@ -66,7 +72,7 @@ class KillsRankZero(Callback):
     def is_there(self, trainer: Any) -> bool:
         """Whether the snapshot of this segment is, for which rank 0 waits while the others go on."""
         for _ in range(1000):
-            if trainer.strategy._snapshots.written >= 2:
+            if SNAPSHOT.exists() and noted_in(SNAPSHOT)["snapshot"]["segment"] == trainer.strategy._snapshots._segment:
                 return True
             time.sleep(0.005)
         return False
@@ -76,16 +82,12 @@ class KillsRankTwo(Callback):
     """Kills another rank in its third batch after it has seen the snapshot of a further epoch."""
 
     def __init__(self) -> None:
-        self.before: int | None = None
         self.batches = 0
 
-    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        self.before = SNAPSHOT.stat().st_mtime_ns if trainer.current_epoch else None
-
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.strategy.worker_rank == 2 and self.before is not None:
+        if trainer.strategy.worker_rank == 2 and trainer.current_epoch:
             time.sleep(0.01)
-            self.batches += SNAPSHOT.stat().st_mtime_ns != self.before
+            self.batches += noted_in(SNAPSHOT)["epoch"] == trainer.current_epoch
             if self.batches == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -97,7 +99,7 @@ class KillsRankTwoAsTheyMeet(KillsRankTwo):
         """Not here."""
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        if trainer.strategy.worker_rank == 2 and self.before is not None:
+        if trainer.strategy.worker_rank == 2 and trainer.current_epoch:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -145,7 +147,7 @@ def kill_and_go_on(folder: Path, killer: Callback, **options: Any) -> tuple[Laun
     first = launch(lambda folder: train(folder, 0, killer, **options), folder)
     assert first.returncode == 1, first.output
     assert "failed: its process was killed by SIGKILL" in first.output
-    version = torch.load(folder / SNAPSHOT)["async_amsgrad"]["version"]
+    version = noted_in(folder / SNAPSHOT)["version"]
     again = launch(lambda folder: train(folder, 1, KeepsSnapshot(), **options), folder)
     assert again.returncode == 0, again.output
     return again, version, torch.load(folder / "kept.ckpt")

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from typing_extensions import Self
+
 __all__ = ["LOG_NAME", "Job", "Outcome", "Watcher", "is_finished", "only_one_at_a_time", "run_jobs"]
 
 _POLL_S = 0.1
@@ -109,13 +111,15 @@ def run_jobs(jobs: Sequence[Job], watcher: Watcher, parallel: int, timeout_s: fl
         else:
             waiting.append(job)
     running: list[_Running] = []
-    with _sigterm_interrupts():
+    with _Interruptions() as interruptions:
         try:
             while waiting or running:
                 while waiting and len(running) < parallel:
                     running.append(_Running(waiting.pop(0)))
                     watcher.started(running[-1].job)
+                    interruptions.check()
                 time.sleep(_POLL_S)
+                interruptions.check()
                 watcher.waiting()
                 for run in list(running):
                     if (record := run.news()) is not None:
@@ -125,6 +129,7 @@ def run_jobs(jobs: Sequence[Job], watcher: Watcher, parallel: int, timeout_s: fl
                         running.remove(run)
                         outcomes[run.job.name] = outcome
                         watcher.ended(outcome)
+            interruptions.check()
         finally:
             for run in running:
                 run.kill()
@@ -236,18 +241,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl+C: the jobs are in sessions of their own, and would live on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Interruptions:
+    """Notes Ctrl+C and SIGTERM while it is entered, until they are asked for; in the main thread.
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    The jobs are in sessions of their own, and would live on. Raised at once, an interruption could come when a process
+    is started already and nobody knows of it yet.
+    """
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    def __init__(self) -> None:
+        self._noted = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # A shell's background job ignores SIGINT.
+                if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one was noted."""
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -154,6 +155,25 @@ def test_an_interruption_ends_the_jobs_and_what_they_started(tmp_path: Path, sig
     while any(map(_is_alive, left)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(_is_alive, left))
+
+
+def test_an_interruption_ends_a_job_that_has_just_been_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = subprocess.Popen, []
+
+    def interrupted_start(*command: Any, **options: Any) -> Any:
+        started.append(start(*command, **options))
+        # Nobody else knows of the process yet.
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted_start)
+
+    with pytest.raises(KeyboardInterrupt):
+        run([job(tmp_path, "long", "import time; time.sleep(600)")])
+
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_the_environment_reaches_the_job(tmp_path: Path) -> None:

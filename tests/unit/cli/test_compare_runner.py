@@ -157,9 +157,7 @@ def test_an_interruption_ends_the_jobs_and_what_they_started(tmp_path: Path, sig
     assert not any(map(_is_alive, left))
 
 
-def test_an_interruption_ends_a_job_that_has_just_been_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_ends_a_job_that_has_just_been_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = subprocess.Popen, []
 
     def interrupted_start(*command: Any, **options: Any) -> Any:

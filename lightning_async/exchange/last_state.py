@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class LastState:
     """What a holder had when rank 0 was lost.
 
     Args:
-        segment: rank 0's name of the segment of training; see `Service.save_on_loss`.
+        segment: rank 0's name of the segment of training that it is of; see `Service.save_on_loss`.
         version: the version.
         parameters: for each optimizer its parameters, in the order of its groups.
         optimizer_states: each optimizer's state dict, by the places of those parameters.
@@ -67,8 +68,7 @@ class LastState:
         return cls(
             segment,
             snapshot.version,
-            # A view would take the whole flat buffer into the file with it.
-            [[view.clone() for view in of_one] for of_one in parameters],
+            parameters,
             snapshot.optimizer_states,
             snapshot.adapted,
             snapshot.applied,
@@ -108,13 +108,13 @@ class LastStateFile:
             # Another run writes here, of which the snapshots' writer tells, or the file system has no locks.
             log.debug("%s is not locked: %s", self._lock, error)
 
-    def write(self, state: LastState) -> None:
-        """Leaves a state.
+    def write(self, states: Iterable[LastState]) -> None:
+        """Leaves states of several segments, of one of which the snapshot is.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if they cannot be written.
         """
-        WholeFile(self.path).write({name: getattr(state, name) for name in LastState.__slots__})
+        WholeFile(self.path).write({"states": [_as_dict(state) for state in states]})
 
     def release(self) -> None:
         """There is nothing to wait for: the fit has ended with rank 0 in it; idempotent."""
@@ -148,8 +148,8 @@ class LastStateFile:
         finally:
             os.close(lock)
 
-    def read(self) -> LastState | None:
-        """What was left; None if nothing was.
+    def read(self, segment: str) -> LastState | None:
+        """What was left of a segment; None if nothing was.
 
         Raises:
             Exception: whatever torch, or pickle, finds wrong with the file.
@@ -157,11 +157,18 @@ class LastStateFile:
         if not self.path.exists():
             return None
         # Written by this run's own process, beside a snapshot that is read in the same way.
-        return LastState(**torch.load(self.path, map_location="cpu", mmap=True, weights_only=False))
+        left = torch.load(self.path, map_location="cpu", mmap=True, weights_only=False)["states"]
+        return next((LastState(**state) for state in left if state["segment"] == segment), None)
 
     def remove(self) -> None:
         """Removes what was left."""
         self.path.unlink(missing_ok=True)
+
+
+def _as_dict(state: LastState) -> dict[str, Any]:
+    found = {name: getattr(state, name) for name in LastState.__slots__}
+    # A view would take the whole flat buffer into the file with it.
+    return found | {"parameters": [[view.clone() for view in of_one] for of_one in state.parameters]}
 
 
 def _is_free(lock: int) -> bool:

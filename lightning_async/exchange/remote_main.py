@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from lightning_async.exchange.child_process import READY
-from lightning_async.exchange.last_state import LastState, LastStateFile
+from lightning_async.exchange.last_state import LastState
+from lightning_async.exchange.leaving import Leaving
 from lightning_async.exchange.local_service import HolderService
 from lightning_async.exchange.service import HolderSpec
 from lightning_async.exchange.shared_payload import SharedPayload, unpack
@@ -53,6 +54,8 @@ _CALLS_OF_ITS_OWN = (
     "forget",
     "restore",
     "save_on_loss",
+    "expect_snapshot",
+    "note_saved",
 )
 # After these what is held is no more the state that the last snapshots of the run go with.
 _BEGINS_ANEW = (
@@ -147,9 +150,8 @@ class RpcServer:
         self._listener: Listener | None = None
         self._service: HolderService | None = None
         self._shared_payload: SharedPayload | None = None
-        # Where the last state goes, and the segment that it is named after.
-        self._last: LastStateFile | None = None
-        self._segment: str | None = None
+        self._saves_on_loss = False
+        self.leaving = Leaving(self._last_state)
 
     def begin(self, rank_0s: str, world_size: int) -> str:
         """Begins to give signs of life and opens a listener beside rank 0's, of the same run; returns its address."""
@@ -191,27 +193,27 @@ class RpcServer:
         self.service.load_states(unpack(shared_payload))
 
     def save_on_loss(self, snapshot: str, segment: str) -> bool:
-        """Has what is held left beside ``snapshot`` if rank 0 is lost before it begins anything else."""
-        if self._last is None:
+        """Has what is held left beside ``snapshot`` if rank 0 is lost."""
+        if not self._saves_on_loss:
             # Rank 0's end is not this process's any more, which looks for it itself; also if it is stopped then.
             signal_at_parents_end(signal.SIGCONT)
-            self._last = LastStateFile(Path(snapshot))
-            self._last.claim()
-        self._segment = segment
+            self._saves_on_loss = True
+        self.leaving.begin_segment(Path(snapshot), segment)
         return True
 
-    def leave_state(self) -> None:
-        """Rank 0 is lost: writes what is held, if it has asked for that."""
-        if self._last is not None and self._segment is not None:
-            service = self.service
-            snapshot = service.snapshot()
-            views = [service.layout.views(snapshot.parameters, index) for index in range(len(snapshot.adapted))]
-            self._last.write(LastState.of(self._segment, snapshot, views))
+    def expect_snapshot(self, segment: str) -> None:
+        """The segment's snapshot is being written."""
+        self.leaving.expect_snapshot(segment)
 
-    def leave_nothing(self) -> None:
-        """The fit has ended with rank 0 in it."""
-        if self._last is not None:
-            self._last.release()
+    def note_saved(self, segment: str) -> None:
+        """The segment's snapshot is on the disk."""
+        self.leaving.note_saved(segment)
+
+    def _last_state(self, segment: str) -> LastState:
+        service = self.service
+        snapshot = service.snapshot()
+        views = [service.layout.views(snapshot.parameters, index) for index in range(len(snapshot.adapted))]
+        return LastState.of(segment, snapshot, views)
 
     def optimizer_state(self, index: int) -> str:
         """One optimizer's state, as the address of a shared payload, which lasts until `forget`."""
@@ -249,7 +251,7 @@ class RpcServer:
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Does what rank 0 asks for."""
         if name in _BEGINS_ANEW:
-            self._segment = None
+            self.leaving.end_segment()
         return getattr(self if name in _CALLS_OF_ITS_OWN else self.service, name)(*arguments)
 
 
@@ -274,7 +276,7 @@ def main(control: int, heartbeat: int) -> None:
                     raise EOFError("its process is gone")
             name, number, arguments = connection.recv()
             if name == "end":
-                rpc_server.leave_nothing()
+                rpc_server.leaving.release()
                 break
             if name == "leave":
                 _leave_state(rpc_server)
@@ -292,7 +294,7 @@ def _leave_state(rpc_server: RpcServer) -> None:
     # Nobody would end this process if its disk does not answer.
     threading.Thread(target=_exit_late, name="exit", daemon=True).start()
     try:
-        rpc_server.leave_state()
+        rpc_server.leaving.write()
     except Exception as error:
         # Snapshots of the run are what is left: half an update, say, is nothing to go on with.
         say(0, f"what the holder's process had is not left for the job's next start: {error!r}")

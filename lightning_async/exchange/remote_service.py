@@ -213,6 +213,14 @@ class HolderProcess(Service):
         return self._saves
 
     @override
+    def expect_snapshot(self, segment: str) -> None:
+        self._call("expect_snapshot", segment)
+
+    @override
+    def note_saved(self, segment: str) -> None:
+        self._call("note_saved", segment)
+
+    @override
     def close(self) -> None:
         # The process stays, for a successor of what it spec.
         if self._latch is not None and self._latch.failure is None:

@@ -137,6 +137,22 @@ class Service(Protocol):
         """
         return False
 
+    def expect_snapshot(self, segment: str) -> None:
+        """The segment's snapshot is being written, so that the state in which it ends may be what is gone on from.
+
+        Args:
+            segment: its name.
+        """
+        return
+
+    def note_saved(self, segment: str) -> None:
+        """The segment's snapshot is on the disk: what was kept of the segment before it is of no use any more.
+
+        Args:
+            segment: its name.
+        """
+        return
+
     def close(self) -> None:
         """Waits until all workers have said goodbye, a few seconds at most, and serves nobody any more."""
 

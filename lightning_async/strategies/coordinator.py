@@ -294,6 +294,8 @@ class Coordinator(protocols.Coordinator):
             self._supervisor.admission.shut()
         leftover = self._by_hand.finish_segment(worker)
         worker.finish_segment()
+        if self._snapshots is not None:
+            self._snapshots.end_segment()
         self.abandon_segment()
         self._exchange.engine.states.end_segment()
         self._metric_sync.forget_local_results()

@@ -20,6 +20,7 @@ class SnapshotWriter:
 
     Attributes:
         written: how many were written.
+        segment: what the segment is called that the last one of them is of.
         rests_until_s: by the monotonic clock, the time at which writing will have taken a fifth of the time since the
             last one was begun.
     """
@@ -32,6 +33,7 @@ class SnapshotWriter:
         self._has_failed = False
         self._was_disturbed = False
         self.written = 0
+        self.segment = ""
         self.rests_until_s = 0.0
 
     @property
@@ -39,9 +41,9 @@ class SnapshotWriter:
         """Whether a write is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def write(self, checkpoint: dict[str, Any]) -> None:
+    def write(self, checkpoint: dict[str, Any], segment: str) -> None:
         """Begins to write what nobody changes any more; nothing may be under way."""
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="snapshot", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, segment), name="snapshot", daemon=True)
         self._thread.start()
 
     def finish(self, timeout_s: float) -> None:
@@ -61,7 +63,7 @@ class SnapshotWriter:
         lines, self._lines = self._lines, []
         return lines
 
-    def _write(self, checkpoint: dict[str, Any]) -> None:
+    def _write(self, checkpoint: dict[str, Any], segment: str) -> None:
         use_one_thread()
         begun_s = time.monotonic()
         try:
@@ -85,3 +87,4 @@ class SnapshotWriter:
         self._has_failed = False
         self.rests_until_s = begun_s + 5 * (time.monotonic() - begun_s)
         self.written += 1
+        self.segment = segment

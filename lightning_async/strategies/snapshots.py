@@ -66,6 +66,9 @@ class Snapshots:
         self.start = StartChoice(trainer, self._file, collectives, joins, job)
         # What the segment is called that the holder's own process leaves its state of; empty without such a process.
         self._segment = ""
+        self._service: Service | None = None
+        # The segment of the snapshot that is being written, until its process is told that it is there.
+        self._untold = ""
         self._next = time.monotonic() + every_s
         self._is_broken = False
         self.is_taking = False
@@ -78,13 +81,17 @@ class Snapshots:
         """
         name = uuid.uuid4().hex
         self._segment = name if service.save_on_loss(str(self._file.path), name) else ""
+        self._service = service
         if self._segment:
             # What it leaves belongs to a snapshot of the same segment. Short ones of a large model go without.
             self._next = min(self._next, max(time.monotonic(), self._writer.rests_until_s))
 
     def take_if_due(self) -> None:
         """Takes a snapshot, on rank 0 between two batches, if one is due and none is being written; no collective."""
-        if time.monotonic() < self._next or self._writer.is_busy or self._is_broken:
+        # What has ended has noted whether it went well.
+        is_busy = self._writer.is_busy
+        self._tell_holder()
+        if time.monotonic() < self._next or is_busy or self._is_broken:
             return
         self._next = time.monotonic() + self._every_s
         self._say_lines()
@@ -94,6 +101,10 @@ class Snapshots:
             self._trainer.save_checkpoint(self._file.path, weights_only=False)
         finally:
             self.is_taking = False
+
+    def end_segment(self) -> None:
+        """The ranks meet again."""
+        self._tell_holder()
 
     def write(
         self, checkpoint: dict[str, Any], owned: Collection[int], step: int, held: Mapping[str, Any] | None = None
@@ -124,7 +135,10 @@ class Snapshots:
                 f"{error}). Look at what on_save_checkpoint and state_dict of the module and of callbacks put into it.",
             )
             return
-        self._writer.write(frozen)
+        if self._segment and self._service is not None:
+            self._service.expect_snapshot(self._segment)
+            self._untold = self._segment
+        self._writer.write(frozen, self._segment)
 
     @property
     def written(self) -> int:
@@ -139,6 +153,11 @@ class Snapshots:
         """
         self._writer.finish(timeout_s)
         self._say_lines()
+
+    def _tell_holder(self) -> None:
+        if self._untold and self._service is not None and self._writer.segment == self._untold:
+            self._service.note_saved(self._untold)
+            self._untold = ""
 
     def _say_lines(self) -> None:
         for line in self._writer.take_lines():

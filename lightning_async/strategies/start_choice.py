@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_async.exchange.last_state import LastState, LastStateFile
+from lightning_async.exchange.last_state import LastStateFile
 from lightning_async.loops import restarts
 from lightning_async.loops.protocols import Collectives
 from lightning_async.runtime.job import Job
@@ -138,10 +138,13 @@ class StartChoice(restarts.Snapshots):
         if not (path.exists() and left.exists()):
             return None
         try:
-            snapshot, last = _load(path), self._last.read()
+            snapshot = _load(path)
             noted = snapshot[CHECKPOINT_KEY]
-            note, behind = noted[SNAPSHOT_KEY], 0 if last is None else last.version - noted["version"]
-            if last is None or behind < 0 or not _is_of_segment(note, last):
+            note = noted[SNAPSHOT_KEY]
+            segment: str = note.get("segment", "")
+            last = self._last.read(segment)
+            behind = -1 if last is None else last.version - noted["version"]
+            if last is None or not segment or behind < 0:
                 self._last.remove()
                 return None
             bring_up_to_date(snapshot, noted, last, note["places"], note["counts_steps"])
@@ -184,11 +187,6 @@ def _note_in(path: Path) -> dict[str, Any] | str:
 
 def _name(given: Path | None) -> str:
     return "" if given is None else str(given.absolute())
-
-
-def _is_of_segment(note: Mapping[str, Any], last: LastState) -> bool:
-    """Whether a snapshot, with this note, and what a holder's process has left are of one segment."""
-    return bool(note.get("segment")) and note["segment"] == last.segment
 
 
 def _fingerprint(module: LightningModule) -> str:

@@ -50,7 +50,7 @@ class TakesBoth(Callback):
         engine = trainer.strategy.engine
         snapshot = engine.snapshot()
         views = [engine.layout.views(snapshot.parameters, index) for index in range(len(engine.optimizers))]
-        LastStateFile(self.folder / SNAPSHOT).write(LastState.of("", snapshot, views))
+        LastStateFile(self.folder / SNAPSHOT).write([LastState.of("", snapshot, views)])
 
 
 class Unlike(TinyClassifier):
@@ -101,7 +101,7 @@ def test_an_old_snapshot_with_the_last_state_is_a_new_one(
     run = launch(lambda folder: train(folder, module, options, callbacks), tmp_path)
     assert run.returncode == 0, run.output
     old, new = (torch.load(tmp_path / f"{batches}.ckpt", weights_only=False) for batches in (3, 8))
-    last = LastStateFile(tmp_path / SNAPSHOT).read()
+    last = LastStateFile(tmp_path / SNAPSHOT).read("")
     assert last is not None
 
     noted = old["async_amsgrad"]
@@ -120,7 +120,7 @@ def test_parameters_that_a_hook_has_replaced_are_not_guessed(tmp_path: Path) -> 
     run = launch(lambda folder: train(folder, TinyClassifier, {}, [Clones]), tmp_path)
     assert run.returncode == 0, run.output
     old = torch.load(tmp_path / "3.ckpt", weights_only=False)
-    last = LastStateFile(tmp_path / SNAPSHOT).read()
+    last = LastStateFile(tmp_path / SNAPSHOT).read("")
     assert last is not None
 
     noted = old["async_amsgrad"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from lightning_async.exchange.last_state import LastState, LastStateFile
 from tests.launch import ENVIRONMENT
 
 
-def state(version: int) -> LastState:
+def state(version: int, segment: str = "one") -> LastState:
     return LastState(
-        segment="one",
+        segment=segment,
         version=version,
         parameters=[[torch.ones(2)], []],
         optimizer_states=[{"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}],
@@ -29,17 +30,26 @@ def state(version: int) -> LastState:
 
 def test_what_is_left_comes_back(tmp_path: Path) -> None:
     file = LastStateFile(tmp_path / "folder" / "snapshot.ckpt")
-    assert file.read() is None
-    file.write(state(1))
-    file.write(state(2))
+    assert file.read("one") is None
+    file.write([state(1)])
+    file.write([state(2), state(3, "another")])
 
-    found = file.read()
+    found = file.read("one")
     assert found is not None
     assert torch.equal(found.parameters[0][0], torch.ones(2))
     assert (found.segment, found.version, found.applied, found.counts) == ("one", 2, ((0, 4), (6, 7)), (3, 4))
+    assert (file.read("another") or found).version == 3
+    assert file.read("a third") is None
     file.remove()
     file.remove()
-    assert file.read() is None
+    assert file.read("one") is None
+
+
+def test_a_parameter_does_not_take_the_buffer_that_it_is_in_along(tmp_path: Path) -> None:
+    file, flat = LastStateFile(tmp_path / "snapshot.ckpt"), torch.zeros(1_000_000)
+    file.write([replace(state(1), parameters=[[flat[:2], flat[2:3]]])])
+
+    assert file.path.stat().st_size < 10_000
 
 
 def test_a_start_waits_for_the_process_of_the_one_before(tmp_path: Path) -> None:

@@ -96,10 +96,19 @@ class Holder:
     def __init__(self, is_apart: bool) -> None:
         self.is_apart = is_apart
         self.asked: list[tuple[str, str]] = []
+        self.expected: list[str] = []
+        self.saved: list[str] = []
 
     def save_on_loss(self, snapshot: str, segment: str) -> bool:
         self.asked.append((snapshot, segment))
         return self.is_apart
+
+    def expect_snapshot(self, segment: str) -> None:
+        self.expected.append(segment)
+
+    def note_saved(self, segment: str) -> None:
+        assert segment == self.expected[-1]
+        self.saved.append(segment)
 
 
 def test_a_segment_has_a_snapshot_of_its_own_where_the_holder_outlives_rank_0(
@@ -117,13 +126,43 @@ def test_a_segment_has_a_snapshot_of_its_own_where_the_holder_outlives_rank_0(
     assert eventually(lambda: rig.snapshots.written == 1)
     assert apart.asked[0][0] == str(path)
     assert torch.load(path)["async_amsgrad"]["snapshot"]["segment"] == apart.asked[0][1]
+    # It is told once, between two batches or when they are over.
+    rig.snapshots.take_if_due()
+    rig.snapshots.end_segment()
+    assert apart.saved == [apart.asked[0][1]]
 
     # The writer of a large model would do nothing else.
     rig.snapshots._writer.rests_until_s = time.monotonic() + 5.0
     rig.snapshots.begin_segment(apart)
     rig.snapshots.take_if_due()
+    rig.snapshots.end_segment()
     assert rig.asked == 1
     assert apart.asked[0][1] != apart.asked[1][1]
+    assert (with_rank_0.expected, apart.expected) == ([], [apart.asked[0][1]])
+    assert (with_rank_0.saved, apart.saved) == ([], [apart.asked[0][1]])
+
+
+def test_a_snapshot_that_is_there_only_after_its_segment_is_told_then(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, may_write = Rig(path, monkeypatch), threading.Event()
+    write = rig.snapshots._file.write
+    rig.snapshots._file.write = lambda content: may_write.wait() and write(content)  # type: ignore[method-assign]
+    apart: Any = Holder(is_apart=True)
+    rig.snapshots.begin_segment(apart)
+    rig.snapshots.take_if_due()
+    rig.snapshots.end_segment()
+    rig.snapshots.begin_segment(apart)
+    rig.snapshots.take_if_due()
+    (first, _), (second, _) = ((segment, snapshot) for snapshot, segment in apart.asked)
+    assert (apart.expected, apart.saved) == ([first], [])
+
+    may_write.set()
+    assert eventually(lambda: not rig.snapshots._writer.is_busy)
+    # The second segment's comes due.
+    rig.take_and_wait()
+    rig.snapshots.end_segment()
+    assert (apart.expected, apart.saved) == ([first, second], [first, second])
 
 
 def test_while_one_is_written_the_next_is_put_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +353,7 @@ def test_what_a_holder_has_left_of_another_segment_or_of_before_is_not_taken(
     rig.take_and_wait()
     own = apart.asked[0][1]
     before = path.read_bytes()
-    LastStateFile(path).write(last_state(own if segment == "own" else segment, version))
+    LastStateFile(path).write([last_state(own if segment == "own" else segment, version)])
 
     again = Rig(path, monkeypatch, AGAIN)
     assert again.snapshots.start.choose(None, is_requeued=False) == path

@@ -29,6 +29,7 @@ __all__ = [
     "launch",
     "processes_named",
     "report",
+    "run_as_command",
     "run_as_script",
     "session_processes",
 ]
@@ -67,6 +68,13 @@ def run_as_script(path: Path, *arguments: str) -> None:
     os.environ |= ENVIRONMENT
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_as_command(*arguments: str) -> None:
+    """Does in this process what ``python -m lightning_async arguments`` would; to be called by a launched script."""
+    os.environ |= ENVIRONMENT
+    sys.argv = ["lightning_async", *arguments]
+    runpy.run_module("lightning_async", run_name="__main__", alter_sys=True)
 
 
 def launch(

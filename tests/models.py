@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import AMSGrad
 
-__all__ = ["Recorder", "TinyClassifier", "fork_trainer", "indexed_data"]
+__all__ = ["LoggingClassifier", "Recorder", "TinyClassifier", "fork_trainer", "indexed_data"]
 
 
 def indexed_data(samples: int = 64, features: int = 6) -> TensorDataset:
@@ -29,7 +29,12 @@ class TinyClassifier(LightningModule):
     Args:
         sleep_s: seconds that each rank sleeps in a training step; ranks past the end of the list do not sleep.
         lr: learning rate.
+
+    Attributes:
+        logs: whether it logs its loss, which takes Lightning a millisecond a step.
     """
+
+    logs = False
 
     def __init__(self, sleep_s: tuple[float, ...] = (), lr: float = 1e-2) -> None:
         super().__init__()
@@ -51,7 +56,8 @@ class TinyClassifier(LightningModule):
         if self.global_rank < len(self.sleep_s):
             time.sleep(self.sleep_s[self.global_rank])
         loss = self.loss(batch)
-        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        if self.logs:
+            self.log("train/loss", loss, on_step=True, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -63,6 +69,12 @@ class TinyClassifier(LightningModule):
     def flat_parameters(self) -> Tensor:
         """All parameters in one vector, copied."""
         return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()]).clone()
+
+
+class LoggingClassifier(TinyClassifier):
+    """Logs its loss."""
+
+    logs = True
 
 
 class Recorder:

@@ -120,6 +120,8 @@ class Saving(ModelCheckpoint):
 
 
 class Logging(Reporting):
+    logs = True
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         self.log("epoch", float(self.global_rank), on_step=False, on_epoch=True, sync_dist=True)

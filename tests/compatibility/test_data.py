@@ -319,7 +319,7 @@ OWN_STREAMS: dict[str, Callable[[Noting], Any]] = {
     "max_size_cycle": lambda _: {"a": loader(36), "b": loader(60)},
 }
 # Each has a case beside it that differs in little.
-LONG_RUN = ("stream", "iterable that is no loader", "max_size", "min_size")
+LONG_RUN = ("stream", "sized stream", "iterable that is no loader", "max_size", "min_size")
 
 
 @pytest.mark.compatibility("Data", "IterableDataset, sized or not")
@@ -371,7 +371,11 @@ def test_streams_of_unlike_length_are_each_walked_to_their_end(tmp_path: Path, b
 @both
 @pytest.mark.parametrize(
     ("arguments", "workers"),
-    [({"limit_train_batches": 5}, 0), ({"limit_train_batches": 5}, 2), ({"max_steps": 10, "max_epochs": -1}, 0)],
+    [
+        pytest.param({"limit_train_batches": 5}, 0, marks=pytest.mark.soak),
+        ({"limit_train_batches": 5}, 2),
+        ({"max_steps": 10, "max_epochs": -1}, 0),
+    ],
     ids=str,
 )
 def test_streams_without_end_are_drawn_from_up_to_the_limit(

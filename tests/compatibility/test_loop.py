@@ -31,6 +31,12 @@ def row(name: str, *arguments: Any, **values: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.compatibility("Loop", name, **values), id=name)
 
 
+def soaked_row(name: str, *arguments: Any) -> Any:
+    """Another set for a row, which `make soak` takes alone."""
+    marks = [pytest.mark.compatibility("Loop", name), pytest.mark.soak]
+    return pytest.param(*arguments, marks=marks, id=name)
+
+
 class Watched(TinyClassifier):
     """Notes what it trained on, and at which step and on how many batches it validated."""
 
@@ -71,13 +77,13 @@ class Watched(TinyClassifier):
     "arguments",
     [
         row("max_epochs", {"max_epochs": 3}),
-        row("limit_val_batches (int and float)", {"limit_val_batches": 2}),
+        soaked_row("limit_val_batches (int and float)", {"limit_val_batches": 2}),
         row("limit_val_batches (int and float)", {"limit_val_batches": 0.5}),
         row("num_sanity_val_steps", {"num_sanity_val_steps": 2}),
-        row("num_sanity_val_steps", {"num_sanity_val_steps": -1}),
-        row("overfit_batches (int and float)", {"overfit_batches": 2, "max_epochs": 2}),
+        soaked_row("num_sanity_val_steps", {"num_sanity_val_steps": -1}),
+        soaked_row("overfit_batches (int and float)", {"overfit_batches": 2, "max_epochs": 2}),
         row("overfit_batches (int and float)", {"overfit_batches": 0.25, "max_epochs": 2}),
-        row("fast_dev_run", {"fast_dev_run": True}),
+        soaked_row("fast_dev_run", {"fast_dev_run": True}),
         row("fast_dev_run", {"fast_dev_run": 3}),
     ],
 )
@@ -222,6 +228,8 @@ def test_a_time_between_validations_is_kept_and_no_batch_is_lost(tmp_path: Path)
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_rank_0_logs_whenever_the_clock_has_passed_a_multiple(tmp_path: Path, slow_rank: int) -> None:
     class Logging(Watched):
+        logs = True
+
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("clock", float(self.trainer.global_step))
             return super().training_step(batch, batch_idx)

@@ -140,6 +140,8 @@ def test_user_code_on_all_ranks_saves_one_version_in_mid_epoch(tmp_path: Path) -
 class Evaluated(TinyClassifier):
     """Reports the parameters that it was evaluated with."""
 
+    logs = True
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test/loss", self.loss(batch), sync_dist=True)
 

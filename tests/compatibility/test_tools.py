@@ -31,7 +31,7 @@ from lightning_async import AsyncAMSGradStrategy
 from tests.every_rank import run_on_every_rank
 from tests.integration.test_arguments import read_csv
 from tests.launch import launch, report
-from tests.models import TinyClassifier, fork_trainer, loader
+from tests.models import LoggingClassifier, TinyClassifier, fork_trainer, loader
 
 RANKS = 2
 UNEVEN = (0.001, 0.004)
@@ -75,9 +75,8 @@ class Reporting(TinyClassifier):
 def test_tensorboard_has_the_losses_and_the_asynchronous_metrics_by_the_clocks_steps(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         logger = TensorBoardLogger(folder / "logs", name="", version="")
-        fork_trainer(folder, RANKS, logger=logger, log_every_n_steps=4).fit(
-            TinyClassifier(UNEVEN), loader(192), loader(24)
-        )
+        trainer = fork_trainer(folder, RANKS, logger=logger, log_every_n_steps=4)
+        trainer.fit(LoggingClassifier(UNEVEN), loader(192), loader(24))
 
     run = launch(script, tmp_path)
 
@@ -255,7 +254,7 @@ def test_wandb_keeps_the_run_for_a_later_upload_and_leaves_no_process_behind(tmp
     def train() -> None:
         logger = WandbLogger(save_dir=tmp_path, offline=True)
         trainer = fork_trainer(tmp_path, RANKS, "async_amsgrad", logger=logger, log_every_n_steps=4)
-        trainer.fit(TinyClassifier(UNEVEN), loader(48), loader(24))
+        trainer.fit(LoggingClassifier(UNEVEN), loader(48), loader(24))
         if trainer.is_global_zero:
             logger.experiment.finish()
 

@@ -26,6 +26,7 @@ from tests.integration.test_equality import (
 )
 from tests.launch import launch, report
 from tests.models import Recorder, TinyClassifier, fork_trainer, indexed_data, loader
+from tests.soaked import soaked
 from tests.unit.holder.test_update import SignDescent
 
 MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -52,7 +53,7 @@ class Cycled(Oddly):
 @pytest.mark.compatibility(
     "Optimization", "any torch optimizer", note='strategy="async"; equal to one device bit for bit with one rank'
 )
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", soaked(MAKE, "Adam", "RMSprop"))
 def test_one_rank_is_single_device_training_bit_for_bit(tmp_path: Path, name: str) -> None:
     def script(folder: Path) -> None:
         seed_everything(SEED, verbose=False)

@@ -50,9 +50,9 @@ class Counting(TinyClassifier):
 @pytest.mark.parametrize(
     ("arguments", "validated", "tickets"),
     [
-        ({"val_check_interval": 4}, [12, 24, 36, 48], 48),
+        pytest.param({"val_check_interval": 4}, [12, 24, 36, 48], 48, marks=pytest.mark.soak),
         ({"val_check_interval": 0.5, "max_epochs": 2}, [24, 48, 72, 96], 96),
-        ({"limit_train_batches": 5}, [15], 15),
+        pytest.param({"limit_train_batches": 5}, [15], 15, marks=pytest.mark.soak),
         ({"limit_train_batches": 0.5}, [24], 24),
         ({"limit_train_batches": 5, "val_check_interval": 2}, [6, 12], 15),
         (
@@ -233,7 +233,9 @@ def test_the_logger_gets_the_asynchronous_metrics(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
         logger = CSVLogger(folder / "logs", name="", version="")
         trainer = fork_trainer(folder, RANKS, logger=logger, log_every_n_steps=4)
-        trainer.fit(Counting(), loader(192), loader(24))
+        module = Counting()
+        module.logs = True
+        trainer.fit(module, loader(192), loader(24))
 
     run = launch(script, tmp_path)
 

@@ -220,6 +220,8 @@ def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path: Path) -> No
 class Scored(Module):
     """Reports what the checkpoint callback has noted."""
 
+    logs = True
+
     def on_train_end(self) -> None:
         callback = self.trainer.checkpoint_callback
         noted = {name: getattr(callback, name) for name in ("best_k_models", "best_model_path", "last_model_path")}

@@ -81,11 +81,17 @@ def assert_equal_bit_for_bit(first: dict[str, Tensor], second: dict[str, Tensor]
 @pytest.mark.parametrize(
     "make_optimizer",
     [
-        lambda parameters: torch.optim.Adam(parameters, lr=1e-2, amsgrad=True, fused=True),
-        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, amsgrad=True, fused=True),
-        lambda parameters: AMSGrad(parameters, lr=1e-2, weight_decay=0.01, fused=True),
+        pytest.param(
+            lambda parameters: torch.optim.Adam(parameters, lr=1e-2, amsgrad=True, fused=True),
+            id="Adam",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, amsgrad=True, fused=True),
+            id="AdamW",
+        ),
+        pytest.param(lambda parameters: AMSGrad(parameters, lr=1e-2, weight_decay=0.01, fused=True), id="AMSGrad"),
     ],
-    ids=["Adam", "AdamW", "AMSGrad"],
 )
 def test_one_rank_is_single_device_training_bit_for_bit(tmp_path: Path, make_optimizer: Callable[[Any], Any]) -> None:
     def script(folder: Path) -> None:
@@ -371,28 +377,35 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _BY_EVERY_WAY = ("in-turns", "overlap")
 
 
-def is_soaked(case: str, way: str) -> bool:
+# And most with hooks, by which gradients take another way before they are pushed.
+_HOOKED = ("in-turns", "overlap", "overlap-accumulated", "mean")
+
+
+def is_soaked(case: str, way: str, is_hooked: bool) -> bool:
     """Whether `make soak` alone takes a case this way."""
-    return case == "mean-drop" or (way != "shm" and case not in _BY_EVERY_WAY)
+    is_far = way != "shm" and (is_hooked or case not in _BY_EVERY_WAY)
+    return case == "mean-drop" or is_far or (is_hooked and case not in _HOOKED)
 
 
 def replayed_cases() -> list[Any]:
     """Each case by each way."""
     return [
         pytest.param(
+            is_hooked,
             options,
             arguments,
             taken,
-            id=f"{case}-{way}",
-            marks=[pytest.mark.soak] if is_soaked(case, way) else [],
+            id=f"{case}-{way}-{'hooked' if is_hooked else 'gathered'}",
+            marks=[pytest.mark.soak] if is_soaked(case, way, is_hooked) else [],
         )
         for case, (options, arguments) in CASES.items()
         for way, taken in WAYS.items()
+        for is_hooked in (False, True)
     ]
 
 
 @pytest.mark.usefixtures("hooks")
-@pytest.mark.parametrize(("options", "arguments", "way"), replayed_cases())
+@pytest.mark.parametrize(("hooks", "options", "arguments", "way"), replayed_cases(), indirect=["hooks"])
 def test_a_recorded_run_replayed_in_one_process_gives_the_same_bits(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], way: dict[str, Any]
 ) -> None:

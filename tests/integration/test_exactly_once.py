@@ -15,7 +15,7 @@ from tests.models import TinyClassifier, fork_trainer, loader
     ("ranks", "workers", "overlap"),
     [
         (2, 0, False),
-        (2, 2, False),
+        pytest.param(2, 2, False, marks=pytest.mark.soak),
         pytest.param(4, 0, False, marks=pytest.mark.soak),
         (4, 2, False),
         (4, 0, True),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ENVIRONMENT, session_processes
+from tests.launch import ENVIRONMENT, Launched, launch, run_as_command, session_processes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "lenet5_digits.yaml")
@@ -28,27 +28,20 @@ QUICK = [
 ]
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=100,
-    )
+def run(folder: Path, *arguments: str) -> Launched:
+    return launch(lambda _: run_as_command(*arguments), folder)
 
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
         ([], 2),
-        pytest.param(["fitt"], 2, marks=pytest.mark.soak),
-        pytest.param(["fit", "--config", "missing.yaml"], 2, marks=pytest.mark.soak),
-        pytest.param(["compare", "--config", RECIPE], 2, marks=pytest.mark.soak),
-        pytest.param(["report"], 2, marks=pytest.mark.soak),
-        pytest.param(["report", "nowhere"], 2, marks=pytest.mark.soak),
-        pytest.param(["--help"], 0, marks=pytest.mark.soak),
+        (["fitt"], 2),
+        (["fit", "--config", "missing.yaml"], 2),
+        (["compare", "--config", RECIPE], 2),
+        (["report"], 2),
+        (["report", "nowhere"], 2),
+        (["--help"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -60,9 +53,9 @@ def test_what_is_known_before_ranks_start_is_said_once_and_leaves_nothing(tmp_pa
     done = run(tmp_path, "fit", "--config", RECIPE, *QUICK, "--trainer.strategy.transport=nccl")
 
     assert done.returncode == 2
-    assert done.stderr.count("does not compute on a CUDA device") == 1
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert done.output.count("does not compute on a CUDA device") == 1
+    assert "Traceback" not in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
 
 
 @pytest.mark.soak
@@ -78,9 +71,9 @@ def test_an_error_of_user_code_in_one_rank_is_status_1_its_traceback_and_one_lin
     done = run(tmp_path, "fit", "--config", RECIPE, *QUICK, "--trainer.callbacks=mine.Breaks")
 
     assert done.returncode == 1
-    assert done.stderr.count("Traceback (most recent call last)") == 1
-    assert "[rank1]: ValueError: my own mistake" in done.stderr
-    assert "error: rank 1 failed: ValueError: my own mistake; its own traceback says where" in done.stderr.splitlines()
+    assert done.output.count("Traceback (most recent call last)") == 1
+    assert "[rank1]: ValueError: my own mistake" in done.output
+    assert "error: rank 1 failed: ValueError: my own mistake; its own traceback says where" in done.output.splitlines()
 
 
 @pytest.mark.parametrize("said", ["", "Initializing distributed: GLOBAL_RANK: 0"], ids=["importing", "launching"])

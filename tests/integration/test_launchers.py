@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.connectors import accelerator_connector
 
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.cli.app import AsyncCLI, main
@@ -77,7 +79,10 @@ def run_command(folder: Path, text: str, *runner: str) -> Launched:
 def test_a_script_trains_validates_and_saves_on_all_its_ranks(tmp_path: Path, launcher: str) -> None:
     with reserved(0) as port:
         torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
-        run = run_command(tmp_path, EVERY_RANK_RUNS_THIS, *(torchrun if launcher == "torchrun" else ()))
+        if launcher == "python":
+            run = run_script(tmp_path, EVERY_RANK_RUNS_THIS)
+        else:
+            run = run_command(tmp_path, EVERY_RANK_RUNS_THIS, *torchrun)
 
     assert run.returncode == 0, run.output
     first, second = run.reports()
@@ -212,17 +217,29 @@ Path("answers").write_text("\\n".join(str(ask(each)) for each in strategies))
 """
 
 
-def test_an_interactive_session_is_told_which_strategy_works_there(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-i", "-q"],
-        input=TYPED,
-        env=os.environ | ENVIRONMENT,
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        timeout=60,
-        check=True,
-    )
+def type_into_an_interpreter(folder: Path) -> None:
+    command = [sys.executable, "-i", "-q"]
+    typed = {"input": TYPED, "text": True, "capture_output": True}
+    subprocess.run(command, env=os.environ | ENVIRONMENT, cwd=folder, timeout=60, check=True, **typed)
+
+
+def type_into_a_fork(folder: Path) -> None:
+    def script(folder: Path) -> None:
+        # What Lightning has asked when it was imported.
+        accelerator_connector._IS_INTERACTIVE = True  # type: ignore[attr-defined]
+        exec(TYPED, {"__name__": "__main__"})
+
+    run = launch(script, folder)
+    assert run.returncode == 0, run.output
+
+
+@pytest.mark.parametrize(
+    "type_into", [type_into_a_fork, pytest.param(type_into_an_interpreter, marks=pytest.mark.soak)]
+)
+def test_an_interactive_session_is_told_which_strategy_works_there(
+    tmp_path: Path, type_into: Callable[[Path], None]
+) -> None:
+    type_into(tmp_path)
 
     plain, any_optimizer, spawned, instance, mine, notebook, forked = (tmp_path / "answers").read_text().split("\n")
     by_name = (

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_async import AsyncAMSGradStrategy
 from lightning_async.strategies import fit as fit_module
 from tests.launch import launch, report
-from tests.models import TinyClassifier, fork_trainer, loader
+from tests.models import LoggingClassifier, fork_trainer, loader
 
 RANKS, UPDATES = 3, 24
 
@@ -45,7 +45,7 @@ def fit(folder: Path, loggers: list[Any]) -> None:
     trainer = fork_trainer(
         folder, RANKS, strategy, logger=loggers, log_every_n_steps=2, callbacks=[FinishWandb(folder)]
     )
-    trainer.fit(TinyClassifier(sleep_s=(0.001, 0.004, 0.001)), loader(samples=4 * UPDATES))
+    trainer.fit(LoggingClassifier(sleep_s=(0.001, 0.004, 0.001)), loader(samples=4 * UPDATES))
 
 
 def with_wandb(folder: Path) -> None:
@@ -181,7 +181,7 @@ def test_tensorboard_shows_histograms_and_other_loggers_scalars(tmp_path: Path) 
 
 
 def validating_often(folder: Path, ends_by: type[BaseException] | None = None, ranks: int = RANKS) -> None:
-    class Module(TinyClassifier):
+    class Module(LoggingClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if ends_by is not None and self.global_rank == 0 and self.trainer.global_step >= 20:
                 raise ends_by("meant to end")
@@ -262,7 +262,7 @@ def without_a_logger(folder: Path) -> None:
         raise AssertionError("metrics are computed for nobody")
 
     fit_module.MetricsLogger = refuse  # type: ignore[assignment,misc]
-    fork_trainer(folder, 2, logger=False).fit(TinyClassifier(), loader(16))
+    fork_trainer(folder, 2, logger=False).fit(LoggingClassifier(), loader(16))
 
 
 def test_without_a_logger_no_metric_is_computed(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ class Broken(TensorBoardLogger):
 
 def test_a_logger_that_cannot_begin_leaves_the_optimizers_as_they_were(tmp_path: Path) -> None:
     def script(folder: Path) -> None:
-        module = TinyClassifier()
+        module = LoggingClassifier()
         trainer = fork_trainer(folder, 1, "async_amsgrad", logger=Broken(folder))
         with pytest.raises(ConnectionError, match="tracking server"):
             trainer.fit(module, loader(16))

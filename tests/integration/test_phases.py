@@ -402,6 +402,8 @@ def test_early_stopping_on_one_ranks_metric_stops_all_ranks_at_the_same_epoch(tm
 @pytest.mark.parametrize("batches", ["shared", "sharded"])
 def test_ranks_without_a_batch_watch_the_loss_of_the_others(tmp_path: Path, batches: Any) -> None:
     class Watching(Ending):
+        logs = True
+
         def on_train_epoch_end(self) -> None:
             assert all(value.isfinite() for value in self.trainer.callback_metrics.values())
 

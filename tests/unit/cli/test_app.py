@@ -1,7 +1,5 @@
 """Claims about the command line `lightning-async`."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from recipes.callbacks import EmulatedStepTime
 from recipes.classifier import Classifier
 from recipes.digits import DigitsDataModule
 from recipes.models import LeNet5
+from tests.launch import launch, run_as_command, run_as_script
 from tests.refusals import refused_in_one_line
 
 ROOT = Path(__file__).parents[3]
@@ -502,18 +501,16 @@ def test_a_class_beside_the_config_resolves_in_launched_ranks_too(tmp_path: Path
     script = tmp_path / "bin" / "lightning-async"
     script.parent.mkdir()
     script.write_text("from lightning_async.cli import main\nmain()\n")
-    program = ["-m", "lightning_async"] if entry == "module" else [str(script)]
-    command = [sys.executable, *program, "fit", "--config", RECIPE, *QUICK]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=mine.Sign"]
+    arguments = ["fit", "--config", RECIPE, *QUICK, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    arguments.append("--trainer.callbacks+=mine.Sign")
 
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    def start(folder: Path) -> None:
+        if entry == "module":
+            run_as_command(*arguments)
+        else:
+            run_as_script(script, *arguments)
 
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(start, tmp_path)
+
+    assert done.returncode == 0, done.output
     assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}

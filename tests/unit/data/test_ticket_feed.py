@@ -31,6 +31,7 @@ from tests.loaders import (
     train,
     uses_loaders,
 )
+from tests.soaked import soaked
 
 pytestmark = uses_loaders
 
@@ -47,7 +48,7 @@ WORKERS: list[dict[str, Any]] = [
 
 
 @modes
-@pytest.mark.parametrize("workers", WORKERS, ids=str)
+@pytest.mark.parametrize("workers", soaked(WORKERS, WORKERS[3]), ids=str)
 def test_ranks_of_unlike_speed_see_every_sample_once_over_several_segments(mode: Mode, workers: Any) -> None:
     ranks, seen = train(DataLoader, mode, **workers)
 
@@ -59,14 +60,13 @@ def test_ranks_of_unlike_speed_see_every_sample_once_over_several_segments(mode:
 
 
 @modes
-@pytest.mark.parametrize("workers", [*WORKERS[:2], pytest.param(WORKERS[2], marks=pytest.mark.soak)], ids=str)
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("workers", soaked(WORKERS[:3], WORKERS[2]), ids=str)
+@pytest.mark.parametrize("kind", soaked(KINDS[1:], LookingToItsLength))
 def test_a_loader_that_iterates_in_its_own_way_covers_every_sample_once(
     kind: type[DataLoader[Any]], mode: Mode, workers: Any
 ) -> None:
-    if kind is Direct and workers:
+    if kind is Direct:
         workers = {}
-
     ranks, seen = train(kind, mode, **workers)
 
     assert seen == [list(range(42))] * 2

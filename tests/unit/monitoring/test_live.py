@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
 import threading
 import urllib.error
@@ -17,6 +18,8 @@ import pytest
 from lightning_async.monitoring.record import RECORD_NAME, RunRecord
 from lightning_async.monitoring.report import report_main
 from lightning_async.monitoring.report.live import LivePage, LiveServer
+from tests.harness import eventually
+from tests.launch import launch
 from tests.unit.monitoring.test_report import record
 
 
@@ -77,20 +80,23 @@ def test_the_server_shows_the_page_to_this_machine_and_nothing_else(tmp_path: Pa
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     record(finished=False).write(tmp_path / RECORD_NAME)
-    script = (
-        "import sys; from lightning_async.monitoring.report import report_main; sys.exit(report_main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path), "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            page = fetch(line.split()[0])
-            process.send_signal(2)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    pages = []
 
+    def serve(folder: Path) -> None:
+        # A shell's background job, which this may be, ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(report_main([str(folder), "--serve"]))
+
+    def look_and_interrupt(pid: int) -> None:
+        said = tmp_path / "output.txt"
+        assert eventually(lambda: said.exists() and said.read_text().endswith("\n"), timeout_s=30.0)
+        pages.append(fetch(said.read_text().split()[0]))
+        os.kill(pid, signal.SIGINT)
+
+    run = launch(serve, tmp_path, meanwhile=look_and_interrupt)
+
+    assert run.returncode == 0, run.output
+    (page,) = pages
     assert "Staleness over time" in page
     assert 'http-equiv="refresh"' in page
 

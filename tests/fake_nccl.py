@@ -9,6 +9,7 @@ happened, as CUDA does. Broken rules are kept in `Fabric.broken`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,14 @@ class Fabric:
 
     Args:
         refuse: called with a communicator's name and side before it connects; raises to make that fail.
+
+    Attributes:
+        lingers_s: seconds until a call that was aborted returns.
     """
 
     def __init__(self, refuse: Callable[[str, int], None] = lambda name, side: None) -> None:
         self.refuse = refuse
+        self.lingers_s = 0.0
         self.changed = threading.Condition()
         self.broken: list[str] = []
         # Names in the order in which the holder's side began to connect, and the order of everything that was posted.
@@ -80,8 +85,11 @@ class FakeCommunicator:
                 if self.aborted:
                     raise RuntimeError(f"{key}: the communicator was aborted")
         finally:
-            with fabric.changed:
-                fabric.connecting.discard(self._name)
+            if self.aborted:
+                time.sleep(fabric.lingers_s)
+            if self._side == 0:
+                with fabric.changed:
+                    fabric.connecting.discard(self._name)
 
     def send(self, tensor: Tensor, after: Any) -> None:
         self._post("send", tensor, after)

@@ -47,6 +47,8 @@ _PAYLOAD_BASE_S = 10.0
 _SLOWEST_BYTES_PER_S = 10e6
 # How often a thread that waits for a payload looks whether its peer is still there.
 _LOOK_S = 0.1
+# How long an aborted communicator's call may take to return.
+_ABORT_S = 5.0
 # Held by the thread that has changed the environment for a moment.
 _ENVIRONMENT = threading.Lock()
 _OWN_ENVIRONMENT = {
@@ -189,7 +191,12 @@ class NcclExecutor:
         Raises:
             ChannelClosedError: if that fails or the peer does not come in time; the executor is of no use then.
         """
-        self._run(self._communicator.connect, timeout_s, peer_has_left)
+        try:
+            self._run(self._communicator.connect, timeout_s, peer_has_left)
+        except ChannelClosedError:
+            # Whoever is next must not connect while this thread does.
+            self._thread.join(_ABORT_S)
+            raise
 
     def send(self, payload: Tensor, peer_has_left: Callable[[], bool]) -> None:
         """Sends a payload behind what the calling thread has queued on the device; returns when it is taken.

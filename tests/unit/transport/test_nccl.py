@@ -400,6 +400,8 @@ def test_a_worker_that_nccl_cannot_reach_is_not_offered_it(
 
 def test_a_rank_that_dies_while_it_connects_does_not_hold_up_the_next(run: Callable[..., Run], fabric: Fabric) -> None:
     here = run(3)
+    # Which must not connect while the one before still does.
+    fabric.lingers_s = 0.2
 
     def die(name: str, side: int) -> None:
         if (name, side) == ("nccl-1-0-0", 1):

@@ -111,8 +111,8 @@ BY_STEP = "learning rate schedulers by step and by epoch, with `frequency`"
         pytest.param(functools.partial(Scheduled, make), batches, id=f"{make.__name__}-{batches}", marks=marks)
         for make, batches, marks in [
             (step_lr, "shared", pytest.mark.compatibility("Optimization", BY_STEP)),
-            (step_lr, "sharded", ()),
-            (every_third_step, "shared", pytest.mark.compatibility("Optimization", BY_STEP)),
+            (step_lr, "sharded", pytest.mark.soak),
+            (every_third_step, "shared", (pytest.mark.compatibility("Optimization", BY_STEP), pytest.mark.soak)),
             (each_epoch, "shared", pytest.mark.compatibility("Optimization", BY_STEP)),
             (
                 one_cycle,

@@ -30,6 +30,7 @@ from tests.integration.test_resume import (
 )
 from tests.launch import Launched, launch, processes_named
 from tests.models import fork_trainer, loader
+from tests.soaked import soaked
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -176,9 +177,7 @@ def assert_each_once(again: Launched, kept: dict[str, Any]) -> None:
 OF_RANK_2 = {"of rank 2": KillsRankTwo, "of rank 2, as they meet": KillsRankTwoAsTheyMeet}
 
 
-@pytest.mark.parametrize(
-    "where", ["beginning", pytest.param("training", marks=pytest.mark.soak), "validation", *OF_RANK_2]
-)
+@pytest.mark.parametrize("where", soaked(["beginning", "training", "validation", *OF_RANK_2], "training", "of rank 2"))
 def test_nothing_that_was_applied_is_lost_with_a_rank(tmp_path: Path, where: str) -> None:
     killer: Callback = OF_RANK_2[where]() if where in OF_RANK_2 else KillsRankZero(where)
     again, version, kept = kill_and_go_on(tmp_path, killer)

@@ -213,6 +213,7 @@ def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
     assert "Traceback" not in run.output
 
 
+@pytest.mark.soak
 def test_an_error_under_torchrun(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     run = start_interpreters(Run((Fault(1, 10, "raise"),), ranks=2, strategy=POPEN), tmp_path, *torchrun)

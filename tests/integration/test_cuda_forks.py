@@ -18,6 +18,7 @@ from packaging.version import Version
 from tests.cuda import count_gpus
 from tests.launch import launch, report
 from tests.models import TinyClassifier, fork_trainer, loader
+from tests.soaked import soaked
 
 STRATEGIES = ["ddp_fork", "ddp_notebook", "async_fork", "async_amsgrad_fork", "async_amsgrad_notebook"]
 RANKS = 2
@@ -103,7 +104,7 @@ def test_gpus_are_counted_in_another_process(tmp_path: Path, monkeypatch: pytest
     assert int((tmp_path / "asked").read_text()) != os.getpid()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", soaked(STRATEGIES, "ddp_notebook", "async_fork"))
 @pytest.mark.compatibility("Tools", "ranks forked by a process that has asked for CUDA, on CPUs")
 def test_ranks_on_cpus_are_forked_after_cuda_was_asked_for(tmp_path: Path, strategy: str) -> None:
     def script(folder: Path) -> None:

@@ -15,6 +15,7 @@ import lightning_async
 from lightning_async.cli.app import AsyncCLI, main
 from tests.data_files import write_cifar10, write_cinic10, write_imagenet32, write_mnist, write_rcv1
 from tests.launch import launch
+from tests.soaked import soaked
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("compare"))
@@ -153,7 +154,7 @@ def test_optimizer_and_hyperparameters_are_chosen_on_the_command_line(
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", soaked(NAMES, "lenet5_mnist", "resnet18_cinic10", "logreg_synthetic"))
 def test_a_recipe_trains_validates_logs_and_leaves_a_report_on_two_ranks(name: str, tmp_path: Path) -> None:
     write, arguments = SMALL[name]
     if write is not None:

@@ -23,6 +23,7 @@ import hypothesis
 import pytest
 import torch  # after the environment is set
 
+from tests.large_pages import take_large_pages
 from tests.warm_up import warm_up
 
 torch.set_num_threads(1)
@@ -55,6 +56,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    if session.items and not session.config.option.collectonly:
+        take_large_pages()
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,9 @@ from lightning_async.holder.layout import FlatLayout, exchanged
 from lightning_async.holder.reserve import Reserve
 from lightning_async.holder.tally import STEPS, add_counts
 from lightning_async.holder.team import Team
-from lightning_async.holder.types import HalfUpdatedError, Push, Snapshot, Update, WaitingPush
+from lightning_async.holder.types import Push, Snapshot, Update, WaitingPush
 from lightning_async.holder.update import HeldOptimizer
+from lightning_async.holder.wholeness import Wholeness
 from lightning_async.policies.base import StalenessPolicy
 from lightning_async.runtime.failure import FailureLatch
 
@@ -77,8 +78,8 @@ class Holder:
         self._observer = observer
         self._lock = threading.RLock()
         self._changes = Changes(self._lock, latch)
-        # Between the first and the last that a push changes.
-        self._is_changing = False
+        # Entered between the first and the last that a push changes.
+        self._whole = Wholeness()
         self._counts: list[int] = []
         self._optimizers: list[HeldOptimizer] = []
         for index, template in enumerate(optimizers):
@@ -155,7 +156,7 @@ class Holder:
         """
         with self._lock:
             self._latch.check()
-            self._check_updated()
+            self._whole.check()
             reader = (push.worker, push.slot)
             held = self._barrier.held(reader)
             if held != push.version_read:
@@ -167,25 +168,24 @@ class Holder:
                 return None
             applied = decision is Decision.APPLY
             began_ns = time.monotonic_ns()
-            self._is_changing = True
-            if not push.finite:
-                staleness = self._barrier.version - held
-                self._barrier.leave(reader)
-            elif applied:
-                version = self._barrier.version
-                self._intake.take(push, version - held, version, self._barrier.filled)
-                staleness = self._barrier.apply(reader)
-            else:
-                staleness = self._barrier.discard(reader)
-            if push.counts:
-                counts = [*push.counts]
-                # A step whose gradient was not applied is none.
-                counts[STEPS] = max(0, counts[STEPS] - (not applied))
-                self._counts = add_counts(self._counts, counts)
+            with self._whole:
+                if not push.finite:
+                    staleness = self._barrier.version - held
+                    self._barrier.leave(reader)
+                elif applied:
+                    version = self._barrier.version
+                    self._intake.take(push, version - held, version, self._barrier.filled)
+                    staleness = self._barrier.apply(reader)
+                else:
+                    staleness = self._barrier.discard(reader)
+                if push.counts:
+                    counts = [*push.counts]
+                    # A step whose gradient was not applied is none.
+                    counts[STEPS] = max(0, counts[STEPS] - (not applied))
+                    self._counts = add_counts(self._counts, counts)
             now_ns = time.monotonic_ns()
             took_ns, rejected = now_ns - began_ns, not push.finite
             update = Update(push, self._barrier.version, staleness, applied, parked_s, now_ns, took_ns, rejected)
-            self._is_changing = False
             self._settle(update, reads_next)
             return update
 
@@ -215,26 +215,25 @@ class Holder:
         """
         with self._lock:
             self._latch.check()
-            self._check_updated()
+            self._whole.check()
             joined = self._in_a_row(waiting)
             if len(joined) < 2:
                 return []
             began_ns = time.monotonic_ns()
-            # Until versions and parameters go together again.
-            self._is_changing = True
-            self._intake.take_together([(one.push, one.out) for one in joined])
-            took_ns = (time.monotonic_ns() - began_ns) // len(joined)
             answers: list[tuple[Update, int | None]] = []
-            for place, (push, _, reads_next) in enumerate(joined, 1):
-                reader = (push.worker, push.slot)
-                staleness = self._barrier.apply(reader)
-                if push.counts:
-                    self._counts = add_counts(self._counts, push.counts)
-                at_ns = began_ns + place * took_ns
-                update = Update(push, self._barrier.version, staleness, True, 0.0, at_ns, took_ns)
-                reads = self._settle(update, reads_next) and self._barrier.may_read(reader)
-                answers.append((update, self._barrier.read(reader) if reads else None))
-            self._is_changing = False
+            # Until versions and parameters go together again.
+            with self._whole:
+                self._intake.take_together([(one.push, one.out) for one in joined])
+                took_ns = (time.monotonic_ns() - began_ns) // len(joined)
+                for place, (push, _, reads_next) in enumerate(joined, 1):
+                    reader = (push.worker, push.slot)
+                    staleness = self._barrier.apply(reader)
+                    if push.counts:
+                        self._counts = add_counts(self._counts, push.counts)
+                    at_ns = began_ns + place * took_ns
+                    update = Update(push, self._barrier.version, staleness, True, 0.0, at_ns, took_ns)
+                    reads = self._settle(update, reads_next) and self._barrier.may_read(reader)
+                    answers.append((update, self._barrier.read(reader) if reads else None))
             return answers
 
     def _in_a_row(self, waiting: Sequence[WaitingPush]) -> Sequence[WaitingPush]:
@@ -442,19 +441,12 @@ class Holder:
         self._team.close()
 
     def _check_whole(self) -> None:
-        """Refuses to show what is half updated: this thread's own update was interrupted, or one was broken off.
+        """Refuses to show what is half updated.
 
         Raises:
-            HalfUpdatedError: if it was.
+            HalfUpdatedError: if it is.
         """
-        self._check_updated()
-
-    def _check_updated(self) -> None:
-        if self._is_changing:
-            raise HalfUpdatedError(
-                "parameters and optimizer states are half updated: a signal's handler, or an error, came in the middle "
-                "of an update. Let the handler set trainer.should_stop = True in place of an exit"
-            )
+        self._whole.check()
 
     def _copy(self, out: Tensor) -> None:
         if out is not self._flat:

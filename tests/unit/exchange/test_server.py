@@ -255,7 +255,7 @@ def test_after_an_update_that_was_broken_off_the_run_ends_with_what_has_broken_i
     served = Served("shm")
     peer = served.come(1)
     ticket, version = peer.draw()[0], peer.pull()
-    served.service.holder._is_changing = True
+    served.service.holder._whole.__enter__()
 
     waiting = peer.push(version, ticket)
     if known is not None:

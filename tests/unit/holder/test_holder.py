@@ -435,3 +435,22 @@ def test_what_an_interrupted_update_has_left_is_no_more_whole_for_the_next_one(m
     with pytest.raises(HalfUpdatedError):
         holder.snapshot()
     assert holder.version == 0 and exchange.updates == []
+
+
+def test_who_comes_after_an_update_that_an_error_has_broken_off_is_told_of_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exchange = build()
+    for worker in (0, 1):
+        pull(exchange, worker)
+
+    def fails(*arguments: Any) -> None:
+        raise ValueError("the policy's own")
+
+    monkeypatch.setattr(exchange.holder._intake, "take", fails)
+    with pytest.raises(ValueError, match="the policy's own"):
+        push(exchange, 0, 0)
+
+    # It may be told before the one whose update it was, and ends the run with what it was told.
+    with pytest.raises(HalfUpdatedError, match="broken off by ValueError: the policy's own"):
+        push(exchange, 1, 0)

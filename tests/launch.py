@@ -102,8 +102,8 @@ def launch(
         if meanwhile is not None:
             meanwhile(pid)
         returncode = _wait(pid, deadline)
-        # Ranks that end a moment after their parent are not left over yet.
-        left = _wait_until_gone(pid, 3.0)
+        # Ranks that end after their parent are not left over yet: an interpreter takes seconds on a busy machine.
+        left = _wait_until_gone(pid, 20.0)
     finally:
         _kill_session(pid)
     output = log.read_text(errors="replace") if log.exists() else ""

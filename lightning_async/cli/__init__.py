@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_async.runtime.interrupts import leave_interrupted, let_through
+from lightning_async.runtime.interrupts import ending_at_once, leave_interrupted, let_through
 
 __all__ = ["main"]
 
@@ -24,7 +24,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         # A rank's process was started with Ctrl+C held back, and here it can be answered well.
         let_through()
-        from lightning_async.cli.app import main as run
     except KeyboardInterrupt:
         leave_interrupted()
+    with ending_at_once():
+        from lightning_async.cli.app import main as run
     run(args)

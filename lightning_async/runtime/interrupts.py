@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "INTERRUPTED",
+    "ending_at_once",
     "held_back",
     "interruptible",
     "leave_interrupted",
@@ -90,6 +91,31 @@ def leave_interrupted() -> NoReturn:
     if rank_of_environment() == "0":
         say_interrupted()
     raise SystemExit(INTERRUPTED) from None
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Has Ctrl+C end this process while it imports, and the first of a run's processes say so.
+
+    Raised in the middle of an import, it may be swallowed by other people's code, which then is half imported.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_at_once(signum: int, frame: object) -> NoReturn:
+    if rank_of_environment() == "0":
+        say_interrupted()
+    # There is nothing to clear up yet.
+    os._exit(INTERRUPTED)
 
 
 def let_through() -> None:

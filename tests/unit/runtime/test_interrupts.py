@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_async.runtime.interrupts import held_back, interruptible, leave_interrupted, let_through
+from lightning_async.runtime.interrupts import ending_at_once, held_back, interruptible, leave_interrupted, let_through
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -144,3 +144,33 @@ def test_a_process_that_is_forked_meanwhile_answers_by_itself_again() -> None:
             os._exit(1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted\n"), ("1", "")])
+def test_an_interrupt_that_other_code_would_swallow_ends_a_process_that_imports(rank: str, said: str) -> None:
+    code = (
+        "import signal\n"
+        "from lightning_async.runtime.interrupts import ending_at_once\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with ending_at_once():\n"
+        "    try:\n        signal.raise_signal(signal.SIGINT)\n    except KeyboardInterrupt:\n        pass\n"
+        "print('goes on')\n"
+    )
+    environment = {**os.environ, "RANK": rank}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", said)
+
+
+def test_after_the_imports_an_interrupt_is_raised_again() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ending_at_once():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # A handler of somebody else's stays.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with ending_at_once():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

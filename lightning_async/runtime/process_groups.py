@@ -29,6 +29,7 @@ __all__ = [
     "break_groups",
     "breakable",
     "exchange_group",
+    "end_groups_of_one_rank",
     "forget_inherited_groups",
     "form_default_group",
     "forming_timeout",
@@ -141,6 +142,16 @@ def time_all_reduce(elements: int, device: torch.device, repetitions: int = 7) -
         values[0].item()
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:]) * max(elements, 1) / part
+
+
+def end_groups_of_one_rank() -> None:
+    """Ends the groups that a fit with one rank has left here, before ranks are forked: none has their threads.
+
+    With them a rank may wait for a connection that another one believes to have. The next fit, or evaluation, makes its
+    own.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
 
 
 def forget_inherited_groups() -> None:

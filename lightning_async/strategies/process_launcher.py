@@ -32,7 +32,7 @@ from lightning_async.runtime.interrupts import INTERRUPTED, held_back, let_throu
 from lightning_async.runtime.launchers import Launchers
 from lightning_async.runtime.listening import reserved
 from lightning_async.runtime.prctl import signal_at_parents_end
-from lightning_async.runtime.process_groups import forget_inherited_groups
+from lightning_async.runtime.process_groups import end_groups_of_one_rank, forget_inherited_groups
 from lightning_async.strategies import launching
 from lightning_async.strategies.host_processes import HostProcesses
 from lightning_async.strategies.launch_errors import describe_own_start, no_script_here
@@ -112,6 +112,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             strategy.count_fit(trainer)
         starts = self._starts_of(trainer)
+        if self._start_method == "fork":
+            end_groups_of_one_rank()
         try:
             with starts.named():
                 while starts.is_wanted:

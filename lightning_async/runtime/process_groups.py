@@ -28,8 +28,8 @@ from lightning_async.runtime.attempts import agree_on_attempt
 __all__ = [
     "break_groups",
     "breakable",
-    "exchange_group",
     "end_groups_of_one_rank",
+    "exchange_group",
     "forget_inherited_groups",
     "form_default_group",
     "forming_timeout",

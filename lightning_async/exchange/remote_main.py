@@ -150,7 +150,6 @@ class RpcServer:
         self._listener: Listener | None = None
         self._service: HolderService | None = None
         self._shared_payload: SharedPayload | None = None
-        self._saves_on_loss = False
         self.leaving = Leaving(self._last_state)
 
     def begin(self, rank_0s: str, world_size: int) -> str:
@@ -194,10 +193,8 @@ class RpcServer:
 
     def save_on_loss(self, snapshot: str, segment: str) -> bool:
         """Has what is held left beside ``snapshot`` if rank 0 is lost."""
-        if not self._saves_on_loss:
-            # Rank 0's end is not this process's any more, which looks for it itself; also if it is stopped then.
-            signal_at_parents_end(signal.SIGCONT)
-            self._saves_on_loss = True
+        # Rank 0's end is not this process's any more, which looks for it itself; also if it is stopped then.
+        signal_at_parents_end(signal.SIGCONT)
         self.leaving.begin_segment(Path(snapshot), segment)
         return True
 

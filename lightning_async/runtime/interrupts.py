@@ -80,6 +80,11 @@ def rank_of_environment() -> str:
     return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
 
 
+def _say_if_first() -> None:
+    if rank_of_environment() == "0":
+        say_interrupted()
+
+
 def leave_interrupted() -> NoReturn:
     """Ends this process after Ctrl+C; the first of a run's processes says so.
 
@@ -88,8 +93,7 @@ def leave_interrupted() -> NoReturn:
     """
     # A second Ctrl+C must not interrupt the interpreter's own clearing up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if rank_of_environment() == "0":
-        say_interrupted()
+    _say_if_first()
     raise SystemExit(INTERRUPTED) from None
 
 
@@ -112,8 +116,7 @@ def ending_at_once() -> Iterator[None]:
 
 
 def _end_at_once(signum: int, frame: object) -> NoReturn:
-    if rank_of_environment() == "0":
-        say_interrupted()
+    _say_if_first()
     # There is nothing to clear up yet.
     os._exit(INTERRUPTED)
 

@@ -145,17 +145,18 @@ def time_all_reduce(elements: int, device: torch.device, repetitions: int = 7) -
 
 
 def end_groups_of_one_rank() -> None:
-    """Ends the groups that a fit with one rank has left here, before ranks are forked: none has their threads.
+    """Ends the groups that a fit with one rank has left here, before ranks are forked.
 
-    With them a rank may wait for a connection that another one believes to have. The next fit, or evaluation, makes its
-    own.
+    None of them has Gloo's threads, and what the threads were at when they were forked is left as it was: now and then
+    a rank waits for ever for a connection that another one believes to have. The next fit, or evaluation, makes groups
+    of its own.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() == 1:
         dist.destroy_process_group()
 
 
 def forget_inherited_groups() -> None:
-    """Leaves the groups that a forked process has from the one before it, such as that of a fit with one rank.
+    """Leaves the groups of several ranks that a forked process has from the one before it.
 
     Neither can they be used nor come to an end here: Gloo's threads, which that waits for, are in the other process.
     """

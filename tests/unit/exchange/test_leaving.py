@@ -28,6 +28,14 @@ class Held:
             raise HalfUpdatedError("an update was broken off")
         return state(self.version, segment)
 
+    def pass_segment(self, segment: str, version: int) -> None:
+        """A whole segment, to a version; its snapshot is written meanwhile."""
+        self.leaving.begin_segment(self.snapshot, segment)
+        self.leaving.expect_snapshot(segment)
+        self.leaving.note_saved(segment)
+        self.version = version
+        self.leaving.end_segment()
+
     def left(self, segment: str) -> int | None:
         """The version that was left of a segment."""
         found = LastStateFile(self.snapshot).read(segment)
@@ -48,11 +56,7 @@ def test_without_a_segment_nothing_is_left(held: Held) -> None:
 
 
 def test_until_a_segments_snapshot_is_there_the_end_of_the_one_before_is_kept(held: Held) -> None:
-    held.leaving.begin_segment(held.snapshot, "one")
-    held.leaving.expect_snapshot("one")
-    held.leaving.note_saved("one")
-    held.version = 4
-    held.leaving.end_segment()
+    held.pass_segment("one", 4)
     held.leaving.end_segment()
     held.version = 5
     held.leaving.begin_segment(held.snapshot, "two")
@@ -69,11 +73,7 @@ def test_until_a_segments_snapshot_is_there_the_end_of_the_one_before_is_kept(he
 
 
 def test_between_two_segments_the_end_of_the_first_is_left(held: Held) -> None:
-    held.leaving.begin_segment(held.snapshot, "one")
-    held.leaving.expect_snapshot("one")
-    held.leaving.note_saved("one")
-    held.version = 4
-    held.leaving.end_segment()
+    held.pass_segment("one", 4)
     held.leaving.write()
 
     assert held.left("one") == 4

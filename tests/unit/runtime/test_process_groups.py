@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lightning_async.runtime.process_groups import (
     break_groups,
     breakable,
+    end_groups_of_one_rank,
+    forget_inherited_groups,
     open_store,
     reform_default_group,
     reformed_place,
@@ -122,3 +124,44 @@ def test_a_group_that_another_thread_is_leaving_is_nothing_to_break(monkeypatch:
     monkeypatch.setattr(dist, "get_backend", is_gone)
 
     break_groups()
+
+
+def make_group(store: dist.Store, rank: int, size: int) -> None:
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+
+
+def test_a_fork_forgets_the_group_of_several_ranks_that_it_is_not_in(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        store = dist.FileStore(str(folder / "store"), 2)
+        other = os.fork()
+        make_group(store, int(other == 0), 2)
+        # Of several ranks, so it is others', too.
+        end_groups_of_one_rank()
+        assert dist.get_world_size() == 2
+        fork = os.fork()
+        if fork == 0:
+            forget_inherited_groups()
+            has_group = dist.is_initialized()
+            make_group(dist.HashStore(), 0, 1)
+            os._exit(int(has_group))
+        assert os.waitpid(fork, 0)[1] == 0
+        dist.barrier()
+        if other == 0:
+            os._exit(0)
+        assert os.waitpid(other, 0)[1] == 0
+
+    run = launch(script, tmp_path, timeout_s=40.0)
+
+    assert run.returncode == 0, run.output
+
+
+def test_a_group_of_one_rank_is_ended_before_ranks_are_forked(tmp_path: Path) -> None:
+    def script(folder: Path) -> None:
+        end_groups_of_one_rank()
+        make_group(dist.HashStore(), 0, 1)
+        end_groups_of_one_rank()
+        report(folder, 0, has_group=dist.is_initialized())
+
+    run = launch(script, tmp_path)
+
+    assert run.report(0) == {"has_group": False}, run.output
